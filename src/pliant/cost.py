@@ -1,0 +1,397 @@
+"""What a network costs: parameters, multiply-accumulates and bytes, layer by layer.
+
+One multiply-accumulate (MAC) is one product added to a sum, as the field counts them: half of
+what `torch.utils.flop_counter` calls flops. Convolutions, linear layers, attention and recurrent
+layers have MACs. Normalisation, activation, pooling, dropout, reshaping and embedding look-ups
+are *known* to be zero. Biases count as parameters and not as MACs. Whatever else owns parameters
+or multiplies matrices is named in `Cost.uncounted`, so a missing number is never a silent 0.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from pliant.errors import ModelError
+
+Example = tuple[Any, ...] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What one layer costs for one sample.
+
+    Attributes:
+        kind: name of the layer's class, parametrizations taken off.
+        params: numbers in its parameters, frozen ones included.
+        macs: multiply-accumulates for one sample, all calls together.
+        bytes: its parameters and saved buffers at their own dtype.
+        weight: shape of its weight, () if it has none or several.
+        input: shape of the first input without the batch axis.
+        output: shape of the first output without the batch axis.
+        calls: how often one forward pass calls it; 0 means never.
+    """
+
+    kind: str
+    params: int
+    macs: int
+    bytes: int
+    weight: tuple[int, ...] = ()
+    input: tuple[int, ...] = ()
+    output: tuple[int, ...] = ()
+    calls: int = 1
+
+    def __add__(self, other: "LayerCost") -> "LayerCost":
+        """Add the cost of a layer that runs after this one, as factors of one kernel do."""
+        return LayerCost(
+            kind=self.kind if self.kind == other.kind else f"{self.kind}+{other.kind}",
+            params=self.params + other.params,
+            macs=self.macs + other.macs,
+            bytes=self.bytes + other.bytes,
+            input=self.input,
+            output=other.output,
+            calls=max(self.calls, other.calls),
+        )
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a whole network costs for one sample.
+
+    Attributes:
+        params: numbers in all parameters; a shared one counts once.
+        macs: multiply-accumulates of all counted layers.
+        bytes: parameters and saved buffers, what a state dict takes.
+        latency_ms: milliseconds on a target, None where not measured.
+        uncounted: layers whose multiply-accumulates are not known and not in `macs`.
+    """
+
+    params: int
+    macs: int
+    bytes: int
+    latency_ms: float | None = None
+    uncounted: tuple[str, ...] = ()
+
+
+def cost(model: nn.Module, example: Example) -> Cost:
+    """Measure parameters, multiply-accumulates and bytes of a network, on one sample.
+
+    The model is run once in eval mode without gradients on the first row of `example`; its
+    flags, statistics, hooks and the random state are left as they were.
+
+    Args:
+        model: any module; it is called with one sample on its own device.
+        example: the inputs of a forward call: a tuple, or a mapping of keyword arguments.
+
+    Raises:
+        ModelError: the model fails on the example, or has parameters without a shape.
+    """
+    layers, uncounted = _measure(model, example)
+    return Cost(
+        params=sum(p.numel() for p in model.parameters()),
+        macs=sum(layer.macs for layer in layers.values()),
+        bytes=sum(t.numel() * t.element_size() for t in _saved(model.modules())),
+        uncounted=uncounted,
+    )
+
+
+def layer_costs(model: nn.Module, example: Example) -> dict[str, LayerCost]:
+    """Measure every layer that owns parameters, by module name, in order of definition.
+
+    A layer called several times has the MACs of all its calls and its parameters once. A
+    parameter shared by two layers is in the row of each; `cost` counts it once.
+
+    Raises:
+        ModelError: the model fails on the example, or has parameters without a shape.
+    """
+    return _measure(model, example)[0]
+
+
+def call(model: nn.Module, example: Example) -> Any:
+    """Call a model with an example: a mapping as keyword arguments, a tuple as positions."""
+    return model(**example) if isinstance(example, Mapping) else model(*example)
+
+
+# ---------------------------------------------------------------- formulas: MACs of one call
+
+Formula = Callable[[Any, list[Tensor], list[Tensor]], int]
+
+
+def _conv(layer: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
+    return outputs[0].numel() * (layer.in_channels // layer.groups) * math.prod(layer.kernel_size)
+
+
+def _conv_transpose(layer: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
+    return inputs[0].numel() * (layer.out_channels // layer.groups) * math.prod(layer.kernel_size)
+
+
+def _linear(layer: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
+    return outputs[0].numel() * layer.in_features
+
+
+def _bilinear(layer: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
+    return outputs[0].numel() * layer.in1_features * (layer.in2_features + 1)
+
+
+def _attention(layer: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
+    """Four projections, then query times key and weights times value."""
+    query, key, value = inputs[:3]
+    batch = 1 if query.dim() == 2 else query.shape[0 if layer.batch_first else 1]
+    projected = 2 * query.numel() + key.numel() + value.numel()
+    seen = key.numel() // layer.kdim // batch + (layer.bias_k is not None) + layer.add_zero_attn
+    return projected * layer.embed_dim + 2 * query.numel() * seen
+
+
+def _recurrent(layer: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
+    steps = inputs[0].numel() // layer.input_size  # time steps x batch, or batch for a cell
+    return steps * sum(p.numel() for n, p in layer.named_parameters() if n.startswith("weight"))
+
+
+def _zero(layer: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
+    return 0
+
+
+_FORMULAS: tuple[tuple[tuple[type[nn.Module], ...], Formula], ...] = (
+    ((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _conv_transpose),
+    ((nn.Conv1d, nn.Conv2d, nn.Conv3d), _conv),
+    ((nn.Linear,), _linear),
+    ((nn.Bilinear,), _bilinear),
+    ((nn.MultiheadAttention,), _attention),
+    ((nn.RNNBase, nn.RNNCellBase), _recurrent),
+    (
+        (
+            *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+            *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+            *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU, nn.Embedding, nn.EmbeddingBag),
+        ),
+        _zero,
+    ),
+)
+
+
+def _formula(layer: nn.Module) -> Formula | None:
+    return next((formula for kinds, formula in _FORMULAS if isinstance(layer, kinds)), None)
+
+
+# ---------------------------------------------------------------- measuring
+
+
+@dataclass
+class _Seen:
+    """What one forward pass showed of a layer."""
+
+    macs: int = 0
+    calls: int = 0
+    input: tuple[int, ...] = ()
+    output: tuple[int, ...] = ()
+
+
+@dataclass
+class _Watch:
+    """Hooks of one measurement: which module runs now, and what each layer did."""
+
+    seen: dict[str, _Seen] = field(default_factory=dict)
+    stack: list[str] = field(default_factory=list)
+    inside: int = 0  # how many layers with a formula are running
+    strays: dict[str, None] = field(default_factory=dict)
+
+    def enter(self, name: str, *, known: bool) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            self.stack.append(name)
+            self.inside += known
+
+        return hook
+
+    def leave(self, name: str, formula: Formula | None) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+            self.stack.pop()
+            self.inside -= formula is not None
+            inputs, outputs = list(_tensors((args, kwargs))), list(_tensors(result))
+            seen = self.seen.setdefault(name, _Seen())
+            seen.calls += 1
+            if inputs and outputs:
+                seen.input, seen.output = tuple(inputs[0].shape[1:]), tuple(outputs[0].shape[1:])
+                seen.macs += formula(module, inputs, outputs) if formula else 0
+
+        return hook
+
+    def stray(self) -> None:
+        """Note that arithmetic ran outside every layer that has a formula."""
+        if not self.inside:
+            self.strays.setdefault(self.stack[-1] if self.stack else "")
+
+
+class _Operations(TorchDispatchMode):
+    """Sees matrix products and convolutions that no layer with a formula accounts for."""
+
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func._overloadpacket in flop_registry:
+            self.watch.stray()
+        return func(*args, **(kwargs or {}))
+
+
+def _measure(model: nn.Module, example: Example) -> tuple[dict[str, LayerCost], tuple[str, ...]]:
+    _refuse_lazy(model)
+    layers = dict(_layers(model))
+    watch = _Watch()
+    with _measuring(model), ExitStack() as hooks:
+        for name, module in _modules(model):
+            formula = _formula(module) if name in layers else None
+            known = formula is not None
+            enter = module.register_forward_pre_hook(watch.enter(name, known=known))
+            hooks.callback(enter.remove)
+            leave = module.register_forward_hook(watch.leave(name, formula), with_kwargs=True)
+            hooks.callback(leave.remove)
+        _run(model, example, watch)
+        rows = {n: _row(layer, watch.seen.get(n, _Seen(calls=0))) for n, layer in layers.items()}
+    unknown = {name for name, layer in layers.items() if _formula(layer) is None}
+    strays = unknown | set(watch.strays)
+    root = type(model).__name__
+    return rows, tuple(name or root for name, _ in model.named_modules() if name in strays)
+
+
+def _run(model: nn.Module, example: Example, watch: _Watch) -> None:
+    where = next((t.device for t in (*model.parameters(), *model.buffers())), None)
+    sample = _first(example, where)
+    try:
+        with _Operations(watch):
+            call(model, sample)
+    except Exception as error:
+        shapes = ", ".join(str(tuple(t.shape)) for t in _tensors(sample)) or "no tensor"
+        raise ModelError(
+            f"{type(model).__name__} must run on one sample, but fails on input {shapes} "
+            f"({type(error).__name__}: {error}); pass an example that the model accepts."
+        ) from error
+
+
+def _row(layer: nn.Module, seen: _Seen) -> LayerCost:
+    owned, weight = list(_subtree(layer)), getattr(layer, "weight", None)
+    return LayerCost(
+        kind=parametrize.type_before_parametrizations(layer).__name__,
+        params=sum(p.numel() for p in _unique(_own(owned))),
+        macs=seen.macs,
+        bytes=sum(t.numel() * t.element_size() for t in _saved(owned)),
+        weight=tuple(weight.shape) if isinstance(weight, Tensor) else (),
+        input=seen.input,
+        output=seen.output,
+        calls=seen.calls,
+    )
+
+
+@contextmanager
+def _measuring(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients, no fused attention kernel that would skip the hooks."""
+    flags = [(module, module.training) for module in model.modules()]
+    fused = torch.backends.mha.get_fastpath_enabled()
+    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        for module, _ in flags:
+            module.training = False
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for module, training in flags:
+            module.training = training
+
+
+# ---------------------------------------------------------------- who owns what
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that own parameters; what belongs to a parametrized or fused layer is inside it."""
+    for name, module in _modules(model):
+        if any(True for part in _subtree(module) for _ in part.parameters(recurse=False)):
+            yield name, module
+
+
+def _modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules with their names, each once, not looking into parts of a layer."""
+    hidden: set[int] = set()
+    for name, part in module.named_modules():
+        if id(part) in hidden:
+            continue
+        yield name, part
+        hidden.update(id(inner) for inner in _subtree(part) if inner is not part)
+
+
+def _subtree(layer: nn.Module) -> Iterator[nn.Module]:
+    """The layer and the modules that are only its parts, not layers of their own."""
+    if isinstance(layer, nn.MultiheadAttention):  # out_proj is read, never called
+        yield from layer.modules()
+        return
+    yield layer
+    if parametrize.is_parametrized(layer):
+        parts = layer.parametrizations
+        assert isinstance(parts, nn.Module)
+        yield from parts.modules()
+
+
+def _own(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+    for module in modules:
+        yield from module.parameters(recurse=False)
+
+
+def _saved(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+    """Parameters and persistent buffers, each tensor once."""
+    modules = list(modules)
+    buffers = (
+        buffer
+        for module in modules
+        for name, buffer in module._buffers.items()
+        if buffer is not None and name not in module._non_persistent_buffers_set
+    )
+    return _unique([*_own(modules), *buffers])
+
+
+def _unique(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    return iter({id(tensor): tensor for tensor in tensors}.values())
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ModelError(
+                f"Parameters must have a shape, but {name!r} is still lazy; "
+                "run the model once on real data before measuring it."
+            )
+
+
+# ---------------------------------------------------------------- nested values
+
+
+def _first(value: Any, device: torch.device | None) -> Any:
+    """The first row of every tensor in a nested value, on a device."""
+    if isinstance(value, Tensor):
+        return (value[:1] if value.dim() else value).to(device)
+    if isinstance(value, Mapping):
+        return {key: _first(item, device) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        rows = [_first(item, device) for item in value]
+        return rows if isinstance(value, list) else tuple(rows)
+    return value
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from _tensors(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
