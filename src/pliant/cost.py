@@ -228,6 +228,14 @@ class _Watch:
             self.strays.setdefault(self.stack[-1] if self.stack else "")
 
 
+_ATEN = torch.ops.aten
+_PRODUCTS = {  # what multiplies and adds; the registry lacks vectors and attention on CPUs
+    *flop_registry,
+    *(_ATEN.mv, _ATEN.addmv, _ATEN.dot, _ATEN.vdot, _ATEN.addbmm),
+    _ATEN._scaled_dot_product_flash_attention_for_cpu,
+}
+
+
 class _Operations(TorchDispatchMode):
     """Sees matrix products and convolutions that no layer with a formula accounts for."""
 
@@ -238,7 +246,7 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func._overloadpacket in flop_registry:
+        if func._overloadpacket in _PRODUCTS:
             self.watch.stray()
         return func(*args, **(kwargs or {}))
 

@@ -1,0 +1,122 @@
+"""The networks that the papers compress, by name, with weights from safetensors files."""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from pliant.errors import ModelError
+from pliant.zoo.lenet import LeNet5
+from pliant.zoo.resnet import ResNet18
+from pliant.zoo.resnet_cifar import CifarResNet
+from pliant.zoo.vgg import VGG
+
+
+@dataclass(frozen=True)
+class Network:
+    """One network of the zoo.
+
+    Attributes:
+        build: makes it with random weights, given `classes=`.
+        input: shape of one image, (channels, height, width).
+        classes: number of classes of the data set that the papers train it on.
+    """
+
+    build: Callable[..., nn.Module]
+    input: tuple[int, ...]
+    classes: int
+
+    def example(self, batch: int = 1) -> tuple[Tensor]:
+        """Make a batch of standard normal noise, always the same, of the network's input shape."""
+        noise = torch.Generator().manual_seed(0)
+        return (torch.randn(batch, *self.input, generator=noise),)
+
+
+_DIGITS, _SMALL, _LARGE = (1, 28, 28), (3, 32, 32), (3, 224, 224)
+
+NETWORKS: dict[str, Network] = {
+    "lenet5": Network(LeNet5, _DIGITS, 10),
+    "lenet5-wide": Network(partial(LeNet5, wide=True), _DIGITS, 10),
+    **{
+        f"resnet{depth}": Network(partial(CifarResNet, depth), _SMALL, 10)
+        for depth in (20, 32, 44, 56, 110)
+    },
+    "vgg16-bn": Network(partial(VGG, 16), _SMALL, 10),
+    "vgg16-bn-half": Network(partial(VGG, 16, width=0.5), _SMALL, 10),
+    "vgg19-bn": Network(partial(VGG, 19), _SMALL, 10),
+    "resnet18-cifar": Network(partial(ResNet18, small=True), _SMALL, 10),
+    "resnet18": Network(ResNet18, _LARGE, 1000),
+}
+
+
+def build(name: str, *, classes: int | None = None, weights: str | Path | None = None) -> nn.Module:
+    """Build a network of the zoo, with random weights or those of a safetensors file.
+
+    Args:
+        name: a key of `NETWORKS`.
+        classes: number of logits; the network's own number if None.
+        weights: a safetensors file with this network's tensors.
+
+    Raises:
+        ModelError: the name is unknown, or the file does not hold this network's weights.
+    """
+    if name not in NETWORKS:
+        near = difflib.get_close_matches(name, NETWORKS, n=3) or list(NETWORKS)
+        raise ModelError(f"No network {name!r} in the zoo; did you mean {', '.join(near)}?")
+    if classes is not None and classes < 1:
+        raise ModelError(f"A network needs at least 1 class, not {classes}; pass classes=10.")
+    network = NETWORKS[name]
+    model = network.build(classes=network.classes if classes is None else classes)
+    if weights is not None:
+        load_weights(model, weights)
+    return model
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Load a safetensors file into a model: every tensor of it, nothing missing, nothing over.
+
+    Only the batch counters of batch norms may be missing; they have no effect on the outputs.
+
+    Raises:
+        ModelError: no such file, not safetensors, or other tensors than the model's.
+    """
+    tensors = _read(Path(path))
+    own = model.state_dict()
+    missing = [k for k in own if k not in tensors and not k.endswith("num_batches_tracked")]
+    if missing or (over := [k for k in tensors if k not in own]):
+        what = f"misses {missing[0]!r}" if missing else f"has the foreign tensor {over[0]!r}"
+        raise ModelError(
+            f"{path} must hold the weights of {type(model).__name__}, but {what}; "
+            "check that the network's name fits the file."
+        )
+    for key, tensor in tensors.items():
+        if tensor.shape != own[key].shape:
+            raise ModelError(
+                f"{path} has {key!r} with shape {tuple(tensor.shape)}, but the model needs "
+                f"{tuple(own[key].shape)}; check the network's name and its number of classes."
+            )
+    model.load_state_dict(tensors, strict=False)
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if path.suffix != ".safetensors":
+        raise ModelError(
+            f"Weights must be a .safetensors file, not {path.name}: a pickled checkpoint can run "
+            "code when it is opened; load it where you trust it and store it with "
+            "safetensors.torch.save_file."
+        )
+    if not path.is_file():
+        raise ModelError(f"There is no weights file {path}; check the path.")
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(
+            f"{path} must be a readable safetensors file, but reading it failed ({error}); "
+            "fetch it again."
+        ) from error
