@@ -1,0 +1,1 @@
+"""Pliant makes PyTorch networks smaller and measurably faster."""

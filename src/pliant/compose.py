@@ -1,0 +1,227 @@
+"""Methods made of methods: one after the other, or in the same loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from pliant.budget import Budget
+from pliant.errors import ChainError, MethodError
+from pliant.method import Method
+from pliant.registry import build, entry_of, plain
+from pliant.run import Run
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One method of a chain.
+
+    Args:
+        method: what is done.
+        budget: its own budget; without one it gets the axes of the chain's that only it claims.
+        share: its part of the training steps, relative to the other stages.
+    """
+
+    method: Method
+    budget: Budget | None = None
+    share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Chain(Method):
+    """Runs methods one after the other, each with its own share of the training."""
+
+    stages: tuple[Stage, ...]
+
+    @property
+    def parts(self) -> tuple[Method, ...]:
+        """The methods, in order."""
+        return tuple(stage.method for stage in self.stages)
+
+    def prepare(self, run: Run) -> None:
+        _budgets(self.stages, run.budget)
+        run.state["stage"] = 0
+        self._now(run).method.prepare(self._now(run))
+
+    def loss(self, run: Run, loss: Tensor, output: Any, batch: Any) -> Tensor:
+        return self._now(run).loss(loss, output, batch)
+
+    def before_step(self, run: Run) -> None:
+        self._now(run).before_step()
+
+    def after_step(self, run: Run) -> None:
+        part = self._now(run)
+        part.method.after_step(part)
+        while run.state["stage"] + 1 < len(self.stages) and run.step >= self._end(run):
+            self._advance(run)
+
+    def after_epoch(self, run: Run) -> None:
+        part = self._now(run)
+        part.method.after_epoch(part)
+
+    def finalize(self, run: Run) -> None:
+        while run.state["stage"] + 1 < len(self.stages):
+            self._advance(run)
+        part = self._now(run)
+        part.method.finalize(part)
+
+    def plain(self) -> dict[str, Any]:
+        """Return the chain as plain data."""
+        rows = [
+            {
+                "method": plain(stage.method),
+                "budget": stage.budget and stage.budget.given(),
+                "share": stage.share,
+            }
+            for stage in self.stages
+        ]
+        return {"name": "chain", "stages": rows}
+
+    def _advance(self, run: Run) -> None:
+        part = self._now(run)
+        part.method.finalize(part)
+        part.close()
+        run.state["stage"] += 1
+        part = self._now(run)
+        part.method.prepare(part)
+
+    def _end(self, run: Run) -> int:
+        shares = [stage.share for stage in self.stages]
+        return round(run.steps * sum(shares[: run.state["stage"] + 1]) / sum(shares))
+
+    def _now(self, run: Run) -> Run:
+        """The running stage's view: its own state, budget and clock."""
+        index = run.state["stage"]
+        shares = [stage.share for stage in self.stages]
+        begin = round(run.steps * sum(shares[:index]) / sum(shares))
+        return run.scope(
+            f"stage{index}",
+            method=self.stages[index].method,
+            budget=_budgets(self.stages, run.budget)[index],
+            steps=self._end(run) - begin,
+            step=run.step - begin,
+        )
+
+
+@dataclass(frozen=True)
+class Together(Method):
+    """Runs methods in the same loop, each with its own state."""
+
+    parts: tuple[Method, ...]
+
+    def prepare(self, run: Run) -> None:
+        for part in self._views(run):
+            part.method.prepare(part)
+
+    def loss(self, run: Run, loss: Tensor, output: Any, batch: Any) -> Tensor:
+        for part in self._views(run):
+            loss = part.loss(loss, output, batch)
+        return loss
+
+    def before_step(self, run: Run) -> None:
+        for part in self._views(run):
+            part.before_step()
+
+    def after_step(self, run: Run) -> None:
+        for part in self._views(run):
+            part.method.after_step(part)
+
+    def after_epoch(self, run: Run) -> None:
+        for part in self._views(run):
+            part.method.after_epoch(part)
+
+    def finalize(self, run: Run) -> None:
+        for part in self._views(run):
+            part.method.finalize(part)
+
+    def plain(self) -> dict[str, Any]:
+        """Return the composition as plain data."""
+        return {"name": "together", "methods": [plain(part) for part in self.parts]}
+
+    def _views(self, run: Run) -> list[Run]:
+        budgets = _budgets([Stage(part) for part in self.parts], run.budget)
+        return [
+            run.scope(f"part{i}", method=part, budget=budget)
+            for i, (part, budget) in enumerate(zip(self.parts, budgets, strict=True))
+        ]
+
+
+def chain(*methods: Method | Stage | str) -> Chain:
+    """Return a method that runs several one after the other, nothing re-ordered.
+
+    Raises:
+        ChainError: there is nothing to run, or a share is not positive.
+
+    >>> len(chain("nrmf", "energy").parts)
+    2
+    """
+    if not methods:
+        raise ChainError("A chain needs at least one method.")
+    stages = tuple(m if isinstance(m, Stage) else Stage(resolve(m)) for m in methods)
+    if any(stage.share <= 0 for stage in stages):
+        raise ChainError("Every stage of a chain needs a positive share of the training.")
+    return Chain(stages)
+
+
+def together(*methods: Method | str) -> Together:
+    """Return a method that runs several in the same training loop.
+
+    Raises:
+        ChainError: there is nothing to run.
+    """
+    if not methods:
+        raise ChainError("Together needs at least one method.")
+    return Together(tuple(resolve(method) for method in methods))
+
+
+def resolve(method: Method | Stage | str | Sequence[Any]) -> Method:
+    """Return a method from a name, a spec string, a ``Method``, or a sequence of them (a chain).
+
+    Raises:
+        MethodError: it is none of these, or the name belongs to another verb.
+    """
+    if isinstance(method, str):
+        method = build(method)
+    if isinstance(method, Stage) or (isinstance(method, Sequence) and not isinstance(method, str)):
+        return chain(*([method] if isinstance(method, Stage) else method))
+    if not isinstance(method, Method):
+        entry = entry_of(method)
+        verb = f": use pliant.{entry.verb}" if entry else ""
+        raise MethodError(
+            f"A compression method is a name, a spec string, a Method or a sequence of them, "
+            f"not {type(method).__name__}{verb}."
+        )
+    return method
+
+
+def _budgets(stages: Sequence[Stage], budget: Budget | None) -> list[Budget | None]:
+    """Give each axis to the one stage whose ``saves`` claims it."""
+    given: list[dict[str, Any]] = [stage.budget.given() if stage.budget else {} for stage in stages]
+    for axis, value in (budget.given() if budget else {}).items():
+        claims = [i for i, stage in enumerate(stages) if not stage.budget and _claims(stage, axis)]
+        if len(claims) > 1:
+            names = " and ".join(_name(stages[i].method) for i in claims)
+            raise ChainError(
+                f"{names} both save {axis}: give each its own with Stage(method, Budget(...))."
+            )
+        if claims:
+            given[claims[0]][axis] = value
+        elif not any(stage.budget and axis in stage.budget.given() for stage in stages):
+            names = ", ".join(_name(stage.method) for stage in stages)
+            raise ChainError(f"None of {names} saves {axis}: drop it from the budget.")
+    return [Budget(**axes) if axes else None for axes in given]
+
+
+def _claims(stage: Stage, axis: str) -> bool:
+    return any(
+        entry is not None and axis in entry.saves
+        for entry in map(entry_of, getattr(stage.method, "parts", (stage.method,)))
+    )
+
+
+def _name(method: Method) -> str:
+    entry = entry_of(method)
+    return entry.name if entry else type(method).__name__.lower()

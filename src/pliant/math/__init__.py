@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: spectra, ranks, factors and penalties, without any module."""

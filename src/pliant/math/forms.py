@@ -1,0 +1,195 @@
+"""The factorized forms of a kernel: which layers stand for it, and the best weights for them.
+
+    tucker2  (r_in, r_out)  1x1 S->r_in, DxD r_in->r_out, 1x1 r_out->T
+    input    (r,)           1x1 S->r, DxD r->T
+    output   (r,)           DxD S->r, 1x1 r->T
+    spatial  (r,)           Dx1 S->r, 1xD r->T   (the first kernel axis, then all others)
+    svd      (r,)           S->r->T for Linear and pointwise kernels
+
+Input and spatial are one problem: with the first kernel axis counted among the input channels
+(S*D of them), a spatial form is an input form of the rest. `blocks` lays a kernel out for it.
+"""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pliant.errors import EditError
+from pliant.math.moments import channel_root, dampen, refine
+from pliant.math.svd import norm_shares, plain_dtype, truncated_svd
+from pliant.math.tucker import tucker2
+
+FORMS = ("tucker2", "input", "output", "spatial", "svd")
+SWEEPS = 5
+
+Shape = tuple[int, ...]
+
+
+def decompose(
+    weight: Tensor,
+    form: str,
+    ranks: Sequence[int],
+    *,
+    moments: Tensor | None = None,
+    sweeps: int = SWEEPS,
+) -> tuple[Tensor, ...]:
+    """Factorize a kernel into the kernels of the layers that replace it, in their order.
+
+    Without moments the factors minimise the weight error. With the second moments of the
+    layer's inputs they minimise the output error E ||(W - W') x||^2: exactly for output, svd
+    and (given channel moments only) input and spatial; otherwise from a whitened start by
+    sweeps that never raise it. The Frobenius norm is shared equally between the kernels,
+    because a kernel with a small norm moves relatively faster at the same learning rate: equal
+    norms let one rate fit all layers.
+
+    Args:
+        weight: kernel (T, S, *kernel), or (T, S) of a Linear layer.
+        form: one of `FORMS`.
+        ranks: (r_in, r_out) for tucker2, (r,) for the others.
+        moments: (S, S) over channels, or (S*prod(kernel),) * 2 over patches in the order of
+            weight.reshape(T, -1) columns; symmetric, positive semi-definite.
+        sweeps: alternating sweeps, of Tucker-2 or of the data-aware refinement.
+
+    Raises:
+        EditError: unknown form, or form, ranks or moments that do not fit the kernel.
+    """
+    ranks = tuple(ranks)
+    _check(weight.shape, form, ranks)
+    dense = weight.detach().double() if moments is not None else weight.detach()
+    metric = None if moments is None else dampen(_checked(moments, weight.shape).to(dense))
+    if metric is None:
+        kernels = _plain(dense.to(plain_dtype(dense.dtype)), form, ranks, sweeps)
+    elif len(metric) == weight.shape[1]:
+        kernels = _whitened(dense, form, ranks, metric, sweeps)
+    else:
+        kernels = _aware(dense, form, ranks, metric, sweeps)
+    return tuple(kernel.to(weight.dtype).contiguous() for kernel in norm_shares(*kernels))
+
+
+def compose(kernels: Sequence[Tensor], form: str) -> Tensor:
+    """Multiply the kernels of a form out into the dense kernel (T, S, *kernel)."""
+    parts = [kernel.to(plain_dtype(kernel.dtype)) for kernel in kernels]
+    if form == "spatial":
+        dense = _compose_spatial(parts[0], parts[1])
+    elif form == "tucker2":
+        dense = _last(_first(parts[1], parts[0].flatten(1)), parts[2].flatten(1))
+    elif form == "input":
+        dense = _first(parts[1], parts[0].flatten(1))
+    elif form in ("output", "svd"):
+        dense = _last(parts[0], parts[1].flatten(1))
+    else:
+        raise _unknown(form)
+    return dense.to(kernels[0].dtype)
+
+
+def max_ranks(shape: Sequence[int], form: str) -> Shape:
+    """Return the ranks beyond which a form cannot gain: there it reproduces any kernel.
+
+    Raises:
+        EditError: unknown form, or one that a kernel of this shape cannot take.
+    """
+    _check_form(shape, form)
+    out, channels, kernel = shape[0], shape[1], math.prod(shape[2:])
+    if form == "tucker2":
+        return min(channels, out * kernel), min(out, channels * kernel)
+    if form == "input":
+        return (min(channels, out * kernel),)
+    if form == "spatial":
+        return (min(channels * shape[2], out * kernel // shape[2]),)
+    return (min(out, channels * kernel),)
+
+
+def kernel_shapes(shape: Sequence[int], form: str, ranks: Sequence[int]) -> tuple[Shape, ...]:
+    """Return the shapes of the kernels that `decompose` would give, in their order.
+
+    Raises:
+        EditError: unknown form, or form or ranks that do not fit the shape.
+    """
+    _check(shape, form, tuple(ranks))
+    out, channels, kernel = shape[0], shape[1], tuple(shape[2:])
+    point = (1,) * len(kernel)
+    first, last = ranks[0], ranks[-1]
+    if form == "tucker2":
+        return (first, channels, *point), (last, first, *kernel), (out, last, *point)
+    if form == "input":
+        return (first, channels, *point), (out, first, *kernel)
+    if form == "spatial":
+        return (first, channels, kernel[0], *point[1:]), (out, first, 1, *kernel[1:])
+    return (first, channels, *kernel), (out, first, *point)
+
+
+def form_params(shape: Sequence[int], form: str, ranks: Sequence[int]) -> int:
+    """Count the weights of a form at these ranks (biases excluded)."""
+    return sum(math.prod(kernel) for kernel in kernel_shapes(shape, form, ranks))
+
+
+def relative_error(weight: Tensor, approximation: Tensor, moments: Tensor | None = None) -> float:
+    """Return the squared error over the squared norm, in weights or in the data's metric.
+
+    With moments C the metric is tr(E C E^T); they are as in `decompose`. A zero kernel counts
+    as 0 if it is met exactly, else as infinity.
+    """
+    dense, other = weight.detach().double(), approximation.detach().double()
+    error, total = dense - other, dense
+    if moments is not None:
+        metric = _checked(moments, weight.shape).double()
+        lost, whole = _quadratic(error, metric), _quadratic(total, metric)
+    else:
+        lost, whole = float(error.square().sum()), float(total.square().sum())
+    if whole <= 0.0:
+        return 0.0 if lost <= 0.0 else math.inf
+    return max(lost, 0.0) / whole
+
+
+def blocks(weight: Tensor, form: str) -> Tensor:
+    """Lay a kernel out as (T, columns of the first layer, kernel of the last layer)."""
+    if form == "spatial":
+        return weight.reshape(weight.shape[0], weight.shape[1] * weight.shape[2], -1)
+    return weight.reshape(weight.shape[0], weight.shape[1], -1)
+
+
+def _plain(dense: Tensor, form: str, ranks: Shape, sweeps: int) -> tuple[Tensor, ...]:
+    """Best factors for the weight error, in the shapes of the layers."""
+    shapes = kernel_shapes(dense.shape, form, ranks)
+    if form == "tucker2":
+        factors: Sequence[Tensor] = tucker2(dense, *ranks, sweeps=sweeps)
+    elif form in ("output", "svd"):
+        left, right = truncated_svd(dense.flatten(1), ranks[0])
+        factors = (right, left)
+    else:
+        factors = _input_svd(blocks(dense, form), ranks[0])
+    return tuple(factor.reshape(shape) for factor, shape in zip(factors, shapes, strict=True))
+
+
+def _input_svd(block: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Best rank-r split of (T, S, K) into (r, S) and (T, r, K)."""
+    out, channels, kernel = block.shape
+    left, right = truncated_svd(block.transpose(0, 1).reshape(channels, -1), rank)
+    return left.T, right.reshape(rank, out, kernel).transpose(0, 1)
+
+
+def _whitened(
+    dense: Tensor, form: str, ranks: Shape, metric: Tensor, sweeps: int
+) -> tuple[Tensor, ...]:
+    """Channel moments are a change of basis of the input axis: factorize there, come back."""
+    root = channel_root(metric)
+    first, *rest = _plain(_first(dense, root.T), form, ranks, sweeps)
+    return _first(first, torch.linalg.inv(root).T), *rest
+
+
+def _aware(
+    dense: Tensor, form: str, ranks: Shape, metric: Tensor, sweeps: int
+) -> tuple[Tensor, ...]:
+    """Best factors for patch moments: closed form, or a whitened start and refinement."""
+    shapes = kernel_shapes(dense.shape, form, ranks)
+    if form in ("output", "svd"):
+        factors: Sequence[Tensor] = _projected(dense.flatten(1), metric, ranks[0])
+    else:
+        block = blocks(dense, form)
+        rank_out = ranks[1] if form == "tucker2" else None
+        starts = [_joined(_plain(dense, form, ranks, sweeps), form)]
+        starts.append(_joined(_start(dense, block, form, ranks, metric), form))
+        factors = refine(block, metric, starts, rank_out, sweeps)
+    return tuple(factor.reshape(shape) for factor, shape in zip(factors, shapes, strict=True))

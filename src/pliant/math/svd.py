@@ -1,0 +1,177 @@
+"""Spectra of kernel unfoldings through the small Gram matrix, never an SVD of the wide one.
+
+A kernel is (T, S, *kernel): T output channels, S input channels; a Linear weight is (T, S).
+The eigenvectors of a Gram matrix are not unique, so nothing here returns a function of single
+eigenvectors to be stored as a weight: `spectral_map` depends on the matrix alone.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from pliant.errors import PliantError
+
+CHEAP = 1024
+"""Largest small side of a matrix whose Gram matrix is formed and decomposed in float64."""
+
+
+def unfold(weight: Tensor, mode: int) -> Tensor:
+    """Lay a kernel out as a matrix whose rows are its output (0) or input (1) channels.
+
+    Returns (T, S*prod(kernel)) for mode 0 and (S, T*prod(kernel)) for mode 1.
+    """
+    _check_mode(mode)
+    return weight.transpose(0, mode).reshape(weight.shape[mode], -1)
+
+
+def fold(matrix: Tensor, shape: Sequence[int], mode: int) -> Tensor:
+    """Undo `unfold`: make a kernel of the given shape from its unfolding."""
+    _check_mode(mode)
+    swapped = list(shape)
+    swapped[0], swapped[mode] = swapped[mode], swapped[0]
+    return matrix.reshape(swapped).transpose(0, mode).contiguous()
+
+
+def spectrum(weight: Tensor, mode: int) -> Tensor:
+    """Return the singular values of an unfolding, largest first.
+
+    Returns min(rows, columns) values: float64 for a float64 weight, float32 otherwise.
+    """
+    with torch.no_grad():
+        values = torch.linalg.eigvalsh(gram(weight, mode))
+    return _roots(values).flip(0).to(plain_dtype(weight.dtype))
+
+
+def gram(weight: Tensor, mode: int) -> Tensor:
+    """Return M M^T or M^T M of the unfolding M, whichever is smaller.
+
+    float64 where the small side is at most `CHEAP` and the device has float64, else float32.
+    """
+    return small_gram(unfold(weight, mode))
+
+
+def small_gram(matrix: Tensor) -> Tensor:
+    """Return M M^T for a wide matrix and M^T M for a tall one, accumulated as `gram` says."""
+    matrix = matrix.detach().to(precise_dtype(matrix))
+    return matrix @ matrix.T if is_wide(matrix) else matrix.T @ matrix
+
+
+def spectral_map(weight: Tensor, mode: int, scale: Callable[[Tensor], Tensor]) -> Tensor:
+    """Replace the singular values of an unfolding by `scale` of them.
+
+    `scale` gets the singular values in ascending order and returns as many. With Q, sigma from
+    the Gram matrix the result is Q diag(scale(sigma) / sigma) Q^T M, with zero where sigma is
+    numerically zero: a function of the matrix only, hence unique, and the same on every process
+    up to rounding if equal sigma are mapped equally. Shape and dtype are those of `weight`.
+    """
+    matrix = unfold(weight.detach(), mode)
+    sigma, vectors = eigen(matrix)
+    gain = torch.where(sigma > floor(sigma), scale(sigma) / sigma.clamp_min(_tiny(sigma)), 0.0)
+    # The small projector is built precisely; only the wide product runs in the weight's precision.
+    projector = ((vectors * gain) @ vectors.T).to(plain_dtype(weight.dtype))
+    matrix = matrix.to(projector.dtype)
+    mapped = projector @ matrix if is_wide(matrix) else matrix @ projector
+    return fold(mapped, weight.shape, mode).to(weight.dtype)
+
+
+def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the best rank-r factors, left (T, r) and right (r, S), sharing the norm equally.
+
+    Every component's singular value is split as its square root on either side, so left and
+    right have equal Frobenius norms and the components come in order of importance.
+
+    Raises:
+        PliantError: the rank is not between 1 and min(T, S).
+    """
+    if not 1 <= rank <= min(matrix.shape):
+        raise PliantError(
+            f"A rank between 1 and {min(matrix.shape)} was expected for a matrix of shape "
+            f"{tuple(matrix.shape)}, not {rank}: choose one in that range."
+        )
+    wide = is_wide(matrix)
+    _, vectors = eigen(matrix)
+    top = vectors[:, -rank:].flip(1)
+    precise = matrix.detach().to(top.dtype)
+    left, right = (top, top.T @ precise) if wide else (precise @ top, top.T)
+    left, right = balance(left, right)
+    return left.to(matrix.dtype), right.to(matrix.dtype)
+
+
+def balance(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Rewrite a product left @ right so that both factors carry the root of each singular value.
+
+    The product is unchanged; the shapes (m, r) and (r, n) are too, provided r <= min(m, n).
+    """
+    left_basis, left_core = torch.linalg.qr(left)
+    right_basis, right_core = torch.linalg.qr(right.T)
+    u, sigma, vt = torch.linalg.svd(left_core @ right_core.T)
+    root = sigma.sqrt()
+    return left_basis @ (u * root), (root[:, None] * vt) @ right_basis.T
+
+
+def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the singular values, ascending, and the singular vectors of the small side."""
+    values, vectors = torch.linalg.eigh(small_gram(matrix))
+    return _roots(values), vectors
+
+
+def leading(matrix: Tensor, rank: int) -> Tensor:
+    """Return `rank` orthonormal columns spanning the strongest left singular directions."""
+    if is_wide(matrix) or rank > matrix.shape[1]:
+        precise = matrix.detach().to(precise_dtype(matrix))
+        return torch.linalg.eigh(precise @ precise.T)[1][:, -rank:].flip(1)
+    _, vectors = eigen(matrix)
+    return torch.linalg.qr(matrix.to(vectors.dtype) @ vectors[:, -rank:].flip(1))[0]
+
+
+def floor(sigma: Tensor) -> Tensor:
+    """Return the singular value below which nothing but rounding is left.
+
+    Squaring a matrix loses half the digits: about 1e-7 of the largest value survives in a
+    float64 Gram matrix (the rounding of float32 weights lies there too), 1e-3 in a float32 one.
+    """
+    relative = 1e-6 if sigma.dtype == torch.float64 else 1e-3
+    return (sigma.max() * relative).clamp_min(_tiny(sigma))
+
+
+def is_wide(matrix: Tensor) -> bool:
+    """Say whether the rows are the small side of a matrix."""
+    return matrix.shape[0] <= matrix.shape[1]
+
+
+def plain_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return float64 for float64 and float32 for everything shorter."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def precise_dtype(matrix: Tensor) -> torch.dtype:
+    """Return the precision in which the Gram matrix of this matrix is worth computing."""
+    cheap = min(matrix.shape) <= CHEAP and matrix.device.type != "mps"
+    return torch.float64 if cheap else plain_dtype(matrix.dtype)
+
+
+def norm_shares(*factors: Tensor) -> list[Tensor]:
+    """Scale factors, whose product is left as it is, so that all have the same Frobenius norm."""
+    norms = [float(factor.norm()) for factor in factors]
+    if min(norms) == 0.0:
+        return list(factors)
+    share = math.exp(sum(math.log(norm) for norm in norms) / len(norms))
+    return [factor * (share / norm) for factor, norm in zip(factors, norms, strict=True)]
+
+
+def _roots(eigenvalues: Tensor) -> Tensor:
+    return eigenvalues.clamp_min(0).sqrt()
+
+
+def _tiny(sigma: Tensor) -> float:
+    return torch.finfo(sigma.dtype).tiny
+
+
+def _check_mode(mode: int) -> None:
+    if mode not in (0, 1):
+        raise PliantError(
+            f"A mode 0 (output channels) or 1 (input channels) was expected, not {mode}: "
+            "pass one of the two."
+        )

@@ -1,0 +1,1 @@
+"""Methods that factorize layers into smaller ones."""

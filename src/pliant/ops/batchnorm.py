@@ -1,0 +1,45 @@
+"""What batch normalization needs after a model was changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> int:
+    """Re-estimate the running statistics of every batch norm from forward passes alone.
+
+    Statistics are averaged over all batches with equal weight, then used in evaluation; weights
+    and training flags stay as they are. The batches must be shuffled: statistics of a sample
+    sorted by class are far worse than the stale ones.
+
+    Returns:
+        The number of batch norms that were recalibrated.
+    """
+    norms = [
+        module
+        for module in model.modules()
+        if isinstance(module, _BatchNorm) and module.track_running_stats
+    ]
+    if not norms:
+        return 0
+    flags = {module: module.training for module in model.modules()}
+    momenta = {norm: norm.momentum for norm in norms}
+    try:
+        model.eval()  # dropout stays off: only the norms see training mode
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None  # a cumulative average
+            norm.train()
+        with torch.no_grad():
+            for batch in batches:
+                model(batch)
+    finally:
+        for norm in norms:
+            norm.momentum = momenta[norm]
+        for module, flag in flags.items():
+            module.training = flag
+    return len(norms)

@@ -1,0 +1,35 @@
+"""Looks at what flows through layers, with hooks that always come off."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+
+@contextmanager
+def capture(
+    model: nn.Module, layers: Iterable[str], see: Callable[[str, Tensor, Tensor], None]
+) -> Iterator[None]:
+    """Call ``see(name, input, output)`` at every forward of the named layers, inside the block.
+
+    The model is in eval mode and records no gradients meanwhile; hooks are removed and the
+    training flags restored at the end, also after an exception.
+    """
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
+        return lambda module, inputs, output: see(name, inputs[0].detach(), output.detach())
+
+    flags = {module: module.training for module in model.modules()}
+    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in layers]
+    try:
+        with torch.no_grad():
+            model.eval()
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, flag in flags.items():
+            module.training = flag

@@ -1,0 +1,31 @@
+"""Carries an optimizer across a change of the model's parameters."""
+
+from __future__ import annotations
+
+from torch.optim import Optimizer
+
+from pliant.ops.edits import Replaced
+
+
+def carry(optimizer: Optimizer, replaced: Replaced) -> None:
+    """Put the new parameters where the old ones were, keeping the state of all that survived.
+
+    The new parameters join the group of the parameter they replace, with its learning rate and
+    weight decay. SGD's momentum is linear in the gradient, so it is carried over by the chain
+    rule; adaptive state (Adam's squares) is not, so those parameters start afresh.
+    Groups and state are changed in place: schedulers and wrappers keep seeing them.
+    """
+    gone = {id(parameter) for parameter in replaced.removed}
+    for group in optimizer.param_groups:
+        places = [i for i, parameter in enumerate(group["params"]) if id(parameter) in gone]
+        if not places:
+            continue
+        kept = [parameter for parameter in group["params"] if id(parameter) not in gone]
+        kept[places[0] : places[0]] = list(replaced.added)
+        group["params"][:] = kept
+        states = [optimizer.state.pop(parameter, {}) for parameter in replaced.removed]
+        momentum = states[0].get("momentum_buffer") if states else None
+        if momentum is not None and replaced.project is not None:
+            carried = replaced.project(momentum)
+            for parameter, value in zip(replaced.added, carried, strict=True):
+                optimizer.state[parameter]["momentum_buffer"] = value.to(parameter.dtype)

@@ -1,0 +1,202 @@
+"""What came out: plain data that every renderer reads, and the compressed network with it."""
+
+from __future__ import annotations
+
+import json
+import math
+import platform
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pliant import artifact
+from pliant.cost import Cost, LayerCost, layer_costs
+from pliant.ops.edits import Edit, Factor
+from pliant.run import Run
+
+LIBRARIES = ("pliant", "torch", "lightning-fabric", "onnxruntime", "numpy")
+
+
+@dataclass(frozen=True)
+class Side:
+    """The network before or after: its costs and what it scores; None where not measured."""
+
+    params: int
+    macs: int
+    bytes: int
+    latency_ms: float | None = None
+    accuracy: float | None = None
+    loss: float | None = None
+    uncounted: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LayerRow:
+    """One layer, changed or left alone.
+
+    Args:
+        layer: its name in the dense network.
+        kind: its class there.
+        form: what it became: ``dense``, or the form of its factorization.
+        ranks: the ranks of the form, empty where it stayed dense.
+        kept: channels kept of how many, where channels were removed.
+        before: params, macs and bytes in the dense network.
+        after: the same now.
+        reason: why it was left alone; empty where it was changed.
+    """
+
+    layer: str
+    kind: str
+    form: str
+    ranks: tuple[int, ...]
+    kept: tuple[int, int] | None
+    before: dict[str, int]
+    after: dict[str, int]
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything worth knowing about one compression, as plain data.
+
+    ``history`` is the run's log: rows with ``step`` and ``epoch`` and any of ``loss``,
+    ``accuracy``, ``lr``, ``phase``, ``ranks`` (by layer) and ``spectra`` (singular values by
+    layer and unfolding). ``seconds`` is by stage, ``export`` what was written and how it compares.
+    """
+
+    model: str
+    data: str
+    method: dict[str, Any]
+    budget: dict[str, int | float]
+    before: Side
+    after: Side
+    layers: tuple[LayerRow, ...]
+    met: bool
+    misses: tuple[str, ...]
+    history: tuple[dict[str, Any], ...]
+    seconds: dict[str, float]
+    seed: int
+    device: str
+    versions: dict[str, str]
+    export: dict[str, Any] = field(default_factory=dict)
+    train: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        """Return the report as JSON; numbers that are not finite become null."""
+        return json.dumps(_finite(asdict(self)), indent=1)
+
+    @classmethod
+    def from_json(cls, text: str) -> Report:
+        """Read a report back.
+
+        Raises:
+            ValueError: the text is not a report.
+        """
+        raw = json.loads(text)
+        raw["before"], raw["after"] = Side(**raw["before"]), Side(**raw["after"])
+        raw["layers"] = tuple(LayerRow(**_tuples(row)) for row in raw["layers"])
+        raw["history"], raw["misses"] = tuple(raw["history"]), tuple(raw["misses"])
+        return cls(**raw)
+
+
+@dataclass(frozen=True)
+class Result:
+    """A compressed network, the edits that made it, and the report.
+
+    Args:
+        model: plain modules only; use it as any other.
+        edits: rebuild its shape from the dense architecture.
+        report: see ``Report``.
+    """
+
+    model: nn.Module
+    edits: tuple[Edit, ...]
+    report: Report
+
+    def save(self, path: str | Path, *, source: str | None = None) -> Path:
+        """Write the network to one ``.pliant`` file that ``pliant.load`` rebuilds.
+
+        Args:
+            path: where to; an existing file is replaced only when the new one is complete.
+            source: what builds the dense network, for commands: a zoo name or module:callable.
+
+        Raises:
+            OutputError: the file cannot be written.
+        """
+        return artifact.save(path, self.model, self.edits, source=source)
+
+
+def side(cost: Cost, *, accuracy: float | None = None, loss: float | None = None) -> Side:
+    """Return a cost and its score as one side of a report."""
+    return Side(
+        params=cost.params,
+        macs=cost.macs,
+        bytes=cost.bytes,
+        latency_ms=cost.latency_ms,
+        accuracy=accuracy,
+        loss=loss,
+        uncounted=cost.uncounted,
+    )
+
+
+def layer_rows(run: Run) -> tuple[LayerRow, ...]:
+    """Return one row for every layer of the dense network, changed or not."""
+    now = layer_costs(run.model, run.example)
+    return tuple(_row(run, layer, before, now) for layer, before in run.layers.items())
+
+
+def _row(run: Run, layer: str, before: LayerCost, now: Mapping[str, LayerCost]) -> LayerRow:
+    edits = [e for e in run.edits if e.layer == layer or e.layer.startswith(layer + ".")]
+    factors = [e for e in edits if isinstance(e, Factor)]
+    parts = [row for name, row in now.items() if name == layer or name.startswith(layer + ".")]
+    return LayerRow(
+        layer=layer,
+        kind=before.kind,
+        form="+".join(edit.form for edit in factors) or "dense",
+        ranks=tuple(rank for edit in factors for rank in edit.ranks),
+        kept=None,
+        before={axis: getattr(before, axis) for axis in ("params", "macs", "bytes")},
+        after={axis: sum(getattr(p, axis) for p in parts) for axis in ("params", "macs", "bytes")},
+        reason="" if edits else run.reasons.get(layer, _default_reason(before)),
+    )
+
+
+def _default_reason(before: LayerCost) -> str:
+    return "" if len(before.weight) > 1 else "nothing to factorize: no kernel with channels"
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that a result depends on: Python, the libraries and the machine."""
+    found = {"python": platform.python_version(), "machine": _machine()}
+    for library in LIBRARIES:
+        try:
+            found[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _machine() -> str:
+    processor = platform.processor() or platform.machine()
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        names = [line.split(":", 1)[1] for line in path.read_text().splitlines() if "model name" in line]
+        processor = names[0].strip() if names else processor
+    return f"{processor}, {torch.get_num_threads()} threads"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _tuples(row: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}

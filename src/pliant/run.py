@@ -1,0 +1,275 @@
+"""One compression in progress: everything that changes, and the calls of a training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+from pliant.budget import Budget, Option, allocate
+from pliant.cost import Cost, Example, LayerCost, cost, layer_costs
+from pliant.data import Data
+from pliant.errors import BudgetError, ModelError, PliantError
+from pliant.method import Method
+from pliant.ops.edits import Edit, from_json, to_json
+from pliant.ops.optim import carry
+
+
+@dataclass
+class Run:
+    """All that changes while compressing. A method writes only ``state`` and calls ``apply``.
+
+    Args:
+        model: the network, changed in place.
+        method: what is done to it.
+        budget: what the result may cost, or None.
+        data: training data for methods that look at it, or None.
+        example: inputs of one forward call, for counting.
+        optimizer: its state follows the model through every edit.
+        cost: the cost of the dense network, to which fractions of a budget refer.
+        layers: the dense cost of every layer.
+        steps: optimizer steps that the training loop will take; 0 without training.
+        generator: the only source of randomness for methods.
+        state: tensors and plain values of the method: the resumable part.
+        edits: what has been done to the model, in order.
+        log: the history that the report draws.
+        reasons: for every layer left alone, why.
+    """
+
+    model: nn.Module
+    method: Method
+    budget: Budget | None
+    data: Data | None
+    example: Example
+    optimizer: Optimizer | None
+    cost: Cost
+    layers: dict[str, LayerCost]
+    steps: int
+    seed: int
+    generator: torch.Generator
+    step: int = 0
+    epoch: int = 0
+    state: dict[str, Any] = field(default_factory=dict)
+    edits: list[Edit] = field(default_factory=list)
+    log: list[dict[str, Any]] = field(default_factory=list)
+    reasons: dict[str, str] = field(default_factory=dict)
+    handles: list[RemovableHandle] = field(default_factory=list)
+    finished: bool = False
+
+    # For a training loop.
+
+    def loss(self, loss: Tensor, output: Any, batch: Any) -> Tensor:
+        """Return the loss to differentiate; equal to ``loss`` unless the method needs outputs."""
+        return self.method.loss(self, loss, output, batch)
+
+    def before_step(self) -> None:
+        """Call when all gradients are there, before the optimizer's step.
+
+        A penalty is added as a gradient, not as a term of the loss: it is unaffected by loss
+        scaling and accumulation, and a distributed reducer never sees it.
+        """
+        penalty = self.method.penalty(self)
+        if penalty is not None:
+            self._add_gradient(penalty)
+        self.method.before_step(self)
+
+    def after_step(self) -> None:
+        """Call after every optimizer step."""
+        self.step += 1
+        self.method.after_step(self)
+
+    def after_epoch(self) -> None:
+        """Call at the end of every epoch."""
+        self.epoch += 1
+        self.method.after_epoch(self)
+
+    def finish(self, *, strict: bool = True) -> Cost:
+        """Make the compression permanent and return what the network costs now.
+
+        Hooks are removed, also if the method fails. A second call does nothing more.
+
+        Args:
+            strict: raise where the budget is missed.
+
+        Raises:
+            BudgetError: the result misses the budget.
+        """
+        if not self.finished:
+            try:
+                self.method.finalize(self)
+            finally:
+                self.close()
+            self.finished = True
+        after = cost(self.model, self.example)
+        if strict and (misses := self.misses(after)):
+            raise BudgetError(f"The result misses the budget: {'; '.join(misses)}.")
+        return after
+
+    def misses(self, after: Cost) -> list[str]:
+        """Say which axes of the budget a cost exceeds, and by how much."""
+        return [
+            f"{axis} is {getattr(after, axis):,} where {bound:,.0f} was allowed"
+            for axis, bound in self.limits().items()
+            if getattr(after, axis) > bound
+        ]
+
+    def close(self) -> None:
+        """Remove every hook of the method from the model."""
+        while self.handles:
+            self.handles.pop().remove()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is needed to resume: tensors and plain values only."""
+        return {
+            "step": self.step,
+            "epoch": self.epoch,
+            "state": self.state,
+            "edits": to_json(self.edits),
+            "log": list(self.log),
+            "reasons": dict(self.reasons),
+            "generator": self.generator.get_state(),
+            "finished": self.finished,
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Bring a fresh run of the same method to a saved point.
+
+        Edits are replayed with shapes only: load the model's and the optimizer's tensors after.
+
+        Raises:
+            PliantError: the saved run had other edits at its start, so it is not the same run.
+        """
+        edits = from_json(saved["edits"])
+        if self.edits != edits[: len(self.edits)]:
+            raise PliantError(
+                "The saved run began with other edits than this one: resume with the same model, "
+                "method, budget, data and seed."
+            )
+        for edit in edits[len(self.edits) :]:
+            self._edit(edit, weights=False)
+        self.step, self.epoch, self.finished = saved["step"], saved["epoch"], saved["finished"]
+        self.state.clear()
+        self.state.update(saved["state"])
+        self.log[:], self.generator = list(saved["log"]), self.generator.set_state(saved["generator"])
+        self.reasons.clear()
+        self.reasons.update(saved["reasons"])
+
+    # For a method.
+
+    def apply(self, *edits: Edit) -> None:
+        """Change the model; the optimizer keeps the state of every parameter that survives.
+
+        Raises:
+            EditError: an edit does not fit the model.
+        """
+        for edit in edits:
+            self._edit(edit, weights=True)
+
+    def limits(self) -> dict[str, float]:
+        """Return the budget in absolute numbers for the whole network; empty without one."""
+        return self.budget.limits(self.cost) if self.budget else {}
+
+    def allocate(
+        self, options: Mapping[str, Sequence[Option]], *, rule: Literal["max", "sum"] = "max"
+    ) -> list[Edit]:
+        """Spend the budget over layers with options, all others staying as they are now.
+
+        Raises:
+            BudgetError: the budget cannot be met; the message names what is reachable.
+        """
+        now, rows = cost(self.model, self.example), layer_costs(self.model, self.example)
+        taken = [rows[layer] for layer in options]
+        fixed = Cost(
+            params=now.params - sum(row.params for row in taken),
+            macs=now.macs - sum(row.macs for row in taken),
+            bytes=now.bytes - sum(row.bytes for row in taken),
+        )
+        return allocate(options, self.limits(), fixed=fixed, rule=rule)
+
+    def hook(self, handle: RemovableHandle) -> None:
+        """Hand over a hook's handle: it is removed when the run ends, however it ends."""
+        self.handles.append(handle)
+
+    def note(self, **values: Any) -> None:
+        """Add a row to the history: plain values, stamped with step and epoch."""
+        self.log.append({"step": self.step, "epoch": self.epoch, **values})
+
+    def keep(self, layer: str, reason: str) -> None:
+        """Record why a layer stays as it is."""
+        self.reasons[layer] = reason
+
+    def scope(self, key: str, **changes: Any) -> Run:
+        """Return a view of this run with a state of its own, for one part of a composed method.
+
+        Model, edits, log and reasons are shared; ``changes`` replaces fields such as budget.
+        """
+        return replace(self, state=self.state.setdefault(key, {}), **changes)
+
+    def _edit(self, edit: Edit, *, weights: bool) -> None:
+        replaced = edit.apply(self.model, weights=weights)
+        if self.optimizer is not None:
+            carry(self.optimizer, replaced)
+        self.edits.append(edit)
+
+    def _add_gradient(self, penalty: Tensor) -> None:
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        gradients = torch.autograd.grad(penalty, parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            if gradient is None:
+                continue
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+
+def start(
+    model: nn.Module,
+    method: Method,
+    budget: Budget | None = None,
+    *,
+    data: Data | None = None,
+    example: Example = (),
+    optimizer: Optimizer | None = None,
+    steps: int = 0,
+    seed: int = 0,
+) -> Run:
+    """Begin to compress ``model`` in place, and prepare the method.
+
+    Args:
+        model: any network.
+        method: a ``Method``; ``pliant.method("nrmf")`` builds one from its name.
+        budget: what the result may cost.
+        data: for methods that calibrate on data.
+        example: inputs of one forward call; taken from ``data`` if not given.
+        optimizer: hand it over and its state follows every edit.
+        steps: optimizer steps that your loop will take; methods schedule themselves by it.
+        seed: for everything random in the method.
+
+    Raises:
+        ModelError: there is neither data nor example, or the model fails on it.
+    """
+    if not example:
+        if data is None:
+            raise ModelError(
+                "Counting needs the inputs of one forward call: give example=(inputs,) or data."
+            )
+        example = data.example()
+    run = Run(
+        model=model,
+        method=method,
+        budget=budget,
+        data=data,
+        example=example,
+        optimizer=optimizer,
+        cost=cost(model, example),
+        layers=layer_costs(model, example),
+        steps=steps,
+        seed=seed,
+        generator=torch.Generator().manual_seed(seed),
+    )
+    run.limits()  # a malformed budget is refused now
+    method.prepare(run)
+    return run
