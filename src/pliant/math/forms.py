@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from pliant.errors import EditError
-from pliant.math.moments import channel_root, dampen, refine
-from pliant.math.svd import norm_shares, plain_dtype, truncated_svd
+from pliant.math.moments import dampen, mix_inputs, project_outputs, refine, whiten
+from pliant.math.svd import balance, leading, norm_shares, plain_dtype, truncated_svd, unfold
 from pliant.math.tucker import tucker2
 
 FORMS = ("tucker2", "input", "output", "spatial", "svd")
@@ -65,7 +65,7 @@ def decompose(
         kernels = _whitened(dense, form, ranks, metric, sweeps)
     else:
         kernels = _aware(dense, form, ranks, metric, sweeps)
-    return tuple(kernel.to(weight.dtype).contiguous() for kernel in norm_shares(*kernels))
+    return tuple(kernel.to(weight.dtype).contiguous() for kernel in _balanced(kernels))
 
 
 def compose(kernels: Sequence[Tensor], form: str) -> Tensor:
@@ -74,14 +74,24 @@ def compose(kernels: Sequence[Tensor], form: str) -> Tensor:
     if form == "spatial":
         dense = _compose_spatial(parts[0], parts[1])
     elif form == "tucker2":
-        dense = _last(_first(parts[1], parts[0].flatten(1)), parts[2].flatten(1))
+        dense = _mix_outputs(mix_inputs(parts[1], parts[0].flatten(1)), parts[2].flatten(1))
     elif form == "input":
-        dense = _first(parts[1], parts[0].flatten(1))
+        dense = mix_inputs(parts[1], parts[0].flatten(1))
     elif form in ("output", "svd"):
-        dense = _last(parts[0], parts[1].flatten(1))
+        dense = _mix_outputs(parts[0], parts[1].flatten(1))
     else:
         raise _unknown(form)
     return dense.to(kernels[0].dtype)
+
+
+def forms_for(shape: Sequence[int]) -> tuple[str, ...]:
+    """Return the forms that a kernel of this shape can take."""
+    kernel = tuple(shape[2:])
+    if not kernel:
+        return ("svd",)
+    spatial = ("spatial",) if len(kernel) >= 2 else ()
+    point = ("svd",) if math.prod(kernel) == 1 else ()
+    return ("tucker2", "input", "output", *spatial, *point)
 
 
 def max_ranks(shape: Sequence[int], form: str) -> Shape:
@@ -174,9 +184,14 @@ def _whitened(
     dense: Tensor, form: str, ranks: Shape, metric: Tensor, sweeps: int
 ) -> tuple[Tensor, ...]:
     """Channel moments are a change of basis of the input axis: factorize there, come back."""
-    root = channel_root(metric)
-    first, *rest = _plain(_first(dense, root.T), form, ranks, sweeps)
-    return _first(first, torch.linalg.inv(root).T), *rest
+    root = torch.linalg.cholesky(metric)
+    first, *rest = _plain(mix_inputs(dense, root), form, ranks, sweeps)
+    aware = (mix_inputs(first, torch.linalg.inv(root)), *rest)
+    if form != "tucker2":
+        return aware
+    # Tucker-2 has local optima: never hand out less than the plain one.
+    candidates = (aware, _plain(dense, form, ranks, sweeps))
+    return min(candidates, key=lambda each: relative_error(dense, compose(each, form), metric))
 
 
 def _aware(
@@ -185,11 +200,99 @@ def _aware(
     """Best factors for patch moments: closed form, or a whitened start and refinement."""
     shapes = kernel_shapes(dense.shape, form, ranks)
     if form in ("output", "svd"):
-        factors: Sequence[Tensor] = _projected(dense.flatten(1), metric, ranks[0])
+        factors: Sequence[Tensor] = project_outputs(dense.flatten(1), metric, ranks[0])
     else:
-        block = blocks(dense, form)
+        block, white, root = whiten(blocks(dense, form), metric)
+        plain = _plain(dense, form, ranks, sweeps)[0].flatten(1)
+        starts = [_start(block, form, ranks, sweeps), plain @ root]
         rank_out = ranks[1] if form == "tucker2" else None
-        starts = [_joined(_plain(dense, form, ranks, sweeps), form)]
-        starts.append(_joined(_start(dense, block, form, ranks, metric), form))
-        factors = refine(block, metric, starts, rank_out, sweeps)
+        first, *rest = refine(block, white, starts, rank_out, sweeps)
+        factors = (first @ torch.linalg.inv(root), *rest)
     return tuple(factor.reshape(shape) for factor, shape in zip(factors, shapes, strict=True))
+
+
+def _start(block: Tensor, form: str, ranks: Shape, sweeps: int) -> Tensor:
+    """The first layer that would be best if the whitened columns were white."""
+    if form == "tucker2":
+        return tucker2(block, *ranks, sweeps=sweeps)[0]
+    return _input_svd(block, ranks[0])[0]
+
+
+def _balanced(kernels: Sequence[Tensor]) -> list[Tensor]:
+    """Share the norm equally between kernels, component by component where there are two."""
+    if len(kernels) == 3:
+        return norm_shares(*_ordered(*kernels))
+    first, last = kernels
+    rank, others = len(first), last.transpose(0, 1)
+    left, right = balance(first.reshape(rank, -1).T, others.reshape(rank, -1))
+    return [left.T.reshape(first.shape), right.reshape(others.shape).transpose(0, 1)]
+
+
+def _ordered(first: Tensor, core: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Turn Tucker-2 factors orthonormal, with the core's directions in order of importance."""
+    basis_in, inner = torch.linalg.qr(first.flatten(1).T)
+    basis_out, outer = torch.linalg.qr(last.flatten(1))
+    core = _mix_outputs(mix_inputs(core, inner.T), outer)
+    turn_in = leading(unfold(core, 1), core.shape[1]).to(core.dtype)
+    turn_out = leading(unfold(core, 0), core.shape[0]).to(core.dtype)
+    core = _mix_outputs(mix_inputs(core, turn_in), turn_out.T)
+    first = (basis_in @ turn_in).T.reshape(first.shape)
+    return first, core, (basis_out @ turn_out).reshape(last.shape)
+
+
+def _mix_outputs(kernel: Tensor, matrix: Tensor) -> Tensor:
+    """Multiply the output axis of a kernel (r, S, ...) by a matrix (T, r)."""
+    return torch.einsum("tr,rs...->ts...", matrix, kernel)
+
+
+def _compose_spatial(first: Tensor, last: Tensor) -> Tensor:
+    """Multiply (r, S, D, 1..) and (T, r, 1, ...) out."""
+    dense = torch.einsum("rsd,trk->tsdk", first.flatten(2), last.flatten(2))
+    return dense.reshape(*dense.shape[:3], *last.shape[3:])
+
+
+def _quadratic(error: Tensor, metric: Tensor) -> float:
+    """tr(E C E^T) for patch moments, or for channel moments at every position alike."""
+    if len(metric) == error.shape[1]:
+        return float((torch.einsum("ts...,sq->tq...", error, metric) * error).sum())
+    flat = error.flatten(1)
+    return float((flat @ metric * flat).sum())
+
+
+def _checked(moments: Tensor, shape: Sequence[int]) -> Tensor:
+    """Return the moments if they fit a kernel of this shape."""
+    sizes = (shape[1], math.prod(shape[1:]))
+    if moments.ndim != 2 or moments.shape[0] != moments.shape[1] or len(moments) not in sizes:
+        raise EditError(
+            f"Square moments of size {sizes[0]} (channels) or {sizes[1]} (patches) were expected "
+            f"for a kernel of shape {tuple(shape)}, not {tuple(moments.shape)}: "
+            "capture them at the input of this layer."
+        )
+    return moments.detach()
+
+
+def _check(shape: Sequence[int], form: str, ranks: Shape) -> None:
+    most = max_ranks(shape, form)
+    fits = len(ranks) == len(most) and all(
+        1 <= rank <= top for rank, top in zip(ranks, most, strict=True)
+    )
+    if not fits:
+        raise EditError(
+            f"Ranks from {(1,) * len(most)} to {most} were expected for form {form!r} on shape "
+            f"{tuple(shape)}, not {ranks}: choose ranks in that range."
+        )
+
+
+def _check_form(shape: Sequence[int], form: str) -> None:
+    if form not in FORMS:
+        raise _unknown(form)
+    allowed = forms_for(shape)
+    if form not in allowed:
+        raise EditError(
+            f"A kernel of shape {tuple(shape)} was expected to take one of {allowed}, not "
+            f"{form!r}: choose one of those."
+        )
+
+
+def _unknown(form: str) -> EditError:
+    return EditError(f"One of the forms {FORMS} was expected, not {form!r}: choose one of those.")

@@ -111,9 +111,7 @@ def _noise(energy: np.ndarray, large: int, alpha: float, edge: float) -> float:
     bounds = (grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)])
     if bounds[0] == bounds[1]:
         return math.exp(bounds[0])
-    found = minimize_scalar(
-        objective, bounds=bounds, method="bounded", options={"xatol": 1e-10}
-    )
+    found = minimize_scalar(objective, bounds=bounds, method="bounded", options={"xatol": 1e-10})
     return math.exp(found.x if found.fun <= objective(grid[best]) else grid[best])
 
 

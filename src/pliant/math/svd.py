@@ -94,8 +94,10 @@ def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     _, vectors = eigen(matrix)
     top = vectors[:, -rank:].flip(1)
     precise = matrix.detach().to(top.dtype)
-    left, right = (top, top.T @ precise) if wide else (precise @ top, top.T)
-    left, right = balance(left, right)
+    other = top.T @ precise if wide else (precise @ top).T
+    size = other.norm(dim=1).clamp_min(_tiny(other))
+    near, far = top * size.sqrt(), other / size.sqrt()[:, None]
+    left, right = (near, far) if wide else (far.T, near.T)
     return left.to(matrix.dtype), right.to(matrix.dtype)
 
 
