@@ -1,0 +1,255 @@
+"""The kinds of data a split can be: tensors, items with an index, a loader of batches."""
+
+import math
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Subset, default_collate
+from torch.utils.data.distributed import DistributedSampler
+
+from pliant.cost import Example
+from pliant.errors import DataError
+
+LABELS = ("labels", "label", "targets", "target")  # what labels are called in a batch with names
+IGNORED = -100  # the label that cross-entropy leaves out
+
+
+def unpack(batch: Any) -> tuple[Example, Any]:
+    """Take a batch apart into the arguments of a forward call and the labels.
+
+    A tuple ends with its labels: (a, b, labels) becomes ((a, b), labels). A mapping keeps its
+    names: everything but "labels" (or label, targets, target) is an input. A lone tensor has no
+    labels; None stands for them.
+    """
+    if isinstance(batch, Mapping):
+        name = next((name for name in LABELS if name in batch), None)
+        return {k: v for k, v in batch.items() if k != name}, batch[name] if name else None
+    if isinstance(batch, list | tuple) and len(batch) > 1:
+        return tuple(batch[:-1]), batch[-1]
+    return (tuple(batch) if isinstance(batch, list | tuple) else (batch,)), None
+
+
+@dataclass(frozen=True, eq=False)
+class Tensors:
+    """Inputs and labels in memory; uint8 images are scaled and normalised as they are taken."""
+
+    inputs: Tensor
+    labels: Tensor
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    crop_flip: bool = False
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Cut out rows, as a split of its own."""
+        return self.inputs[rows], self.labels[rows]
+
+    def batch(self, rows: Tensor, moves: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Give rows as a model takes them, images moved and mirrored by `moves` (rows, 3)."""
+        inputs, labels = self.take(rows)
+        if moves is not None and self.crop_flip and inputs.dim() == 4:
+            inputs = crop_flip(inputs, moves)
+        integer = not labels.is_floating_point()
+        return self._normalized(inputs), labels.long() if integer else labels
+
+    def _normalized(self, inputs: Tensor) -> Tensor:
+        image = inputs.dtype == torch.uint8 and inputs.dim() == 4
+        if not image and not self.mean:
+            return inputs
+        shape = (1, -1, *[1] * (inputs.dim() - 2))
+        scale = 255.0 if image else 1.0
+        mean = torch.tensor(self.mean or (0.0,)).view(shape) * scale
+        std = torch.tensor(self.std or (1.0,)).view(shape) * scale
+        return (inputs - mean).div_(std)
+
+
+@dataclass(frozen=True, eq=False)
+class Items:
+    """A data set with length and index, whose items are put together into batches."""
+
+    items: Any
+    collate: Callable[[list[Any]], Any] = default_collate
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def take(self, rows: Tensor) -> Any:
+        """Cut out rows, as a split of its own."""
+        return Subset(self.items, rows.tolist())
+
+    def batch(self, rows: Tensor, moves: Tensor | None = None) -> Any:
+        """Give rows as one batch; augmentation is the data set's own affair."""
+        return self.collate([self.items[row] for row in rows.tolist()])
+
+
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """A user's DataLoader or another iterable of batches, iterated as it is."""
+
+    loader: Any
+
+    @property
+    def samples(self) -> int | None:
+        """How many samples there are, None where the loader cannot tell."""
+        items: Any = getattr(self.loader, "dataset", None)
+        return len(items) if hasattr(items, "__len__") else None
+
+    def steps(self, world: int) -> int:
+        """Count the batches that each of `world` processes gets."""
+        try:
+            batches = len(self.loader)
+        except TypeError as error:
+            raise DataError(
+                "A loader must say how many batches an epoch has, but this one has no length; "
+                "give its data set a __len__."
+            ) from error
+        return batches if world == 1 or self._distributed else max(1, batches // world)
+
+    def epoch(self, key: int, epoch: int, rank: int, world: int) -> Iterator[Any]:
+        """Iterate once, under a random state seeded by `key`; each process gets its batches."""
+        sampler: Any = getattr(self.loader, "sampler", None)
+        if hasattr(sampler, "set_epoch"):
+            sampler.set_epoch(epoch)
+        for owner in (self.loader, sampler):
+            if isinstance(generator := getattr(owner, "generator", None), torch.Generator):
+                generator.manual_seed(key)
+        batches = seeded(self.loader, key)
+        return batches if self._distributed else islice(batches, rank, None, world)
+
+    def items(self, key: int) -> Items | None:
+        """Give the samples that the loader draws, by index; None if it has no index."""
+        if not isinstance(self.loader, DataLoader) or not is_indexed(self.loader.dataset):
+            return None
+        if self.loader.batch_sampler is None:
+            drawn = list(seeded(self.loader.sampler, key))
+        else:
+            drawn = [row for batch in seeded(self.loader.batch_sampler, key) for row in batch]
+        collate = self.loader.collate_fn if self.loader.batch_sampler else default_collate
+        return Items(Subset(self.loader.dataset, drawn), collate)
+
+    @property
+    def _distributed(self) -> bool:
+        return isinstance(getattr(self.loader, "sampler", None), DistributedSampler)
+
+
+Source = Tensors | Items | Batches
+
+
+def is_pair(part: Any) -> bool:
+    """Say whether a split is (inputs, labels) as tensors."""
+    return (
+        isinstance(part, list | tuple)
+        and len(part) == 2
+        and all(isinstance(item, Tensor) for item in part)
+    )
+
+
+def is_indexed(part: Any) -> bool:
+    """Say whether something has a length and items by number."""
+    plain = not isinstance(part, str | bytes | Tensor | Mapping)
+    return plain and hasattr(part, "__len__") and hasattr(part, "__getitem__")
+
+
+def generator(key: int) -> torch.Generator:
+    """Make a random generator from a number."""
+    return torch.Generator().manual_seed(key)
+
+
+def key_of(*numbers: int) -> int:
+    """Mix numbers into one seed, so that (1, 2) and (2, 1) are far apart."""
+    return int(np.random.SeedSequence([abs(n) for n in numbers]).generate_state(1)[0])
+
+
+def seeded(batches: Iterable[Any], key: int) -> Iterator[Any]:
+    """Iterate under random states of its own: torch, numpy and Python, seeded by `key`.
+
+    Only the making of a batch sees them; between batches the caller's states are in place.
+    """
+    iterator: Iterator[Any] | None = None
+    states: tuple[Any, ...] | None = None
+    while True:
+        outer = _random_states()
+        try:
+            if states is None:
+                _seed(key)
+            else:
+                _restore(states)
+            iterator = iterator or iter(batches)
+            batch = next(iterator)
+            states = _random_states()
+        except StopIteration:
+            return
+        finally:
+            _restore(outer)
+        yield batch
+
+
+def _random_states() -> tuple[Any, ...]:
+    return torch.default_generator.get_state(), np.random.get_state(), random.getstate()
+
+
+def _restore(states: tuple[Any, ...]) -> None:
+    torch.default_generator.set_state(states[0])
+    np.random.set_state(states[1])
+    random.setstate(states[2])
+
+
+def _seed(key: int) -> None:
+    torch.default_generator.manual_seed(key)
+    np.random.seed(key % 2**32)
+    random.seed(key)
+
+
+def crop_flip(images: Tensor, moves: Tensor) -> Tensor:
+    """Move images by up to an eighth of their size, zeros coming in, and mirror half of them.
+
+    Args:
+        images: (N, C, H, W).
+        moves: (N, 3) in 0..1: down, right, mirror.
+    """
+    count, _, height, width = images.shape
+    reach = max(1, height // 8)
+    padded = F.pad(images, (reach, reach, reach, reach))
+    down, right = (moves[:, :2] * (2 * reach + 1)).long().unbind(1)
+    windows = padded.unfold(2, height, 1).unfold(3, width, 1)
+    moved = windows[torch.arange(count), :, down, right]
+    return torch.where((moves[:, 2] < 0.5).view(-1, 1, 1, 1), moved.flip(3), moved)
+
+
+def gather(inputs: Iterable[Example], count: int) -> Example:
+    """Put inputs of batches together until there are `count` samples."""
+    parts: list[Example] = []
+    have = 0
+    for part in inputs:
+        parts.append(part)
+        tensors = part.values() if isinstance(part, Mapping) else part
+        have += len(next(iter(tensors)))
+        if have >= count:
+            break
+    if not parts:
+        raise DataError("The train split must hold samples, but it is empty; add some.")
+    if isinstance(first := parts[0], Mapping):
+        return {k: _joined([p[k] for p in parts], count) for k in first}  # type: ignore[call-overload]
+    return tuple(_joined(column, count) for column in zip(*parts, strict=True))
+
+
+def _joined(values: Sequence[Any], count: int) -> Any:
+    tensors = all(isinstance(v, Tensor) and v.dim() for v in values)
+    return torch.cat(list(values))[:count] if tensors else values[0]
+
+
+def rows_of_rank(order: Tensor, rank: int, world: int, *, even: bool) -> Tensor:
+    """Give a process its rows; with `even`, some rows repeat so that all get equally many."""
+    if even and len(order) % world:
+        length = math.ceil(len(order) / world) * world
+        order = order.repeat(math.ceil(length / len(order)))[:length]
+    return order[rank::world]

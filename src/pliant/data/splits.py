@@ -1,0 +1,381 @@
+"""`Data`: three splits of samples, and their batches as a pure function of (seed, epoch)."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from pliant.cost import Example
+from pliant.data.sources import (
+    IGNORED,
+    Batches,
+    Items,
+    Source,
+    Tensors,
+    gather,
+    generator,
+    is_indexed,
+    is_pair,
+    key_of,
+    rows_of_rank,
+    seeded,
+    unpack,
+)
+from pliant.errors import DataError
+
+Split = Literal["train", "val", "test"]
+
+
+@dataclass(frozen=True, eq=False)
+class Data:
+    """Three splits of labelled samples.
+
+    A split is a pair of tensors (inputs, labels), a data set with length and index, a DataLoader
+    or another iterable of batches, or None. Images may be uint8 (N, C, H, W): they stay so in
+    memory and are scaled to 0..1 and normalised batch by batch. Other inputs are normalised only
+    if `mean` is given. What a loader gives is passed on as it is, dicts included.
+
+    Attributes:
+        train: samples to train and calibrate on.
+        val: samples to decide with.
+        test: samples for the final number.
+        classes: names of the classes, or how many; 0 if not known.
+        name: what reports call it.
+        mean: of every channel, after scaling to 0..1.
+        std: of every channel, after scaling to 0..1.
+        augment: "crop-flip" moves training images by up to an eighth of their size and mirrors
+            half of them; it applies to splits of tensors.
+    """
+
+    train: Any = None
+    val: Any = None
+    test: Any = None
+    classes: tuple[str, ...] | int = 0
+    name: str = "data"
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    augment: Literal["none", "crop-flip"] = "none"
+
+    def __post_init__(self) -> None:
+        if self.augment not in ("none", "crop-flip"):
+            raise DataError(
+                f"augment must be 'none' or 'crop-flip', not {self.augment!r}; other augmentation "
+                "belongs in a data set of your own."
+            )
+        if len(self.mean) != len(self.std):
+            raise DataError(
+                f"mean and std need one number per channel each, not {len(self.mean)} and "
+                f"{len(self.std)}; give both."
+            )
+
+    @staticmethod
+    def of(data: Any, *, seed: int = 0) -> "Data":
+        """Make a `Data` of what users have: Data, (inputs, labels), a data set, a loader, None.
+
+        A permutation of tensors or of a data set, seeded by `seed`, puts the last tenth into
+        validation and the rest into training; there is no test split. A loader becomes the
+        training split. None becomes a `Data` without splits, for methods that need none.
+
+        Raises:
+            DataError: something else came, or inputs and labels do not fit.
+        """
+        if isinstance(data, Data):
+            return data
+        if data is None:
+            return Data()
+        if is_pair(data) or _is_arrays(data):
+            inputs, labels = torch.as_tensor(data[0]), torch.as_tensor(data[1])
+            _check_pair("train", inputs, labels)
+            train, val = last_tenth(Tensors(inputs, labels), seed)
+            return Data(train, val, classes=int(labels.max()) + 1)
+        if isinstance(data, Iterable) and not isinstance(data, str | bytes | Tensor | Mapping):
+            indexed = is_indexed(data) and not isinstance(data, list | tuple)
+            return Data(*last_tenth(Items(data), seed)) if indexed else Data(data)
+        raise DataError(
+            "Data must be a Data, a pair of tensors (inputs, labels), a data set or a DataLoader, "
+            f"not {type(data).__name__}; pliant.data.load makes one from a name or a folder."
+        )
+
+    @property
+    def class_count(self) -> int:
+        """How many classes there are; 0 if not known."""
+        return self.classes if isinstance(self.classes, int) else len(self.classes)
+
+    def has(self, split: Split) -> bool:
+        """Say whether a split is there."""
+        return getattr(self, split) is not None
+
+    def size(self, split: Split = "train") -> int | None:
+        """Count the samples of a split; None where a loader cannot tell."""
+        source = self._source(split)
+        return source.samples if isinstance(source, Batches) else len(source)
+
+    def steps(self, batch_size: int, world: int = 1) -> int:
+        """Count the training batches that each of `world` processes gets in an epoch.
+
+        `batch_size` is per process and does not apply to a loader, which has its own.
+
+        Raises:
+            DataError: the training split is a loader without length.
+        """
+        source = self._source("train")
+        if isinstance(source, Batches):
+            return source.steps(world)
+        return math.ceil(math.ceil(len(source) / world) / batch_size)
+
+    def batches(
+        self,
+        split: Split,
+        batch_size: int,
+        *,
+        seed: int = 0,
+        epoch: int = 0,
+        augment: bool = False,
+        shuffle: bool = False,
+        rank: int = 0,
+        world: int = 1,
+        start: int = 0,
+    ) -> Iterator[Any]:
+        """Give the batches of one epoch, the same ones whenever (seed, epoch) is the same.
+
+        The last batch may be smaller. With several processes each gets every `world`-th sample
+        (of a loader: every `world`-th batch, unless its sampler is distributed); training repeats
+        or leaves out a few, so that all get `steps` batches, validation and test do neither. A
+        user's loader is iterated as it is, under a random state seeded by (seed, epoch); the
+        caller's random state stays untouched.
+
+        Args:
+            split: "train", "val" or "test".
+            batch_size: samples per batch and process; a loader has its own.
+            seed: of order and augmentation.
+            epoch: its number.
+            augment: apply `self.augment`.
+            shuffle: in random order; a loader has its own.
+            rank: number of this process.
+            world: number of processes.
+            start: batches to leave out at the beginning, when a run resumes within an epoch.
+
+        Returns:
+            Batches (inputs, labels), or what the user's loader gives.
+
+        Raises:
+            DataError: there is no such split.
+        """
+        source, key = self._source(split), key_of(seed, epoch)
+        if not isinstance(source, Batches):
+            moves = torch.rand(len(source), 3, generator=generator(key + 1)) if augment else None
+            order = torch.arange(len(source))
+            if shuffle:
+                order = torch.randperm(len(source), generator=generator(key))
+            rows = rows_of_rank(order, rank, world, even=split == "train")
+            return _batches(source, list(rows.split(batch_size))[start:], moves, key_of(key, start))
+        batches = source.epoch(key, epoch, rank, world)
+        stop = source.steps(world) if split == "train" and world > 1 else None
+        return _slice(batches, start, stop)
+
+    def sample(self, count: int, *, seed: int = 0) -> Any:
+        """Draw training inputs at random, without labels and augmentation, for calibration.
+
+        From a data set or loader they are drawn by index, so a sorted one is mixed too; from a
+        stream without index its first batches are taken. What a data set does to its own items
+        cannot be switched off.
+
+        Args:
+            count: how many; all of them if there are fewer.
+            seed: of the choice.
+
+        Returns:
+            A tensor (count, ...), or a mapping of tensors where batches are mappings.
+        """
+        inputs = self._inputs(count, seed, shuffle=True)
+        return inputs if isinstance(inputs, Mapping) else inputs[0]
+
+    def example(self, batch: int = 1) -> Example:
+        """Give the first training inputs as arguments of a forward call.
+
+        Returns:
+            A tuple of tensors, or a mapping of keyword arguments where batches are mappings.
+        """
+        return self._inputs(batch, 0, shuffle=False)
+
+    def subset(
+        self,
+        *,
+        train: int | None = None,
+        val: int | None = None,
+        test: int | None = None,
+        seed: int = 0,
+    ) -> "Data":
+        """Keep only some samples of each split: the first of a seeded shuffle; None keeps all.
+
+        Raises:
+            DataError: a count below 1, or a split that is a loader.
+        """
+        wanted: tuple[tuple[Split, int | None], ...] = (
+            ("train", train),
+            ("val", val),
+            ("test", test),
+        )
+        parts: dict[str, Any] = {}
+        for split, count in wanted:
+            if count is None:
+                continue
+            source = self._source(split)
+            if count < 1 or isinstance(source, Batches):
+                raise DataError(
+                    f"A subset of {split} needs at least 1 sample of tensors or of a data set, "
+                    f"not {count} of {type(source).__name__}; cut the loader's own data set."
+                )
+            order = torch.randperm(len(source), generator=generator(seed))
+            parts[split] = source.take(order[:count])
+        return replace(self, **parts)
+
+    def label_counts(self, split: Split = "train") -> Tensor:
+        """Count the samples of each class in a split of tensors: a tensor (classes,).
+
+        Raises:
+            DataError: the split is not made of tensors.
+        """
+        source = self._source(split)
+        if not isinstance(source, Tensors):
+            raise DataError(
+                f"Labels can be counted in tensors, not in {type(source).__name__}; "
+                "go through the batches instead."
+            )
+        labels = source.labels.flatten().long()
+        return torch.bincount(labels[labels >= 0], minlength=self.class_count)
+
+    def check(self, classes: int | None = None) -> None:
+        """Refuse data that cannot be trained on, before any training.
+
+        Of tensors everything is looked at, of data sets and loaders the first batch.
+
+        Args:
+            classes: number of outputs of the model; the data's own number if None.
+
+        Raises:
+            DataError: a split is empty, inputs are not finite, inputs and labels differ in
+                length, labels are not whole numbers or not below `classes`.
+        """
+        for split in get_args(Split):
+            if not self.has(split):
+                continue
+            source = self._source(split)
+            if isinstance(source, Tensors):
+                inputs, labels = [source.inputs], source.labels
+            else:
+                inputs, labels = self._first_batch(split)
+            _check_finite(split, inputs)
+            if isinstance(labels, Tensor):
+                _check_pair(split, inputs[0], labels)
+                _check_range(split, labels, classes or self.class_count)
+
+    def _first_batch(self, split: Split) -> tuple[list[Tensor], Any]:
+        batch = next(iter(self.batches(split, 2)), None)
+        example, labels = unpack(batch)
+        values = example.values() if isinstance(example, Mapping) else example
+        inputs = [value for value in values if isinstance(value, Tensor)]
+        if not inputs:
+            raise DataError(
+                f"The {split} split must give batches of tensors, but its first batch is "
+                f"{'missing' if batch is None else type(batch).__name__}; check the loader."
+            )
+        return inputs, labels
+
+    def _source(self, split: Split) -> Source:
+        part = getattr(self, split) if split in get_args(Split) else None
+        if part is None:
+            raise DataError(
+                f"This needs the split {split!r}, but data {self.name!r} has only "
+                f"{[s for s in get_args(Split) if self.has(s)]}; give it to Data."
+            )
+        if isinstance(part, Tensors | Items | Batches):
+            return part
+        if is_pair(part):
+            return Tensors(part[0], part[1], self.mean, self.std, self.augment == "crop-flip")
+        indexed = is_indexed(part) and not isinstance(part, list | tuple)
+        return Items(part) if indexed else Batches(part)
+
+    def _inputs(self, count: int, seed: int, *, shuffle: bool) -> Example:
+        source: Source | None = self._source("train")
+        if isinstance(source, Batches):
+            stream = source.loader
+            source = source.items(seed) if shuffle else None
+            if source is None:
+                return gather((unpack(batch)[0] for batch in seeded(stream, seed)), count)
+        assert source is not None and not isinstance(source, Batches)
+        order = torch.arange(len(source))
+        if shuffle:
+            order = torch.randperm(len(source), generator=generator(seed))
+        return unpack(next(_batches(source, [order[:count]], None, seed)))[0]
+
+
+def last_tenth(source: Tensors | Items, seed: int) -> tuple[Any, Any]:
+    """Divide a source by a seeded permutation: nine tenths, and the last tenth or None."""
+    order = torch.randperm(len(source), generator=generator(seed))
+    first = len(order) - len(order) // 10
+    rest = source.take(order[first:]) if first < len(order) else None
+    return source.take(order[:first]), rest
+
+
+def _batches(
+    source: Tensors | Items, chunks: list[Tensor], moves: Tensor | None, key: int
+) -> Iterator[Any]:
+    made = (source.batch(rows, None if moves is None else moves[rows]) for rows in chunks)
+    return made if isinstance(source, Tensors) else seeded(made, key)
+
+
+def _slice(batches: Iterator[Any], start: int, stop: int | None) -> Iterator[Any]:
+    for number, batch in enumerate(batches):
+        if stop is not None and number >= stop:
+            return
+        if number >= start:
+            yield batch
+
+
+def _is_arrays(data: Any) -> bool:
+    arrays = isinstance(data, list | tuple) and len(data) == 2
+    return arrays and all(hasattr(part, "__array__") for part in data)
+
+
+def _check_pair(split: str, inputs: Tensor, labels: Tensor) -> None:
+    if not inputs.dim() or not labels.dim() or not len(inputs):
+        raise DataError(
+            f"The {split} split must hold at least one sample, but its inputs have shape "
+            f"{tuple(inputs.shape)}; check how it is made."
+        )
+    if len(inputs) != len(labels):
+        raise DataError(
+            f"The {split} split needs one label per input, but has {len(inputs)} inputs and "
+            f"{len(labels)} labels; make them equally long."
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise DataError(
+            f"Labels of the {split} split must be whole numbers (class indices), not "
+            f"{labels.dtype}; convert them with labels.long()."
+        )
+
+
+def _check_range(split: str, labels: Tensor, classes: int) -> None:
+    counted = labels[labels != IGNORED]
+    wrong = counted[(counted < 0) | (counted >= classes)] if classes else counted[counted < 0]
+    if wrong.numel():
+        raise DataError(
+            f"Labels of the {split} split must lie in 0..{max(classes, 1) - 1}, one for each of "
+            f"the {classes} outputs, but {int(wrong[0])} came; build the model with more classes "
+            "or correct the labels."
+        )
+
+
+def _check_finite(split: str, inputs: list[Tensor]) -> None:
+    for tensor in inputs:
+        if not tensor.is_floating_point() or bool(torch.isfinite(tensor).all()):
+            continue
+        rows = (~torch.isfinite(tensor)).flatten(1).any(1) if tensor.dim() > 1 else tensor != 0
+        raise DataError(
+            f"Inputs of the {split} split must be finite, but {int(rows.sum())} samples hold NaN "
+            f"or infinity, the first is number {int(rows.nonzero()[0])}; remove or mend them."
+        )
