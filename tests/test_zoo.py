@@ -1,0 +1,112 @@
+import io
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import needs_data
+from safetensors.torch import save_file
+from torch import nn
+
+from pliant import zoo
+from pliant.errors import ModelError
+
+PARAMETERS = {
+    "lenet5": 61_706,
+    "lenet5-wide": 602_266,
+    "resnet20": 269_722,
+    "resnet32": 464_154,
+    "resnet44": 658_586,
+    "resnet56": 853_018,
+    "resnet110": 1_727_962,
+    "vgg16-bn": 14_987_722,
+    "resnet18-cifar": 11_173_962,
+    "resnet18": 11_689_512,
+}
+
+
+@pytest.mark.parametrize("name", zoo.NETWORKS)
+def test_builds_and_runs(name: str) -> None:
+    network, model = zoo.NETWORKS[name], zoo.build(name, classes=7).eval()
+    with torch.no_grad():
+        out = model(*network.example(2 if network.input[-1] < 100 else 1))
+    assert out.shape[1:] == (7,)
+    assert out.isfinite().all()
+
+
+@pytest.mark.parametrize(("name", "count"), PARAMETERS.items())
+def test_parameters_are_the_published_ones(name: str, count: int) -> None:
+    with torch.device("meta"):
+        model = zoo.NETWORKS[name].build(zoo.NETWORKS[name].classes)
+    assert sum(p.numel() for p in model.parameters()) == count
+
+
+def test_wide_lenet_holds_the_kernel_of_the_paper() -> None:
+    kernel = zoo.build("lenet5-wide").get_parameter("extra.weight")
+    assert kernel.shape == (256, 128, 3, 3)
+
+
+def test_half_width() -> None:
+    model = zoo.build("vgg16-bn-half")
+    assert model.get_parameter("features.0.weight").shape == (32, 3, 3, 3)
+    assert model.get_parameter("classifier.0.weight").shape == (256, 256)
+
+
+def test_zero_padded_shortcut_by_hand() -> None:
+    block = zoo.resnet_cifar.Block(2, 4, 2).eval()
+    nn.init.zeros_(block.conv2.weight)
+    x = torch.rand(1, 2, 4, 4)
+    out = block(x)
+    assert torch.equal(out[:, 1:3], x[:, :, ::2, ::2])
+    assert not out[:, [0, 3]].any()
+
+
+@pytest.mark.parametrize("name", ["lenet5-wide", "resnet20", "resnet18-cifar"])
+def test_traces_and_exports(name: str) -> None:
+    model, example = zoo.build(name).eval(), zoo.NETWORKS[name].example(2)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(*example), model(*example))
+    batch = torch.export.Dim("batch", min=2)
+    program = torch.export.export(model, example, dynamic_shapes=({0: batch},))
+    torch.testing.assert_close(program.module()(*example), model(*example))
+
+
+def test_unknown_name_is_answered_with_near_ones() -> None:
+    with pytest.raises(ModelError, match="resnet20"):
+        zoo.build("resnet-20")
+    with pytest.raises(ModelError, match="at least 1 class"):
+        zoo.build("lenet5", classes=0)
+
+
+def test_weights_round_trip(tmp_path: Path) -> None:
+    first = zoo.build("resnet20")
+    state = {k: v for k, v in first.state_dict().items() if "num_batches" not in k}
+    save_file(state, tmp_path / "w.safetensors")
+    second = zoo.build("resnet20", weights=tmp_path / "w.safetensors")
+    x = zoo.NETWORKS["resnet20"].example(2)
+    assert torch.equal(first.eval()(*x), second.eval()(*x))
+    with pytest.raises(ModelError, match="number of classes"):
+        zoo.build("resnet20", classes=5, weights=tmp_path / "w.safetensors")
+    with pytest.raises(ModelError, match="misses 'layer1.3.conv1.weight'"):
+        zoo.build("resnet32", weights=tmp_path / "w.safetensors")
+    save_file(state | {"other": torch.zeros(1)}, tmp_path / "more.safetensors")
+    with pytest.raises(ModelError, match="foreign tensor 'other'"):
+        zoo.build("resnet20", weights=tmp_path / "more.safetensors")
+
+
+def test_pickles_and_broken_files_are_refused(tmp_path: Path) -> None:
+    buffer = io.BytesIO()
+    torch.save(zoo.build("lenet5").state_dict(), buffer)
+    for name in ("w.pt", "w.pth", "w.safetensors"):
+        (tmp_path / name).write_bytes(buffer.getvalue())
+    with pytest.raises(ModelError, match="pickled checkpoint can run code"):
+        zoo.build("lenet5", weights=tmp_path / "w.pt")
+    with pytest.raises(ModelError, match="must be a readable safetensors file"):
+        zoo.build("lenet5", weights=tmp_path / "w.safetensors")
+    with pytest.raises(ModelError, match="no weights file"):
+        zoo.build("lenet5", weights=tmp_path / "absent.safetensors")
+
+
+@pytest.mark.data
+@pytest.mark.parametrize("depth", [20, 32, 44, 56])
+def test_published_weights_load_as_they_are(depth: int) -> None:
+    weights = needs_data("pretrained") / f"resnet{depth}-cifar10.safetensors"
+    zoo.build(f"resnet{depth}", weights=weights)
