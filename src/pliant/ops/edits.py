@@ -69,28 +69,31 @@ class Factor:
     kernels: tuple[Tensor, ...] | None = field(default=None, compare=False, repr=False)
 
     def apply(self, model: nn.Module, *, weights: bool = True) -> Replaced:
+        """Put the smaller layers in the place of the dense one."""
         module = self._read(model)
         kernels = None
         if weights:
-            kernels = self.kernels or forms.decompose(
-                module.weight.detach(), self.form, self.ranks
-            )
+            kernels = self.kernels or forms.decompose(module.weight.detach(), self.form, self.ranks)
+        dense: Any = module.weight
         new = layers.factorized(module, self.form, self.ranks, kernels)
         layers.replace(model, self.layer, new)
-        added = tuple(child.weight for child in new)
-        return Replaced((module.weight,), added, lambda grad: _pull_back(grad, added, self.form))
+        added: tuple[Any, ...] = tuple(child.weight for child in new)
+        return Replaced((dense,), added, lambda grad: _pull_back(grad, added, self.form))
 
     def predict(self, before: LayerCost) -> LayerCost:
+        """Return the cost of the smaller layers together."""
         self._check(before.weight)
-        shapes = _kernel_shapes(before.weight, self.form, self.ranks)
+        shapes = forms.kernel_shapes(before.weight, self.form, self.ranks)
         positions = _positions(before, self.form)
         weights = [math.prod(shape) for shape in shapes]
+        first = sum(w * p for w, p in zip(weights, positions, strict=True))
+        dense = math.prod(before.weight) * positions[-1]
         bias = before.params - math.prod(before.weight)
         params = sum(weights) + bias
         return LayerCost(
             kind=self.form,
             params=params,
-            macs=before.calls * sum(w * p for w, p in zip(weights, positions, strict=True)),
+            macs=before.macs * first // dense if dense else 0,  # calls may differ in size
             bytes=params * before.bytes // max(before.params, 1),
             input=before.input,
             output=before.output,
@@ -104,23 +107,21 @@ class Factor:
             raise EditError(
                 f"The model has no layer {self.layer!r}: was it built as the one that was edited?"
             ) from None
-        good, reasons = layers.factorizable(model, only=(self.layer,)) if self.layer else ({}, {})
-        if self.layer not in good:
-            reason = reasons.get(self.layer, f"{type(module).__name__} has no factorized form")
-            raise EditError(f"{self.layer} cannot be factorized: {reason}.")
-        self._check(tuple(good[self.layer].weight.shape))
-        return good[self.layer]
+        if reason := layers.obstacle(model, self.layer):
+            raise EditError(f"{self.layer or 'The model'} cannot be factorized: {reason}.")
+        self._check(tuple(module.weight.shape))  # type: ignore[arg-type]
+        return module  # type: ignore[return-value]
 
     def _check(self, shape: tuple[int, ...]) -> None:
         if self.form not in forms.FORMS:
             raise EditError(
                 f"Unknown form {self.form!r} for {self.layer}: one of {', '.join(forms.FORMS)}."
             )
-        if self.form not in forms_of(shape):
+        if self.form not in forms.forms_for(shape):
             raise EditError(f"{self.layer} with weight {shape} has no {self.form} form.")
         highest = forms.max_ranks(shape, self.form)
         fit = len(self.ranks) == len(highest) and all(
-            isinstance(rank, int) and 1 <= rank <= most
+            type(rank) is int and 1 <= rank <= most
             for rank, most in zip(self.ranks, highest, strict=True)
         )
         if not fit:
@@ -128,27 +129,6 @@ class Factor:
                 f"Ranks {self.ranks} do not fit {self.layer}: {self.form} takes whole numbers "
                 f"from 1 to {highest}."
             )
-
-
-def forms_of(shape: Sequence[int]) -> tuple[str, ...]:
-    """Return the forms that a kernel of this shape can take."""
-    window = [size for size in shape[2:] if size > 1]
-    if not window:
-        return ("svd",)
-    return ("tucker2", "input", "output", "spatial") if len(window) > 1 else forms.FORMS[:3]
-
-
-def _kernel_shapes(
-    shape: Sequence[int], form: str, ranks: Sequence[int]
-) -> list[tuple[int, ...]]:
-    target, source, window = shape[0], shape[1], tuple(shape[2:])
-    if form == "tucker2":
-        return [(ranks[0], source), (ranks[1], ranks[0], *window), (target, ranks[1])]
-    if form == "input":
-        return [(ranks[0], source), (target, ranks[0], *window)]
-    if form == "spatial":
-        return [(ranks[0], source, window[0]), (target, ranks[0], *window[1:])]
-    return [(ranks[0], source, *window), (target, ranks[0])]
 
 
 def _positions(before: LayerCost, form: str) -> list[int]:
@@ -204,15 +184,31 @@ def from_json(rows: Any) -> list[Edit]:
 
 
 def _edit(row: Any) -> Edit:
-    if not isinstance(row, dict) or row.get("edit") not in EDITS:
-        name = row.get("edit") if isinstance(row, dict) else row
-        raise EditError(f"Unknown edit {name!r}: this version knows {', '.join(EDITS)}.")
-    kind = EDITS[row["edit"]]
+    name = row.get("edit") if isinstance(row, dict) else row
+    if not isinstance(row, dict) or not isinstance(name, str) or name not in EDITS:
+        raise EditError(f"Unknown edit {str(name)[:80]!r}: this version knows {', '.join(EDITS)}.")
+    kind = EDITS[name]
     values = {key: value for key, value in row.items() if key != "edit"}
-    expected = {f.name for f in fields(kind) if f.compare}
-    if set(values) != expected:
+    expected = {f.name: str(f.type) for f in fields(kind) if f.compare}
+    if set(values) != set(expected):
         raise EditError(
-            f"The edit {row['edit']} takes {', '.join(sorted(expected))}, "
-            f"not {', '.join(sorted(map(str, values)))}."
+            f"The edit {name} takes {', '.join(sorted(expected))}, "
+            f"not {', '.join(sorted(map(str, values)))[:200]}."
         )
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})  # type: ignore[no-any-return]
+    for key, value in values.items():
+        if not _FITS[expected[key]](value):
+            raise EditError(
+                f"{key} of the edit {name} must be of type {expected[key]}, "
+                f"not {str(value)[:80]!r}."
+            )
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+_FITS: dict[str, Callable[[Any], bool]] = {
+    "str": lambda value: isinstance(value, str),
+    "int": lambda value: type(value) is int,
+    "tuple[int, ...]": lambda value: (
+        isinstance(value, list | tuple) and all(type(item) is int for item in value)
+    ),
+}
+"""What a field of an edit may hold in a file, by its annotation; a bool is not a number."""

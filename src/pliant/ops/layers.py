@@ -71,6 +71,15 @@ def factorizable(
     return layers, reasons
 
 
+def obstacle(model: nn.Module, name: str) -> str | None:
+    """Say why the layer of this very name cannot be factorized, or None if it can.
+
+    Raises:
+        AttributeError: the model has no such module.
+    """
+    return _obstacle(model, name, model.get_submodule(name), _shared_weights(model))
+
+
 def _matches(name: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
@@ -201,6 +210,16 @@ def _conv(module: Any, source: int, target: int, axes: Sequence[int], *, bias: b
 
 
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put ``module`` in the place of the submodule called ``name``."""
-    parent, _, child = name.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    """Put ``module`` in the place of the submodule called ``name``.
+
+    The transformer blocks around it leave their fused inference path, which would read the
+    weight of a layer that is no longer there; the plain path computes the same.
+    """
+    *path, child = name.split(".")
+    setattr(model.get_submodule(".".join(path)), child, module)
+    for depth in range(len(path) + 1):
+        around = model.get_submodule(".".join(path[:depth]))
+        if isinstance(around, nn.TransformerEncoderLayer):
+            around.activation_relu_or_gelu = 0  # PyTorch's own sign for "cannot be fused"
+        if isinstance(around, nn.TransformerEncoder):
+            around.use_nested_tensor = False
