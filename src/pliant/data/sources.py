@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Subset, default_collate
+from torch.utils.data import DataLoader, IterableDataset, Subset, default_collate
 from torch.utils.data.distributed import DistributedSampler
 
 from pliant.cost import Example
@@ -162,7 +162,7 @@ def is_pair(part: Any) -> bool:
 
 def is_indexed(part: Any) -> bool:
     """Say whether something has a length and items by number."""
-    plain = not isinstance(part, str | bytes | Tensor | Mapping)
+    plain = not isinstance(part, str | bytes | Tensor | Mapping | IterableDataset)
     return plain and hasattr(part, "__len__") and hasattr(part, "__getitem__")
 
 
@@ -190,7 +190,8 @@ def seeded(batches: Iterable[Any], key: int) -> Iterator[Any]:
                 _seed(key)
             else:
                 _restore(states)
-            iterator = iterator or iter(batches)
+            if iterator is None:
+                iterator = iter(batches)
             batch = next(iterator)
             states = _random_states()
         except StopIteration:
