@@ -239,6 +239,10 @@ _PRODUCTS = {  # what multiplies and adds; the registry lacks vectors and attent
 class _Operations(TorchDispatchMode):
     """Sees matrix products and convolutions that no layer with a formula accounts for."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # skipping it means importing it: two seconds for nothing
+
     def __init__(self, watch: _Watch) -> None:
         super().__init__()
         self.watch = watch
