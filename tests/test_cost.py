@@ -223,6 +223,15 @@ def test_named_inputs() -> None:
     assert rows["lin"].macs == 8
 
 
+def test_compiled_model_costs_what_it_is_made_of() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), nn.ReLU())
+    x = (torch.zeros(2, 4),)
+    compiled = torch.compile(model, backend="eager")
+    compiled(*x)
+    assert cost(compiled, x) == cost(model, x)
+    assert torch.compiler.is_compiling() is False
+
+
 def test_lazy_parameters_are_refused() -> None:
     with pytest.raises(ModelError, match="lazy"):
         cost(nn.LazyLinear(3), (torch.zeros(1, 4),))

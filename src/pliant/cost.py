@@ -8,8 +8,9 @@ or multiplies matrices is named in `Cost.uncounted`, so a missing number is neve
 """
 
 import math
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -119,8 +120,6 @@ def call(model: nn.Module, example: Example) -> Any:
     return model(**example) if isinstance(example, Mapping) else model(*example)
 
 
-# ---------------------------------------------------------------- formulas: MACs of one call
-
 Formula = Callable[[Any, list[Tensor], list[Tensor]], int]
 
 
@@ -178,9 +177,6 @@ _FORMULAS: tuple[tuple[tuple[type[nn.Module], ...], Formula], ...] = (
 
 def _formula(layer: nn.Module) -> Formula | None:
     return next((formula for kinds, formula in _FORMULAS if isinstance(layer, kinds)), None)
-
-
-# ---------------------------------------------------------------- measuring
 
 
 @dataclass
@@ -305,7 +301,7 @@ def _row(layer: nn.Module, seen: _Seen) -> LayerCost:
 
 @contextmanager
 def _measuring(model: nn.Module) -> Iterator[None]:
-    """Eval mode, no gradients, no fused attention kernel that would skip the hooks."""
+    """Eval mode, no gradients, no compiled code or fused attention that would skip the hooks."""
     flags = [(module, module.training) for module in model.modules()]
     fused = torch.backends.mha.get_fastpath_enabled()
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
@@ -313,7 +309,7 @@ def _measuring(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(False)
         for module, _ in flags:
             module.training = False
-        with torch.random.fork_rng(devices=devices), torch.no_grad():
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), _uncompiled():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
@@ -321,7 +317,10 @@ def _measuring(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-# ---------------------------------------------------------------- who owns what
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Run compiled models as they are written; without the compiler loaded there are none."""
+    loaded = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if loaded else nullcontext()
 
 
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -354,8 +353,7 @@ def _subtree(layer: nn.Module) -> Iterator[nn.Module]:
 
 
 def _own(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
-    for module in modules:
-        yield from module.parameters(recurse=False)
+    return (parameter for module in modules for parameter in module.parameters(recurse=False))
 
 
 def _saved(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
@@ -383,9 +381,6 @@ def _refuse_lazy(model: nn.Module) -> None:
             )
 
 
-# ---------------------------------------------------------------- nested values
-
-
 def _first(value: Any, device: torch.device | None) -> Any:
     """The first row of every tensor in a nested value, on a device."""
     if isinstance(value, Tensor):
@@ -401,9 +396,6 @@ def _first(value: Any, device: torch.device | None) -> Any:
 def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from _tensors(item)
-    elif isinstance(value, list | tuple):
-        for item in value:
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
             yield from _tensors(item)
