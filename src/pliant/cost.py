@@ -196,7 +196,7 @@ class _Watch:
     seen: dict[str, _Seen] = field(default_factory=dict)
     stack: list[str] = field(default_factory=list)
     inside: int = 0  # how many layers with a formula are running
-    strays: dict[str, None] = field(default_factory=dict)
+    strays: set[str] = field(default_factory=set)
 
     def enter(self, name: str, *, known: bool) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
@@ -221,7 +221,7 @@ class _Watch:
     def stray(self) -> None:
         """Note that arithmetic ran outside every layer that has a formula."""
         if not self.inside:
-            self.strays.setdefault(self.stack[-1] if self.stack else "")
+            self.strays.add(self.stack[-1] if self.stack else "")
 
 
 _ATEN = torch.ops.aten
@@ -258,22 +258,21 @@ def _measure(model: nn.Module, example: Example) -> tuple[dict[str, LayerCost], 
     with _measuring(model), ExitStack() as hooks:
         for name, module in _modules(model):
             formula = _formula(module) if name in layers else None
-            known = formula is not None
-            enter = module.register_forward_pre_hook(watch.enter(name, known=known))
+            entered = watch.enter(name, known=formula is not None)
+            enter = module.register_forward_pre_hook(entered)
             hooks.callback(enter.remove)
             leave = module.register_forward_hook(watch.leave(name, formula), with_kwargs=True)
             hooks.callback(leave.remove)
         _run(model, example, watch)
         rows = {n: _row(layer, watch.seen.get(n, _Seen(calls=0))) for n, layer in layers.items()}
     unknown = {name for name, layer in layers.items() if _formula(layer) is None}
-    strays = unknown | set(watch.strays)
-    root = type(model).__name__
-    return rows, tuple(name or root for name, _ in model.named_modules() if name in strays)
+    named = [name for name, _ in model.named_modules() if name in unknown | watch.strays]
+    return rows, tuple(name or type(model).__name__ for name in named)
 
 
 def _run(model: nn.Module, example: Example, watch: _Watch) -> None:
-    where = next((t.device for t in (*model.parameters(), *model.buffers())), None)
-    sample = _first(example, where)
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), None)
+    sample = _first(example, device)
     try:
         with _Operations(watch):
             call(model, sample)
@@ -358,10 +357,9 @@ def _own(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
 
 def _saved(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
     """Parameters and persistent buffers, each tensor once."""
-    modules = list(modules)
     buffers = (
         buffer
-        for module in modules
+        for module in (modules := list(modules))
         for name, buffer in module._buffers.items()
         if buffer is not None and name not in module._non_persistent_buffers_set
     )
