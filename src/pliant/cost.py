@@ -357,13 +357,14 @@ def _own(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
 
 def _saved(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
     """Parameters and persistent buffers, each tensor once."""
+    owners = list(modules)
     buffers = (
         buffer
-        for module in (modules := list(modules))
-        for name, buffer in module._buffers.items()
-        if buffer is not None and name not in module._non_persistent_buffers_set
+        for owner in owners
+        for name, buffer in owner._buffers.items()
+        if buffer is not None and name not in owner._non_persistent_buffers_set
     )
-    return _unique([*_own(modules), *buffers])
+    return _unique([*_own(owners), *buffers])
 
 
 def _unique(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
