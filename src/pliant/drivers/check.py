@@ -1,0 +1,95 @@
+"""Refuses what cannot be trained before it is trained, and says what went wrong where it did."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pliant.data import Data, unpack
+from pliant.drivers.score import device_of, forward, logits, moved
+from pliant.errors import DataError, MethodError, PliantError
+from pliant.method import uses
+from pliant.run import Run
+
+TRAINING = ("loss", "penalty", "before_step", "after_step", "after_epoch")
+
+
+def trains(run: Run) -> bool:
+    """Say whether the run's method does anything while the network trains."""
+    return any(uses(run.method, hook) for hook in TRAINING)
+
+
+def check_steps(run: Run, steps: int | None = None) -> None:
+    """Refuse a run whose method plans by its steps and was told none, or others.
+
+    Args:
+        run: as it was started.
+        steps: optimizer steps of the training, None where only the trainer knows.
+
+    Raises:
+        MethodError: `start` was given no steps, or others.
+    """
+    wrong = run.steps == 0 if steps is None else run.steps != steps
+    if wrong and steps != 0 and trains(run):
+        wanted = "steps=..." if steps is None else f"steps={steps}"
+        raise MethodError(
+            f"{type(run.method).__name__} works while the network trains and plans by the number "
+            f"of optimizer steps, but the run was started for {run.steps}; call "
+            f"pliant.start(..., {wanted})."
+        )
+
+
+def check_data(model: nn.Module, data: Data) -> None:
+    """Refuse data that does not fit the model, by one forward call with one sample.
+
+    Raises:
+        ModelError: the model fails on the inputs.
+        DataError: samples are missing or not finite, labels lie outside of the model's outputs.
+    """
+    if not data.has("train"):
+        raise DataError("Training needs the train split, but the data has none; give it to Data.")
+    flags = {module: module.training for module in model.modules()}
+    try:
+        with torch.no_grad():
+            inputs = moved(data.example(), device_of(model))
+            model.eval()
+            output = logits(forward(model, inputs))
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+    data.check(output.shape[1] if output.dim() == 2 else None)
+
+
+def not_finite(model: nn.Module, batch: Any = None) -> str:
+    """Say which layer first gives an output that is not finite, or holds such a weight.
+
+    The batch goes through the model once more, in the order of its layers; statistics and the
+    random state may move, so call it where training is over.
+    """
+    seen: list[str] = []
+
+    def hook(name: str) -> Any:
+        def look(module: nn.Module, inputs: Any, output: Any) -> None:
+            if not seen and isinstance(output, Tensor) and not bool(torch.isfinite(output).all()):
+                seen.append(name)
+
+        return look
+
+    leaves = [(name, m) for name, m in model.named_modules() if name and not list(m.children())]
+    handles = [module.register_forward_hook(hook(name)) for name, module in leaves]
+    try:
+        if batch is not None:
+            with torch.no_grad():
+                forward(model, unpack(batch)[0])
+    except PliantError:
+        pass  # the loss is what is being explained
+    finally:
+        for handle in handles:
+            handle.remove()
+    broken = [name for name, p in model.named_parameters() if not bool(torch.isfinite(p).all())]
+    if seen:
+        weights = f", whose weights ({broken[0]}) are not finite" if broken else ""
+        return f"the first layer with an output that is not finite is {seen[0]}{weights}"
+    if broken:
+        return f"the first weight that is not finite is {broken[0]}"
+    return "every layer's output is finite, so it is the loss itself"

@@ -1,0 +1,96 @@
+"""The machine a training runs on: devices, processes, memory layout, random states."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pliant.data import Train
+from pliant.errors import TrainingError
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+
+def fabric_of(train: Train) -> "Fabric":
+    """Set up the devices of a plan; imported here, since the import takes its time."""
+    from lightning_fabric import Fabric
+
+    if train.devices > 1 and "LOCAL_RANK" not in os.environ:
+        raise TrainingError(
+            f"Training on {train.devices} devices needs as many processes, but this one is alone; "
+            f"start the script with torchrun --nproc-per-node {train.devices}."
+        )
+    kind, _, index = train.device.partition(":")
+    world = int(os.environ.get("WORLD_SIZE", train.devices)) if train.devices > 1 else 1
+    try:
+        fabric = Fabric(
+            accelerator=kind,
+            devices=[int(index)] if index else train.devices,
+            num_nodes=max(1, world // train.devices),
+            strategy="ddp" if train.devices > 1 else "auto",
+            precision=train.precision,  # type: ignore[arg-type]  # checked by Train
+        )
+        fabric.launch()
+    except Exception as error:
+        raise TrainingError(
+            f"Training needs a device {train.device!r} that can do {train.precision}, but there is "
+            f"none: {error}; use device='cpu', precision='32-true'."
+        ) from error
+    return fabric
+
+
+@contextmanager
+def fast_layout(model: nn.Module) -> Iterator[None]:
+    """Keep kernels of 2-d convolutions in channels_last, if they are not there already."""
+    convs = any(isinstance(module, nn.Conv2d) for module in model.modules())
+    kernels = [p for p in model.parameters() if p.dim() == 4] if convs else []
+    done = all(p.is_contiguous(memory_format=torch.channels_last) for p in kernels)
+    for kernel in kernels:
+        kernel.data = kernel.data.contiguous(memory_format=torch.channels_last)
+    try:
+        yield
+    finally:
+        for kernel in [p for p in model.parameters() if p.dim() == 4 and not done]:
+            kernel.data = kernel.data.contiguous()
+
+
+@contextmanager
+def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
+    """Seed the global random state for a while, and put the caller's back."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+def agree(fabric: "Fabric", model: nn.Module) -> None:
+    """Give all processes the weights and statistics of process 0."""
+    if fabric.world_size > 1:
+        for tensor in (*model.parameters(), *model.buffers()):
+            torch.distributed.broadcast(tensor.detach(), 0)
+
+
+def mean(fabric: "Fabric", value: float) -> float:
+    """Average a number over all processes."""
+    shared: Any = fabric.all_reduce(torch.tensor(value, device=fabric.device), reduce_op="mean")
+    return float(shared) if fabric.world_size > 1 else value
+
+
+def random_states(fabric: "Fabric") -> list[Tensor]:
+    """Collect the random states of all processes, one a row: the CPU's and CUDA's."""
+    states = [torch.get_rng_state()]
+    if fabric.device.type == "cuda":
+        states.append(torch.cuda.get_rng_state(fabric.device))
+    gathered: list[Any] = [fabric.all_gather(state.to(fabric.device)) for state in states]
+    return [rows.cpu().view(fabric.world_size, -1) for rows in gathered]
+
+
+def restore_random(fabric: "Fabric", saved: list[Tensor]) -> None:
+    """Put back what `random_states` collected, as far as this machine is like that one."""
+    states = [rows[fabric.global_rank % len(rows)] for rows in saved]
+    torch.set_rng_state(states[0])
+    if fabric.device.type == "cuda" and len(states) > 1:
+        torch.cuda.set_rng_state(states[1], fabric.device)

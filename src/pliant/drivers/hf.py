@@ -1,0 +1,157 @@
+"""Compresses inside the Trainer of Transformers, by a callback.
+
+run = pliant.start(model, method, budget, example=example, steps=1000)
+trainer = Trainer(
+    model,
+    TrainingArguments("out", max_steps=1000),
+    train_dataset=dataset,
+    callbacks=[PliantCallback(run)],
+    compute_loss_func=loss_function(run),  # only for methods that use outputs
+)
+trainer.train()
+"""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from pliant.data import IGNORED
+from pliant.drivers.check import check_steps
+from pliant.drivers.score import task_loss
+from pliant.errors import TrainingError, require
+from pliant.run import Run
+
+FILE = "pliant.pt"
+
+if TYPE_CHECKING:
+    _Callback = object
+else:
+    _Callback = require("transformers", "transformers").TrainerCallback
+
+
+class PliantCallback(_Callback):
+    """Calls a run's hooks from the Trainer of Transformers.
+
+    The Trainer clips gradients (``max_grad_norm``, 1.0 unless you say otherwise) before its hook,
+    so the method's penalty is not clipped. Its checkpoints get a file of the run's, from which
+    ``restore`` resumes.
+
+    Args:
+        run: from ``pliant.start(..., steps=...)``; its model is the Trainer's or a part of it.
+
+    Raises:
+        MethodError: the run was started without steps and its method needs them.
+    """
+
+    def __init__(self, run: Run) -> None:
+        check_steps(run)
+        self.run = run
+        self._edits = len(run.edits)
+
+    def restore(self, checkpoint: str | Path) -> None:
+        """Bring a fresh run to a checkpoint of the Trainer; its edits are replayed.
+
+        Call it before the optimizer is made and before
+        ``trainer.train(resume_from_checkpoint=checkpoint)``, which loads the weights.
+
+        Raises:
+            TrainingError: the folder holds no state of a run.
+        """
+        path = Path(checkpoint) / FILE
+        if not path.exists():
+            raise TrainingError(
+                f"{path} must hold the state of the run, but is not there; resume from a "
+                "checkpoint that was written while compressing."
+            )
+        self.run.load_state_dict(torch.load(path, weights_only=True))
+        self._edits = len(self.run.edits)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Give the run the Trainer's optimizer, so that its state follows every edit.
+
+        Raises:
+            TrainingError: the Trainer resumes and the run was not restored.
+        """
+        if state.global_step != self.run.step:
+            raise TrainingError(
+                f"The Trainer begins at step {state.global_step}, but the run is at step "
+                f"{self.run.step}; call PliantCallback.restore(checkpoint) before train()."
+            )
+        optimizer = kwargs.get("optimizer")
+        if self.run.optimizer is None and optimizer is not None:
+            self.run.optimizer = getattr(optimizer, "optimizer", optimizer)
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Gradients are complete."""
+        self.run.before_step()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Weights have moved."""
+        self.run.after_step()
+        self._check_edits(args)
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """One pass over the data is over."""
+        self.run.after_epoch()
+        self._check_edits(args)
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Put the run beside the Trainer's checkpoint."""
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and folder.is_dir():
+            torch.save(self.run.state_dict(), folder / FILE)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Finish the run; whether the budget is met is for the caller to see."""
+        self.run.finish(strict=False)
+
+    def _check_edits(self, args: Any) -> None:
+        edited, self._edits = len(self.run.edits) > self._edits, len(self.run.edits)
+        if edited and args.world_size > 1:
+            raise TrainingError(
+                "A layer was replaced while the Trainer works on several devices, but its wrapper "
+                "averages the old layer's gradients only; train on one device, or with "
+                "pliant.compress, which wraps anew."
+            )
+
+
+def loss_function(
+    run: Run, criterion: Callable[[Any, Any], Tensor] = task_loss
+) -> Callable[..., Tensor]:
+    """Make the ``compute_loss_func`` of a Trainer, for methods that use the outputs.
+
+    The batch that the method sees is what the network got, with the labels. In evaluation the
+    loss is the task's. With gradient accumulation every batch counts by its labels.
+
+    Args:
+        run: the run of the callback.
+        criterion: mean loss of (outputs, labels); cross-entropy of the logits by default. A
+            language model needs one that shifts its labels.
+    """
+    seen: dict[str, Any] = {}
+
+    def look(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        seen["inputs"] = (args, dict(kwargs))
+
+    run.hook(run.model.register_forward_pre_hook(look, with_kwargs=True))
+
+    def loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
+        task = criterion(outputs, labels)
+        args, kwargs = seen.pop("inputs", ((), {}))
+        if run.model.training:
+            batch = {**kwargs, "labels": labels} if kwargs else (*args, labels)
+            task = run.loss(task, _output(outputs, kwargs), batch)
+        if num_items_in_batch is None:
+            return task
+        return task * ((labels != IGNORED).sum() / num_items_in_batch)
+
+    return loss
+
+
+def _output(outputs: Any, kwargs: Mapping[str, Any]) -> Any:
+    """Give what a loop of one's own would: the logits, where the network got plain tensors."""
+    found = outputs.get("logits") if isinstance(outputs, Mapping) else None
+    return outputs if kwargs or found is None else found

@@ -1,0 +1,145 @@
+"""Compresses inside Lightning's Trainer, by a callback.
+
+    run = pliant.start(net, method, budget, data=data, steps=1000)
+
+    class Module(LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = run.model
+
+        def training_step(self, batch, index):
+            output = self.net(batch[0])
+            loss = cross_entropy(output, batch[1])
+            return run.loss(loss, output, batch)  # needed by methods that use outputs, else free
+
+    trainer = Trainer(max_steps=1000, callbacks=[PliantCallback(run)])
+    trainer.fit(Module(), loader)
+
+Both ``lightning.pytorch`` and the standalone ``pytorch_lightning`` are served: import yours first.
+"""
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+from pliant.drivers.check import check_steps
+from pliant.errors import TrainingError, require
+from pliant.run import Run
+
+_PACKAGES = ("lightning.pytorch", "pytorch_lightning")
+
+
+def _base() -> Any:
+    """Return the Callback of the package in use; with both in use, a child of both."""
+    used = [name for name in _PACKAGES if name in sys.modules]
+    kinds = [require(name, "lightning").Callback for name in used or _PACKAGES[:1]]
+    return type("Callback", tuple(dict.fromkeys(kinds)), {})
+
+
+if TYPE_CHECKING:
+    _Callback = object
+else:
+    _Callback = _base()
+
+
+class PliantCallback(_Callback):
+    """Calls a run's hooks from Lightning's Trainer, with automatic optimization and one optimizer.
+
+    Lightning clips gradients after its hooks, so there the method's penalty is clipped too; in
+    the plain loop and in Transformers it is not.
+
+    A checkpoint of the Trainer holds the run. To resume, start the run anew with the same
+    arguments and call ``trainer.fit(..., ckpt_path=...)``: edits are replayed just before the
+    Trainer loads weights into the changed shapes. Checkpoints at the end of an epoch give the
+    same result as an undisturbed training if the loader does; Lightning itself does not repeat
+    the order of batches within an epoch.
+
+    Args:
+        run: from ``pliant.start(..., steps=...)``; its model is the LightningModule or a part.
+
+    Raises:
+        MethodError: the run was started without steps and its method needs them.
+    """
+
+    def __init__(self, run: Run) -> None:
+        check_steps(run)
+        super().__init__()
+        self.run = run
+        self._steps = 0  # of the Trainer, at the last hook
+        self._edits = len(run.edits)
+
+    @property
+    def state_key(self) -> str:
+        """Name this callback in a checkpoint, whichever package it is a child of."""
+        return "PliantCallback"
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the run, for the Trainer's checkpoint."""
+        return self.run.state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Bring the run to a saved point; a second time changes nothing."""
+        self.run.load_state_dict(state_dict)
+        self._edits = len(self.run.edits)
+
+    def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Ask to be called before weights are loaded: the last moment to replay edits."""
+        self._loading = pl_module.register_load_state_dict_pre_hook(
+            lambda *_: self._replay(trainer) if trainer.ckpt_path else None
+        )
+
+    def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
+        """Leave no hook in the LightningModule."""
+        self._loading.remove()
+
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """Give the run the Trainer's optimizer, so that its state follows every edit."""
+        self._loading.remove()
+        if self.run.optimizer is None and trainer.optimizers:
+            self.run.optimizer = trainer.optimizers[0]
+        self._steps = trainer.global_step
+
+    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
+        """Gradients are complete."""
+        self.run.before_step()
+
+    def on_train_batch_end(
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Weights have moved, unless gradients are still being accumulated."""
+        if trainer.global_step == self._steps:
+            return
+        self._steps = trainer.global_step
+        self.run.after_step()
+        self._check_edits(trainer)
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        """One pass over the data is over."""
+        self.run.after_epoch()
+        self._check_edits(trainer)
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        """Finish the run; whether the budget is met is for the caller to see."""
+        self.run.finish(strict=False)
+
+    def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
+        """Leave no hook in the network."""
+        self.run.close()
+        self._loading.remove()
+
+    def _replay(self, trainer: Any) -> None:
+        saved = trainer.strategy.load_checkpoint(trainer.ckpt_path).get("callbacks", {})
+        if self.state_key not in saved:
+            raise TrainingError(
+                f"{trainer.ckpt_path} must hold the state of PliantCallback, but was written "
+                "without it; resume from one that was written while compressing."
+            )
+        self.load_state_dict(saved[self.state_key])
+
+    def _check_edits(self, trainer: Any) -> None:
+        edited, self._edits = len(self.run.edits) > self._edits, len(self.run.edits)
+        if edited and trainer.world_size > 1:
+            raise TrainingError(
+                "A layer was replaced while Lightning trains on several devices, but its wrapper "
+                "averages the old layer's gradients only; train on one device, or with "
+                "pliant.compress, which wraps anew."
+            )

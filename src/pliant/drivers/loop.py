@@ -1,0 +1,417 @@
+"""The training loop of `compress` and the command line, on Lightning Fabric."""
+
+import gc
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from pliant.data import Data, Train, unpack
+from pliant.drivers import checkpoint
+from pliant.drivers.check import check_data, check_steps, not_finite, trains
+from pliant.drivers.devices import (
+    agree,
+    fabric_of,
+    fast_layout,
+    mean,
+    own_randomness,
+    random_states,
+    restore_random,
+)
+from pliant.drivers.score import Score, distillation, evaluate, forward, task_loss
+from pliant.errors import DataError, TrainingError
+from pliant.method import uses
+from pliant.run import Run
+
+if TYPE_CHECKING:
+    from lightning_fabric import Fabric
+
+__all__ = ["Score", "evaluate", "fit", "optimizer_of", "rate"]
+
+Watch = Callable[[dict[str, Any]], None]
+SEARCH, FINETUNE, DONE = 0, 1, 2  # the phases of a training, in order
+
+
+def fit(
+    run: Run,
+    data: Data,
+    train: Train,
+    *,
+    folder: Path | None = None,
+    resume: bool = False,
+    watch: Watch | None = None,
+    teacher: nn.Module | None = None,
+) -> None:
+    """Train a run's network with its method, finish the run, and fine-tune the result.
+
+    First come `train.epochs` with the hooks of the method, then `run.finish(strict=False)`, then
+    `train.finetune` plain epochs with an optimizer and a schedule of their own. Every epoch adds
+    a row to the run's log: loss, lr, seconds, and accuracy and val_loss if there is a validation
+    split. Random numbers of the network (dropout) are seeded by the run's seed; the caller's
+    random state stays untouched. Networks with 2-d convolutions are trained in channels_last,
+    which is faster, and come back in the layout in which they came.
+
+    The gradient is clipped before the method adds its own, so a penalty is never clipped.
+
+    With `train.devices` above 1, start this in every process (torchrun): batches are divided,
+    gradients averaged, and after each epoch all take the weights and statistics of rank 0.
+
+    Args:
+        run: from `start(..., steps=...)` with the steps of `train.epochs`.
+        data: its training split, and a validation split for the log.
+        train: how long and how.
+        folder: where a checkpoint is kept, replaced after every epoch and, if asked, every
+            `train.checkpoint_every` steps. None keeps none.
+        resume: go on from the checkpoint of `folder`, if there is one; the final weights are
+            those of an undisturbed run.
+        watch: called after every step with phase, step, steps, epoch, epochs, loss, lr and
+            seconds_left.
+        teacher: the dense network, for `train.distill` while fine-tuning.
+
+    Raises:
+        DataError: data and network do not fit.
+        ModelError: the network fails in forward.
+        MethodError: the run was started for another number of steps.
+        TrainingError: loss or weights are not finite, the checkpoint is another run's, or
+            processes or teacher are missing.
+        KeyboardInterrupt: after the checkpoint was written.
+    """
+    fabric = fabric_of(train)
+    per_epoch = data.steps(train.batch, fabric.world_size) if data.has("train") else 0
+    steps = (train.steps(per_epoch), train.steps(per_epoch, finetune=True))
+    if train.distill and train.finetune and teacher is None:
+        raise TrainingError(
+            "Distillation needs the dense network, but none came; pass teacher=, or distill=0."
+        )
+    if any(steps) or not data.has("train"):
+        check_data(run.model, data)
+    check_steps(run, steps[SEARCH])
+    training = _Training(run, data, train, fabric, folder, watch, teacher, per_epoch, steps)
+    with fast_layout(run.model), own_randomness(run.seed + fabric.global_rank, fabric.device):
+        try:
+            training.begin(resume=resume)
+            training.go()
+        except KeyboardInterrupt:
+            if training.clean:
+                training.save()
+            raise
+        finally:
+            run.close()
+
+
+def optimizer_of(model: nn.Module, train: Train) -> Optimizer:
+    """Make the optimizer of a plan, for all parameters that train.
+
+    Weight decay is on all of them, biases and BatchNorm included, as in the papers' SGD.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if train.optimizer == "adamw":
+        return AdamW(parameters, lr=train.lr, weight_decay=train.weight_decay)
+    return SGD(
+        parameters,
+        lr=train.lr,
+        momentum=train.momentum,
+        weight_decay=train.weight_decay,
+        nesterov=train.nesterov and train.momentum > 0,
+    )
+
+
+def rate(train: Train, step: int, steps: int) -> float:
+    """Return the learning rate of a step, counted from 0: a function of nothing else."""
+    warm = round(train.warmup * steps)
+    if step < warm:
+        return train.lr * (step + 1) / warm
+    if train.schedule == "cosine":
+        return train.lr * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))) / 2
+    if train.schedule == "step":
+        return train.lr * 0.1 ** ((2 * step >= steps) + (4 * step >= 3 * steps))
+    return train.lr
+
+
+@dataclass
+class _Place:
+    """Where a training stands: all that its position is made of."""
+
+    phase: int = SEARCH
+    epoch: int = 0  # of the phase
+    batch: int = 0  # of the epoch
+    step: int = 0  # of the phase
+    total: float = 0.0  # sum of the epoch's losses
+    ended: bool = False  # the epoch's last hook was called
+    seconds: float = 0.0  # spent on the epoch
+
+
+@dataclass
+class _Training:
+    run: Run
+    data: Data
+    train: Train
+    fabric: "Fabric"
+    folder: Path | None
+    watch: Watch | None
+    teacher: nn.Module | None
+    per_epoch: int
+    phase_steps: tuple[int, int]
+    place: _Place = field(default_factory=_Place)
+    module: Any = None
+    optimizer: Optimizer | None = None
+    wrapped: int = -1  # edits that the wrapped module knows
+    clean: bool = False  # between two steps: what is saved now can be resumed
+    identity: dict[str, str] = field(default_factory=dict)
+    began: float = 0.0
+    taken: int = 0  # steps since then
+
+    @property
+    def hooks(self) -> bool:
+        return self.place.phase == SEARCH
+
+    @property
+    def steps(self) -> int:
+        return self.phase_steps[self.place.phase]
+
+    @property
+    def name(self) -> str:
+        return ("search" if trains(self.run) else "train") if self.hooks else "finetune"
+
+    def begin(self, *, resume: bool) -> None:
+        """Set up the first phase, or stand where the checkpoint stood."""
+        if self.folder is not None:
+            self.identity = checkpoint.identity(self.run, self.data, self.train)
+        elif resume:
+            raise TrainingError("Resuming needs the folder of the checkpoint; pass folder=.")
+        saved = checkpoint.read(self.folder, self.identity) if resume and self.folder else None
+        self.fabric.to_device(self.run.model)
+        if self.teacher is not None:
+            self.teacher = self.fabric.to_device(self.teacher.eval())
+        if saved is None:
+            self._set_up()
+        else:
+            self._restore(saved)
+        self.began = time.monotonic()
+
+    def go(self) -> None:
+        """Go through the phases that are left."""
+        if self.place.phase == SEARCH:
+            self._epochs()
+            self.clean = False
+            agree(self.fabric, self.run.model)
+            self.run.finish(strict=False)
+            self.place = _Place(FINETUNE)
+            self._set_up()
+            self.save()
+        if self.place.phase == FINETUNE:
+            self._epochs()
+            agree(self.fabric, self.run.model)
+            self.place = _Place(DONE)
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint; process 0 writes for all."""
+        if self.folder is None:
+            return
+        broken = [n for n, p in self.run.model.named_parameters() if not torch.isfinite(p).all()]
+        if broken:
+            raise TrainingError(self._lost(not_finite(self.run.model)))
+        random = random_states(self.fabric)
+        if self.fabric.is_global_zero:
+            content = {
+                "identity": self.identity,
+                "place": vars(self.place),
+                "run": self.run.state_dict(),
+                "model": self.run.model.state_dict(),
+                "optimizer": self.optimizer.state_dict() if self.optimizer else None,
+                "random": random,
+            }
+            checkpoint.write(self.folder, content)
+        self.fabric.barrier()
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        """Edits first, with shapes only; then the tensors."""
+        self.place = _Place(**saved["place"])
+        if self.place.phase == SEARCH:
+            self._set_up()
+        self.run.load_state_dict(saved["run"])
+        self.run.model.load_state_dict(saved["model"])
+        if self.place.phase == FINETUNE:
+            self._set_up()
+        if self.optimizer is not None and saved["optimizer"] is not None:
+            self.optimizer.load_state_dict(saved["optimizer"])
+        restore_random(self.fabric, saved["random"])
+        self.clean = True
+
+    def _set_up(self) -> None:
+        """Give the phase an optimizer of its own."""
+        self.optimizer = optimizer_of(self.run.model, self.train)
+        self.run.optimizer = self.optimizer
+        self.wrapped = -1
+        self.clean = True
+
+    def _epochs(self) -> None:
+        while self.place.step < self.steps or self.place.batch:
+            self._epoch()
+
+    def _epoch(self) -> None:
+        """Train one epoch, or what a checkpoint or a fraction leaves of it."""
+        place, began = self.place, time.monotonic() - self.place.seconds
+        last = min(self.per_epoch, place.batch + self.steps - place.step)
+        self.run.model.train()
+        for batch in self._batches() if place.batch < last else ():
+            with self._whole():
+                loss = self._step(batch)
+                place.batch, place.step = place.batch + 1, place.step + 1
+                place.total, place.seconds = place.total + loss, time.monotonic() - began
+            every = self.train.checkpoint_every
+            if every and place.step % every == 0 and place.batch < last:
+                self.save()
+            self._show(loss)
+            if place.batch == last:
+                break
+        if place.batch < last:
+            raise DataError(
+                f"The loader must give as many batches as its length says, {self.per_epoch}, but "
+                f"epoch {place.epoch} ended after {place.batch}; correct its __len__."
+            )
+        self._end_epoch()
+
+    def _batches(self) -> Iterator[Any]:
+        return self.data.batches(
+            "train",
+            self.train.batch,
+            seed=self.run.seed,
+            epoch=self.place.epoch + self.place.phase * math.ceil(self.train.epochs),
+            augment=True,
+            shuffle=True,
+            rank=self.fabric.global_rank,
+            world=self.fabric.world_size,
+            start=self.place.batch,
+        )
+
+    def _step(self, batch: Any) -> float:
+        """Take one optimizer step, with the hooks of the method while it searches."""
+        optimizer, plugin = self.optimizer, self.fabric.strategy.precision
+        assert optimizer is not None
+        for group in optimizer.param_groups:
+            group["lr"] = rate(self.train, self.place.step, self.steps)
+        optimizer.zero_grad()
+        batch = self.fabric.to_device(batch)
+        task, loss = self._loss(batch)
+        if not math.isfinite(value := float(loss.detach())):
+            why = not_finite(self.run.model, batch)
+            raise TrainingError(self._lost(f"the loss is {value}, and {why}"))
+        self.fabric.backward(loss)
+        plugin.unscale_gradients(optimizer)  # of 16-mixed only
+        if self.train.clip is not None:
+            nn.utils.clip_grad_norm_(self.run.model.parameters(), self.train.clip)
+        if self.hooks:
+            self.run.before_step()
+        self.fabric.strategy.optimizer_step(optimizer)
+        if self.hooks:
+            self.run.after_step()
+        return float(task.detach())
+
+    def _loss(self, batch: Any) -> tuple[Tensor, Tensor]:
+        """Return the loss of the task, and the one to differentiate."""
+        inputs, labels = unpack(batch)
+        output = forward(self._wrapped(), inputs)
+        task = loss = task_loss(output, labels)
+        if self.hooks and uses(self.run.method, "loss"):
+            loss = self.run.loss(task, output, batch)
+        elif not self.hooks and self.train.distill and self.teacher is not None:
+            with torch.no_grad(), self.fabric.autocast():
+                target = forward(self.teacher, inputs)
+            gap = distillation(output, target, self.train.temperature)
+            loss = (1 - self.train.distill) * task + self.train.distill * gap
+        return task, loss
+
+    def _wrapped(self) -> Any:
+        """Return what Fabric calls; made anew after an edit, whose parameters DDP must learn."""
+        if self.wrapped != len(self.run.edits):
+            self.module = None
+            if self.fabric.world_size > 1:
+                gc.collect()  # the old reducer must be gone before the new one listens
+            self.module = self.fabric.setup_module(self.run.model)
+            self.wrapped = len(self.run.edits)
+        return self.module
+
+    def _end_epoch(self) -> None:
+        place, run = self.place, self.run
+        if not place.ended:
+            with self._whole():
+                agree(self.fabric, self.run.model)
+                if self.hooks:
+                    run.after_epoch()
+                place.ended = True
+        row: dict[str, Any] = {"loss": mean(self.fabric, place.total / max(1, place.batch))}
+        if self.data.has("val"):
+            score = evaluate(run.model, self.data, "val", batch=self.train.batch)
+            row |= {"accuracy": score.accuracy, "val_loss": score.loss}
+        with self._whole():
+            row |= {"lr": rate(self.train, place.step - 1, self.steps), "seconds": place.seconds}
+            at = {} if self.hooks else {"step": run.step + place.step, "epoch": self._number()}
+            run.note(phase=self.name, **row, **at)
+            self.place = _Place(place.phase, place.epoch + 1, step=place.step)
+        self.save()
+
+    def _number(self) -> int:
+        """Count the epochs of both phases, the present one included."""
+        return self.run.epoch + self.place.epoch + 1
+
+    def _show(self, loss: float) -> None:
+        self.taken += 1
+        if self.watch is None:
+            return
+        place = self.place
+        left = sum(self.phase_steps[place.phase :]) - place.step
+        self.watch(
+            {
+                "phase": self.name,
+                "step": place.step,
+                "steps": self.steps,
+                "epoch": place.epoch + 1,
+                "epochs": self.train.epochs if self.hooks else self.train.finetune,
+                "loss": loss,
+                "lr": rate(self.train, place.step - 1, self.steps),
+                "seconds_left": left * (time.monotonic() - self.began) / self.taken,
+            }
+        )
+
+    def _lost(self, what: str) -> str:
+        kept = f"; the last good checkpoint is in {self.folder}" if self.folder else ""
+        return (
+            f"Loss and weights must stay finite, but after step {self.place.step} of the "
+            f"{self.name} {what}; lower the learning rate ({self.train.lr}), add a warmup or clip "
+            f"the gradient{kept}."
+        )
+
+    @contextmanager
+    def _whole(self) -> Iterator[None]:
+        """Let Ctrl-C wait until the block is over; a second one does not wait."""
+        asked: list[int] = []
+
+        def later(number: int, frame: Any) -> None:
+            asked.append(number)
+            if len(asked) > 1:
+                raise KeyboardInterrupt
+
+        main = threading.current_thread() is threading.main_thread()
+        ours = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        self.clean = False
+        if ours:
+            signal.signal(signal.SIGINT, later)
+        try:
+            yield
+        finally:
+            if ours:
+                signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.clean = True
+        if asked:
+            raise KeyboardInterrupt

@@ -1,0 +1,175 @@
+"""What an output is worth: the loss of its task, its accuracy, its distance to a teacher."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pliant.cost import call
+from pliant.data import IGNORED, Data, unpack
+from pliant.data.splits import Split
+from pliant.errors import DataError, ModelError
+
+
+@dataclass(frozen=True)
+class Score:
+    """How good a network is on one split.
+
+    Attributes:
+        accuracy: share of right answers, in 0..1; nan where labels are not classes.
+        loss: mean loss of the task.
+    """
+
+    accuracy: float
+    loss: float
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    data: Data,
+    split: Split = "val",
+    *,
+    batch: int = 256,
+    device: torch.device | str | None = None,
+) -> Score:
+    """Score a network on a split, in eval mode and without autocast.
+
+    Flags are left as they were, as is the random state.
+
+    Args:
+        model: gives a tensor of class scores, or something with ``logits``.
+        data: labels that are whole numbers are classes; others are targets of a regression.
+        split: which part of the data.
+        batch: samples per forward call; a loader has its own.
+        device: where to compute, the model is moved there; where it is now if None.
+
+    Raises:
+        DataError: the split is absent, empty or without labels.
+        ModelError: the model fails on a batch.
+    """
+    device = torch.device(device) if device is not None else device_of(model)
+    model.to(device)
+    flags = {module: module.training for module in model.modules()}
+    right = losses = count = answers = 0.0
+    try:
+        model.eval()
+        for sample in data.batches(split, batch):
+            inputs, labels = unpack(moved(sample, device))
+            scores = logits(forward(model, inputs))
+            size = len(scores)
+            losses += float(task_loss(scores, labels)) * size
+            count += size
+            hits, asked = _right(scores, labels)
+            right, answers = right + hits, answers + asked
+    finally:
+        for module, flag in flags.items():
+            module.training = flag
+    if not count:
+        raise DataError(f"The {split} split must hold samples, but it gave none; check the loader.")
+    return Score(right / answers if answers else math.nan, losses / count)
+
+
+def forward(model: nn.Module, inputs: Any) -> Any:
+    """Call a model, and name the inputs' shape if it fails.
+
+    Raises:
+        ModelError: the model fails.
+    """
+    try:
+        return call(model, inputs)
+    except Exception as error:
+        raise ModelError(
+            f"The model must take inputs of shape {shapes(inputs)}, but its forward fails with "
+            f"{type(error).__name__}: {error}; check that model and data fit."
+        ) from error
+
+
+def shapes(inputs: Any) -> str:
+    """Write down the shapes of a forward call's inputs."""
+    named = isinstance(inputs, Mapping)
+    values = inputs.items() if named else (("", value) for value in inputs)
+    return ", ".join(
+        (f"{name}=" if named else "") + str(tuple(v.shape) if isinstance(v, Tensor) else type(v))
+        for name, v in values
+    )
+
+
+def logits(output: Any) -> Tensor:
+    """Take the class scores out of what a model gives.
+
+    Raises:
+        ModelError: there are none.
+    """
+    if isinstance(output, Tensor):
+        return output
+    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
+    if isinstance(found, Tensor):
+        return found
+    raise ModelError(
+        f"The model must give a tensor or something with logits, not {type(output).__name__}; "
+        "wrap it, or train it with your own loop."
+    )
+
+
+def task_loss(output: Any, labels: Any) -> Tensor:
+    """Return the mean loss: cross-entropy for whole-number labels, squared error for others.
+
+    Class scores are (N, C) with labels (N,), or (N, C, ...) or (N, ..., C) with labels (N, ...).
+
+    Raises:
+        DataError: there are no labels.
+    """
+    if not isinstance(labels, Tensor):
+        raise DataError(
+            "Training and scoring need labels, but the batch has none: give (inputs, labels), "
+            "or a mapping with labels."
+        )
+    scores = logits(output)
+    if labels.is_floating_point():
+        return F.mse_loss(scores, labels.to(scores.dtype).reshape(scores.shape))
+    return F.cross_entropy(_classes_second(scores, labels), labels, ignore_index=IGNORED)
+
+
+def distillation(output: Any, teacher: Any, temperature: float) -> Tensor:
+    """Return the divergence from a teacher's softened classes (Hinton et al. 2015), times T^2."""
+    softened = (logits(output) / temperature).log_softmax(-1)
+    target = (logits(teacher) / temperature).log_softmax(-1)
+    gap = F.kl_div(softened, target, reduction="batchmean", log_target=True)
+    return gap * temperature**2
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Say where a model's parameters are."""
+    return next((p.device for p in model.parameters()), torch.device("cpu"))
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Move the tensors of a batch to a device, whatever holds them."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: moved(item, device) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(moved(item, device) for item in value)
+    return value
+
+
+def _classes_second(scores: Tensor, labels: Tensor) -> Tensor:
+    """Bring (N, ..., C) into (N, C, ...), the order of cross-entropy."""
+    if scores.dim() > 2 and (scores.shape[0], *scores.shape[2:]) != tuple(labels.shape):
+        return scores.movedim(-1, 1)
+    return scores
+
+
+def _right(scores: Tensor, labels: Tensor) -> tuple[float, float]:
+    """Count right answers and questions."""
+    if labels.is_floating_point():
+        return 0.0, 0.0
+    asked = labels != IGNORED
+    hits = (_classes_second(scores, labels).argmax(1) == labels) & asked
+    return float(hits.sum()), float(asked.sum())

@@ -1,0 +1,523 @@
+"""One toy trained in four ways with one seed: every tensor at the end is the same, bit for bit."""
+
+import copy
+import logging
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import DataLoader, TensorDataset
+
+from pliant.data import Data, Train
+from pliant.drivers.check import check_data
+from pliant.drivers.loop import evaluate, fit, optimizer_of, rate
+from pliant.errors import DataError, MethodError, ModelError, TrainingError
+from pliant.method import Method, uses
+from pliant.ops.edits import Factor
+from pliant.run import Run, start
+
+SAMPLES, BATCH, EPOCHS = 32, 8, 3
+STEPS = EPOCHS * SAMPLES // BATCH
+SGD = Train(epochs=EPOCHS, batch=BATCH, lr=0.05, warmup=0.2, device="cpu")
+ADAMW = Train(epochs=EPOCHS, batch=BATCH, lr=0.01, optimizer="adamw", device="cpu")
+
+
+# ------------------------------------------------------------------ methods that try every hook
+
+
+@dataclass(frozen=True)
+class Nothing(Method):
+    """Does nothing."""
+
+
+@dataclass(frozen=True)
+class Shrink(Method):
+    """A penalty on all kernels, a gradient that is masked, a projection after every step."""
+
+    def prepare(self, run: Run) -> None:
+        run.state["steps"] = torch.zeros(())
+
+    def penalty(self, run: Run) -> Tensor:
+        kernels = [p for p in run.model.parameters() if p.dim() > 1]
+        return 0.01 * torch.stack([kernel.square().sum() for kernel in kernels]).sum()
+
+    def before_step(self, run: Run) -> None:
+        grad = run.model.get_parameter("head.weight").grad
+        assert grad is not None
+        grad[0] = 0
+
+    @torch.no_grad()
+    def after_step(self, run: Run) -> None:
+        run.state["steps"] += 1
+        weight = run.model.get_parameter("first.weight")
+        weight.copy_(weight.sign() * (weight.abs() - 1e-3).clamp(min=0))
+
+    def after_epoch(self, run: Run) -> None:
+        run.note(kernel=float(run.model.get_parameter("first.weight").detach().abs().sum()))
+
+
+@dataclass(frozen=True)
+class Midway(Method):
+    """Factorizes a layer in the middle of training and another one at the end."""
+
+    def after_step(self, run: Run) -> None:
+        if run.step == run.steps // 2:
+            run.apply(Factor("second", "tucker2", (4, 5)))
+
+    def finalize(self, run: Run) -> None:
+        run.apply(Factor("third", "spatial", (4,)))
+
+
+@dataclass(frozen=True)
+class Entropy(Method):
+    """Adds the negative entropy of the outputs to the loss, and a term of inputs and labels."""
+
+    def loss(self, run: Run, loss: Tensor, output: Any, batch: Any) -> Tensor:
+        inputs, labels = batch
+        shares = output.log_softmax(1)
+        scale = 1 + inputs.square().mean() + labels.float().mean()
+        return loss + 0.1 * (shares.exp() * shares).sum(1).mean() * scale
+
+
+# ------------------------------------------------------------------ the toy
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 6, 3, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(6)
+        self.second = nn.Conv2d(6, 8, 3, padding=1)
+        self.third = nn.Conv2d(8, 8, 3, padding=1, stride=2, bias=False)
+        self.last = nn.BatchNorm2d(8)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, images: Tensor) -> Tensor:
+        hidden = self.norm(self.first(images)).relu()
+        hidden = self.last(self.third(self.second(hidden).relu())).relu()
+        return self.head(hidden.mean((2, 3)))
+
+
+def contiguous() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+def net() -> Net:
+    """The toy. The loop trains convolutions in channels_last, whose sums have another order."""
+    return contiguous().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def samples(count: int = SAMPLES, seed: int = 1) -> tuple[Tensor, Tensor]:
+    noise = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % 4
+    images = torch.randn(count, 3, 6, 6, generator=noise) + labels.view(-1, 1, 1, 1) * 0.3
+    return images, labels
+
+
+def loader() -> DataLoader[Any]:
+    return DataLoader(TensorDataset(*samples()), batch_size=BATCH)
+
+
+def begin(method: Method, model: nn.Module, accumulate: int = 1) -> Run:
+    example = (torch.zeros(1, 3, 6, 6),)
+    return start(model, method, example=example, steps=STEPS // accumulate, seed=3)
+
+
+# ------------------------------------------------------------------ the four ways
+
+
+def plain(method: Method, train: Train, accumulate: int = 1) -> Run:
+    """The hand-written loop that the documentation shows."""
+    run = begin(method, net(), accumulate)
+    run.optimizer = optimizer = optimizer_of(run.model, train)
+    run.model.train()
+    for _ in range(EPOCHS):
+        for number, batch in enumerate(loader(), 1):
+            inputs, labels = batch
+            output = run.model(inputs)
+            loss = run.loss(F.cross_entropy(output, labels), output, batch)
+            (loss / accumulate).backward()
+            if number % accumulate:
+                continue
+            if train.clip is not None:
+                nn.utils.clip_grad_norm_(run.model.parameters(), train.clip)
+            run.before_step()
+            for group in optimizer.param_groups:
+                group["lr"] = rate(train, run.step, run.steps)
+            optimizer.step()
+            run.after_step()
+            optimizer.zero_grad()
+        run.after_epoch()
+    run.finish(strict=False)
+    return run
+
+
+def loop(method: Method, train: Train, accumulate: int = 1) -> Run:
+    run = begin(method, net())
+    fit(run, Data(loader()), train)
+    return run
+
+
+def schedule(run: Run, train: Train) -> tuple[torch.optim.Optimizer, LambdaLR]:
+    optimizer = optimizer_of(run.model, train)
+    for group in optimizer.param_groups:
+        group["lr"] = 1.0
+    return optimizer, LambdaLR(optimizer, lambda step: rate(train, step, run.steps))
+
+
+def lightning(
+    method: Method,
+    train: Train,
+    accumulate: int = 1,
+    package: str = "lightning.pytorch",
+    **more: Any,
+) -> Run:
+    pl = pytest.importorskip(package)
+    from pliant.drivers.lightning import PliantCallback
+
+    run = begin(method, net(), accumulate)
+
+    class Lit(pl.LightningModule):  # type: ignore[name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = run.model
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            output = self.net(batch[0])
+            return run.loss(F.cross_entropy(output, batch[1]), output, batch)
+
+        def configure_optimizers(self) -> Any:
+            optimizer, scheduler = schedule(run, train)
+            return [optimizer], [{"scheduler": scheduler, "interval": "step"}]
+
+    logging.getLogger(package).setLevel(logging.ERROR)
+    settings: dict[str, Any] = {"max_epochs": EPOCHS, "enable_checkpointing": False} | more
+    ckpt_path = settings.pop("ckpt_path", None)
+    trainer = pl.Trainer(
+        accelerator="cpu",
+        devices=1,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accumulate_grad_batches=accumulate,
+        gradient_clip_val=train.clip,
+        callbacks=[PliantCallback(run), *settings.pop("callbacks", [])],
+        **settings,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(Lit(), loader(), ckpt_path=ckpt_path)
+    return run
+
+
+class Labelled(nn.Module):
+    """What the Trainer wants: inputs by name, the loss in the output."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.net(images)
+        loss = {} if labels is None else {"loss": F.cross_entropy(logits, labels)}
+        return {**loss, "logits": logits}
+
+
+def transformers(
+    method: Method, train: Train, accumulate: int = 1, folder: Any = "unused", resume: Any = None
+) -> Run:
+    hf = pytest.importorskip("transformers")
+    from pliant.drivers.hf import PliantCallback, loss_function
+
+    run = begin(method, net() if folder == "unused" else contiguous(), accumulate)
+    callback = PliantCallback(run)
+    if resume is not None:
+        callback.restore(resume)
+    rows = [{"images": x, "labels": y} for x, y in zip(*samples(), strict=True)]
+
+    class Ordered(hf.Trainer):  # type: ignore[name-defined]
+        def get_train_dataloader(self) -> Any:
+            return DataLoader(rows, batch_size=BATCH)  # type: ignore[arg-type]
+
+    arguments = hf.TrainingArguments(
+        str(folder),
+        num_train_epochs=EPOCHS,
+        gradient_accumulation_steps=accumulate,
+        max_grad_norm=train.clip or 0.0,
+        report_to="none",
+        use_cpu=True,
+        disable_tqdm=True,
+        logging_strategy="no",
+        save_strategy="no" if folder == "unused" else "steps",
+        save_steps=STEPS // 2 + 1,
+    )
+    trainer = Ordered(
+        Labelled(run.model),
+        arguments,
+        train_dataset=rows,
+        callbacks=[callback],
+        optimizers=schedule(run, train),
+        compute_loss_func=loss_function(run) if uses(method, "loss") else None,
+    )
+    trainer.remove_callback(hf.PrinterCallback)
+    trainer.train(resume_from_checkpoint=resume)
+    return run
+
+
+Way = Callable[[Method, Train, int], Run]
+WAYS: dict[str, Way] = {"loop": loop, "lightning": lightning, "transformers": transformers}
+
+
+def assert_same(one: Run, other: Run) -> None:
+    first, second = one.model.state_dict(), other.model.state_dict()
+    assert list(first) == list(second)
+    wrong = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not wrong, (
+        f"{wrong} differ, {wrong[0]} by {(first[wrong[0]] - second[wrong[0]]).abs().max()}"
+    )
+    assert (one.step, one.epoch, one.finished) == (other.step, other.epoch, other.finished)
+    assert one.edits == other.edits
+    assert str(one.state) == str(other.state)
+
+
+CASES = {
+    "nothing": (Nothing(), SGD),
+    "penalty and projection": (Shrink(), SGD),
+    "factor midway, momentum": (Midway(), SGD),
+    "factor midway, adamw": (Midway(), ADAMW),
+    "penalty, adamw": (Shrink(), ADAMW),
+    "loss": (Entropy(), SGD),
+    "clip": (Entropy(), Train(epochs=EPOCHS, batch=BATCH, lr=0.05, clip=0.1, device="cpu")),
+}
+
+
+@pytest.mark.slow  # the first case of a trainer pays for its import
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("case", CASES)
+def test_the_four_ways_agree_to_the_last_bit(case: str, way: str) -> None:
+    method, train = CASES[case]
+    untouched = net().state_dict()
+    expected, run = plain(method, train), WAYS[way](method, train, 1)
+    assert not torch.equal(untouched["head.weight"], run.model.state_dict()["head.weight"])
+    assert run.step == STEPS and run.epoch == EPOCHS and run.finished
+    assert_same(expected, run)
+
+
+@pytest.mark.slow  # two trainers
+@pytest.mark.parametrize("way", ["lightning", "transformers"])
+@pytest.mark.parametrize("method", [Shrink(), Midway(), Entropy()], ids=lambda m: type(m).__name__)
+def test_accumulation_agrees_where_a_trainer_has_it(method: Method, way: str) -> None:
+    assert_same(plain(method, SGD, 2), WAYS[way](method, SGD, 2))
+
+
+@pytest.mark.parametrize("way", ["loop", "transformers"])
+def test_clipping_leaves_the_penalty_alone(way: str) -> None:
+    """Lightning clips after its hook, so there the penalty is clipped too: it cannot be told."""
+    train = Train(epochs=EPOCHS, batch=BATCH, lr=0.05, clip=0.1, device="cpu")
+    assert_same(plain(Shrink(), train), WAYS[way](Shrink(), train, 1))
+
+
+def test_standalone_pytorch_lightning_agrees() -> None:
+    assert_same(plain(Midway(), SGD), lightning(Midway(), SGD, package="pytorch_lightning"))
+
+
+def test_memory_layout_is_the_loops_own_affair() -> None:
+    """A contiguous model comes back contiguous, with the same weights up to rounding."""
+    run = begin(Midway(), contiguous())
+    fit(run, Data(loader()), SGD)
+    expected = plain(Midway(), SGD).model.state_dict()
+    for name, tensor in run.model.state_dict().items():
+        assert tensor.is_contiguous()
+        assert torch.allclose(tensor, expected[name], atol=1e-4), name
+
+
+# ------------------------------------------------------------------ the trainers' own resumption
+
+
+@pytest.mark.slow  # three trainings
+def test_lightning_resumes_across_an_edit(tmp_path: Any) -> None:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    def saver() -> ModelCheckpoint:
+        return ModelCheckpoint(tmp_path, save_top_k=-1, save_on_train_epoch_end=True)
+
+    for method in (Midway(), Shrink()):
+        whole = lightning(method, SGD, enable_checkpointing=True, callbacks=[saver()])
+        path = tmp_path / f"epoch=1-step={STEPS // 2 + 2}.ckpt"
+        resumed = lightning(method, SGD, ckpt_path=path)
+        assert_same(whole, resumed)
+        for file in tmp_path.iterdir():
+            file.unlink()
+
+
+@pytest.mark.slow  # two trainings
+def test_transformers_resumes_across_an_edit(tmp_path: Any) -> None:
+    whole = transformers(Midway(), SGD, folder=tmp_path)
+    saved = tmp_path / f"checkpoint-{STEPS // 2 + 1}"
+    resumed = transformers(Midway(), SGD, folder=tmp_path, resume=saved)
+    assert_same(whole, resumed)
+
+
+def test_trainers_refuse_a_run_without_steps() -> None:
+    for module, extra in (("lightning", "lightning"), ("hf", "transformers")):
+        pytest.importorskip(extra)
+        driver = __import__(f"pliant.drivers.{module}", fromlist=["PliantCallback"])
+        run = start(net(), Shrink(), example=(torch.zeros(1, 3, 6, 6),))
+        with pytest.raises(MethodError, match="steps="):
+            driver.PliantCallback(run)
+
+
+# ------------------------------------------------------------------ the loop: schedule, log, score
+
+
+def test_rate_is_a_function_of_the_step() -> None:
+    cosine = Train(lr=1.0, warmup=0.1)
+    assert rate(cosine, 0, 100) == pytest.approx(0.1)
+    assert rate(cosine, 9, 100) == pytest.approx(1.0)
+    assert rate(cosine, 55, 100) == pytest.approx(0.5)
+    assert rate(cosine, 99, 100) < 0.001
+    steps = Train(lr=1.0, schedule="step")
+    assert [rate(steps, at, 100) for at in (0, 49, 50, 75)] == pytest.approx([1, 1, 0.1, 0.01])
+    assert rate(Train(lr=1.0, schedule="constant"), 99, 100) == 1.0
+
+
+def test_the_loop_logs_every_epoch_and_shows_progress() -> None:
+    run = begin(Shrink(), net())
+    seen: list[dict[str, Any]] = []
+    data = Data(samples(), samples(12, seed=2), classes=4)
+    train = Train(epochs=EPOCHS, finetune=1.5, batch=BATCH, lr=0.05, device="cpu")
+    fit(run, data, train, watch=seen.append)
+    rows = [row for row in run.log if "loss" in row]
+    assert [row["phase"] for row in rows] == ["search"] * 3 + ["finetune"] * 2
+    assert [row["epoch"] for row in rows] == [1, 2, 3, 4, 5]
+    assert [row["step"] for row in rows] == [4, 8, 12, 16, 18]
+    assert all({"accuracy", "val_loss", "lr", "seconds"} <= set(row) for row in rows)
+    assert rows[-1]["loss"] < rows[0]["loss"]
+    assert len(seen) == STEPS + 6
+    assert seen[0]["steps"] == STEPS and seen[-1]["epochs"] == 1.5
+    assert set(seen[0]) == {
+        "phase", "step", "steps", "epoch", "epochs", "loss", "lr", "seconds_left",
+    }  # fmt: skip
+    assert seen[-1]["seconds_left"] == 0
+
+
+def test_evaluate_scores_and_restores_flags() -> None:
+    model = net()
+    model.norm.eval()
+    images, labels = samples()
+    score = evaluate(model, Data(val=(images, labels)), batch=5)
+    assert model.training and not model.norm.training
+    with torch.no_grad():
+        output = copy.deepcopy(model).eval()(images)
+    assert score.accuracy == (output.argmax(1) == labels).float().mean().item()
+    assert score.loss == pytest.approx(F.cross_entropy(output, labels).item(), rel=1e-5)
+
+
+def test_evaluate_takes_logits_by_name_and_regression() -> None:
+    images, labels = samples()
+    named = evaluate(Labelled(net()), Data(val=[{"images": images, "labels": labels}]))
+    assert named == evaluate(net(), Data(val=(images, labels)))
+    numbers = evaluate(nn.Flatten(), Data(val=[(torch.ones(2, 3), torch.zeros(2, 3))]))
+    assert math.isnan(numbers.accuracy) and numbers.loss == 1.0
+
+
+def test_distillation_follows_the_teacher() -> None:
+    train = Train(epochs=0, finetune=3, batch=BATCH, lr=0.05, distill=1.0, device="cpu")
+    run = start(net(), Nothing(), example=(torch.zeros(1, 3, 6, 6),))
+    with pytest.raises(TrainingError, match="teacher"):
+        fit(run, Data(samples()), train)
+    teacher = nn.Sequential(nn.Flatten(), nn.Linear(108, 4))
+    before = {k: v.clone() for k, v in teacher.state_dict().items()}
+    images = samples()[0]
+
+    def gap() -> float:
+        with torch.no_grad():
+            student = run.model(images).log_softmax(1)
+            return float(F.kl_div(student, teacher(images).softmax(1), reduction="batchmean"))
+
+    far = gap()
+    fit(run, Data(samples()), train, teacher=teacher)
+    assert gap() < far
+    assert all(torch.equal(v, before[k]) for k, v in teacher.state_dict().items())
+
+
+def test_bf16_trains() -> None:
+    run = begin(Midway(), net())
+    train = Train(epochs=EPOCHS, batch=BATCH, lr=0.05, precision="bf16-mixed", device="cpu")
+    fit(run, Data(samples()), train)
+    assert all(p.dtype == torch.float32 for p in run.model.parameters())
+    assert run.log[-1]["loss"] < run.log[0]["loss"]
+
+
+# ------------------------------------------------------------------ the loop: refusals
+
+
+def test_bad_data_is_refused_before_training() -> None:
+    images, labels = samples()
+    run = begin(Nothing(), net())
+    for data, error, word in (
+        (Data((images, labels + 3)), DataError, "0..3"),
+        (Data((images * math.nan, labels)), DataError, "finite"),
+        (Data((images[:, :2], labels)), ModelError, r"\(1, 2, 6, 6\)"),
+        (Data(), DataError, "train"),
+    ):
+        with pytest.raises(error, match=word):
+            fit(run, data, SGD)
+    assert run.step == 0
+    check_data(run.model, Data((images, labels)))
+
+
+def test_a_run_started_for_other_steps_is_refused() -> None:
+    run = start(net(), Shrink(), example=(torch.zeros(1, 3, 6, 6),), steps=5)
+    with pytest.raises(MethodError, match="steps=12"):
+        fit(run, Data(samples()), SGD)
+
+
+@dataclass(frozen=True)
+class Poison(Method):
+    """Breaks a layer at a step, and leaves a hook."""
+
+    at: int
+
+    def prepare(self, run: Run) -> None:
+        run.hook(run.model.register_forward_hook(lambda *_: None))
+
+    @torch.no_grad()
+    def after_step(self, run: Run) -> None:
+        if run.step == self.at:
+            run.model.get_parameter("second.weight")[0, 0, 0, 0] = math.nan
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_layer(tmp_path: Any) -> None:
+    run = begin(Poison(6), net())
+    train = Train(epochs=EPOCHS, batch=BATCH, lr=0.05, device="cpu", checkpoint_every=1)
+    with pytest.raises(TrainingError, match=r"step 6.*second") as caught:
+        fit(run, Data(samples()), train, folder=tmp_path)
+    assert str(tmp_path) in str(caught.value)
+    assert not run.model._forward_hooks
+    saved = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert saved["run"]["step"] == 5
+    assert all(torch.isfinite(v).all() for v in saved["model"].values())
+
+
+def test_a_loss_that_explodes_names_the_layer() -> None:
+    run = begin(Nothing(), net())
+    train = Train(epochs=EPOCHS, batch=BATCH, lr=1e30, schedule="constant", device="cpu")
+    with pytest.raises(TrainingError, match="learning rate"):
+        fit(run, Data(samples()), train)
+
+
+def test_a_forward_that_fails_names_the_shape() -> None:
+    batches = [(samples()[0][:8], samples()[1][:8]), (torch.zeros(8, 5, 6, 6), samples()[1][:8])]
+    run = begin(Poison(99), net())
+    with pytest.raises(ModelError, match=r"\(8, 5, 6, 6\)"):
+        fit(run, Data(batches), Train(epochs=6, batch=8, lr=0.1, device="cpu"))
+    assert not run.model._forward_hooks
