@@ -22,7 +22,7 @@ from pliant.math.svd import balance, leading, norm_shares, plain_dtype, truncate
 from pliant.math.tucker import tucker2
 
 FORMS = ("tucker2", "input", "output", "spatial", "svd")
-SWEEPS = 5
+SWEEPS = 20
 
 Shape = tuple[int, ...]
 
@@ -50,7 +50,7 @@ def decompose(
         ranks: (r_in, r_out) for tucker2, (r,) for the others.
         moments: (S, S) over channels, or (S*prod(kernel),) * 2 over patches in the order of
             weight.reshape(T, -1) columns; symmetric, positive semi-definite.
-        sweeps: alternating sweeps, of Tucker-2 or of the data-aware refinement.
+        sweeps: most alternating sweeps to make, of Tucker-2 or of the data-aware refinement.
 
     Raises:
         EditError: unknown form, or form, ranks or moments that do not fit the kernel.

@@ -10,25 +10,41 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from pliant.errors import PliantError
 from pliant.math.svd import leading
 
 DAMPING = 1e-4
 """Share of the mean eigenvalue added to the moments, which few samples leave singular."""
 
 _STEPS = 8  # conjugate-gradient steps per sweep: the preconditioner leaves little to do
-_SETTLED = 1e-5  # relative gain below which another sweep is not worth its time
+_SETTLED = 1e-3  # relative gain below which another sweep is not worth its time
 
 
 def dampen(moments: Tensor, damping: float = DAMPING) -> Tensor:
     """Make moments symmetric and safely positive definite.
 
-    Adds `damping` times the mean eigenvalue to the diagonal. Moments that are zero altogether
-    say nothing about the inputs: the identity (plain weight error) takes their place.
+    Adds `damping` times the mean eigenvalue to the diagonal, and ten times as much as often as
+    needed where moments summed in short floats have negative eigenvalues. Moments that are
+    zero altogether say nothing about the inputs: the identity (plain weight error) takes their
+    place.
+
+    Raises:
+        PliantError: the moments are not finite.
     """
     symmetric = (moments + moments.T) / 2
     eye = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
     mean = symmetric.diagonal().mean()
-    return symmetric + damping * mean * eye if mean > 0 else eye
+    if not symmetric.isfinite().all():
+        raise PliantError(
+            "Finite second moments were expected, not NaN or infinity: look for overflow in the "
+            "inputs of this layer."
+        )
+    if mean <= 0:
+        return eye
+    # Half must do, so that whole leaves a margin.
+    while torch.linalg.cholesky_ex(symmetric + damping / 2 * mean * eye).info:
+        damping *= 10
+    return symmetric + damping * mean * eye
 
 
 def channel_moments(moments: Tensor, positions: int) -> Tensor:

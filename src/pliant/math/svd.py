@@ -16,6 +16,8 @@ from pliant.errors import PliantError
 CHEAP = 1024
 """Largest small side of a matrix whose Gram matrix is formed and decomposed in float64."""
 
+_BLOCK = 64  # rows below which a Gram matrix is one product
+
 
 def unfold(weight: Tensor, mode: int) -> Tensor:
     """Lay a kernel out as a matrix whose rows are its output (0) or input (1) channels.
@@ -52,10 +54,10 @@ def gram(weight: Tensor, mode: int) -> Tensor:
     return small_gram(unfold(weight, mode))
 
 
-def small_gram(matrix: Tensor) -> Tensor:
-    """Return M M^T for a wide matrix and M^T M for a tall one, accumulated as `gram` says."""
-    matrix = matrix.detach().to(precise_dtype(matrix))
-    return matrix @ matrix.T if is_wide(matrix) else matrix.T @ matrix
+def small_gram(matrix: Tensor, cheap: int = CHEAP) -> Tensor:
+    """Return M M^T for a wide matrix and M^T M for a tall one, in float64 up to `cheap` rows."""
+    matrix = matrix.detach().to(precise_dtype(matrix, cheap))
+    return _self_product(matrix if is_wide(matrix) else matrix.T)
 
 
 def spectral_map(weight: Tensor, mode: int, scale: Callable[[Tensor], Tensor]) -> Tensor:
@@ -113,18 +115,18 @@ def balance(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     return left_basis @ (u * root), (root[:, None] * vt) @ right_basis.T
 
 
-def eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+def eigen(matrix: Tensor, cheap: int = CHEAP) -> tuple[Tensor, Tensor]:
     """Return the singular values, ascending, and the singular vectors of the small side."""
-    values, vectors = torch.linalg.eigh(small_gram(matrix))
+    values, vectors = torch.linalg.eigh(small_gram(matrix, cheap))
     return _roots(values), vectors
 
 
-def leading(matrix: Tensor, rank: int) -> Tensor:
+def leading(matrix: Tensor, rank: int, cheap: int = CHEAP) -> Tensor:
     """Return `rank` orthonormal columns spanning the strongest left singular directions."""
     if is_wide(matrix) or rank > matrix.shape[1]:
-        precise = matrix.detach().to(precise_dtype(matrix))
-        return torch.linalg.eigh(precise @ precise.T)[1][:, -rank:].flip(1)
-    _, vectors = eigen(matrix)
+        precise = matrix.detach().to(precise_dtype(matrix, cheap))
+        return torch.linalg.eigh(_self_product(precise))[1][:, -rank:].flip(1)
+    _, vectors = eigen(matrix, cheap)
     return torch.linalg.qr(matrix.to(vectors.dtype) @ vectors[:, -rank:].flip(1))[0]
 
 
@@ -148,10 +150,10 @@ def plain_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def precise_dtype(matrix: Tensor) -> torch.dtype:
+def precise_dtype(matrix: Tensor, cheap: int = CHEAP) -> torch.dtype:
     """Return the precision in which the Gram matrix of this matrix is worth computing."""
-    cheap = min(matrix.shape) <= CHEAP and matrix.device.type != "mps"
-    return torch.float64 if cheap else plain_dtype(matrix.dtype)
+    precise = min(matrix.shape) <= cheap and matrix.device.type != "mps"
+    return torch.float64 if precise else plain_dtype(matrix.dtype)
 
 
 def norm_shares(*factors: Tensor) -> list[Tensor]:
@@ -161,6 +163,17 @@ def norm_shares(*factors: Tensor) -> list[Tensor]:
         return list(factors)
     share = math.exp(sum(math.log(norm) for norm in norms) / len(norms))
     return [factor * (share / norm) for factor, norm in zip(factors, norms, strict=True)]
+
+
+def _self_product(matrix: Tensor) -> Tensor:
+    """M M^T; large ones by blocks, of which the mirrored ones are not computed twice."""
+    half = len(matrix) // 2
+    if half < _BLOCK:
+        return matrix @ matrix.T
+    upper, lower = matrix[:half], matrix[half:]
+    cross = upper @ lower.T
+    top = torch.cat([_self_product(upper), cross], 1)
+    return torch.cat([top, torch.cat([cross.T, _self_product(lower)], 1)])
 
 
 def _roots(eigenvalues: Tensor) -> Tensor:

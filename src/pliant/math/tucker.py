@@ -6,8 +6,10 @@ from torch import Tensor
 from pliant.errors import PliantError
 from pliant.math.svd import leading, plain_dtype, unfold
 
-SWEEPS = 10
-_SETTLED = 1e-6  # relative gain in energy below which another sweep is not worth its time
+SWEEPS = 50
+_SETTLED = 2e-5  # share of the squared error that a sweep must gain to be worth another one
+_ROUNDING = 1e-7  # share of the whole energy that float32 cannot tell from nothing
+_PRECISE = 192  # leading directions, unlike small singular values, survive squaring in float32
 
 
 def tucker2(
@@ -28,15 +30,15 @@ def tucker2(
     """
     _check(weight, rank_in, rank_out)
     dense = weight.detach().to(plain_dtype(weight.dtype))
-    a_in = leading(unfold(dense, 1), rank_in).to(dense.dtype).T
-    a_out = leading(unfold(dense, 0), rank_out).to(dense.dtype)
-    energy = 0.0
+    a_in = leading(unfold(dense, 1), rank_in, _PRECISE).to(dense.dtype).T
+    a_out = leading(unfold(dense, 0), rank_out, _PRECISE).to(dense.dtype)
+    total, energy = float(dense.norm()) ** 2, 0.0
     for _ in range(sweeps):
-        a_out = leading(unfold(_inputs(dense, a_in), 0), rank_out).to(dense.dtype)
+        a_out = leading(unfold(_inputs(dense, a_in), 0), rank_out, _PRECISE).to(dense.dtype)
         half = _outputs(dense, a_out)
-        a_in = leading(unfold(half, 1), rank_in).to(dense.dtype).T
+        a_in = leading(unfold(half, 1), rank_in, _PRECISE).to(dense.dtype).T
         before, energy = energy, float(_inputs(half, a_in).norm()) ** 2
-        if energy <= before * (1 + _SETTLED):
+        if energy - before <= _SETTLED * (total - energy) + _ROUNDING * total:
             break
     core = _inputs(_outputs(dense, a_out), a_in)
     return a_in.to(weight.dtype), core.to(weight.dtype), a_out.to(weight.dtype)
