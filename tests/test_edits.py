@@ -15,7 +15,7 @@ from pliant.cost import LayerCost, layer_costs
 from pliant.errors import EditError
 from pliant.math import forms
 from pliant.ops import layers
-from pliant.ops.edits import Edit, Factor, forms_of, from_json, replay, to_json
+from pliant.ops.edits import Edit, Factor, from_json, replay, to_json
 from pliant.ops.optim import carry
 
 CONVS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
@@ -52,7 +52,7 @@ GEOMETRIES: dict[str, tuple[int, dict[str, object]]] = {
 CASES = [
     pytest.param(geometry, form, id=f"{geometry}-{form}")
     for geometry, (dims, options) in GEOMETRIES.items()
-    for form in forms_of(CONVS[dims](2, 2, **options).weight.shape)  # type: ignore[arg-type]
+    for form in forms.forms_for(CONVS[dims](2, 2, **options).weight.shape)  # type: ignore[arg-type]
 ]
 
 
