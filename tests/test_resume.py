@@ -70,10 +70,10 @@ class Net(nn.Module):
         return self.head(self.drop(hidden.mean((2, 3))))
 
 
-def begin(method: Method | None = None, **more: Any) -> Run:
+def begin(method: Method | None = None, *, seed: int = 5, budget: Budget | None = None) -> Run:
     torch.manual_seed(0)
-    more = {"example": (torch.zeros(1, 1, 8, 8),), "steps": STEPS, "seed": 5} | more
-    return start(Net(), method or Busy(), **more)
+    example = (torch.zeros(1, 1, 8, 8),)
+    return start(Net(), method or Busy(), budget, example=example, steps=STEPS, seed=seed)
 
 
 def data() -> Data:
@@ -234,11 +234,10 @@ def test_adamw_and_chains_of_epochs_resume(tmp_path: Path) -> None:
 
 def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
     train(folder=tmp_path)
-    example = {"example": (torch.zeros(1, 1, 8, 8),)}
     others = {
         "method": (begin(Busy(strength=0.02)), data(), PLAN),
         "seed": (begin(seed=6), data(), PLAN),
-        "budget": (begin(budget=Budget(params=0.5), **example), data(), PLAN),
+        "budget": (begin(budget=Budget(params=0.5)), data(), PLAN),
         "train": (begin(), data(), replace(PLAN, lr=0.1)),
         "data": (begin(), data().subset(train=31), replace(PLAN, batch=8)),
     }

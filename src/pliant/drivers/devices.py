@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -75,8 +75,8 @@ def agree(fabric: "Fabric", model: nn.Module) -> None:
 
 def mean(fabric: "Fabric", value: float) -> float:
     """Average a number over all processes."""
-    shared: Any = fabric.all_reduce(torch.tensor(value, device=fabric.device), reduce_op="mean")
-    return float(shared) if fabric.world_size > 1 else value
+    every = _gathered(fabric, torch.tensor(value, device=fabric.device))
+    return float(torch.stack(every).mean()) if len(every) > 1 else value
 
 
 def random_states(fabric: "Fabric") -> list[Tensor]:
@@ -84,13 +84,21 @@ def random_states(fabric: "Fabric") -> list[Tensor]:
     states = [torch.get_rng_state()]
     if fabric.device.type == "cuda":
         states.append(torch.cuda.get_rng_state(fabric.device))
-    gathered: list[Any] = [fabric.all_gather(state.to(fabric.device)) for state in states]
-    return [rows.cpu().view(fabric.world_size, -1) for rows in gathered]
+    return [torch.stack(_gathered(fabric, state.to(fabric.device))).cpu() for state in states]
 
 
 def restore_random(fabric: "Fabric", saved: list[Tensor]) -> None:
     """Put back what `random_states` collected, as far as this machine is like that one."""
-    states = [rows[fabric.global_rank % len(rows)] for rows in saved]
+    # A copy: set_rng_state reads from the start of the storage, whichever row it is given.
+    states = [rows[fabric.global_rank % len(rows)].clone() for rows in saved]
     torch.set_rng_state(states[0])
     if fabric.device.type == "cuda" and len(states) > 1:
         torch.cuda.set_rng_state(states[1], fabric.device)
+
+
+def _gathered(fabric: "Fabric", tensor: Tensor) -> list[Tensor]:
+    if fabric.world_size == 1:
+        return [tensor]
+    every = [torch.empty_like(tensor) for _ in range(fabric.world_size)]
+    torch.distributed.all_gather(every, tensor)
+    return every

@@ -1,0 +1,131 @@
+"""Two processes on one CPU train one network: same weights on both, as one process would."""
+
+import os
+import socket
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+
+from pliant.data import Data, Train
+from pliant.drivers.loop import fit
+from pliant.errors import TrainingError
+from pliant.method import Method
+from pliant.ops.edits import Factor
+from pliant.run import Run, start
+
+# 22 samples: the last batch is smaller, and both processes get equally many.
+PLAN = Train(epochs=2, finetune=1, batch=4, lr=0.05, device="cpu", devices=2, checkpoint_every=1)
+STEPS = 6
+
+
+@dataclass(frozen=True)
+class Shrinking(Method):
+    """Soft-thresholds singular values after every step, and factorizes midway."""
+
+    def penalty(self, run: Run) -> Tensor:
+        return 0.01 * run.model.get_parameter("0.weight").square().sum()
+
+    @torch.no_grad()
+    def after_step(self, run: Run) -> None:
+        weight = run.model.get_parameter("0.weight")
+        left, sigma, right = torch.linalg.svd(weight.flatten(1), full_matrices=False)
+        weight.copy_(((left * (sigma - 1e-3).clamp(min=0)) @ right).view_as(weight))
+        if run.step == STEPS // 2:
+            run.apply(Factor("2", "tucker2", (3, 4)))
+
+
+def net(*, norm: bool) -> nn.Module:
+    torch.manual_seed(0)
+    middle: nn.Module = nn.BatchNorm2d(6) if norm else nn.Tanh()
+    layers = [nn.Conv2d(2, 6, 3), middle, nn.Conv2d(6, 6, 3), nn.Flatten(), nn.Linear(24, 3)]
+    return nn.Sequential(*layers)
+
+
+def data(count: int) -> Data:
+    noise = torch.Generator().manual_seed(1)
+    images, labels = torch.randn(count, 2, 6, 6, generator=noise), torch.arange(count) % 3
+    return Data((images, labels), (images[:9], labels[:9]), classes=3)
+
+
+def train(plan: Train, count: int, *, norm: bool, **more: Any) -> Run:
+    example = (torch.zeros(1, 2, 6, 6),)
+    run = start(net(norm=norm), Shrinking(), example=example, steps=STEPS, seed=2)
+    fit(run, data(count), plan, **more)
+    return run
+
+
+class Killed(Exception):
+    pass
+
+
+def die_at(step: int) -> Any:
+    def watch(row: dict[str, Any]) -> None:
+        if row["step"] == step:
+            raise Killed
+
+    return watch
+
+
+def worker(rank: int, port: int, folder: str) -> None:
+    """Train with and without BatchNorm, then once more across a crash."""
+    world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": 0}
+    os.environ |= {name: str(value) for name, value in (world | address).items()}
+    torch.set_num_threads(1)
+    found = {}
+    for norm, count in ((True, 22), (False, 24)):
+        run = train(PLAN, count, norm=norm)
+        found[f"norm={norm}"] = {"model": run.model.state_dict(), "loss": run.log[-1]["loss"]}
+    try:
+        train(PLAN, 22, norm=True, folder=Path(folder) / "run", watch=die_at(5))
+    except Killed:
+        run = train(PLAN, 22, norm=True, folder=Path(folder) / "run", resume=True)
+        found["resumed"] = {"model": run.model.state_dict(), "loss": run.log[-1]["loss"]}
+    torch.save(found, Path(folder) / f"{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    mp.start_processes(worker, (port, str(folder)), nprocs=2, start_method="spawn")
+    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+
+
+@pytest.mark.slow  # two processes, each of which imports torch
+@pytest.mark.parametrize("case", ["norm=True", "norm=False"])
+def test_all_ranks_end_with_the_same_weights(case: str, ranks: list[dict[str, Any]]) -> None:
+    zero, one = (found[case] for found in ranks)
+    assert "2.core.weight" in zero["model"]
+    assert [n for n, v in zero["model"].items() if not torch.equal(v, one["model"][n])] == []
+    assert zero["loss"] == one["loss"]
+
+
+@pytest.mark.slow
+def test_two_ranks_equal_one_process_with_their_batches(ranks: list[dict[str, Any]]) -> None:
+    alone = train(replace(PLAN, devices=1, batch=8), 24, norm=False)
+    zero = ranks[0]["norm=False"]
+    for name, tensor in alone.model.state_dict().items():
+        assert torch.allclose(tensor, zero["model"][name], atol=1e-5), name
+    assert alone.log[-1]["loss"] == pytest.approx(zero["loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_ranks_resume_after_a_crash(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        whole, resumed = found["norm=True"]["model"], found["resumed"]["model"]
+        assert [n for n, v in whole.items() if not torch.equal(v, resumed[n])] == []
+
+
+def test_one_process_alone_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    with pytest.raises(TrainingError, match="torchrun --nproc-per-node 2"):
+        train(PLAN, 22, norm=True)
