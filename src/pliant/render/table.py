@@ -1,0 +1,134 @@
+"""Tables for the terminal; each stays readable at 80 columns."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from pliant.registry import Entry
+from pliant.render import words
+from pliant.result import LayerRow, Report
+
+BARS = "▁▂▃▄▅▆▇█"
+SPARK = 12  # characters of a spectrum in a table
+
+
+def _table(title: str | None = None) -> Table:
+    return Table(
+        title=title and Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
+        pad_edge=False, collapse_padding=True, padding=(0, 1), header_style="bold",
+    )  # fmt: skip
+
+
+def before_after(report: Report) -> Table:
+    """Compare the network before and after: scores and costs, one row each."""
+    table = _table(words.headline(report))
+    table.add_column("")
+    for name in ("before", "after", "change"):
+        table.add_column(name, justify="right")
+    for row in words.comparisons(report):
+        table.add_row(row.label, row.before, Text(row.after, "bold"), Text(row.change, "green"))
+    table.caption = Text(words.verdict(report), "dim" if report.met else "bold red")
+    table.caption_justify = "left"
+    return table
+
+
+def layers(report: Report) -> Table:
+    """List the layers that cost MACs: what each became, or why it was left alone.
+
+    Layers without MACs (normalisation, activations) are only counted, unless changed.
+    """
+    table = _table("Layers")
+    table.add_column("layer", overflow="fold", min_width=12, max_width=34)
+    table.add_column("became", overflow="fold", min_width=20)
+    table.add_column("parameters", justify="right", no_wrap=True)
+    table.add_column("MACs", justify="right", no_wrap=True)
+    table.add_column("saved", justify="right", no_wrap=True)
+    shown = [row for row in report.layers if row.before.get("macs") or words.is_changed(row)]
+    for row in shown:
+        table.add_row(*_layer(row))
+    if hidden := len(report.layers) - len(shown):
+        table.caption = Text(f"{hidden} layers without MACs were left alone.", "dim")
+        table.caption_justify = "left"
+    return table
+
+
+def _layer(row: LayerRow) -> tuple[Text, ...]:
+    style = "" if words.is_changed(row) else "dim"
+    became = words.what(row) if words.is_changed(row) else f"dense: {words.why(row)}"
+    return (
+        Text(row.layer, style),
+        Text(became, style),
+        Text(_change(row, "params"), style),
+        Text(_change(row, "macs"), style),
+        Text(words.saved(row), "green" if style == "" else style),
+    )
+
+
+def _change(row: LayerRow, axis: str) -> str:
+    before, after = row.before.get(axis, 0), row.after.get(axis, 0)
+    if before == after:
+        return words.human(before)
+    return f"{words.human(before)} → {words.human(after)}"
+
+
+def methods(entries: Sequence[Entry]) -> Table:
+    """List methods with what they save and where they come from."""
+    table = _table()
+    table.add_column("method", no_wrap=True, style="bold")
+    table.add_column("family", no_wrap=True)
+    table.add_column("saves", overflow="fold", min_width=6)
+    table.add_column("what it does", overflow="fold", ratio=1)
+    table.add_column("paper", overflow="fold", min_width=12)
+    for entry in entries:
+        paper = Text(f"{entry.paper.venue} {entry.paper.year}", _link(entry.paper.url))
+        family = entry.family if entry.verb == "compress" else f"{entry.family} ({entry.verb})"
+        saves = " ".join(entry.saves) or words.NONE
+        table.add_row(Text(entry.name), Text(family), Text(saves), Text(entry.summary), paper)
+    return table
+
+
+def _link(url: str) -> str:
+    return f"link {url}" if url.startswith(("https://", "http://")) and " " not in url else ""
+
+
+def inspect(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Show plain rows: a column for each key, numbers made short, spectra as small pictures."""
+    table = _table()
+    keys = list(dict.fromkeys(key for row in rows for key in row))
+    for key in keys:
+        text = any(isinstance(row.get(key), str) for row in rows)
+        table.add_column(
+            Text(str(key).replace("_", " ")),
+            justify="left" if text else "right",
+            overflow="fold",
+            min_width=min(10, max((len(cell(row.get(key))) for row in rows), default=1)),
+        )
+    for row in rows:
+        table.add_row(*(Text(cell(row.get(key))) for key in keys))
+    return table
+
+
+def cell(value: Any) -> str:
+    """Write one value of a plain row; a long list of numbers becomes a spark line."""
+    if value is None:
+        return words.NONE
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return words.human(value)
+    if isinstance(value, (list, tuple)) and all(isinstance(v, (int, float)) for v in value):
+        return spark(value) if len(value) > 4 else "/".join(map(words.human, value))
+    return words.plain(value)
+
+
+def spark(values: Sequence[float]) -> str:
+    """Draw numbers from 0 to their maximum with block characters, at most 12 of them.
+
+    >>> spark([8, 4, 2, 1, 0.5, 0.1])
+    '█▄▂▁▁▁'
+    """
+    shown = [values[i * len(values) // SPARK] for i in range(SPARK)]
+    shown = shown if len(values) > SPARK else list(values)
+    top = max(shown) or 1.0
+    return "".join(BARS[min(7, max(0, int(8 * value / top - 1e-9)))] for value in shown)

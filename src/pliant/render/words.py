@@ -1,0 +1,264 @@
+"""The numbers and sentences that every renderer shares, so that all of them say the same."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pliant import registry
+from pliant.errors import MethodError
+from pliant.registry import Entry
+from pliant.result import LayerRow, Report
+
+NONE = "–"
+LEFT = "left alone"
+UNCHANGED = 0.005  # a ratio nearer to 1 than this is called unchanged
+
+
+def human(value: float | None, unit: str = "") -> str:
+    """Write a number with three digits that matter: 999, 67.1k, 1.23M, 4.5G.
+
+    >>> human(269722), human(1_234_567), human(12.0), human(0.0123456)
+    ('270k', '1.23M', '12', '0.0123')
+    """
+    if value is None or not math.isfinite(value):
+        return NONE
+    tail = f" {unit}" if unit else ""
+    if abs(value) < 999.5:
+        text = str(int(value)) if value == int(value) else f"{value:.3g}"
+        return text + tail
+    rounded = float(f"{value:.3g}")
+    power = min(int(math.log10(abs(rounded)) // 3), 4)
+    short = rounded / 1000**power
+    places = max(0, 2 - int(math.log10(abs(short))))
+    return f"{short:.{places}f}{' ' if unit else ''}{'kMGT'[power - 1]}{unit}"
+
+
+def size(value: float | None) -> str:
+    """Write a number of bytes: 1.08 MB."""
+    return human(value, "B")
+
+
+def milliseconds(value: float | None) -> str:
+    """Write a latency."""
+    return NONE if value is None else f"{value:.3g} ms"
+
+
+def seconds(value: float | None) -> str:
+    """Write a duration: 0.42 s, 38 s, 2 min 05 s, 1 h 12 min."""
+    if value is None or not math.isfinite(value):
+        return NONE
+    if value < 10:
+        return f"{value:.2g} s"
+    whole = round(value)
+    if whole < 60:
+        return f"{whole} s"
+    minutes, rest = divmod(whole, 60)
+    if minutes < 60:
+        return f"{minutes} min {rest:02d} s"
+    return f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def percent(share: float | None, digits: int = 1) -> str:
+    """Write a share of one: 98.2 %."""
+    if share is None or not math.isfinite(share):
+        return NONE
+    return f"{100 * share:.{digits}f} %"
+
+
+def times(before: float | None, after: float | None) -> str:
+    """Write how often the new number fits into the old one: 4.2×."""
+    if not before or not after:
+        return NONE
+    return f"{before / after:.{1 if before / after < 99.95 else 0}f}×"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One number of the network before and after, as text."""
+
+    label: str
+    before: str
+    after: str
+    change: str
+    said: str = ""  # the change in words
+
+
+COSTS: tuple[tuple[str, str, Callable[[Any], str]], ...] = (
+    ("params", "Parameters", human),
+    ("macs", "MACs", human),
+    ("bytes", "Bytes on disk", size),
+    ("latency_ms", "Latency", milliseconds),
+)
+
+
+def comparisons(report: Report) -> list[Comparison]:
+    """Return what was measured on both sides: scores first, then costs."""
+    rows = []
+    before, after = report.before, report.after
+    if before.accuracy is not None or after.accuracy is not None:
+        both = [percent(side.accuracy, 2) for side in (before, after)]
+        change = points(before.accuracy, after.accuracy)
+        rows.append(Comparison("Accuracy", both[0], both[1], change, change))
+    if before.loss is not None or after.loss is not None:
+        both = [NONE if side.loss is None else f"{side.loss:.4g}" for side in (before, after)]
+        rows.append(Comparison("Loss", both[0], both[1], _difference(before.loss, after.loss)))
+    for axis, label, write in COSTS:
+        old, new = getattr(before, axis), getattr(after, axis)
+        if old is not None or new is not None:
+            rows.append(Comparison(label, write(old), write(new), times(old, new), _said(old, new)))
+    return rows
+
+
+def _said(before: float | None, after: float | None) -> str:
+    return NONE if not before or not after else _sized(before, after, "less", "more")
+
+
+def points(before: float | None, after: float | None) -> str:
+    """Write a change of accuracy in points of a percent: −0.2 points."""
+    if before is None or after is None:
+        return NONE
+    return f"{_signed(100 * (after - before), 2)} points"
+
+
+def _difference(before: float | None, after: float | None) -> str:
+    return NONE if before is None or after is None else _signed(after - before, 4)
+
+
+def _signed(value: float, digits: int) -> str:
+    text = f"{abs(value):.{digits}f}"
+    return text if float(text) == 0 else ("−" if value < 0 else "+") + text
+
+
+def headline(report: Report) -> str:
+    """Say what happened: "lenet5 on mnist5k: 4.2× smaller, 98.2 % → 98.0 %"."""
+    where = f"{report.model} on {report.data}" if report.data else report.model
+    said = [_sized(report.before.bytes, report.after.bytes, "smaller", "larger")]
+    if report.before.latency_ms and report.after.latency_ms:
+        said.append(_sized(report.before.latency_ms, report.after.latency_ms, "faster", "slower"))
+    if report.before.accuracy is not None and report.after.accuracy is not None:
+        said.append(f"{percent(report.before.accuracy)} → {percent(report.after.accuracy)}")
+    return f"{where}: {', '.join(said)}"
+
+
+def _sized(before: float, after: float, less: str, more: str) -> str:
+    if not before or not after or abs(before / after - 1) < UNCHANGED:
+        return "unchanged" if less == "less" else f"no {less}"
+    return f"{times(before, after)} {less}" if after < before else f"{times(after, before)} {more}"
+
+
+def verdict(report: Report) -> str:
+    """Say whether the budget was met, and if not what was missed."""
+    if not report.budget:
+        return "No budget was set."
+    asked = ", ".join(f"{axis} ≤ {bound(report, axis)}" for axis in report.budget)
+    if report.met:
+        return f"Budget met: {asked}."
+    return f"Budget missed ({asked}): {'; '.join(report.misses) or 'see the costs'}."
+
+
+def bound(report: Report, axis: str) -> str:
+    """Write one bound of the budget: a fraction with what it comes to, or a number."""
+    value = report.budget[axis]
+    name = "latency_ms" if axis == "latency" else axis
+    write = next((write for key, _, write in COSTS if key == name), human)
+    limit = allowed(report, axis)
+    if isinstance(value, int) or limit is None or limit == value:
+        return write(value)
+    return f"{100 * value:.3g} % of dense ({write(limit)})"
+
+
+def allowed(report: Report, axis: str) -> float | None:
+    """Return a bound of the budget in absolute numbers, None where it cannot be known."""
+    value = report.budget[axis]
+    if isinstance(value, int) or value > 1:
+        return value
+    dense = getattr(report.before, "latency_ms" if axis == "latency" else axis, None)
+    return None if dense is None else value * dense
+
+
+def summary(report: Report) -> str:
+    """Say in one sentence what was done to how many layers."""
+    rows = [row for row in report.layers if row.before.get("macs", 0)] or list(report.layers)
+    changed = sum(map(is_changed, rows))
+    names = " and ".join(str(part["name"]) for part, _ in parts(report.method)) or "The method"
+    rest = "" if changed == len(rows) else "; the table says why the others were left alone"
+    return f"{names} changed {changed} of the {len(rows)} layers that cost MACs{rest}."
+
+
+def is_changed(row: LayerRow) -> bool:
+    """Say whether anything was done to a layer."""
+    return row.form != "dense" or row.kept is not None or row.before != row.after
+
+
+def what(row: LayerRow) -> str:
+    """Say what a layer became: "tucker2 18/21", "48 of 64 channels", "left alone"."""
+    said = []
+    if row.form != "dense":
+        said.append(f"{row.form} {'/'.join(map(str, row.ranks))}".strip())
+    if row.kept is not None:
+        said.append(f"{row.kept[0]} of {row.kept[1]} channels")
+    return ", ".join(said) or ("changed" if is_changed(row) else LEFT)
+
+
+def why(row: LayerRow) -> str:
+    """Say why a layer was left alone; empty where it was not."""
+    if is_changed(row):
+        return row.reason
+    return row.reason or "no reason was recorded"
+
+
+def saved(row: LayerRow, axis: str = "params") -> str:
+    """Write the share of a layer's cost that is gone."""
+    before, after = row.before.get(axis, 0), row.after.get(axis, 0)
+    if not before or before == after:
+        return NONE
+    return f"{'−' if after < before else '+'}{abs(100 * (1 - after / before)):.0f} %"
+
+
+def parts(method: Mapping[str, Any]) -> Iterator[tuple[Mapping[str, Any], str]]:
+    """Yield the methods of a possibly composed one, each with a note on its share and budget."""
+    for stage in method.get("stages", ()):
+        note = f"share {human(stage['share'])}" if stage.get("share", 1) != 1 else ""
+        budget = plain(stage.get("budget") or {})
+        for part, deeper in parts(stage["method"]):
+            yield part, ", ".join(filter(None, (deeper, note, budget and f"budget {budget}")))
+    for part in method.get("methods", ()):
+        yield from parts(part)
+    if "name" in method and "stages" not in method and "methods" not in method:
+        yield method, ""
+
+
+def entry(name: str) -> Entry | None:
+    """Return the registered method of a name, None for one that is not known here."""
+    try:
+        return registry.get(name)
+    except MethodError:
+        return None
+
+
+def plain(value: Any) -> str:
+    """Write any plain value for people."""
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}" if math.isfinite(value) else NONE
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} = {plain(item)}" for key, item in value.items())
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return ", ".join(map(plain, value)) or NONE
+    return str(value) or NONE
+
+
+def facts(values: Mapping[str, Any], under: str = "") -> Iterator[tuple[str, str]]:
+    """Yield nested plain data as flat pairs of words: ("onnx: max difference", "1.2e-06")."""
+    for key, value in values.items():
+        name = under + str(key).replace("_", " ")
+        if isinstance(value, Mapping):
+            yield from facts(value, f"{name}: ")
+        else:
+            yield name, size(value) if name.endswith("bytes") else plain(value)
