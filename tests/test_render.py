@@ -22,6 +22,7 @@ from pliant.result import LayerRow, Report, Side
 from tests.reports import resnet20
 
 EVIL = '</script><script>alert("x")</script><img src=x onerror=alert(1)> & |`*_'
+COSTS = ("Parameters", "MACs", "Bytes on disk")
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
 
@@ -106,6 +107,15 @@ def test_headline_of_a_network_that_grew_and_was_not_scored() -> None:
     report = resnet20(before=Side(10, 10, 1000), after=Side(10, 10, 2000))
     assert words.headline(report) == "resnet20 on cifar10: 2.0× larger"
     assert words.headline(bare()) == "resnet20 on cifar10: no smaller"
+
+
+def test_scores_that_are_not_numbers_are_not_shown() -> None:
+    side = Side(10, 10, 1000, accuracy=float("nan"), loss=float("nan"))
+    report = resnet20(before=side, after=side)
+    assert words.headline(report) == "resnet20 on cifar10: no smaller"
+    assert [row.label for row in words.comparisons(report)] == list(COSTS)
+    half = words.comparisons(resnet20(after=side))
+    assert (half[0].after, half[0].change) == ("–", "–")
 
 
 def test_verdict_names_budget_and_misses() -> None:

@@ -96,12 +96,12 @@ def comparisons(report: Report) -> list[Comparison]:
     """Return what was measured on both sides: scores first, then costs."""
     rows = []
     before, after = report.before, report.after
-    if before.accuracy is not None or after.accuracy is not None:
+    if _known(before.accuracy) or _known(after.accuracy):
         both = [percent(side.accuracy, 2) for side in (before, after)]
         change = points(before.accuracy, after.accuracy)
         rows.append(Comparison("Accuracy", both[0], both[1], change, change))
-    if before.loss is not None or after.loss is not None:
-        both = [NONE if side.loss is None else f"{side.loss:.4g}" for side in (before, after)]
+    if _known(before.loss) or _known(after.loss):
+        both = [f"{side.loss:.4g}" if _known(side.loss) else NONE for side in (before, after)]
         rows.append(Comparison("Loss", both[0], both[1], _difference(before.loss, after.loss)))
     for axis, label, write in COSTS:
         old, new = getattr(before, axis), getattr(after, axis)
@@ -114,15 +114,22 @@ def _said(before: float | None, after: float | None) -> str:
     return NONE if not before or not after else _sized(before, after, "less", "more")
 
 
+def _known(value: float | None) -> bool:
+    """Say whether a score is there: it is not a number where labels are not classes."""
+    return value is not None and math.isfinite(value)
+
+
 def points(before: float | None, after: float | None) -> str:
     """Write a change of accuracy in points of a percent: −0.2 points."""
-    if before is None or after is None:
+    if before is None or after is None or not _known(after - before):
         return NONE
     return f"{_signed(100 * (after - before), 2)} points"
 
 
 def _difference(before: float | None, after: float | None) -> str:
-    return NONE if before is None or after is None else _signed(after - before, 4)
+    if before is None or after is None or not _known(after - before):
+        return NONE
+    return _signed(after - before, 4)
 
 
 def _signed(value: float, digits: int) -> str:
@@ -136,7 +143,7 @@ def headline(report: Report) -> str:
     said = [_sized(report.before.bytes, report.after.bytes, "smaller", "larger")]
     if report.before.latency_ms and report.after.latency_ms:
         said.append(_sized(report.before.latency_ms, report.after.latency_ms, "faster", "slower"))
-    if report.before.accuracy is not None and report.after.accuracy is not None:
+    if _known(report.before.accuracy) and _known(report.after.accuracy):
         said.append(f"{percent(report.before.accuracy)} → {percent(report.after.accuracy)}")
     return f"{where}: {', '.join(said)}"
 
