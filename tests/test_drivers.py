@@ -1,11 +1,15 @@
 """One toy trained in four ways with one seed: every tensor at the end is the same, bit for bit."""
 
 import copy
+import importlib
 import logging
 import math
+import subprocess
+import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +22,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from pliant.data import Data, Train
 from pliant.drivers.check import check_data
 from pliant.drivers.loop import evaluate, fit, optimizer_of, rate
-from pliant.errors import DataError, MethodError, ModelError, TrainingError
+from pliant.errors import DataError, MethodError, MissingExtraError, ModelError, TrainingError
 from pliant.method import Method, uses
 from pliant.ops.edits import Factor
 from pliant.run import Run, start
@@ -366,6 +370,51 @@ def test_transformers_resumes_across_an_edit(tmp_path: Any) -> None:
     assert_same(whole, resumed)
 
 
+def test_lightning_refuses_a_checkpoint_without_the_run(tmp_path: Any) -> None:
+    pl = pytest.importorskip("lightning.pytorch")
+    path = tmp_path / "foreign.ckpt"
+    state = {f"net.{name}": tensor for name, tensor in net().state_dict().items()}
+    torch.save(
+        {"state_dict": state, "callbacks": {}, "pytorch-lightning_version": pl.__version__}, path
+    )
+    with pytest.raises(TrainingError, match="PliantCallback"):
+        lightning(Midway(), SGD, ckpt_path=path)
+
+
+def test_transformers_refuses_to_resume_without_the_run(tmp_path: Any) -> None:
+    pytest.importorskip("transformers")
+    from pliant.drivers.hf import PliantCallback
+
+    callback = PliantCallback(begin(Midway(), net()))
+    with pytest.raises(TrainingError, match="must hold the state"):
+        callback.restore(tmp_path)
+    with pytest.raises(TrainingError, match="restore"):
+        callback.on_train_begin(None, SimpleNamespace(global_step=3), None)
+
+
+@pytest.mark.parametrize(
+    ("driver", "package"), [("lightning", "lightning.pytorch"), ("hf", "transformers")]
+)
+def test_a_missing_trainer_names_the_extra(
+    driver: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delitem(sys.modules, f"pliant.drivers.{driver}", raising=False)
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "pytorch_lightning", raising=False)
+    with pytest.raises(MissingExtraError, match=r"pip install .pliant\["):
+        importlib.import_module(f"pliant.drivers.{driver}")
+
+
+@pytest.mark.slow  # a fresh interpreter imports torch
+def test_the_loop_imports_no_trainer() -> None:
+    code = (
+        "import sys, pliant, pliant.drivers.loop\n"
+        "heavy = {'lightning', 'pytorch_lightning', 'lightning_fabric', 'transformers'}\n"
+        "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_trainers_refuse_a_run_without_steps() -> None:
     for module, extra in (("lightning", "lightning"), ("hf", "transformers")):
         pytest.importorskip(extra)
@@ -473,6 +522,34 @@ def test_bad_data_is_refused_before_training() -> None:
             fit(run, data, SGD)
     assert run.step == 0
     check_data(run.model, Data((images, labels)))
+
+
+def test_no_epochs_finish_the_run_without_data() -> None:
+    run = start(net(), Midway(), example=(torch.zeros(1, 3, 6, 6),))
+    fit(run, Data(), Train(epochs=0))
+    assert run.finished and [edit.layer for edit in run.edits] == ["third"]
+
+
+def test_a_frozen_network_is_refused() -> None:
+    model = net().requires_grad_(False)
+    with pytest.raises(ModelError, match="require gradients"):
+        fit(begin(Nothing(), model), Data(samples()), SGD)
+
+
+def test_a_loader_that_gives_too_little_is_refused() -> None:
+    class Short(list[Any]):
+        def __len__(self) -> int:
+            return 9
+
+    with pytest.raises(DataError, match="__len__"):
+        fit(begin(Nothing(), net()), Data(Short([samples(8)])), SGD)
+
+
+def test_an_edit_keeps_the_fast_layout() -> None:
+    run = begin(Midway(), net())
+    run.apply(Factor("second", "spatial", (4,)))
+    kernel = run.model.get_parameter("second.first.weight")
+    assert kernel.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_a_run_started_for_other_steps_is_refused() -> None:

@@ -21,6 +21,8 @@ Both ``lightning.pytorch`` and the standalone ``pytorch_lightning`` are served: 
 import sys
 from typing import TYPE_CHECKING, Any
 
+from torch.utils.hooks import RemovableHandle
+
 from pliant.drivers.check import check_steps
 from pliant.errors import TrainingError, require
 from pliant.run import Run
@@ -66,6 +68,7 @@ class PliantCallback(_Callback):
         self.run = run
         self._steps = 0  # of the Trainer, at the last hook
         self._edits = len(run.edits)
+        self._loading: RemovableHandle | None = None  # of the hook that replays edits
 
     @property
     def state_key(self) -> str:
@@ -89,11 +92,11 @@ class PliantCallback(_Callback):
 
     def teardown(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Leave no hook in the LightningModule."""
-        self._loading.remove()
+        self._forget()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         """Give the run the Trainer's optimizer, so that its state follows every edit."""
-        self._loading.remove()
+        self._forget()
         if self.run.optimizer is None and trainer.optimizers:
             self.run.optimizer = trainer.optimizers[0]
         self._steps = trainer.global_step
@@ -124,7 +127,11 @@ class PliantCallback(_Callback):
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:
         """Leave no hook in the network."""
         self.run.close()
-        self._loading.remove()
+        self._forget()
+
+    def _forget(self) -> None:
+        if self._loading is not None:
+            self._loading.remove()
 
     def _replay(self, trainer: Any) -> None:
         saved = trainer.strategy.load_checkpoint(trainer.ckpt_path).get("callbacks", {})

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import Optimizer
 
 from pliant.data import Data, Train, unpack
 from pliant.drivers import checkpoint
@@ -27,6 +27,7 @@ from pliant.drivers.devices import (
     random_states,
     restore_random,
 )
+from pliant.drivers.schedule import optimizer_of, rate
 from pliant.drivers.score import Score, distillation, evaluate, forward, task_loss
 from pliant.errors import DataError, TrainingError
 from pliant.method import uses
@@ -85,15 +86,17 @@ def fit(
             processes or teacher are missing.
         KeyboardInterrupt: after the checkpoint was written.
     """
+    if not train.epochs and not train.finetune:
+        run.finish(strict=False)
+        return
+    check_data(run.model, data)
     fabric = fabric_of(train)
-    per_epoch = data.steps(train.batch, fabric.world_size) if data.has("train") else 0
+    per_epoch = data.steps(train.batch, fabric.world_size)
     steps = (train.steps(per_epoch), train.steps(per_epoch, finetune=True))
     if train.distill and train.finetune and teacher is None:
         raise TrainingError(
             "Distillation needs the dense network, but none came; pass teacher=, or distill=0."
         )
-    if any(steps) or not data.has("train"):
-        check_data(run.model, data)
     check_steps(run, steps[SEARCH])
     training = _Training(run, data, train, fabric, folder, watch, teacher, per_epoch, steps)
     with fast_layout(run.model), own_randomness(run.seed + fabric.global_rank, fabric.device):
@@ -106,35 +109,6 @@ def fit(
             raise
         finally:
             run.close()
-
-
-def optimizer_of(model: nn.Module, train: Train) -> Optimizer:
-    """Make the optimizer of a plan, for all parameters that train.
-
-    Weight decay is on all of them, biases and BatchNorm included, as in the papers' SGD.
-    """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if train.optimizer == "adamw":
-        return AdamW(parameters, lr=train.lr, weight_decay=train.weight_decay)
-    return SGD(
-        parameters,
-        lr=train.lr,
-        momentum=train.momentum,
-        weight_decay=train.weight_decay,
-        nesterov=train.nesterov and train.momentum > 0,
-    )
-
-
-def rate(train: Train, step: int, steps: int) -> float:
-    """Return the learning rate of a step, counted from 0: a function of nothing else."""
-    warm = round(train.warmup * steps)
-    if step < warm:
-        return train.lr * (step + 1) / warm
-    if train.schedule == "cosine":
-        return train.lr * (1 + math.cos(math.pi * (step - warm) / max(1, steps - warm))) / 2
-    if train.schedule == "step":
-        return train.lr * 0.1 ** ((2 * step >= steps) + (4 * step >= 3 * steps))
-    return train.lr
 
 
 @dataclass
@@ -250,8 +224,8 @@ class _Training:
 
     def _set_up(self) -> None:
         """Give the phase an optimizer of its own."""
-        self.optimizer = optimizer_of(self.run.model, self.train)
-        self.run.optimizer = self.optimizer
+        self.optimizer = optimizer_of(self.run.model, self.train) if self.steps else None
+        self.run.optimizer = self.optimizer or self.run.optimizer
         self.wrapped = -1
         self.clean = True
 

@@ -147,9 +147,17 @@ def factorized(
                 part.weight.copy_(kernel.reshape(part.weight.shape))
     for part in parts:
         part.weight.requires_grad_(module.weight.requires_grad)
+        part.weight.data = _in_layout_of(module.weight, part.weight.data)
     if module.bias is not None:
         parts[-1].bias = module.bias
     return new.train(module.training)
+
+
+def _in_layout_of(dense: Tensor, kernel: Tensor) -> Tensor:
+    """Keep 2-d kernels in channels_last, where the dense one is: that is faster on many CPUs."""
+    if dense.dim() == 4 and not dense.is_contiguous():
+        return kernel.contiguous(memory_format=torch.channels_last)
+    return kernel
 
 
 def _parts(module: Factorizable, form: str, ranks: Sequence[int]) -> Iterator[Any]:
