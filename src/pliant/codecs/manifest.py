@@ -86,7 +86,7 @@ def write(manifest: Manifest) -> bytes:
     """
     rows = {
         "format": FORMAT,
-        **{field.name: getattr(manifest, field.name) for field in fields(Manifest)},
+        **vars(manifest),
         "edits": to_json(manifest.edits),
         "tensors": {
             name: {"shape": spec.shape, "dtype": spec.dtype}
