@@ -84,8 +84,7 @@ def register(
 @cache
 def _discover() -> None:
     """Import every module below ``pliant.methods`` and every third-party entry point, once."""
-    import pliant.methods as package
-
+    package = importlib.import_module("pliant.methods")  # by name: methods stand above this line
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         importlib.import_module(module.name)
     for point in entry_points(group="pliant.methods"):

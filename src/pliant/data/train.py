@@ -28,7 +28,7 @@ class Train:
             "constant" stays.
         warmup: fraction of the steps in which the learning rate rises from zero.
         clip: largest norm of the gradient, None for no limit.
-        distill: weight of the distillation loss from the dense network, in 0..1.
+        distill: weight of the distillation loss from the dense network, in 0..1; 0 for none.
         temperature: of the distillation.
         precision: as Lightning Fabric names it: "32-true", "bf16-mixed", ...
         device: "auto", "cpu", "cuda", "cuda:1" or "mps".

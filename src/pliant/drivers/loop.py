@@ -76,7 +76,7 @@ def fit(
             those of an undisturbed run.
         watch: called after every step with phase, step, steps, epoch, epochs, loss, lr and
             seconds_left.
-        teacher: the dense network, for `train.distill` while fine-tuning.
+        teacher: the dense network, for `train.distill`.
 
     Raises:
         DataError: data and network do not fit.
@@ -93,7 +93,7 @@ def fit(
     fabric = fabric_of(train)
     per_epoch = data.steps(train.batch, fabric.world_size)
     steps = (train.steps(per_epoch), train.steps(per_epoch, finetune=True))
-    if train.distill and train.finetune and teacher is None:
+    if train.distill and teacher is None:
         raise TrainingError(
             "Distillation needs the dense network, but none came; pass teacher=, or distill=0."
         )
@@ -297,13 +297,13 @@ class _Training:
         inputs, labels = unpack(batch)
         output = forward(self._wrapped(), inputs)
         task = loss = task_loss(output, labels)
-        if self.hooks and uses(self.run.method, "loss"):
-            loss = self.run.loss(task, output, batch)
-        elif not self.hooks and self.train.distill and self.teacher is not None:
+        if self.train.distill and self.teacher is not None:
             with torch.no_grad(), self.fabric.autocast():
                 target = forward(self.teacher, inputs)
             gap = distillation(output, target, self.train.temperature)
             loss = (1 - self.train.distill) * task + self.train.distill * gap
+        if self.hooks and uses(self.run.method, "loss"):
+            loss = self.run.loss(loss, output, batch)
         return task, loss
 
     def _wrapped(self) -> Any:
