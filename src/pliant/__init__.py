@@ -1,1 +1,59 @@
-"""Pliant makes PyTorch networks smaller and measurably faster."""
+"""Makes PyTorch networks smaller and measurably faster, with published methods behind one contract.
+
+>>> import pliant
+>>> pliant.Budget.parse("params=0.3").params
+0.3
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from pliant.api import compress, load
+from pliant.budget import Budget
+from pliant.compose import Stage, chain, together
+from pliant.cost import Cost, LayerCost, cost, layer_costs
+from pliant.data import Data, Train
+from pliant.drivers.loop import evaluate, fit
+from pliant.errors import PliantError
+from pliant.export import to_onnx
+from pliant.method import Method
+from pliant.ops.edits import Factor
+from pliant.registry import Entry, Paper, entries, register
+from pliant.registry import build as method
+from pliant.result import LayerRow, Report, Result
+from pliant.run import Run, start
+
+try:
+    __version__ = version("pliant")
+except PackageNotFoundError:  # run from a checkout that was never installed
+    __version__ = "unknown"
+
+__all__ = [
+    "Budget",
+    "Cost",
+    "Data",
+    "Entry",
+    "Factor",
+    "LayerCost",
+    "LayerRow",
+    "Method",
+    "Paper",
+    "PliantError",
+    "Report",
+    "Result",
+    "Run",
+    "Stage",
+    "Train",
+    "chain",
+    "compress",
+    "cost",
+    "entries",
+    "evaluate",
+    "fit",
+    "layer_costs",
+    "load",
+    "method",
+    "register",
+    "start",
+    "to_onnx",
+    "together",
+]

@@ -157,6 +157,19 @@ def allocate(
     return [row.edit for row in chosen.values() if row.edit is not None]
 
 
+def cheapest(options: Mapping[str, Sequence[Option]], worst: float) -> list[Any]:
+    """Choose for every layer the cheapest option whose score is at most ``worst``.
+
+    Returns:
+        The edits of the chosen options; layers that are best left alone contribute nothing.
+    """
+    chosen = (
+        min((row for row in rows if row.score <= worst + 1e-9), key=lambda row: row.cost.params)
+        for rows in options.values()
+    )
+    return [row.edit for row in chosen if row.edit is not None]
+
+
 def _weigher(limits: Limits) -> Callable[[LayerCost], float]:
     """Cost as one number: each axis in units of its limit."""
     if not limits:

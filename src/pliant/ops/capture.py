@@ -11,21 +11,31 @@ from torch import Tensor, nn
 
 @contextmanager
 def capture(
-    model: nn.Module, layers: Iterable[str], see: Callable[[str, Tensor, Tensor], None]
+    model: nn.Module,
+    layers: Iterable[str],
+    see: Callable[[str, Tensor, Tensor], None],
+    *,
+    gradients: bool = False,
 ) -> Iterator[None]:
     """Call ``see(name, input, output)`` at every forward of the named layers, inside the block.
 
-    The model is in eval mode and records no gradients meanwhile; hooks are removed and the
-    training flags restored at the end, also after an exception.
+    The model is in eval mode meanwhile; hooks are removed and the training flags restored at the
+    end, also after an exception.
+
+    Args:
+        model: any module.
+        layers: names of submodules that read one tensor and return one.
+        see: gets the tensors as they are, part of the autograd graph if there is one.
+        gradients: whether the block records gradients.
     """
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        return lambda module, inputs, output: see(name, inputs[0].detach(), output.detach())
+        return lambda module, inputs, output: see(name, inputs[0], output)
 
     flags = {module: module.training for module in model.modules()}
     handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in layers]
     try:
-        with torch.no_grad():
+        with torch.set_grad_enabled(gradients):
             model.eval()
             yield
     finally:

@@ -1,0 +1,416 @@
+"""The whole way from a network and data to a smaller network with a report, in one call."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pliant import artifact, zoo
+from pliant.budget import Budget, Option
+from pliant.compose import Stage, resolve
+from pliant.cost import Example, layer_costs
+from pliant.data import Data, Train
+from pliant.data.splits import Split
+from pliant.drivers.check import check_data
+from pliant.drivers.devices import own_randomness
+from pliant.drivers.loop import Watch, evaluate, fit
+from pliant.drivers.score import device_of
+from pliant.errors import BudgetError, DataError, ModelError
+from pliant.factorize import note_spectra
+from pliant.math.forms import FORMS, max_ranks
+from pliant.method import Method
+from pliant.ops.edits import Factor, from_json, to_json
+from pliant.ops.layers import factorizable
+from pliant.ops.lowrank import forms_of
+from pliant.registry import entry_of, plain
+from pliant.result import Report, Result, Side, layer_rows, side, versions
+from pliant.run import Run, start
+
+CONTROL = "control"  # folder of the control run's checkpoint, and its phase in the history
+REFERENCE = "the same network trained for as many epochs without compression"
+MOST_CLASSES = 100_000  # that a file may ask the zoo for
+
+Methods = Method | Stage | str | Sequence[Any]
+
+
+def compress(
+    model: nn.Module,
+    data: Any,
+    method: Methods,
+    budget: Budget | str | None = None,
+    *,
+    train: Train | None = None,
+    seed: int = 0,
+    strict: bool = True,
+    example: Example | Tensor = (),
+    name: str = "",
+    control: bool = False,
+    folder: str | Path | None = None,
+    resume: bool = False,
+    watch: Watch | None = None,
+) -> Result:
+    """Make a smaller network out of a network; the given one stays as it is.
+
+    What can be refused is refused before any training. Accuracy is measured on the test split,
+    or on validation where there is none.
+
+    Args:
+        model: any network; a copy of it is compressed, on the device that `train` names.
+        data: a `Data`, a pair of tensors (inputs, labels), a data set, a DataLoader, or None
+            where the method needs none; then `example` is needed.
+        method: a name, a spec such as ``"nrmf(alpha=0.01)"``, a `Method`, or several (a chain).
+        budget: what the result may cost: a `Budget`, or text such as ``"params=0.3"``.
+        train: how long to train with the method, and to fine-tune afterwards; None calibrates
+            only: no labels, no training, seconds.
+        seed: of everything random; the caller's random state stays untouched.
+        strict: raise where the budget is missed; otherwise the report says so.
+        example: inputs of one forward call; taken from the data if not given.
+        name: what the report calls the model; its class if not given.
+        control: also train a copy without the method for as many epochs, and report that as the
+            network before: the honest reference of a network that comes untrained. With
+            `train.distill` it is the teacher.
+        folder: where checkpoints are kept while training; None keeps none.
+        resume: go on from the checkpoints in `folder`.
+        watch: called with a dict at every step (see `fit`) and at every change of phase.
+
+    Returns:
+        The compressed network in eval mode on the model's device, its edits and the report.
+
+    Raises:
+        MethodError: the method or an option is unknown.
+        BudgetError: the budget is malformed, impossible, or (if strict) missed.
+        DataError: data are empty, not finite, or do not fit the model.
+        ModelError: the model fails in forward or has nothing to compress.
+        TrainingError: loss or weights stopped being finite.
+    """
+    resolved, bounds = resolve(method), _budget(budget)
+    given = (example,) if isinstance(example, Tensor) else example
+    with own_randomness(seed, device_of_checked(model)):
+        task = _Task(model, Data.of(data, seed=seed), resolved, bounds, train, seed, given)
+        task.folder = Path(folder) if folder is not None else None
+        task.resume, task.watch = resume, watch or (lambda row: None)
+        return task.go(control=control, strict=strict, name=name or type(model).__name__)
+
+
+def load(path: str | Path, model: nn.Module | Callable[[], nn.Module] | None = None) -> nn.Module:
+    """Rebuild a compressed network from its file.
+
+    Nothing in a file can execute anything: without `model` only networks of the zoo are built.
+
+    Args:
+        path: a ``.pliant`` file.
+        model: the dense architecture, freshly built, or a function that builds it; may be left
+            out for a network of the zoo.
+
+    Raises:
+        ArtifactError: the file is missing, damaged, foreign, too new, or of another architecture.
+    """
+    return artifact.load(path, model if model is not None else _of_zoo(path))
+
+
+def _of_zoo(path: str | Path) -> Callable[[], nn.Module] | None:
+    manifest = artifact.inspect(path)
+    source, classes = manifest.source, manifest.extra.get("classes")
+    if source not in zoo.NETWORKS:
+        return None
+    known = type(classes) is int and 0 < classes <= MOST_CLASSES
+    return lambda: zoo.build(source, classes=classes if known else None)
+
+
+# ---------------------------------------------------------------- refusals
+
+
+def _budget(budget: Budget | str | None) -> Budget | None:
+    if isinstance(budget, str):
+        return Budget.parse(budget)
+    if budget is None or isinstance(budget, Budget):
+        return budget
+    raise BudgetError(
+        f"A budget must be a Budget, text such as 'params=0.3', or None, not {budget!r}."
+    )
+
+
+def device_of_checked(model: Any) -> torch.device:
+    """Say where a model is, after refusing what is no model."""
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"The model must be a torch.nn.Module, not {type(model).__name__}; "
+            "pliant.zoo.build makes one from a name."
+        )
+    return device_of(model)
+
+
+def _check_axes(method: Method, budget: Budget | None) -> None:
+    """Refuse a bound on what the method does not save."""
+    entry = entry_of(method)
+    for axis in budget.given() if budget and entry else ():
+        assert entry is not None
+        if axis not in entry.saves:
+            raise BudgetError(
+                f"{entry.name} does not save {axis}: it saves {', '.join(entry.saves) or 'none'}; "
+                f"drop {axis} from the budget, or add a method that saves it."
+            )
+
+
+def _check_reachable(run: Run) -> None:
+    """Refuse a budget that not even factors of rank one would meet, before any training."""
+    entry = entry_of(run.method)
+    if not run.limits() or run.edits or entry is None or entry.family != "lowrank":
+        return
+    only, exclude = _patterns(run.method)
+    form = getattr(run.method, "form", "auto")
+    allowed = FORMS if form == "auto" else (form,)
+    costs = layer_costs(run.model, run.example)
+    options = {}
+    for layer, module in factorizable(run.model, only=only, exclude=exclude)[0].items():
+        shape = module.weight.shape
+        edits = [
+            Factor(layer, form, (1,) * len(max_ranks(shape, form)))
+            for form in forms_of(shape, allowed)
+        ]
+        rows = [Option(1.0, edit.predict(costs[layer]), edit) for edit in edits]
+        options[layer] = [Option(0.0, costs[layer]), *rows]
+    run.allocate(options)
+
+
+def _patterns(method: Method) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    return getattr(method, "only", ()), getattr(method, "exclude", ())
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:  # a model's own attributes may refuse in any way
+        raise ModelError(
+            f"{type(model).__name__} must be copied before it is compressed, and cannot "
+            f"({type(error).__name__}: {error}); remove what copy.deepcopy fails on."
+        ) from error
+
+
+# ---------------------------------------------------------------- the run
+
+
+@dataclass(frozen=True)
+class Control(Method):
+    """Only watches the spectra: the same training without any method."""
+
+    only: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+
+    def prepare(self, run: Run) -> None:
+        """Look before the first step."""
+        self.after_epoch(run)
+
+    def after_epoch(self, run: Run) -> None:
+        """Note the singular values of every kernel."""
+        layers, _ = factorizable(run.model, only=self.only, exclude=self.exclude)
+        if layers:
+            note_spectra(run, layers, 0.95)
+
+
+@dataclass
+class _Task:
+    """One call of `compress`: what was asked, and the seconds that its stages took."""
+
+    model: nn.Module
+    data: Data
+    method: Method
+    budget: Budget | None
+    train: Train | None
+    seed: int
+    example: Example
+    folder: Path | None = None
+    resume: bool = False
+    watch: Watch = lambda row: None  # noqa: E731
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    def go(self, *, control: bool, strict: bool, name: str) -> Result:
+        """Refuse or begin, measure, train, finish, measure, report."""
+        with self._stage("prepare"):
+            run = self._begin()
+        reference, rows = self._reference(control=control)
+        before = self._side(reference, run)
+        with self._stage("finish", show=False):
+            self._fit(run, reference)
+        self._split_time(run)
+        after_cost = run.finish(strict=strict)
+        after = self._side(run.model, run)
+        report = self._report(run, name, before, after, rows)
+        trained_on = device_of(run.model)
+        result = run.model.to(device_of(self.model)).eval()
+        edits = tuple(from_json(to_json(run.edits)))  # a plan: without the tensors of factors
+        misses = tuple(run.misses(after_cost))
+        report = replace(report, device=str(trained_on), met=not misses, misses=misses)
+        return Result(result, edits, report)
+
+    def _begin(self) -> Run:
+        """All refusals, then a run on a copy of the model."""
+        train, data = self.train, self.data
+        if train is not None and not isinstance(train, Train):
+            raise DataError(f"train must be a Train or None, not {type(train).__name__}.")
+        _check_axes(self.method, self.budget)
+        network = _copied(self.model).to(self._device())
+        if self._epochs():
+            check_data(network, data)
+        elif data.has("train"):
+            data.check()
+        run = start(
+            network,
+            self.method,
+            self.budget,
+            data=data if data.has("train") else None,
+            example=self.example,
+            steps=self._steps(train),
+            seed=self.seed,
+        )
+        _check_reachable(run)
+        return run
+
+    def _reference(self, *, control: bool) -> tuple[nn.Module, list[dict[str, Any]]]:
+        """The dense network to compare with: as it came, or trained without the method."""
+        network = _copied(self.model).to(self._device())
+        if not control or self.train is None or not self._epochs():
+            return network, []
+        plan = replace(self.train, epochs=self._epochs(), finetune=0, distill=0.0)
+        with self._stage(CONTROL, show=False):
+            run = start(
+                network,
+                Control(*_patterns(self.method)),
+                data=self.data,
+                example=self.example,
+                steps=self._steps(plan),
+                seed=self.seed,
+            )
+            fit(
+                run,
+                self.data,
+                plan,
+                folder=self.folder / CONTROL if self.folder else None,
+                resume=self.resume,
+                watch=lambda row: self.watch({**row, "phase": CONTROL}),
+            )
+        return run.model, [{**row, "phase": CONTROL, "control": True} for row in run.log]
+
+    def _fit(self, run: Run, teacher: nn.Module) -> None:
+        if self.train is None or not self._epochs():
+            self.watch({"phase": "factorize"})
+            run.finish(strict=False)
+            return
+        fit(
+            run,
+            self.data,
+            self.train,
+            folder=self.folder,
+            resume=self.resume,
+            watch=self.watch,
+            teacher=teacher if self.train.distill else None,
+        )
+
+    def _side(self, network: nn.Module, run: Run) -> Side:
+        """Measure costs and, if there is a split to measure on, the score."""
+        from pliant.cost import cost
+
+        with self._stage("measure"):
+            costs = cost(network, run.example)
+            split = self._split()
+            if split is None:
+                return side(costs)
+            score = evaluate(network, self.data, split)
+            known = math.isfinite(score.accuracy)
+            return side(costs, accuracy=score.accuracy if known else None, loss=score.loss)
+
+    def _report(
+        self, run: Run, name: str, before: Side, after: Side, rows: list[dict[str, Any]]
+    ) -> Report:
+        plan = asdict(self.train) if self.train else {}
+        if rows:
+            plan["reference"] = REFERENCE
+        if split := self._split():
+            plan["scored_on"] = f"{self.data.size(split) or 'all'} samples of {split}"
+        return Report(
+            model=name,
+            data=self.data.name if self.data.has("train") or self._split() else "",
+            method=_described(self.method),
+            budget=self.budget.given() if self.budget else {},
+            before=before,
+            after=after,
+            layers=layer_rows(run),
+            met=True,
+            misses=(),
+            history=tuple(_short(row) for row in (*run.log, *rows)),
+            seconds={stage: round(took, 3) for stage, took in self.seconds.items()},
+            seed=self.seed,
+            device="",
+            versions=versions(),
+            train=plan,
+        )
+
+    def _split_time(self, run: Run) -> None:
+        """Share the time of the training out to its phases, those before a resumption too."""
+        whole = self.seconds.pop("finish")
+        phases: dict[str, float] = {}
+        for row in run.log:
+            if "phase" in row and "seconds" in row:
+                phases[row["phase"]] = phases.get(row["phase"], 0.0) + row["seconds"]
+        rest = max(0.0, whole - sum(phases.values()))
+        self.seconds |= phases | {"validate and finish" if phases else "factorize": rest}
+
+    @contextmanager
+    def _stage(self, name: str, *, show: bool = True) -> Iterator[None]:
+        if show:
+            self.watch({"phase": name})
+        began = time.monotonic()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
+
+    def _split(self) -> Split | None:
+        return "test" if self.data.has("test") else "val" if self.data.has("val") else None
+
+    def _epochs(self) -> float:
+        return self.train.epochs + self.train.finetune if self.train else 0
+
+    def _steps(self, train: Train | None) -> int:
+        if train is None or not train.epochs:
+            return 0
+        alone = train.devices == 1
+        world = 1 if alone else int(os.environ.get("WORLD_SIZE", train.devices))
+        return train.steps(self.data.steps(train.batch, world))
+
+    def _device(self) -> torch.device:
+        """Where to work; what is not there is refused by the training, with its reasons."""
+        asked = self.train.device if self.train and self.train.devices == 1 else ""
+        cuda = torch.cuda.is_available()
+        if asked == "auto" and cuda:
+            return torch.device("cuda", 0)
+        if asked == "cpu" or (asked.startswith("cuda") and cuda):
+            return torch.device(asked)
+        return device_of(self.model)
+
+
+def _described(method: Method) -> dict[str, Any]:
+    """A method as plain data, also one that was never registered."""
+    if entry_of(method) is not None or hasattr(method, "plain"):
+        return plain(method)
+    options = {f.name: getattr(method, f.name) for f in fields(method)}
+    return {"name": type(method).__name__, "options": options}
+
+
+def _short(row: dict[str, Any]) -> dict[str, Any]:
+    """Write singular values with five digits: reports draw them, nothing computes with them."""
+    if "spectra" not in row:
+        return row
+    spectra = {
+        layer: {side: [float(f"{s:.5g}") for s in values] for side, values in sides.items()}
+        for layer, sides in row["spectra"].items()
+    }
+    return {**row, "spectra": spectra}

@@ -1,0 +1,163 @@
+"""What low-rank methods share: choose layers, look at data, spend the budget, factorize."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+from torch import Tensor
+
+from pliant.budget import Option, cheapest
+from pliant.cost import Example, layer_costs
+from pliant.errors import ModelError
+from pliant.math.forms import FORMS, max_ranks
+from pliant.math.metric import Metric
+from pliant.math.rank import energy_rank
+from pliant.math.svd import spectrum
+from pliant.ops.batchnorm import recalibrate
+from pliant.ops.edits import Factor
+from pliant.ops.layers import Factorizable, factorizable
+from pliant.ops.lowrank import options, with_kernels
+from pliant.ops.sensitivity import metrics
+from pliant.run import Run
+
+Layers = Mapping[str, Factorizable]
+Form = Literal["auto", "tucker2", "input", "output", "spatial"]
+
+BATCH = 128  # samples per calibration batch
+SETTLING = 2048  # samples from which batch norms are re-estimated
+
+
+def subjects(
+    run: Run, only: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> dict[str, Factorizable]:
+    """Return the layers that a method may factorize, and record why the others may not be.
+
+    Raises:
+        ModelError: there are none.
+        MethodError: a name pattern matches no layer.
+    """
+    layers, reasons = factorizable(run.model, only=only, exclude=exclude)
+    costs = layer_costs(run.model, run.example)
+    for name in [name for name in layers if not costs[name].calls]:
+        del layers[name]
+        reasons[name] = "never called in a forward pass"
+    for name, reason in reasons.items():
+        run.keep(name, reason)
+    if not layers:
+        why = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
+        raise ModelError(
+            "The model has no layer to factorize: it needs a Conv1d/2d/3d with groups=1 or a "
+            f"Linear{f' ({why})' if why else ''}."
+        )
+    return layers
+
+
+def look(run: Run, layers: Layers, samples: int) -> dict[str, Metric]:
+    """Return the metric of every layer from training inputs, without labels; none without data."""
+    if run.data is None or not run.data.has("train") or not samples:
+        return {}
+    batches = _inputs(run, samples, BATCH, run.seed)
+    return metrics(run.model, layers, batches, run.generator)
+
+
+def within_budget(run: Run, layers: Layers, form: Form, seen: Mapping[str, Metric]) -> list[Factor]:
+    """Plan ranks and forms for the run's budget.
+
+    With metrics the sum of the damages is made least; without them one energy threshold p holds
+    for the whole network.
+
+    Raises:
+        BudgetError: the budget cannot be met.
+    """
+    rows = _options(run, layers, form, seen, scaled=True)
+    return run.allocate(rows, rule="sum" if seen else "max")  # type: ignore[return-value]
+
+
+def at_energy(
+    run: Run, layers: Layers, form: Form, seen: Mapping[str, Metric], p: float
+) -> list[Factor]:
+    """Plan the cheapest form and ranks of every layer that keep the share ``p`` of its energy."""
+    return cheapest(_options(run, layers, form, seen, scaled=False), 1 - p)
+
+
+def plan(
+    run: Run, layers: Layers, form: Form, seen: Mapping[str, Metric], p: float
+) -> list[Factor]:
+    """Plan for the budget if there is one, else for the energy ``p``."""
+    if run.limits():
+        return within_budget(run, layers, form, seen)
+    return at_energy(run, layers, form, seen, p)
+
+
+def factorize(
+    run: Run, edits: Sequence[Factor], layers: Layers, seen: Mapping[str, Metric]
+) -> None:
+    """Apply planned edits with the best factors, mend the batch norms, say who was left alone."""
+    run.apply(*with_kernels(edits, layers, seen))
+    changed = {edit.layer for edit in edits}
+    for name in layers:
+        if name not in changed:
+            run.keep(name, "no factorized form at the rank it needs is smaller")
+    settle(run)
+    run.note(
+        ranks={
+            edit.layer: [
+                rank / top
+                for rank, top in zip(
+                    edit.ranks, max_ranks(layers[edit.layer].weight.shape, edit.form), strict=True
+                )
+            ]
+            for edit in edits
+        }
+    )
+
+
+def settle(run: Run) -> None:
+    """Re-estimate batch norms on training inputs, augmented as in training."""
+    if run.data is not None and run.data.has("train"):
+        recalibrate(run.model, _inputs(run, SETTLING, 2 * BATCH, run.seed + 1))
+
+
+def note_spectra(run: Run, layers: Layers, p: float) -> None:
+    """Write the singular values and energy ranks of all layers into the history."""
+    values = {name: spectra(module.weight) for name, module in layers.items()}
+    run.note(
+        spectra={
+            name: {side: s.tolist() for side, s in row.items()} for name, row in values.items()
+        },
+        ranks={
+            name: [energy_rank(s, p) / len(s) for s in row.values()] for name, row in values.items()
+        },
+    )
+
+
+def spectra(weight: Tensor) -> dict[str, Tensor]:
+    """Return the singular values of the input and the output unfolding of a kernel."""
+    return {"in": spectrum(weight.detach(), 1), "out": spectrum(weight.detach(), 0)}
+
+
+def _inputs(run: Run, samples: int, batch: int, seed: int) -> Iterator[Example]:
+    """Training inputs, on the device of the network."""
+    device = next(run.model.parameters()).device
+    assert run.data is not None
+    for example in run.data.calibration(samples, batch=batch, seed=seed):
+        if isinstance(example, Mapping):
+            yield {name: value.to(device) for name, value in example.items()}
+        else:
+            yield tuple(value.to(device) for value in example)
+
+
+def _options(
+    run: Run, layers: Layers, form: Form, seen: Mapping[str, Metric], *, scaled: bool
+) -> dict[str, list[Option]]:
+    costs = layer_costs(run.model, run.example)
+    allowed = FORMS[:4] if form == "auto" else (form,)
+    found = {}
+    for name, module in layers.items():
+        metric = seen.get(name)
+        rows = options(name, module.weight, costs[name], allowed=allowed, metric=metric)
+        scale = metric.energy(module.weight.detach()) if metric and scaled else 1.0
+        found[name] = [replace(row, score=row.score * scale) for row in rows]
+    return found

@@ -1,0 +1,47 @@
+"""Energy ranks: one energy threshold for the whole network, read off a finished network."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pliant.factorize import Form, factorize, look, plan, subjects
+from pliant.method import Method
+from pliant.registry import Paper, register
+from pliant.run import Run
+
+
+@register(
+    "energy",
+    paper=Paper(
+        "Exploiting Elasticity in Tensor Ranks for Compressing Neural Networks (its ranks, "
+        "without its penalty)",
+        "J. Ran, R. Lin, H. K.-H. So, G. Chesi, N. Wong",
+        "ICPR",
+        2020,
+        "https://arxiv.org/abs/2105.04218",
+    ),
+    saves="params macs bytes",
+)
+@dataclass(frozen=True)
+class Energy(Method):
+    """Keeps in every layer the directions that hold the share p of its energy, before training.
+
+    The baseline of NRMF: the same ranks and factors without any search. With ``samples`` it
+    becomes data-aware: energy is what a direction is worth to the loss, estimated from inputs
+    alone. All training that follows is fine-tuning.
+
+    >>> Energy(p=0.9).p
+    0.9
+    """
+
+    p: float = 0.95  # energy kept, if there is no budget
+    form: Form = "tucker2"  # of the factors; "auto" takes the best per layer
+    samples: int = 0  # training inputs to look at; 0 looks at weights only
+    only: tuple[str, ...] = ()  # name patterns of the layers to consider
+    exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone
+
+    def prepare(self, run: Run) -> None:
+        """Factorize at once."""
+        layers = subjects(run, self.only, self.exclude)
+        seen = look(run, layers, self.samples)
+        factorize(run, plan(run, layers, self.form, seen, self.p), layers, seen)

@@ -1,0 +1,150 @@
+"""NRMF, elastic tensor ranks: training itself finds how few channel directions a layer needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from pliant.factorize import Form, Layers, factorize, look, note_spectra, plan, subjects
+from pliant.math.forms import form_params
+from pliant.math.norms import penalty_gradient
+from pliant.math.prox import shrink
+from pliant.math.rank import energy_rank
+from pliant.math.svd import spectrum
+from pliant.method import Method
+from pliant.registry import Paper, register
+from pliant.run import Run
+
+PACE = 1.25  # by which the controller changes the strength at one interval
+
+
+@register(
+    "nrmf",
+    paper=Paper(
+        "Exploiting Elasticity in Tensor Ranks for Compressing Neural Networks",
+        "J. Ran, R. Lin, H. K.-H. So, G. Chesi, N. Wong",
+        "ICPR",
+        2020,
+        "https://arxiv.org/abs/2105.04218",
+    ),
+    saves="params macs bytes",
+)
+@dataclass(frozen=True)
+class NRMF(Method):
+    """Shrinks the spectra of both channel unfoldings in training, then factorizes at the ranks left.
+
+    Search: every ``interval`` steps the singular values of every kernel's two channel unfoldings
+    are shrunk, so that weak directions die. Then ranks and forms are read off for the whole
+    network at once, by one energy p or for a budget, layers are factorized, and the rest of the
+    training fine-tunes them. Without training steps it only factorizes, in seconds.
+
+    *Departs from the paper*: its own form is ``PAPER``. The defaults differ where measurements
+    on small networks under BatchNorm said so: small singular values shrink more and the norm is
+    kept, the search is short, forms are chosen per layer, and energy is what a direction is
+    worth to the loss (estimated from inputs without labels), not its share of the weights.
+
+    >>> NRMF(alpha=0.1).alpha
+    0.1
+    """
+
+    alpha: float | None = 0.01  # strength; None: found so that energy p meets the budget
+    shrinkage: Literal["soft", "relative", "reweighted", "gradient"] = "reweighted"
+    interval: int = 10  # k, steps between two shrinkages
+    keep_norm: bool = True  # scale shrunken kernels back to their norm
+    search: float = 0.25  # share of the training before the factorization
+    p: float = 0.95  # energy kept, if there is no budget
+    form: Form = "auto"  # of the factors; "auto" takes the best per layer
+    samples: int = 1024  # training inputs to look at; 0 looks at weights only
+    only: tuple[str, ...] = ()  # name patterns of the layers to consider
+    exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone
+
+    def prepare(self, run: Run) -> None:
+        """Choose the layers."""
+        layers = subjects(run, self.only, self.exclude)
+        run.state.update(layers=list(layers), alpha=self.alpha or 1e-3, factorized=False)
+        note_spectra(run, layers, self.p)
+        if run.steps and not round(self.search * run.steps):
+            self._factorize(run)
+
+    def before_step(self, run: Run) -> None:
+        """Add the exact gradient of the nuclear norms, if that form of the penalty is chosen."""
+        if self.shrinkage != "gradient" or run.state["factorized"]:
+            return
+        for module in self._layers(run).values():
+            if module.weight.grad is not None:
+                modes = (0, 1) if module.weight[0, 0].numel() > 1 else (0,)
+                pull = penalty_gradient(module.weight, modes)
+                module.weight.grad.add_(pull, alpha=run.state["alpha"])
+
+    def after_step(self, run: Run) -> None:
+        """Shrink at intervals; factorize when the search is over."""
+        if run.state["factorized"]:
+            return
+        if run.step % self.interval == 0:
+            if self.shrinkage != "gradient":
+                self._shrink(run)
+            if self.alpha is None:
+                self._steer(run)
+        if run.step >= round(self.search * run.steps):
+            self._factorize(run)
+
+    def after_epoch(self, run: Run) -> None:
+        """Write spectra and ranks into the history."""
+        if not run.state["factorized"]:
+            note_spectra(run, self._layers(run), self.p)
+
+    def finalize(self, run: Run) -> None:
+        """Factorize, if the training has not come to it."""
+        if not run.state["factorized"]:
+            self._factorize(run)
+
+    def _factorize(self, run: Run) -> None:
+        layers = self._layers(run)
+        note_spectra(run, layers, self.p)
+        seen = look(run, layers, self.samples)
+        factorize(run, plan(run, layers, self.form, seen, self.p), layers, seen)
+        run.state["factorized"] = True
+
+    def _layers(self, run: Run) -> Layers:
+        return {name: run.model.get_submodule(name) for name in run.state["layers"]}  # type: ignore[misc]
+
+    @torch.no_grad()
+    def _shrink(self, run: Run) -> None:
+        """The proximal step of the penalty on both unfoldings, one after the other."""
+        kind = self.shrinkage if self.shrinkage != "gradient" else "soft"
+        threshold = run.state["alpha"]
+        if kind == "soft":  # tau = alpha * lr * k, so that it is the penalty's own step
+            threshold *= self.interval * (
+                run.optimizer.param_groups[0]["lr"] if run.optimizer else 1.0
+            )
+        for module in self._layers(run).values():
+            weight = module.weight
+            for mode in (0, 1) if weight[0, 0].numel() > 1 else (0,):
+                weight.copy_(shrink(weight, mode, threshold, kind=kind, keep_norm=self.keep_norm))
+
+    def _steer(self, run: Run) -> None:
+        """Raise the strength while ranks at energy p lag behind a straight line to the budget."""
+        bound = run.limits().get("params")
+        if bound is None:
+            return
+        left = 1 - min(1.0, run.step / max(1, round(self.search * run.steps)))
+        aim = bound + left * (run.cost.params - bound)
+        run.state["alpha"] *= PACE if self._reach(run) > aim else 1 / PACE
+        run.note(alpha=run.state["alpha"])
+
+    def _reach(self, run: Run) -> float:
+        """Parameters of the whole network if it were factorized at energy p now."""
+        saved = 0
+        for module in self._layers(run).values():
+            weight = module.weight.detach()
+            ranks = [energy_rank(spectrum(weight, mode), self.p) for mode in (1, 0)]
+            form = "tucker2" if weight[0, 0].numel() > 1 else "svd"
+            size = form_params(weight.shape, form, ranks if form == "tucker2" else ranks[:1])
+            saved += max(0, weight.numel() - size)
+        return run.cost.params - saved
+
+
+PAPER = 'nrmf(shrinkage="soft", keep_norm=False, search=0.8, form="tucker2", samples=0)'
+"""The paper's own form: plain nuclear norms, Tucker-2, energy of the weights."""

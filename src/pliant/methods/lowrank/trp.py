@@ -1,0 +1,110 @@
+"""Trained Rank Pruning: train, and cut every kernel to low rank again and again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from pliant.factorize import factorize, note_spectra, plan, subjects
+from pliant.math.forms import blocks
+from pliant.math.norms import penalty_gradient
+from pliant.math.rank import energy_rank
+from pliant.math.svd import spectral_map, spectrum
+from pliant.method import Method
+from pliant.registry import Paper, register
+from pliant.run import Run
+
+
+@register(
+    "trp",
+    paper=Paper(
+        "TRP: Trained Rank Pruning for Efficient Deep Neural Networks",
+        "Y. Xu, Y. Li, S. Zhang, W. Wen, B. Wang, Y. Qi, Y. Chen, W. Lin, H. Xiong",
+        "IJCAI",
+        2020,
+        "https://arxiv.org/abs/2004.14566",
+    ),
+    saves="params macs bytes",
+)
+@dataclass(frozen=True)
+class TRP(Method):
+    """Cuts kernels to the rank that keeps their energy every few steps, with a nuclear penalty.
+
+    Between cuts the gradient of the nuclear norm is added (eq. 5); the last cut is made
+    permanent by splitting every convolution in two: channel-wise (DxD, 1x1) or spatially
+    (Dx1, 1xD).
+
+    *Departs from the paper*: with a budget the last ranks are read off at the one energy
+    threshold that meets it; the rest of the training fine-tunes the split network.
+
+    >>> TRP(form="spatial").interval
+    20
+    """
+
+    weight: float = 3e-4  # lambda, of the nuclear norm
+    energy: float = 0.98  # e, kept by every cut
+    interval: int = 20  # m, steps between two cuts
+    search: float = 0.5  # share of the training before the split
+    p: float = 0.95  # energy kept by the split, if there is no budget
+    form: Literal["output", "spatial"] = "output"  # channel-wise or spatial decomposition
+    only: tuple[str, ...] = ()  # name patterns of the layers to consider
+    exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone
+
+    def prepare(self, run: Run) -> None:
+        """Choose the layers."""
+        layers = subjects(run, self.only, self.exclude)
+        run.state.update(layers=list(layers), split=False)
+
+    def before_step(self, run: Run) -> None:
+        """Add the gradient of the nuclear norm of the decomposed matrix."""
+        for module in self._searched(run):
+            weight = module.weight
+            view = blocks(weight.detach(), self._form(weight))
+            mode = 0 if self._form(weight) == "output" else 1
+            pull = penalty_gradient(view, (mode,)).reshape(weight.shape)
+            if weight.grad is not None:
+                weight.grad.add_(pull, alpha=self.weight)
+
+    def after_step(self, run: Run) -> None:
+        """Cut, or split when the search is over."""
+        if run.step % self.interval == 0:
+            for module in self._searched(run):
+                self._cut(module.weight)
+        if not run.state["split"] and run.step >= round(self.search * run.steps):
+            self._split(run)
+
+    def after_epoch(self, run: Run) -> None:
+        """Write the spectra into the history."""
+        if not run.state["split"]:
+            note_spectra(run, subjects(run, self.only, self.exclude), self.p)
+
+    def finalize(self, run: Run) -> None:
+        """Split, if the training was too short to have done it."""
+        if not run.state["split"]:
+            self._split(run)
+
+    def _split(self, run: Run) -> None:
+        layers = subjects(run, self.only, self.exclude)
+        factorize(run, plan(run, layers, self.form, {}, self.p), layers, {})
+        run.state["split"] = True
+
+    def _searched(self, run: Run) -> list[torch.nn.Module]:
+        if run.state["split"]:
+            return []
+        return [run.model.get_submodule(name) for name in run.state["layers"]]
+
+    def _form(self, weight: torch.Tensor) -> str:
+        return self.form if weight[0, 0].numel() > 1 else "output"
+
+    @torch.no_grad()
+    def _cut(self, weight: torch.Tensor) -> None:
+        view = blocks(weight, self._form(weight))
+        mode = 0 if self._form(weight) == "output" else 1
+        rank = energy_rank(spectrum(view, mode), self.energy)
+
+        def keep(sigma: torch.Tensor) -> torch.Tensor:
+            return torch.where(sigma >= sigma.sort(descending=True)[0][rank - 1], sigma, 0.0)
+
+        weight.copy_(spectral_map(view, mode, keep).reshape(weight.shape))
