@@ -1,4 +1,4 @@
-"""Looks at a network on unlabelled data: what every layer reads, and how much its outputs matter."""
+"""Looks at a network on unlabelled data: what each layer reads, how much its outputs matter."""
 
 from __future__ import annotations
 

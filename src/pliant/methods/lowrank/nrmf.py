@@ -33,7 +33,7 @@ PACE = 1.25  # by which the controller changes the strength at one interval
 )
 @dataclass(frozen=True)
 class NRMF(Method):
-    """Shrinks the spectra of both channel unfoldings in training, then factorizes at the ranks left.
+    """Shrinks the spectra of both channel unfoldings in training, then factorizes what is left.
 
     Search: every ``interval`` steps the singular values of every kernel's two channel unfoldings
     are shrunk, so that weak directions die. Then ranks and forms are read off for the whole
