@@ -1,0 +1,133 @@
+"""What data-aware factorization rests on: patches, moments, and the metric made of them."""
+
+import pytest
+import torch
+from torch import nn
+
+from pliant.math import forms
+from pliant.math.metric import Metric
+from pliant.ops.batchnorm import recalibrate
+from pliant.ops.lowrank import losses, options, ranks_at
+from pliant.ops.sensitivity import metrics, patches
+
+LAYERS = {
+    "plain": (nn.Conv2d(4, 6, 3, padding=1, bias=False), (2, 4, 8, 8)),
+    "strided": (nn.Conv2d(4, 6, (3, 5), stride=(2, 1), padding=(1, 2), bias=False), (2, 4, 8, 7)),
+    "dilated": (nn.Conv2d(4, 6, 3, dilation=2, bias=False), (2, 4, 9, 8)),
+    "same": (nn.Conv2d(4, 6, (2, 3), padding="same", bias=False), (2, 4, 6, 7)),
+    "reflect": (nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect", bias=False), (2, 4, 6, 6)),
+    "1-d": (nn.Conv1d(4, 6, 5, stride=2, padding=2, bias=False), (2, 4, 15)),
+    "3-d": (nn.Conv3d(2, 3, 3, padding=1, bias=False), (2, 2, 4, 5, 6)),
+    "linear": (nn.Linear(4, 6, bias=False), (2, 3, 4)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_patches_times_the_kernel_are_the_outputs(name):
+    layer, shape = LAYERS[name]
+    inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = patches(layer, inputs) @ layer.weight.flatten(1).T
+    expected = layer(inputs)
+    if not isinstance(layer, nn.Linear):
+        expected = expected.movedim(1, -1)
+    assert torch.allclose(found, expected.reshape(-1, expected.shape[-1]), atol=1e-5)
+
+
+def test_large_maps_are_thinned_out():
+    rows = patches(nn.Conv2d(3, 4, 3, padding=1), torch.randn(1, 3, 64, 64))
+    assert len(rows) <= 81
+
+
+def _network() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5)
+    )
+
+
+def _metrics(model: nn.Module, count: int = 256) -> dict[str, Metric]:
+    layers = {"0": model[0], "3": model[3]}
+    batches = [(torch.randn(64, 3, 6, 6),) for _ in range(count // 64)]
+    return metrics(model, layers, batches, torch.Generator().manual_seed(0))
+
+
+def test_the_metric_predicts_the_rise_of_the_loss():
+    """tr(G E C E^T) / 2 is the mean divergence of a small change of the last layer."""
+    model, changed = _network(), _network()
+    with torch.no_grad():
+        model[3].weight.mul_(0.3)
+        change = 1e-2 * torch.randn_like(model[3].weight)
+        changed.load_state_dict(model.state_dict())
+        changed[3].weight.add_(change)
+    torch.manual_seed(1)
+    metric = _metrics(model, 2048)["3"]
+    inputs = torch.randn(2048, 3, 6, 6)
+    logs = [m(inputs).log_softmax(1) for m in (changed, model)]
+    rise = torch.nn.functional.kl_div(*logs, log_target=True, reduction="batchmean").item()
+    assert metric.outputs is not None
+    damage = (metric.outputs @ change @ metric.inputs * change).sum().item() / 2
+    assert damage == pytest.approx(rise, rel=0.25)
+
+
+def test_looking_leaves_the_network_as_it_was():
+    model = _network().train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    _metrics(model)
+    assert model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("form", ["tucker2", "input", "output", "spatial"])
+def test_factors_in_the_metric_do_less_damage(form):
+    model = _network()
+    metric, weight = _metrics(model)["0"], model[0].weight.detach()
+    ranks = (2, 3) if form == "tucker2" else (3,)
+    assert metric.outputs is not None
+
+    def damage(kernels):
+        error = metric.enter(forms.compose(kernels, form) - weight).flatten(1)
+        return float((error @ metric.inputs * error).sum())
+
+    aware = metric.decompose(weight, form, ranks)
+    assert damage(aware) <= damage(forms.decompose(weight, form, ranks)) * 1.01
+    norms = [float(kernel.norm()) for kernel in aware]
+    assert max(norms) == pytest.approx(min(norms), rel=1e-4)
+
+
+def test_losses_fall_from_all_to_nothing():
+    weight = torch.randn(6, 4, 3, 3)
+    for form in ("tucker2", "input", "output", "spatial"):
+        for row in losses(weight, form):
+            assert row[0] == 1 and row[-1] == pytest.approx(0, abs=1e-6)
+            assert (row.diff() <= 1e-9).all()
+
+
+def test_tucker2_options_are_those_of_one_energy():
+    """Every rung is (R3(p), R4(p)) of one p, and its score is no more than 1 - p."""
+    from pliant.cost import layer_costs
+
+    model = nn.Sequential(nn.Conv2d(6, 8, 3))
+    cost = layer_costs(model, (torch.randn(1, 6, 5, 5),))["0"]
+    weight = model[0].weight
+    rows = options("0", weight, cost, allowed=("tucker2",))
+    lost = losses(weight, "tucker2")
+    assert len(rows) > 3 and rows[0].edit is None
+    for row in rows[1:]:
+        assert row.edit.ranks == ranks_at(lost, row.score, (6, 8))
+        assert row.cost.params < cost.params
+
+
+def test_recalibration_restores_spoiled_statistics():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Dropout(0.5))
+    inputs = torch.randn(512, 3, 6, 6)
+    model[1].running_mean.fill_(7.0)
+    momentum = model[1].momentum
+    model.eval()
+    assert recalibrate(model, [(part,) for part in inputs.split(128)]) == 1
+    outputs = model[0](inputs)
+    assert torch.allclose(model[1].running_mean, outputs.mean((0, 2, 3)), atol=1e-4)
+    assert torch.allclose(model[1].running_var, outputs.var((0, 2, 3)), rtol=2e-2)
+    assert model[1].momentum == momentum and not model.training and not model[1].training
