@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pliant import artifact, zoo
 from pliant.budget import Budget, Option
 from pliant.compose import Stage, resolve
-from pliant.cost import Example, layer_costs
+from pliant.cost import Example, cost, layer_costs
 from pliant.data import Data, Train
 from pliant.data.splits import Split
 from pliant.drivers.check import check_data
@@ -95,7 +95,7 @@ def compress(
     """
     resolved, bounds = resolve(method), _budget(budget)
     given = (example,) if isinstance(example, Tensor) else example
-    with own_randomness(seed, device_of_checked(model)):
+    with own_randomness(seed, _place(model)):
         task = _Task(model, Data.of(data, seed=seed), resolved, bounds, train, seed, given)
         task.folder = Path(folder) if folder is not None else None
         task.resume, task.watch = resume, watch or (lambda row: None)
@@ -140,7 +140,7 @@ def _budget(budget: Budget | str | None) -> Budget | None:
     )
 
 
-def device_of_checked(model: Any) -> torch.device:
+def _place(model: Any) -> torch.device:
     """Say where a model is, after refusing what is no model."""
     if not isinstance(model, nn.Module):
         raise ModelError(
@@ -318,8 +318,6 @@ class _Task:
 
     def _side(self, network: nn.Module, run: Run) -> Side:
         """Measure costs and, if there is a split to measure on, the score."""
-        from pliant.cost import cost
-
         with self._stage("measure"):
             costs = cost(network, run.example)
             split = self._split()

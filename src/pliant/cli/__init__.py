@@ -1,0 +1,44 @@
+"""The command line: every command is a thin layer over what Python has too."""
+
+from typing import Annotated
+
+import typer
+
+from pliant.cli import compress, files, inspect, methods
+
+app = typer.Typer(
+    name="pliant",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,  # a refusal is one sentence, a mistake of ours a traceback
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("compress")(compress.compress)
+app.command("inspect")(inspect.inspect)
+app.command("methods")(methods.methods)
+app.command("show")(methods.show)
+app.command("report")(files.report)
+app.command("export")(files.export)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from pliant import __version__
+
+        typer.echo(f"pliant {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def pliant(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Make PyTorch networks smaller and measurably faster, with published methods."""
+
+
+def main() -> None:
+    """Run the command line."""
+    app()

@@ -1,0 +1,62 @@
+"""`pliant report` and `pliant export`: other forms of what a run left behind."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pliant.cli import console, folder, source
+from pliant.errors import ArtifactError
+from pliant.export import to_onnx
+from pliant.render import table
+
+
+@console.refusals
+def report(
+    run: Annotated[Path, typer.Argument(help="folder of a run, or its report.json")],
+    as_json: Annotated[bool, typer.Option("--json", help="print the report as JSON")] = False,
+) -> None:
+    """Write report.html and report.md anew from report.json, and print the tables."""
+    place, found = folder.read_report(run)
+    files = folder.write_reports(place, found, json_too=False)
+    if as_json:
+        console.print_json(json.loads(found.to_json()))
+        return
+    shown = console.out()
+    shown.print(table.before_after(found))
+    shown.print(table.layers(found))
+    for path in files:
+        shown.print(f"  {path}", soft_wrap=True, markup=False)
+
+
+@console.refusals
+def export(
+    file: Annotated[str, typer.Argument(help="a .pliant file, or any MODEL of compress")],
+    onnx: Annotated[Path, typer.Option(help="where to write ONNX")],
+    architecture: Annotated[
+        str | None, typer.Option(help="what builds the dense network of a .pliant file")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="safetensors file with the network's weights")
+    ] = None,
+    shape: Annotated[
+        str | None, typer.Option("--input", help="shape of one input, such as 3,32,32")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Write a compressed network as ONNX, and compare its outputs with onnxruntime."""
+    if not onnx.parent.is_dir():
+        raise ArtifactError(f"There is no folder {onnx.parent} to write to: make it first.")
+    found = source.find(file, weights=weights, architecture=architecture)
+    done = to_onnx(found.model, onnx, source.example(found, shape))
+    if as_json:
+        rows = {"bytes": done.bytes, "opset": done.opset, "max_difference": done.max_difference}
+        console.print_json({"path": str(done.path), **rows})
+        return
+    console.out().print(
+        f"{done.path}: {done.bytes:,} bytes, opset {done.opset}; outputs differ from PyTorch's by "
+        f"at most {done.max_difference:.2g}.",
+        soft_wrap=True,
+        markup=False,
+    )

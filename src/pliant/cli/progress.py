@@ -1,0 +1,88 @@
+"""Bars for what takes long: one for each phase, with the time left."""
+
+from types import TracebackType
+from typing import Any, Self
+
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from pliant.cli.console import err
+from pliant.render import words
+
+SAID = {
+    "prepare": "looking at the network",
+    "control": "training the dense control",
+    "search": "training with the method",
+    "train": "training",
+    "finetune": "fine-tuning",
+    "factorize": "factorizing",
+    "measure": "measuring",
+    "onnx": "exporting to ONNX",
+    "write": "writing",
+}
+
+
+class Bars:
+    """Shows what `compress` is doing; shows nothing where nobody is looking."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        console = err()
+        self.progress = Progress(
+            SpinnerColumn(),
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.fields[what]}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[left]}"),
+            console=console,
+            disable=quiet or not console.is_terminal,
+        )
+        self.tasks: dict[str, Any] = {}
+        self.now = ""
+
+    def __enter__(self) -> Self:
+        self.progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self._end()
+        self.progress.stop()
+
+    def watch(self, row: dict[str, Any]) -> None:
+        """Take a row of `compress`: a phase, and a step of it if it has steps."""
+        phase = str(row["phase"])
+        if phase != self.now:
+            self._begin(phase)
+        if "step" in row:
+            self.progress.update(
+                self.tasks[phase],
+                completed=row["step"],
+                total=row["steps"],
+                what=f"epoch {row['epoch']}/{row['epochs']:g} loss {row['loss']:.3f}",
+                left=f"{words.seconds(row['seconds_left'])} left",
+            )
+
+    def _begin(self, phase: str) -> None:
+        self._end()
+        self.now = phase
+        if phase not in self.tasks:
+            said = SAID.get(phase, phase)
+            self.tasks[phase] = self.progress.add_task(said, total=None, what="", left="")
+        self.progress.update(self.tasks[phase], visible=True)
+
+    def _end(self) -> None:
+        """Fill the bar of a phase that is over; one without steps disappears."""
+        if not self.now:
+            return
+        task = self.progress.tasks[self.tasks[self.now]]
+        if task.total is None:
+            self.progress.update(task.id, visible=False)
+        else:
+            self.progress.update(task.id, completed=task.total, left="")
+            self.progress.stop_task(task.id)
+        self.now = ""
