@@ -131,3 +131,39 @@ def test_recalibration_restores_spoiled_statistics():
     assert torch.allclose(model[1].running_mean, outputs.mean((0, 2, 3)), atol=1e-4)
     assert torch.allclose(model[1].running_var, outputs.var((0, 2, 3)), rtol=2e-2)
     assert model[1].momentum == momentum and not model.training and not model[1].training
+
+
+def test_an_activation_in_place_changes_no_gradient():
+    model, other = _network(), _network()
+    other[1] = nn.ReLU(inplace=True)
+    torch.manual_seed(1)
+    plain = _metrics(model, 64)
+    torch.manual_seed(1)
+    inplace = _metrics(other, 64)
+    assert torch.allclose(plain["0"].outputs, inplace["0"].outputs)
+
+
+def test_frozen_layers_are_seen_and_stay_frozen():
+    model, frozen = _network(), _network().requires_grad_(False)
+    torch.manual_seed(1)
+    expected = _metrics(model, 64)
+    torch.manual_seed(1)
+    found = _metrics(frozen, 64)
+    assert all(torch.allclose(expected[n].outputs, found[n].outputs) for n in expected)
+    assert not any(parameter.requires_grad for parameter in frozen.parameters())
+
+
+@pytest.mark.parametrize("sizes", [(), (1,)])
+def test_without_batches_the_statistics_stay(sizes):
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    model[1].running_mean.fill_(7.0)
+    recalibrate(model, [(torch.randn(size, 3),) for size in sizes])
+    assert (model[1].running_mean == 7).all() and model[1].momentum == 0.1
+
+
+def test_a_short_last_batch_does_not_count():
+    """One sample has no variance, and a few would weigh as much as a whole batch."""
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    inputs = torch.randn(65, 3)
+    recalibrate(model, [(part,) for part in inputs.split(32)])
+    assert torch.allclose(model[1].running_mean, model[0](inputs[:64]).mean(0), atol=1e-5)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+
+from pliant.cost import Example
 
 
 @contextmanager
@@ -43,3 +45,9 @@ def capture(
             handle.remove()
         for module, flag in flags.items():
             module.training = flag
+
+
+def samples(example: Example) -> int:
+    """Count the samples of a batch of inputs."""
+    values = example.values() if isinstance(example, Mapping) else example
+    return len(next(value for value in values if isinstance(value, Tensor)))

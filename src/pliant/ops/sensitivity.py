@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from pliant.cost import Example, call
 from pliant.math.metric import Metric
-from pliant.ops.capture import capture
+from pliant.ops.capture import capture, samples
 from pliant.ops.layers import Factorizable
 
 
@@ -35,20 +37,21 @@ def metrics(
     """
     reads: dict[str, Tensor] = {}
     pulls: dict[str, Tensor] = {}
-    outputs: dict[str, list[Tensor]] = {}
+    outputs: dict[str, list[GradientEdge]] = {}
 
     def see(name: str, inputs: Tensor, output: Tensor) -> None:
         rows = patches(layers[name], inputs.detach().float())
         moments = rows.T @ rows * (len(inputs) / len(rows))  # a mean over positions
         reads[name] = reads.get(name, torch.zeros((), device=rows.device)) + moments
-        outputs.setdefault(name, []).append(output)
+        # The edge, not the tensor: an activation in place would change what the tensor is.
+        outputs.setdefault(name, []).append(get_gradient_edge(output))
 
     count = 0
-    with capture(model, layers, see, gradients=True):
+    with _tracked(layers.values()), capture(model, layers, see, gradients=True):
         for batch in batches:
             outputs.clear()
             result = call(model, batch)
-            count += _samples(batch)
+            count += samples(batch)
             _gather(pulls, outputs, _surprise(result, generator), layers)
     return {
         name: Metric(read / count, pulls[name] / count if name in pulls else None)
@@ -80,16 +83,29 @@ def patches(module: Factorizable, inputs: Tensor) -> Tensor:
     return view.permute(order).reshape(-1, module.weight[0].numel())
 
 
+@contextmanager
+def _tracked(layers: Iterable[Factorizable]) -> Iterator[None]:
+    """Let gradients reach the outputs of frozen layers too."""
+    frozen = [layer.weight for layer in layers if not layer.weight.requires_grad]
+    try:
+        for weight in frozen:
+            weight.requires_grad_(True)
+        yield
+    finally:
+        for weight in frozen:
+            weight.requires_grad_(False)
+
+
 def _gather(
     pulls: dict[str, Tensor],
-    outputs: Mapping[str, list[Tensor]],
+    outputs: Mapping[str, list[GradientEdge]],
     loss: Tensor,
     layers: Mapping[str, Factorizable],
 ) -> None:
     """Add the second moments of the gradients by every output."""
     names = [name for name, calls in outputs.items() for _ in calls]
-    tensors = [output for calls in outputs.values() for output in calls]
-    gradients = torch.autograd.grad(loss, tensors, allow_unused=True)
+    edges = [edge for calls in outputs.values() for edge in calls]
+    gradients: Sequence[Tensor | None] = torch.autograd.grad(loss, edges, allow_unused=True)
     for name, gradient in zip(names, gradients, strict=True):
         if gradient is None:
             continue
@@ -113,13 +129,8 @@ def _tensor(result: Any) -> Tensor:
     """The main output: logits, the last hidden state, or the first tensor there is."""
     for name in ("logits", "last_hidden_state"):
         if hasattr(result, name):
-            return getattr(result, name)  # type: ignore[no-any-return]
+            return getattr(result, name)
     if isinstance(result, Tensor):
         return result
     values: Iterable[Any] = result.values() if isinstance(result, Mapping) else result
     return next(value for value in values if isinstance(value, Tensor))
-
-
-def _samples(example: Example) -> int:
-    values = example.values() if isinstance(example, Mapping) else example
-    return len(next(value for value in values if isinstance(value, Tensor)))
