@@ -18,7 +18,7 @@ _SUFFIX = {"k": 1e3, "m": 1e6, "g": 1e9}
 
 @dataclass(frozen=True)
 class Budget:
-    """Bounds the cost of the result: an int is absolute, a float is a fraction of the dense network.
+    """Bounds what the result may cost: an int is a count, a float a fraction of the dense network.
 
     Args:
         params: parameters (a count, or a fraction between 0 and 1).
@@ -174,7 +174,9 @@ def _weigher(limits: Limits) -> Callable[[LayerCost], float]:
     """Cost as one number: each axis in units of its limit."""
     if not limits:
         return lambda cost: float(cost.params)
-    return lambda cost: sum(getattr(cost, axis) / max(bound, 1e-9) for axis, bound in limits.items())
+    return lambda cost: sum(
+        getattr(cost, axis) / max(bound, 1e-9) for axis, bound in limits.items()
+    )
 
 
 def _undominated(rows: Sequence[Option], weight: Callable[[LayerCost], float]) -> list[Option]:

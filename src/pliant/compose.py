@@ -42,27 +42,33 @@ class Chain(Method):
         return tuple(stage.method for stage in self.stages)
 
     def prepare(self, run: Run) -> None:
+        """Check the budgets and prepare the first stage."""
         _budgets(self.stages, run.budget)
         run.state["stage"] = 0
         self._now(run).method.prepare(self._now(run))
 
     def loss(self, run: Run, loss: Tensor, output: Any, batch: Any) -> Tensor:
+        """Let the running stage change the loss."""
         return self._now(run).loss(loss, output, batch)
 
     def before_step(self, run: Run) -> None:
+        """Let the running stage change the gradients."""
         self._now(run).before_step()
 
     def after_step(self, run: Run) -> None:
+        """Let the running stage act; where its share is over, finish it and begin the next."""
         part = self._now(run)
         part.method.after_step(part)
         while run.state["stage"] + 1 < len(self.stages) and run.step >= self._end(run):
             self._advance(run)
 
     def after_epoch(self, run: Run) -> None:
+        """Tell the running stage that an epoch is over."""
         part = self._now(run)
         part.method.after_epoch(part)
 
     def finalize(self, run: Run) -> None:
+        """Finish the running stage and all that are left."""
         while run.state["stage"] + 1 < len(self.stages):
             self._advance(run)
         part = self._now(run)
@@ -113,27 +119,33 @@ class Together(Method):
     parts: tuple[Method, ...]
 
     def prepare(self, run: Run) -> None:
+        """Prepare every part, in order."""
         for part in self._views(run):
             part.method.prepare(part)
 
     def loss(self, run: Run, loss: Tensor, output: Any, batch: Any) -> Tensor:
+        """Let every part change the loss, in order."""
         for part in self._views(run):
             loss = part.loss(loss, output, batch)
         return loss
 
     def before_step(self, run: Run) -> None:
+        """Let every part change the gradients, penalties included."""
         for part in self._views(run):
             part.before_step()
 
     def after_step(self, run: Run) -> None:
+        """Let every part act on the weights."""
         for part in self._views(run):
             part.method.after_step(part)
 
     def after_epoch(self, run: Run) -> None:
+        """Tell every part that an epoch is over."""
         for part in self._views(run):
             part.method.after_epoch(part)
 
     def finalize(self, run: Run) -> None:
+        """Finish every part, in order."""
         for part in self._views(run):
             part.method.finalize(part)
 

@@ -173,9 +173,7 @@ def construct(name: str, options: dict[str, Any]) -> Any:
     for option, value in options.items():
         value = tuple(value) if isinstance(value, list) else value
         if not _is_a(value, hints[option]):
-            raise MethodError(
-                f"{name}: {option} must be {_say(hints[option])}, not {value!r}."
-            )
+            raise MethodError(f"{name}: {option} must be {_say(hints[option])}, not {value!r}.")
         values[option] = value
     return kind(**values)
 
@@ -184,7 +182,7 @@ def plain(method: Any) -> dict[str, Any]:
     """Return a method as plain data, from which ``construct`` builds an equal one."""
     entry = entry_of(method)
     if entry is None:
-        return method.plain()  # type: ignore[no-any-return]  # composed methods describe their parts
+        return dict(method.plain())  # composed methods describe their parts
     options = {f.name: getattr(method, f.name) for f in fields(method)}
     return {"name": entry.name, "options": options}
 
@@ -202,7 +200,11 @@ def _is_a(value: Any, hint: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if hint is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    return value is None if hint is type(None) else not isinstance(hint, type) or isinstance(value, hint)
+    return (
+        value is None
+        if hint is type(None)
+        else not isinstance(hint, type) or isinstance(value, hint)
+    )
 
 
 def _say(hint: Any) -> str:

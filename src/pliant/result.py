@@ -185,7 +185,9 @@ def _machine() -> str:
     processor = platform.processor() or platform.machine()
     path = Path("/proc/cpuinfo")
     if path.exists():
-        names = [line.split(":", 1)[1] for line in path.read_text().splitlines() if "model name" in line]
+        names = [
+            line.split(":", 1)[1] for line in path.read_text().splitlines() if "model name" in line
+        ]
         processor = names[0].strip() if names else processor
     return f"{processor}, {torch.get_num_threads()} threads"
 

@@ -155,7 +155,10 @@ class Run:
         self.step, self.epoch, self.finished = saved["step"], saved["epoch"], saved["finished"]
         self.state.clear()
         self.state.update(saved["state"])
-        self.log[:], self.generator = list(saved["log"]), self.generator.set_state(saved["generator"])
+        self.log[:], self.generator = (
+            list(saved["log"]),
+            self.generator.set_state(saved["generator"]),
+        )
         self.reasons.clear()
         self.reasons.update(saved["reasons"])
 
@@ -218,7 +221,9 @@ class Run:
 
     def _add_gradient(self, penalty: Tensor) -> None:
         parameters = [p for p in self.model.parameters() if p.requires_grad]
-        gradients = torch.autograd.grad(penalty, parameters, allow_unused=True)
+        gradients: Sequence[Tensor | None] = torch.autograd.grad(
+            penalty, parameters, allow_unused=True
+        )
         for parameter, gradient in zip(parameters, gradients, strict=True):
             if gradient is None:
                 continue

@@ -13,6 +13,7 @@ from pliant.math.norms import penalty_gradient
 from pliant.math.rank import energy_rank
 from pliant.math.svd import spectral_map, spectrum
 from pliant.method import Method
+from pliant.ops.layers import Factorizable
 from pliant.registry import Paper, register
 from pliant.run import Run
 
@@ -90,10 +91,9 @@ class TRP(Method):
         factorize(run, plan(run, layers, self.form, {}, self.p), layers, {})
         run.state["split"] = True
 
-    def _searched(self, run: Run) -> list[torch.nn.Module]:
-        if run.state["split"]:
-            return []
-        return [run.model.get_submodule(name) for name in run.state["layers"]]
+    def _searched(self, run: Run) -> list[Factorizable]:
+        names = [] if run.state["split"] else run.state["layers"]
+        return [run.model.get_submodule(name) for name in names]  # type: ignore[misc]
 
     def _form(self, weight: torch.Tensor) -> str:
         return self.form if weight[0, 0].numel() > 1 else "output"
