@@ -17,6 +17,7 @@ from pliant.method import Method
 from pliant.registry import Paper, register
 from pliant.run import Run
 
+START = 0.05  # strength with which the controller begins
 PACE = 1.25  # by which the controller changes the strength at one interval
 
 
@@ -40,6 +41,10 @@ class NRMF(Method):
     network at once, by one energy p or for a budget, layers are factorized, and the rest of the
     training fine-tunes them. Without training steps it only factorizes, in seconds.
 
+    For ``soft`` and ``gradient`` alpha is the weight of the penalty in the loss; for the
+    scale-free forms it is what the whole search takes from a singular value, in units of the
+    largest (``relative``) or of the root mean square (``reweighted``).
+
     *Departs from the paper*: its own form is ``PAPER``. The defaults differ where measurements
     on small networks under BatchNorm said so: small singular values shrink more and the norm is
     kept, the search is short, forms are chosen per layer, and energy is what a direction is
@@ -49,11 +54,11 @@ class NRMF(Method):
     0.1
     """
 
-    alpha: float | None = 0.01  # strength; None: found so that energy p meets the budget
+    alpha: float | None = 0.15  # strength; None: found so that energy p meets the budget
     shrinkage: Literal["soft", "relative", "reweighted", "gradient"] = "reweighted"
-    interval: int = 10  # k, steps between two shrinkages
+    interval: int = 5  # k, steps between two shrinkages
     keep_norm: bool = True  # scale shrunken kernels back to their norm
-    search: float = 0.25  # share of the training before the factorization
+    search: float = 0.1  # share of the training before the factorization
     p: float = 0.95  # energy kept, if there is no budget
     form: Form = "auto"  # of the factors; "auto" takes the best per layer
     samples: int = 1024  # training inputs to look at; 0 looks at weights only
@@ -63,7 +68,9 @@ class NRMF(Method):
     def prepare(self, run: Run) -> None:
         """Choose the layers."""
         layers = subjects(run, self.only, self.exclude)
-        run.state.update(layers=list(layers), alpha=self.alpha or 1e-3, factorized=False)
+        run.state.update(
+            layers=list(layers), alpha=START if self.alpha is None else self.alpha, factorized=False
+        )
         note_spectra(run, layers, self.p)
         if run.steps and not round(self.search * run.steps):
             self._factorize(run)
@@ -114,15 +121,18 @@ class NRMF(Method):
     def _shrink(self, run: Run) -> None:
         """The proximal step of the penalty on both unfoldings, one after the other."""
         kind = self.shrinkage if self.shrinkage != "gradient" else "soft"
-        threshold = run.state["alpha"]
-        if kind == "soft":  # tau = alpha * lr * k, so that it is the penalty's own step
-            threshold *= self.interval * (
-                run.optimizer.param_groups[0]["lr"] if run.optimizer else 1.0
-            )
+        threshold = run.state["alpha"] * self._share(run)
         for module in self._layers(run).values():
             weight = module.weight
             for mode in (0, 1) if weight[0, 0].numel() > 1 else (0,):
                 weight.copy_(shrink(weight, mode, threshold, kind=kind, keep_norm=self.keep_norm))
+
+    def _share(self, run: Run) -> float:
+        """What one shrinkage takes of alpha: tau = alpha * lr * k, or a share of the search."""
+        if self.shrinkage == "soft":
+            rate = run.optimizer.param_groups[0]["lr"] if run.optimizer else 1.0
+            return float(rate * self.interval)
+        return self.interval / max(self.interval, round(self.search * run.steps))
 
     def _steer(self, run: Run) -> None:
         """Raise the strength while ranks at energy p lag behind a straight line to the budget."""

@@ -1,0 +1,55 @@
+"""Where the data of the benches lies, and how it is divided."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+
+from pliant.data import Data, load
+from pliant.errors import DataError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def folder() -> Path:
+    """Find the folder that holds cifar10-jpeg/ and pretrained/.
+
+    Raises:
+        DataError: there is none.
+    """
+    given = os.environ.get("PLIANT_DATA")
+    path = Path(given) if given else ROOT.parent / "shared" / "data"
+    if not path.is_dir():
+        raise DataError(
+            f"Benches read the folder that holds cifar10-jpeg/ and pretrained/, but {path} is no "
+            "folder; set PLIANT_DATA to it."
+        )
+    return path
+
+
+def part(name: str) -> Path:
+    """Give a file or folder of the data folder.
+
+    Raises:
+        DataError: it is not there.
+    """
+    path = folder() / name
+    if not path.exists():
+        raise DataError(f"This bench needs {path}, which is missing; set PLIANT_DATA.")
+    return path
+
+
+@cache
+def cifar10() -> Data:
+    """Give CIFAR-10 as JPEG: 45,000 images to train on, 5,000 of the test set to score.
+
+    The last 5,000 rows of the training file are left out: methods were developed on them, and
+    the pretrained networks have seen them.
+    """
+    return replace(load(str(part("cifar10-jpeg"))), val=None)
+
+
+def some(data: Data, images: Mapping[str, int]) -> Data:
+    """Keep as many images of each split as asked; all of those not named."""
+    return data.subset(train=images.get("train"), test=images.get("test")) if images else data
