@@ -37,7 +37,7 @@ def claim(out: Path, *, force: bool, resume: bool, own: bool = False) -> None:
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
-        held = sorted(path.name for path in out.iterdir())
+        held = sorted((path.name for path in out.iterdir()), key=lambda name: (name in OURS, name))
     except OSError as error:
         raise OutputError(
             f"The folder {out} cannot be made ({error.strerror or error}): choose another --out."
