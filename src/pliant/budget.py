@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -61,6 +62,8 @@ class Budget:
         values: dict[str, Any] = {}
         for item in filter(None, (part.strip() for part in text.split(","))):
             axis, _, value = (part.strip() for part in item.partition("="))
+            if axis in values:
+                raise BudgetError(f"The budget {text!r} names {axis} twice: name it once.")
             if axis not in axes or not value:
                 raise BudgetError(
                     f"Cannot read the budget {item!r}: write axis=value with an axis of "
@@ -95,15 +98,16 @@ def _number(axis: str, text: str) -> int | float:
         if text.endswith("%"):
             return float(text[:-1]) / 100
         scale = _SUFFIX.get(text[-1].lower(), 1)
-        number = float(text[:-1] if scale != 1 else text.replace("_", ""))
+        number = float(text[:-1] if scale != 1 else text) * scale
     except ValueError:
         raise BudgetError(
             f"Cannot read {axis}={text}: expected a fraction such as 0.3 or 30%, "
             "or a count such as 60000 or 1.2M."
         ) from None
-    if scale == 1 and number <= 1 and "." in text:
-        return number
-    return round(number * scale) if axis != "latency" else number
+    if scale != 1 and math.isfinite(number):
+        return round(number)
+    whole = number.is_integer() and ("." not in text or number > 1)
+    return int(number) if whole and axis != "latency" else number
 
 
 @dataclass(frozen=True)
@@ -147,14 +151,22 @@ def allocate(
         BudgetError: even the cheapest options exceed a limit; the message names what is reachable.
     """
     fits = _Bounds(limits, fixed or Cost(0, 0, 0))
-    weight = _weigher(limits)
-    pruned = {layer: _undominated(rows, weight) for layer, rows in options.items()}
-    cheapest = {layer: rows[-1] for layer, rows in pruned.items()}
-    if not fits(cheapest):
-        raise BudgetError(fits.unreachable(cheapest))
-    chosen = _least_sum(pruned, weight, fits) if rule == "sum" else _least_worst(pruned, fits)
-    chosen = _spend_rest(chosen, pruned, fits)
-    return [row.edit for row in chosen.values() if row.edit is not None]
+    search = _least_sum if rule == "sum" else _least_worst
+    found = []
+    for weight in _weighers(limits):
+        pruned = {layer: _undominated(rows, weight) for layer, rows in options.items()}
+        least = {layer: rows[-1] for layer, rows in pruned.items()}
+        if fits(least):
+            found.append(_spend_rest(search(pruned, weight, fits), pruned, fits))
+    if not found:
+        raise BudgetError(fits.unreachable(options))
+    best = min(found, key=lambda chosen: _loss(chosen, rule))
+    return [row.edit for row in best.values() if row.edit is not None]
+
+
+def _loss(chosen: Mapping[str, Option], rule: str) -> tuple[float, float]:
+    scores = [row.score for row in chosen.values()] or [0.0]
+    return (sum(scores), max(scores)) if rule == "sum" else (max(scores), sum(scores))
 
 
 def cheapest(options: Mapping[str, Sequence[Option]], worst: float) -> list[Any]:
@@ -162,24 +174,41 @@ def cheapest(options: Mapping[str, Sequence[Option]], worst: float) -> list[Any]
 
     Returns:
         The edits of the chosen options; layers that are best left alone contribute nothing.
+
+    Raises:
+        BudgetError: a layer has no option this good.
     """
-    chosen = (
-        min((row for row in rows if row.score <= worst + 1e-9), key=lambda row: row.cost.params)
-        for rows in options.values()
-    )
+    chosen = []
+    for layer, rows in options.items():
+        good = [row for row in rows if row.score <= worst + 1e-9]
+        if not good:
+            raise BudgetError(
+                f"No option of {layer} loses at most {worst:.4g}, not even leaving it as it is: "
+                "ask for a share of the energy between 0 and 1."
+            )
+        chosen.append(min(good, key=lambda row: row.cost.params))
     return [row.edit for row in chosen if row.edit is not None]
 
 
-def _weigher(limits: Limits) -> Callable[[LayerCost], float]:
-    """Cost as one number: each axis in units of its limit."""
+Weigh = Callable[[LayerCost], float]
+_EMPHASIS = (1.0, 4.0, 16.0)  # how much more one axis may count than another
+
+
+def _weighers(limits: Limits) -> list[Weigh]:
+    """Ways to see a cost as one number: each axis in units of its limit, in several mixtures."""
     if not limits:
-        return lambda cost: float(cost.params)
-    return lambda cost: sum(
-        getattr(cost, axis) / max(bound, 1e-9) for axis, bound in limits.items()
-    )
+        return [lambda cost: float(cost.params)]
+    mixtures = itertools.product(_EMPHASIS, repeat=len(limits))
+    apart = [mix for mix in mixtures if min(mix) == 1.0]  # the others repeat these
+    return [_weigher(limits, mix) for mix in apart]
 
 
-def _undominated(rows: Sequence[Option], weight: Callable[[LayerCost], float]) -> list[Option]:
+def _weigher(limits: Limits, mix: Sequence[float]) -> Weigh:
+    shares = {axis: m / max(limits[axis], 1e-9) for axis, m in zip(limits, mix, strict=True)}
+    return lambda cost: sum(getattr(cost, axis) * share for axis, share in shares.items())
+
+
+def _undominated(rows: Sequence[Option], weight: Weigh) -> list[Option]:
     """Options sorted by rising score and falling cost, none worse than another in both."""
     kept: list[Option] = []
     for row in sorted(rows, key=lambda row: (row.score, weight(row.cost))):
@@ -201,19 +230,28 @@ class _Bounds:
     def __call__(self, chosen: Mapping[str, Option]) -> bool:
         return all(self.total(chosen, axis) <= bound for axis, bound in self.limits.items())
 
-    def unreachable(self, cheapest: Mapping[str, Option]) -> str:
-        missed = [
-            f"{axis}={bound:,.0f} (the least reachable is {self.total(cheapest, axis):,.0f})"
-            for axis, bound in self.limits.items()
-            if self.total(cheapest, axis) > bound
-        ]
+    def unreachable(self, options: Mapping[str, Sequence[Option]]) -> str:
+        """Say what is the least of every axis on its own."""
+        least = {
+            axis: getattr(self.fixed, axis)
+            + sum(min(getattr(row.cost, axis) for row in rows) for rows in options.values())
+            for axis in self.limits
+        }
+        missed = [axis for axis, bound in self.limits.items() if least[axis] > bound]
+        named = " and ".join(
+            f"{axis}={self.limits[axis]:,.0f} (the least reachable is {least[axis]:,.0f})"
+            for axis in missed or self.limits
+        )
         return (
-            f"The budget {' and '.join(missed)} cannot be met by the layers that may be "
-            "changed: ask for more, or let the method touch more layers."
+            f"The budget {named} cannot be met{'' if missed else ' on all axes at once'} by the "
+            "layers that may be changed: allow more, or let the method touch more layers."
         )
 
 
-def _least_worst(options: Mapping[str, list[Option]], fits: _Bounds) -> dict[str, Option]:
+Rows = Mapping[str, list[Option]]
+
+
+def _least_worst(options: Rows, weight: Weigh, fits: _Bounds) -> dict[str, Option]:
     def at(level: float) -> dict[str, Option]:
         # A layer that has no option this good keeps its best one.
         return {
@@ -229,12 +267,16 @@ def _least_worst(options: Mapping[str, list[Option]], fits: _Bounds) -> dict[str
     return at(levels[low]) if levels else {}
 
 
-def _least_sum(
-    options: Mapping[str, list[Option]], weight: Callable[[LayerCost], float], fits: _Bounds
-) -> dict[str, Option]:
+def _least_sum(options: Rows, weight: Weigh, fits: _Bounds) -> dict[str, Option]:
+    weights = {layer: [weight(row.cost) for row in rows] for layer, rows in options.items()}
+
     def at(price: float) -> dict[str, Option]:
+        # Ties go to the cheaper one, so that a price high enough fits.
         return {
-            layer: min(rows, key=lambda row: row.score + price * weight(row.cost))
+            layer: min(
+                zip(rows, weights[layer], strict=True),
+                key=lambda pair: (pair[0].score + price * pair[1], pair[1]),
+            )[0]
             for layer, rows in options.items()
         }
 
@@ -249,14 +291,19 @@ def _least_sum(
     return at(high)
 
 
-def _spend_rest(
-    chosen: dict[str, Option], options: Mapping[str, list[Option]], fits: _Bounds
-) -> dict[str, Option]:
-    """Improve the worst layers by one step each while the limits still allow it."""
-    chosen = dict(chosen)
-    for layer in sorted(chosen, key=lambda name: -chosen[name].score):
-        rows = options[layer]
-        position = rows.index(chosen[layer])
-        if position and fits({**chosen, layer: rows[position - 1]}):
-            chosen[layer] = rows[position - 1]
+def _spend_rest(chosen: dict[str, Option], options: Rows, fits: _Bounds) -> dict[str, Option]:
+    """Improve the worst layers first, step by step, while the limits still allow it."""
+    chosen, open_layers = dict(chosen), list(chosen)
+    slack = {axis: bound - fits.total(chosen, axis) for axis, bound in fits.limits.items()}
+    while open_layers:
+        layer = max(open_layers, key=lambda name: chosen[name].score)
+        now, rows = chosen[layer], options[layer]
+        for row in reversed(rows[: rows.index(now)]):
+            dearer = {axis: getattr(row.cost, axis) - getattr(now.cost, axis) for axis in slack}
+            if all(dearer[axis] <= slack[axis] for axis in slack):
+                chosen[layer] = row
+                slack = {axis: slack[axis] - dearer[axis] for axis in slack}
+                break
+        else:
+            open_layers.remove(layer)
     return chosen
