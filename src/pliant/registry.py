@@ -5,7 +5,10 @@ from __future__ import annotations
 import ast
 import difflib
 import importlib
+import inspect
+import keyword
 import pkgutil
+import types
 import typing
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
@@ -13,6 +16,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
+from pliant.budget import Budget
 from pliant.errors import MethodError
 
 Verb = Literal["compress", "recover", "cluster", "analyze"]
@@ -41,7 +45,6 @@ class Entry:
         saves: the budget axes it can claim (``params``, ``macs``, ``bytes``, ``latency``).
         family: the folder it lives in.
         verb: the call that runs it.
-        trains: whether it needs a training loop to have its effect.
     """
 
     name: str
@@ -53,8 +56,8 @@ class Entry:
 
     @property
     def summary(self) -> str:
-        """The first sentence of the method's docstring."""
-        return (self.kind.__doc__ or "").strip().split("\n\n")[0].replace("\n    ", " ")
+        """The first paragraph of the method's docstring, on one line."""
+        return " ".join(inspect.cleandoc(self.kind.__doc__ or "").split("\n\n")[0].split())
 
 
 _ENTRIES: dict[str, Entry] = {}
@@ -65,13 +68,31 @@ def register(
 ) -> Callable[[T], T]:
     """Enter a frozen dataclass into the list under ``name``; its family is its folder.
 
+    Args:
+        name: what it is asked for by: an identifier, since specs are read as calls.
+        paper: its source.
+        saves: the axes of a budget that it can meet, with blanks between them.
+        verb: the call that runs it.
+
     Raises:
-        MethodError: the name is taken, or the class is not a frozen dataclass.
+        MethodError: the name is taken or no identifier, an axis is unknown, or the class is not
+            a frozen dataclass.
     """
+    if not name.isidentifier() or keyword.iskeyword(name):
+        raise MethodError(f"A method's name must be a Python identifier, not {name!r}.")
+    if unknown := set(saves.split()) - {field.name for field in fields(Budget)}:
+        raise MethodError(
+            f"{name} cannot save {', '.join(sorted(unknown))}: the axes are "
+            f"{', '.join(field.name for field in fields(Budget))}."
+        )
 
     def enter(kind: T) -> T:
-        if name in _ENTRIES and _ENTRIES[name].kind.__qualname__ != kind.__qualname__:
-            raise MethodError(f"The method name {name!r} is taken by {_ENTRIES[name].kind}.")
+        taken = _ENTRIES[name].kind if name in _ENTRIES else kind
+        if (taken.__module__, taken.__qualname__) != (kind.__module__, kind.__qualname__):
+            raise MethodError(
+                f"The method name {name!r} is taken by {taken.__module__}.{taken.__qualname__}: "
+                "choose another."
+            )
         if not is_dataclass(kind) or not kind.__dataclass_params__.frozen:  # type: ignore[attr-defined]
             raise MethodError(f"{kind.__name__} must be a @dataclass(frozen=True) to register.")
         family = kind.__module__.split(".")[-2] if "." in kind.__module__ else "other"
@@ -88,7 +109,14 @@ def _discover() -> None:
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
         importlib.import_module(module.name)
     for point in entry_points(group="pliant.methods"):
-        point.load()
+        try:
+            point.load()
+        except Exception as error:  # a foreign module may fail in any way
+            raise MethodError(
+                f"The methods of {point.value} cannot be imported ({type(error).__name__}: "
+                f"{error}): repair or uninstall the package that brings the entry point "
+                f"{point.name!r}."
+            ) from error
 
 
 def entries(*, family: str | None = None, verb: Verb | None = None) -> list[Entry]:
@@ -148,8 +176,10 @@ def build(spec: str) -> Any:
             return construct(node.id, {})
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:
             raise SyntaxError
-        options = {str(word.arg): ast.literal_eval(word.value) for word in node.keywords}
-    except (SyntaxError, ValueError):
+        options = {word.arg or "**": ast.literal_eval(word.value) for word in node.keywords}
+        if len(options) < len(node.keywords):
+            raise SyntaxError
+    except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
         raise MethodError(
             f"Cannot read the method {spec!r}: write a name, or a name with options such as "
             'nrmf(alpha=0.01, form="tucker2").'
@@ -173,43 +203,57 @@ def construct(name: str, options: dict[str, Any]) -> Any:
     for option, value in options.items():
         value = tuple(value) if isinstance(value, list) else value
         if not _is_a(value, hints[option]):
-            raise MethodError(f"{name}: {option} must be {_say(hints[option])}, not {value!r}.")
+            raise MethodError(f"{name}: {option} must be {say(hints[option])}, not {value!r}.")
         values[option] = value
     return kind(**values)
 
 
 def plain(method: Any) -> dict[str, Any]:
-    """Return a method as plain data, from which ``construct`` builds an equal one."""
+    """Return a method as plain data, from which ``construct`` builds an equal one.
+
+    Composed methods describe their parts; one that is not registered goes by its class.
+    """
+    if hasattr(method, "plain"):
+        return dict(method.plain())
     entry = entry_of(method)
-    if entry is None:
-        return dict(method.plain())  # composed methods describe their parts
     options = {f.name: getattr(method, f.name) for f in fields(method)}
-    return {"name": entry.name, "options": options}
+    return {"name": entry.name if entry else type(method).__name__, "options": options}
 
 
 def _is_a(value: Any, hint: Any) -> bool:
     """Check a value against the simple annotations that hyper-parameters have."""
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Literal:
-        return value in arguments
+        return any(value == one and type(value) is type(one) for one in arguments)
     if origin is tuple:
-        return isinstance(value, tuple) and all(_is_a(item, arguments[0]) for item in value)
-    if arguments:  # a union
+        if not isinstance(value, tuple):
+            return False
+        same = arguments[-1] is Ellipsis
+        kinds = arguments[:1] * len(value) if same else arguments
+        return len(kinds) == len(value) and all(map(_is_a, value, kinds))
+    if origin in (typing.Union, types.UnionType):
         return any(_is_a(value, argument) for argument in arguments)
-    if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return (
-        value is None
-        if hint is type(None)
-        else not isinstance(hint, type) or isinstance(value, hint)
-    )
+    if hint in (int, float):
+        kinds = (int,) if hint is int else (int, float)
+        return isinstance(value, kinds) and not isinstance(value, bool)
+    if hint is None or hint is types.NoneType:
+        return value is None
+    kind = origin or hint
+    return kind is Any or not isinstance(kind, type) or isinstance(value, kind)
 
 
-def _say(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return "one of " + ", ".join(repr(value) for value in get_args(hint))
+def say(hint: Any) -> str:
+    """Return an annotation in words a user knows: ``float or None``, ``one of "a", "b"``."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin is Literal:
+        return "one of " + ", ".join(f'"{v}"' if isinstance(v, str) else repr(v) for v in arguments)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(say(argument) for argument in arguments)
+    if origin is tuple:
+        kinds = [say(argument) for argument in arguments if argument is not Ellipsis]
+        return f"a list of {kinds[0]}" if Ellipsis in arguments else f"({', '.join(kinds)})"
+    if hint is types.NoneType:
+        return "None"
     return hint.__name__ if isinstance(hint, type) else str(hint)
 
 

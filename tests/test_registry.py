@@ -1,0 +1,285 @@
+"""Methods are found by name, built from text that is never evaluated, and refused in words."""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import pytest
+
+from pliant import registry
+from pliant.errors import MethodError
+from pliant.method import Method
+from pliant.registry import Paper, build, construct, entries, entry_of, get, plain, register, say
+
+PAPER = Paper("Title", "A. Author", "Venue", 2020)
+
+
+@pytest.fixture(autouse=True)
+def own_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is gone afterwards."""
+    entries()
+    monkeypatch.setattr(registry, "_ENTRIES", dict(registry._ENTRIES))
+
+
+@dataclass(frozen=True)
+class Sample(Method):
+    """Does nothing, but has options of every kind.
+
+    More words.
+    """
+
+    strength: float = 0.1
+    count: int = 3
+    bound: float | None = None
+    form: Literal["auto", "spatial"] = "auto"
+    only: tuple[str, ...] = ()
+    pair: tuple[int, float] = (1, 2.0)
+    fast: bool = True
+    anything: Any = None
+    table: dict[str, int] = field(default_factory=dict)
+
+
+def sample() -> None:
+    register("sample", paper=PAPER, saves="params macs")(Sample)
+
+
+# ------------------------------------------------------------------ the list
+
+
+def test_an_entry_says_what_a_method_is():
+    sample()
+    entry = get("sample")
+    assert entry.kind is Sample and entry.paper is PAPER
+    assert entry.saves == ("params", "macs") and entry.verb == "compress"
+    assert entry.summary == "Does nothing, but has options of every kind."
+    assert entry_of(Sample()) is entry and entry_of(Method()) is None
+    assert entry in entries(family=entry.family) and entry not in entries(verb="recover")
+
+
+def test_the_family_is_the_folder():
+    assert get("nrmf").family == "lowrank"
+    assert [e.name for e in entries(family="lowrank")] == sorted(
+        e.name for e in entries() if e.family == "lowrank"
+    )
+    with pytest.raises(MethodError, match="families are .*lowrank"):
+        entries(family="lowrnak")
+
+
+def test_unknown_names_get_the_nearest():
+    with pytest.raises(MethodError, match="no method 'nrfm': did you mean nrmf"):
+        get("nrfm")
+    with pytest.raises(MethodError, match="choose from .*energy"):
+        get("zzzzzz")
+
+
+def test_a_name_is_taken_once():
+    sample()
+    sample()  # the same class again: a reloaded module
+
+    @dataclass(frozen=True)
+    class Other(Method):
+        """Another."""
+
+    with pytest.raises(MethodError, match="'sample' is taken by .*Sample: choose another"):
+        register("sample", paper=PAPER)(Other)
+    imposter = dataclass(frozen=True)(type("Sample", (Method,), {"__doc__": "Another."}))
+    imposter.__module__ = "elsewhere.methods"
+    with pytest.raises(MethodError, match="taken"):
+        register("sample", paper=PAPER)(imposter)
+
+
+@pytest.mark.parametrize("name", ["tucker-2", "2nd", "", "lambda", "a b"])
+def test_names_can_be_written_in_a_spec(name):
+    with pytest.raises(MethodError, match="identifier"):
+        register(name, paper=PAPER)
+
+
+def test_only_frozen_dataclasses_and_known_axes():
+    @dataclass
+    class Thawed:
+        """Not frozen."""
+
+    class Plain:
+        """No dataclass."""
+
+    for kind in (Thawed, Plain):
+        with pytest.raises(MethodError, match=r"@dataclass\(frozen=True\)"):
+            register("thawed", paper=PAPER)(kind)
+    with pytest.raises(MethodError, match="cannot save energy: the axes are params"):
+        register("green", paper=PAPER, saves="params energy")
+
+
+# ------------------------------------------------------------------ from text
+
+
+@pytest.mark.parametrize(
+    ("spec", "method"),
+    [
+        ("sample", Sample()),
+        (" sample ( ) ", Sample()),
+        ("sample(strength=1e-3, count=-2)", Sample(strength=1e-3, count=-2)),
+        ("sample(strength=1)", Sample(strength=1)),
+        ("sample(bound=0.5, form='spatial')", Sample(bound=0.5, form="spatial")),
+        ("sample(bound=None)", Sample()),
+        ("sample(only=['a', 'b'])", Sample(only=("a", "b"))),
+        ("sample(only=('a',), fast=False)", Sample(only=("a",), fast=False)),
+        ("sample(pair=[2, 3])", Sample(pair=(2, 3))),
+        ("sample(anything='x', table={'a': 1})", Sample(anything="x", table={"a": 1})),
+    ],
+)
+def test_a_spec_is_read(spec, method):
+    sample()
+    assert build(spec) == method
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        "",
+        "sample(",
+        "sample(0.1)",
+        "sample(strength)",
+        "sample.strength",
+        "sample(strength=2 * 3)",
+        "sample(strength=__import__('os').getpid())",
+        "sample(strength=open('/etc/passwd'))",
+        "sample(strength=1, strength=2)",
+        "sample()()",
+        "sample(table={[]: 1})",
+        "sample; sample",
+        "lambda: sample",
+        "sample\0",
+        "sample(only=" + "(" * 300 + ")" * 300 + ")",
+    ],
+)
+def test_nothing_else_is_read(spec):
+    sample()
+    with pytest.raises(MethodError, match="Cannot read the method"):
+        build(spec)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"strenght": 1.0}, "no option 'strenght': did you mean strength"),
+        ({"zzz": 1.0}, "no option 'zzz': choose from"),
+        ({"strength": "0.1"}, "strength must be float, not '0.1'"),
+        ({"strength": True}, "strength must be float"),
+        ({"strength": None}, "strength must be float"),
+        ({"count": 2.0}, "count must be int"),
+        ({"count": True}, "count must be int"),
+        ({"bound": "x"}, "bound must be float or None"),
+        ({"form": "best"}, 'form must be one of "auto", "spatial"'),
+        ({"only": "conv1"}, "only must be a list of str"),
+        ({"only": ("conv1", 3)}, "only must be a list of str"),
+        ({"pair": (1, 2, 3)}, "pair must be"),
+        ({"pair": (1.5, 2)}, "pair must be"),
+        ({"fast": 1}, "fast must be bool"),
+        ({"table": 3}, "table must be"),
+    ],
+)
+def test_wrong_options_are_named(options, message):
+    sample()
+    with pytest.raises(MethodError) as error:
+        construct("sample", options)
+    assert message in str(error.value) and "sample" in str(error.value)
+
+
+def test_unknown_keywords_by_splat_are_refused():
+    sample()
+    with pytest.raises(MethodError, match=r"no option '\*\*'"):
+        build("sample(**{'strength': 1.0})")
+
+
+def test_methods_become_plain_data_and_come_back():
+    sample()
+    method = Sample(only=("a",), bound=0.5)
+    data = plain(method)
+    assert data["name"] == "sample" and data["options"]["only"] == ("a",)
+    assert construct(data["name"], {**data["options"], "only": ["a"]}) == method
+
+
+def test_an_unregistered_method_goes_by_its_class():
+    assert plain(Sample(count=4))["name"] == "Sample"
+    assert plain(Sample(count=4))["options"]["count"] == 4
+
+
+def test_annotations_in_words():
+    assert say(float | None) == "float or None"
+    assert say(tuple[str, ...]) == "a list of str"
+    assert say(tuple[int, float]) == "(int, float)"
+    assert say(Literal["a", 1]) == 'one of "a", 1'
+
+
+# ------------------------------------------------------------------ discovery
+
+
+def package(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A package of methods with one module of this text, in the place of pliant.methods."""
+    import pliant.methods
+
+    (folder / "toyfamily").mkdir()
+    (folder / "toyfamily" / "__init__.py").touch()
+    (folder / "toyfamily" / "toymethod.py").write_text(text)
+    monkeypatch.setattr(pliant.methods, "__path__", [str(folder)])
+    monkeypatch.setattr(registry, "entry_points", lambda group: [])
+    return folder
+
+
+@pytest.fixture
+def forget(monkeypatch: pytest.MonkeyPatch):
+    """Discovery runs anew in the test, and is as before after it."""
+    registry._discover.cache_clear()
+    yield
+    registry._discover.cache_clear()
+    for name in ("toyfamily", "toyfamily.toymethod"):
+        sys.modules.pop(f"pliant.methods.{name}", None)
+
+
+METHOD = '''
+from dataclasses import dataclass
+from pliant.method import Method
+from pliant.registry import Paper, register
+
+@register("toymethod", paper=Paper("T", "A", "V", 2020))
+@dataclass(frozen=True)
+class Toy(Method):
+    """Does nothing."""
+'''
+
+
+def test_a_file_is_all_it_takes(tmp_path, monkeypatch, forget):
+    package(tmp_path, METHOD, monkeypatch)
+    assert get("toymethod").family == "toyfamily"
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [("import no_such_package", ModuleNotFoundError), ("1 / 0", ZeroDivisionError)],
+)
+def test_a_module_that_fails_to_import_raises(text, error, tmp_path, monkeypatch, forget):
+    package(tmp_path, text, monkeypatch)
+    for _ in range(2):  # not only the first time
+        with pytest.raises(error):
+            entries()
+
+
+def test_other_packages_bring_methods(tmp_path, monkeypatch, forget):
+    loaded = []
+    point = SimpleNamespace(name="mine", value="my_package.mine", load=lambda: loaded.append(1))
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
+    entries()
+    entries()
+    assert loaded == [1]
+
+
+def test_a_broken_package_is_named(monkeypatch, forget):
+    def load() -> None:
+        raise ImportError("no module named gone")
+
+    point = SimpleNamespace(name="mine", value="my_package.mine", load=load)
+    monkeypatch.setattr(registry, "entry_points", lambda group: [point])
+    with pytest.raises(MethodError, match="my_package.mine cannot be imported .*gone"):
+        entries()
