@@ -1,6 +1,7 @@
 """The command line of the benches."""
 
 import json
+import logging
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from pliant.errors import PliantError
 from pliant.render.words import seconds
 
 console = Console(soft_wrap=True, highlight=False)
+logging.getLogger("lightning_fabric.utilities.rank_zero").setLevel(logging.WARNING)
 
 
 class Names(TyperGroup):
