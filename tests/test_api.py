@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import TensorDataset
 
 import pliant
 from pliant import artifact
@@ -155,6 +156,13 @@ def test_without_training_nothing_but_the_method_changes_the_weights() -> None:
 def test_pairs_of_tensors_are_measured_on_their_last_tenth() -> None:
     result = pliant.compress(net(), samples(60, 0), Halve())
     assert result.report.train["scored_on"] == "6 samples of val"
+
+
+def test_calibration_needs_no_labels() -> None:
+    unlabelled = TensorDataset(samples(40, 0)[0])
+    report = pliant.compress(net(), unlabelled, "energy(p=0.8, samples=16)").report
+    assert report.after.accuracy is None and "scored_on" not in report.train
+    assert report.after.params < report.before.params
 
 
 def test_a_missed_budget_raises_or_is_reported() -> None:

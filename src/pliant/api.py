@@ -8,7 +8,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from pliant import artifact, zoo
 from pliant.budget import Budget, Option
 from pliant.compose import Stage, resolve
 from pliant.cost import Example, cost, layer_costs
-from pliant.data import Data, Train
+from pliant.data import Data, Train, unpack
 from pliant.data.splits import Split
 from pliant.drivers.check import check_data
 from pliant.drivers.devices import own_randomness
@@ -93,12 +93,12 @@ def compress(
         ModelError: the model fails in forward or has nothing to compress.
         TrainingError: loss or weights stopped being finite.
     """
-    resolved, bounds = resolve(method), _budget(budget)
+    asked = resolve(method), _budget(budget), train, seed
     given = (example,) if isinstance(example, Tensor) else example
     with own_randomness(seed, _place(model)):
-        task = _Task(model, Data.of(data, seed=seed), resolved, bounds, train, seed, given)
+        task = _Task(model, Data.of(data, seed=seed), *asked, given, resume)
         task.folder = Path(folder) if folder is not None else None
-        task.resume, task.watch = resume, watch or (lambda row: None)
+        task.watch = watch or task.watch
         return task.go(control=control, strict=strict, name=name or type(model).__name__)
 
 
@@ -131,10 +131,8 @@ def _of_zoo(path: str | Path) -> Callable[[], nn.Module] | None:
 
 
 def _budget(budget: Budget | str | None) -> Budget | None:
-    if isinstance(budget, str):
-        return Budget.parse(budget)
-    if budget is None or isinstance(budget, Budget):
-        return budget
+    if budget is None or isinstance(budget, Budget | str):
+        return Budget.parse(budget) if isinstance(budget, str) else budget
     raise BudgetError(
         f"A budget must be a Budget, text such as 'params=0.3', or None, not {budget!r}."
     )
@@ -168,18 +166,13 @@ def _check_reachable(run: Run) -> None:
     if not run.limits() or run.edits or entry is None or entry.family != "lowrank":
         return
     only, exclude = _patterns(run.method)
-    form = getattr(run.method, "form", "auto")
-    allowed = FORMS if form == "auto" else (form,)
-    costs = layer_costs(run.model, run.example)
+    form, costs = getattr(run.method, "form", "auto"), layer_costs(run.model, run.example)
     options = {}
     for layer, module in factorizable(run.model, only=only, exclude=exclude)[0].items():
-        shape = module.weight.shape
-        edits = [
-            Factor(layer, form, (1,) * len(max_ranks(shape, form)))
-            for form in forms_of(shape, allowed)
-        ]
-        rows = [Option(1.0, edit.predict(costs[layer]), edit) for edit in edits]
-        options[layer] = [Option(0.0, costs[layer]), *rows]
+        shape, options[layer] = module.weight.shape, [Option(0.0, costs[layer])]
+        for kind in forms_of(shape, FORMS if form == "auto" else (form,)):
+            edit = Factor(layer, kind, (1,) * len(max_ranks(shape, kind)))
+            options[layer].append(Option(1.0, edit.predict(costs[layer]), edit))
     run.allocate(options)
 
 
@@ -229,9 +222,10 @@ class _Task:
     train: Train | None
     seed: int
     example: Example
+    resume: bool
     folder: Path | None = None
-    resume: bool = False
-    watch: Watch = lambda row: None  # noqa: E731
+    watch: Watch = lambda row: None
+    split: Split | None = None  # where scores are measured
     seconds: dict[str, float] = field(default_factory=dict)
 
     def go(self, *, control: bool, strict: bool, name: str) -> Result:
@@ -241,17 +235,16 @@ class _Task:
         reference, rows = self._reference(control=control)
         before = self._side(reference, run)
         with self._stage("finish", show=False):
-            self._fit(run, reference)
+            if self.train is not None and self._epochs():
+                self._fit(run, self.train, self.folder, self.watch, reference)
+            else:
+                self.watch({"phase": "factorize"})
+                run.finish(strict=False)
         self._split_time(run)
-        after_cost = run.finish(strict=strict)
-        after = self._side(run.model, run)
-        report = self._report(run, name, before, after, rows)
-        trained_on = device_of(run.model)
-        result = run.model.to(device_of(self.model)).eval()
+        run.finish(strict=strict)
+        report = self._report(run, name, (before, self._side(run.model, run)), rows)
         edits = tuple(from_json(to_json(run.edits)))  # a plan: without the tensors of factors
-        misses = tuple(run.misses(after_cost))
-        report = replace(report, device=str(trained_on), met=not misses, misses=misses)
-        return Result(result, edits, report)
+        return Result(run.model.to(device_of(self.model)).eval(), edits, report)
 
     def _begin(self) -> Run:
         """All refusals, then a run on a copy of the model."""
@@ -264,6 +257,7 @@ class _Task:
             check_data(network, data)
         elif data.has("train"):
             data.check()
+        self.split = _scored(data)
         run = start(
             network,
             self.method,
@@ -291,64 +285,54 @@ class _Task:
                 steps=self._steps(plan),
                 seed=self.seed,
             )
-            fit(
-                run,
-                self.data,
-                plan,
-                folder=self.folder / CONTROL if self.folder else None,
-                resume=self.resume,
-                watch=lambda row: self.watch({**row, "phase": CONTROL}),
-            )
+            folder = self.folder / CONTROL if self.folder else None
+            self._fit(run, plan, folder, lambda row: self.watch({**row, "phase": CONTROL}))
         return run.model, [{**row, "phase": CONTROL, "control": True} for row in run.log]
 
-    def _fit(self, run: Run, teacher: nn.Module) -> None:
-        if self.train is None or not self._epochs():
-            self.watch({"phase": "factorize"})
-            run.finish(strict=False)
-            return
-        fit(
-            run,
-            self.data,
-            self.train,
-            folder=self.folder,
-            resume=self.resume,
-            watch=self.watch,
-            teacher=teacher if self.train.distill else None,
-        )
+    def _fit(
+        self,
+        run: Run,
+        plan: Train,
+        folder: Path | None,
+        watch: Watch,
+        teacher: nn.Module | None = None,
+    ) -> None:
+        asked: dict[str, Any] = {"folder": folder, "resume": self.resume, "watch": watch}
+        fit(run, self.data, plan, teacher=teacher if plan.distill else None, **asked)
 
     def _side(self, network: nn.Module, run: Run) -> Side:
         """Measure costs and, if there is a split to measure on, the score."""
         with self._stage("measure"):
             costs = cost(network, run.example)
-            split = self._split()
-            if split is None:
+            if self.split is None:
                 return side(costs)
-            score = evaluate(network, self.data, split)
+            score = evaluate(network, self.data, self.split)
             known = math.isfinite(score.accuracy)
             return side(costs, accuracy=score.accuracy if known else None, loss=score.loss)
 
     def _report(
-        self, run: Run, name: str, before: Side, after: Side, rows: list[dict[str, Any]]
+        self, run: Run, name: str, sides: tuple[Side, Side], rows: list[dict[str, Any]]
     ) -> Report:
+        misses = tuple(run.misses(run.finish(strict=False)))
         plan = asdict(self.train) if self.train else {}
         if rows:
             plan["reference"] = REFERENCE
-        if split := self._split():
-            plan["scored_on"] = f"{self.data.size(split) or 'all'} samples of {split}"
+        if self.split is not None:
+            plan["scored_on"] = f"{self.data.size(self.split) or 'all'} samples of {self.split}"
         return Report(
             model=name,
-            data=self.data.name if self.data.has("train") or self._split() else "",
-            method=_described(self.method),
+            data=self.data.name if self.data.has("train") or self.split else "",
+            method=plain(self.method),
             budget=self.budget.given() if self.budget else {},
-            before=before,
-            after=after,
+            before=sides[0],
+            after=sides[1],
             layers=layer_rows(run),
-            met=True,
-            misses=(),
+            met=not misses,
+            misses=misses,
             history=tuple(_short(row) for row in (*run.log, *rows)),
             seconds={stage: round(took, 3) for stage, took in self.seconds.items()},
             seed=self.seed,
-            device="",
+            device=str(device_of(run.model)),
             versions=versions(),
             train=plan,
         )
@@ -365,14 +349,11 @@ class _Task:
 
     @contextmanager
     def _stage(self, name: str, *, show: bool = True) -> Iterator[None]:
+        began = time.monotonic()
         if show:
             self.watch({"phase": name})
-        began = time.monotonic()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.monotonic() - began
-
-    def _split(self) -> Split | None:
-        return "test" if self.data.has("test") else "val" if self.data.has("val") else None
 
     def _epochs(self) -> float:
         return self.train.epochs + self.train.finetune if self.train else 0
@@ -380,8 +361,7 @@ class _Task:
     def _steps(self, train: Train | None) -> int:
         if train is None or not train.epochs:
             return 0
-        alone = train.devices == 1
-        world = 1 if alone else int(os.environ.get("WORLD_SIZE", train.devices))
+        world = int(os.environ.get("WORLD_SIZE", train.devices)) if train.devices > 1 else 1
         return train.steps(self.data.steps(train.batch, world))
 
     def _device(self) -> torch.device:
@@ -390,17 +370,18 @@ class _Task:
         cuda = torch.cuda.is_available()
         if asked == "auto" and cuda:
             return torch.device("cuda", 0)
-        if asked == "cpu" or (asked.startswith("cuda") and cuda):
-            return torch.device(asked)
-        return device_of(self.model)
+        known = asked == "cpu" or (asked.startswith("cuda") and cuda)
+        return torch.device(asked) if known else device_of(self.model)
 
 
-def _described(method: Method) -> dict[str, Any]:
-    """A method as plain data, also one that was never registered."""
-    if entry_of(method) is not None or hasattr(method, "plain"):
-        return plain(method)
-    options = {f.name: getattr(method, f.name) for f in fields(method)}
-    return {"name": type(method).__name__, "options": options}
+def _scored(data: Data) -> Split | None:
+    """Name the split to measure scores on, None where nothing is labelled."""
+    splits: tuple[Split, ...] = ("test", "val")
+    for split in splits:
+        if data.has(split):
+            batch = next(iter(data.batches(split, 1)), None)
+            return split if batch is not None and unpack(batch)[1] is not None else None
+    return None
 
 
 def _short(row: dict[str, Any]) -> dict[str, Any]:
