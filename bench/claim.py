@@ -17,7 +17,7 @@ def claim(text: str, value: float | None, how: str, target: float, unit: str) ->
         target: what was wanted.
         unit: of both.
     """
-    rounded = None if value is None else round(value, 4)
+    rounded = None if value is None else round(value, 5)
     return {
         "claim": text,
         "target": f"{how} {target:.4g}",
@@ -35,4 +35,4 @@ def misses_first(results: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def shown(value: float | None, unit: str) -> str:
     """Write a claim's value."""
-    return "not measured" if value is None else f"{value:.4g} {unit}".strip()
+    return "not measured" if value is None else f"{value:.5g} {unit}".strip()
