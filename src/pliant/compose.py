@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
 from pliant.budget import Budget
 from pliant.errors import ChainError, MethodError
-from pliant.method import Method
+from pliant.method import Method, uses
+from pliant.ops.edits import Edit
 from pliant.registry import build, entry_of, plain
 from pliant.run import Run
 
@@ -44,8 +46,9 @@ class Chain(Method):
     def prepare(self, run: Run) -> None:
         """Check the budgets and prepare the first stage."""
         _budgets(self.stages, run.budget)
-        run.state["stage"] = 0
-        self._now(run).method.prepare(self._now(run))
+        self._enter(run, 0, self._end(run, 0))
+        if run.steps:
+            self._advance(run)
 
     def loss(self, run: Run, loss: Tensor, output: Any, batch: Any) -> Tensor:
         """Let the running stage change the loss."""
@@ -59,8 +62,7 @@ class Chain(Method):
         """Let the running stage act; where its share is over, finish it and begin the next."""
         part = self._now(run)
         part.method.after_step(part)
-        while run.state["stage"] + 1 < len(self.stages) and run.step >= self._end(run):
-            self._advance(run)
+        self._advance(run)
 
     def after_epoch(self, run: Run) -> None:
         """Tell the running stage that an epoch is over."""
@@ -68,11 +70,30 @@ class Chain(Method):
         part.method.after_epoch(part)
 
     def finalize(self, run: Run) -> None:
-        """Finish the running stage and all that are left."""
+        """Finish the running stage and all that are left, which get no training."""
+        self._leave(run)
         while run.state["stage"] + 1 < len(self.stages):
-            self._advance(run)
+            self._enter(run, run.state["stage"] + 1, run.step)
+            self._leave(run)
+        run.state.pop("entered", None)
+
+    def resume(self, run: Run, state: Mapping[str, Any], edits: Sequence[Edit]) -> None:
+        """Bring a fresh run to the saved stage: prepare it on the network as it was then.
+
+        What a stage puts into the model besides edits (hooks, masks, a teacher) is not saved:
+        its ``prepare`` makes it, from the weights that the chain kept when the stage began.
+        """
+        if run.state["stage"] != state["stage"]:
+            run.close()
+            run.step, run.epoch = state["began"]
+            if entered := state.get("entered"):
+                run.replay(edits[: entered["edits"]])
+                run.model.load_state_dict(entered["tensors"])
+                run.generator.set_state(entered["generator"])
+            self._enter(run, state["stage"], self._end(run, state["stage"]))
         part = self._now(run)
-        part.method.finalize(part)
+        if resume := getattr(part.method, "resume", None):
+            resume(part, state[f"stage{state['stage']}"], edits)
 
     def plain(self) -> dict[str, Any]:
         """Return the chain as plain data."""
@@ -87,28 +108,48 @@ class Chain(Method):
         return {"name": "chain", "stages": rows}
 
     def _advance(self, run: Run) -> None:
-        part = self._now(run)
-        part.method.finalize(part)
-        part.close()
-        run.state["stage"] += 1
+        """Go on to the stage to which this step belongs."""
+        while run.state["stage"] + 1 < len(self.stages):
+            if run.step < self._end(run, run.state["stage"]):
+                return
+            self._leave(run)
+            following = run.state["stage"] + 1
+            self._enter(run, following, self._end(run, following))
+
+    def _enter(self, run: Run, stage: int, end: int) -> None:
+        """Prepare a stage that trains until a step, with a clock of its own."""
+        run.state.update(stage=stage, began=[run.step, run.epoch], steps=max(0, end - run.step))
+        run.state.pop("entered", None)
+        if stage and uses(self.stages[stage].method, "prepare"):
+            run.state["entered"] = {
+                "edits": len(run.edits),
+                "tensors": copy.deepcopy(dict(run.model.state_dict())),
+                "generator": run.generator.get_state(),
+            }
         part = self._now(run)
         part.method.prepare(part)
 
-    def _end(self, run: Run) -> int:
-        shares = [stage.share for stage in self.stages]
-        return round(run.steps * sum(shares[: run.state["stage"] + 1]) / sum(shares))
+    def _leave(self, run: Run) -> None:
+        part = self._now(run)
+        part.method.finalize(part)
+        part.close()
+
+    def _end(self, run: Run, stage: int) -> int:
+        """The step at which the share of a stage is over."""
+        shares = [each.share for each in self.stages]
+        return round(run.steps * sum(shares[: stage + 1]) / sum(shares))
 
     def _now(self, run: Run) -> Run:
         """The running stage's view: its own state, budget and clock."""
-        index = run.state["stage"]
-        shares = [stage.share for stage in self.stages]
-        begin = round(run.steps * sum(shares[:index]) / sum(shares))
+        index, (step, epoch) = run.state["stage"], run.state["began"]
         return run.scope(
             f"stage{index}",
             method=self.stages[index].method,
             budget=_budgets(self.stages, run.budget)[index],
-            steps=self._end(run) - begin,
-            step=run.step - begin,
+            steps=run.state["steps"],
+            step=run.step - step,
+            epoch=run.epoch - epoch,
+            began=(run.began[0] + step, run.began[1] + epoch),
         )
 
 
@@ -149,6 +190,14 @@ class Together(Method):
         for part in self._views(run):
             part.method.finalize(part)
 
+    def resume(self, run: Run, state: Mapping[str, Any], edits: Sequence[Edit]) -> None:
+        """Bring every part that is a chain to its saved stage, in the order of their beginnings."""
+        views = self._views(run)
+        saved = [state[f"part{i}"] for i in range(len(views))]
+        for i in sorted(range(len(views)), key=lambda i: saved[i].get("began", [0, 0])):
+            if resume := getattr(views[i].method, "resume", None):
+                resume(views[i], saved[i], edits)
+
     def plain(self) -> dict[str, Any]:
         """Return the composition as plain data."""
         return {"name": "together", "methods": [plain(part) for part in self.parts]}
@@ -172,7 +221,10 @@ def chain(*methods: Method | Stage | str) -> Chain:
     """
     if not methods:
         raise ChainError("A chain needs at least one method.")
-    stages = tuple(m if isinstance(m, Stage) else Stage(resolve(m)) for m in methods)
+    stages = tuple(
+        replace(m, method=resolve(m.method)) if isinstance(m, Stage) else Stage(resolve(m))
+        for m in methods
+    )
     if any(stage.share <= 0 for stage in stages):
         raise ChainError("Every stage of a chain needs a positive share of the training.")
     return Chain(stages)
@@ -213,25 +265,37 @@ def _budgets(stages: Sequence[Stage], budget: Budget | None) -> list[Budget | No
     """Give each axis to the one stage whose ``saves`` claims it."""
     given: list[dict[str, Any]] = [stage.budget.given() if stage.budget else {} for stage in stages]
     for axis, value in (budget.given() if budget else {}).items():
-        claims = [i for i, stage in enumerate(stages) if not stage.budget and _claims(stage, axis)]
-        if len(claims) > 1:
-            names = " and ".join(_name(stages[i].method) for i in claims)
+        claims = [i for i, stage in enumerate(stages) if _claims(stage.method, axis)]
+        free = [i for i in claims if not stages[i].budget]
+        if len(free) > 1:
+            names = " and ".join(_name(stages[i].method) for i in free)
             raise ChainError(
                 f"{names} both save {axis}: give each its own with Stage(method, Budget(...))."
             )
-        if claims:
-            given[claims[0]][axis] = value
-        elif not any(stage.budget and axis in stage.budget.given() for stage in stages):
-            names = ", ".join(_name(stage.method) for stage in stages)
-            raise ChainError(f"None of {names} saves {axis}: drop it from the budget.")
+        if free:
+            given[free[0]][axis] = value
+        elif not any(axis in axes for axes in given):
+            raise ChainError(_unclaimed([stages[i] for i in claims], stages, axis))
     return [Budget(**axes) if axes else None for axes in given]
 
 
-def _claims(stage: Stage, axis: str) -> bool:
-    return any(
-        entry is not None and axis in entry.saves
-        for entry in map(entry_of, getattr(stage.method, "parts", (stage.method,)))
+def _unclaimed(claims: Sequence[Stage], stages: Sequence[Stage], axis: str) -> str:
+    if claims:
+        names = " and ".join(_name(stage.method) for stage in claims)
+        return f"{names} could save {axis} but has a budget of its own: name {axis} there."
+    names = ", ".join(_name(stage.method) for stage in stages)
+    return (
+        f"None of {names} says that it saves {axis}: drop it from the budget, or give it to one "
+        "of them with Stage(method, Budget(...))."
     )
+
+
+def _claims(method: Method, axis: str) -> bool:
+    parts = getattr(method, "parts", None)
+    if parts is not None:
+        return any(_claims(part, axis) for part in parts)
+    entry = entry_of(method)
+    return entry is not None and axis in entry.saves
 
 
 def _name(method: Method) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,6 +16,7 @@ from torch import nn
 
 from pliant import artifact
 from pliant.cost import Cost, LayerCost, layer_costs
+from pliant.errors import PliantError
 from pliant.ops.edits import Edit, Factor
 from pliant.run import Run
 
@@ -95,13 +96,19 @@ class Report:
         """Read a report back.
 
         Raises:
-            ValueError: the text is not a report.
+            PliantError: the text is not a report.
         """
-        raw = json.loads(text)
-        raw["before"], raw["after"] = Side(**raw["before"]), Side(**raw["after"])
-        raw["layers"] = tuple(LayerRow(**_tuples(row)) for row in raw["layers"])
-        raw["history"], raw["misses"] = tuple(raw["history"]), tuple(raw["misses"])
-        return cls(**raw)
+        try:
+            raw = json.loads(text)
+            raw["before"], raw["after"] = (Side(**_tuples(raw[s])) for s in ("before", "after"))
+            raw["layers"] = tuple(LayerRow(**_tuples(row)) for row in raw["layers"])
+            raw["history"], raw["misses"] = tuple(raw["history"]), tuple(raw["misses"])
+            return cls(**raw)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise PliantError(
+                f"The text must be a report as Report.to_json writes it, but is not "
+                f"({type(error).__name__}: {error}); make it anew."
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -146,14 +153,27 @@ def side(cost: Cost, *, accuracy: float | None = None, loss: float | None = None
 
 def layer_rows(run: Run) -> tuple[LayerRow, ...]:
     """Return one row for every layer of the dense network, changed or not."""
-    now = layer_costs(run.model, run.example)
-    return tuple(_row(run, layer, before, now) for layer, before in run.layers.items())
+    now: dict[str, list[LayerCost]] = {layer: [] for layer in run.layers}
+    for name, row in layer_costs(run.model, run.example).items():
+        if (owner := _owner(name, now)) is not None:
+            now[owner].append(row)
+    edits: dict[str, list[Edit]] = {layer: [] for layer in run.layers}
+    for edit in run.edits:
+        if (owner := _owner(edit.layer, edits)) is not None:
+            edits[owner].append(edit)
+    return tuple(_row(run, layer, edits[layer], now[layer]) for layer in run.layers)
 
 
-def _row(run: Run, layer: str, before: LayerCost, now: Mapping[str, LayerCost]) -> LayerRow:
-    edits = [e for e in run.edits if e.layer == layer or e.layer.startswith(layer + ".")]
-    factors = [e for e in edits if isinstance(e, Factor)]
-    parts = [row for name, row in now.items() if name == layer or name.startswith(layer + ".")]
+def _owner(name: str, layers: Mapping[str, Any]) -> str | None:
+    """The dense layer that a layer of now was made from: itself, or the nearest around it."""
+    while name not in layers and name:
+        name = name.rpartition(".")[0]
+    return name if name in layers else None
+
+
+def _row(run: Run, layer: str, edits: Sequence[Edit], parts: Sequence[LayerCost]) -> LayerRow:
+    before = run.layers[layer]
+    factors = [edit for edit in edits if isinstance(edit, Factor)]
     return LayerRow(
         layer=layer,
         kind=before.kind,
@@ -162,12 +182,14 @@ def _row(run: Run, layer: str, before: LayerCost, now: Mapping[str, LayerCost]) 
         kept=None,
         before={axis: getattr(before, axis) for axis in ("params", "macs", "bytes")},
         after={axis: sum(getattr(p, axis) for p in parts) for axis in ("params", "macs", "bytes")},
-        reason="" if edits else run.reasons.get(layer, _default_reason(before)),
+        reason="" if edits else run.reasons.get(layer) or _default_reason(before),
     )
 
 
 def _default_reason(before: LayerCost) -> str:
-    return "" if len(before.weight) > 1 else "nothing to factorize: no kernel with channels"
+    if len(before.weight) > 1:
+        return "the method changes no shapes here"
+    return "nothing to factorize: no kernel with channels"
 
 
 def versions() -> dict[str, str]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
+from torch.utils._pytree import tree_map
 
 from pliant.budget import Budget, Option, allocate
 from pliant.cost import Cost, Example, LayerCost, cost, layer_costs
@@ -18,6 +18,13 @@ from pliant.errors import BudgetError, ModelError, PliantError
 from pliant.method import Method
 from pliant.ops.edits import Edit, from_json, to_json
 from pliant.ops.optim import carry
+
+
+class Removable(Protocol):
+    """Something put into a model that can be taken out again, as a hook's handle can."""
+
+    def remove(self) -> None:
+        """Take it out."""
 
 
 @dataclass
@@ -34,11 +41,18 @@ class Run:
         cost: the cost of the dense network, to which fractions of a budget refer.
         layers: the dense cost of every layer.
         steps: optimizer steps that the training loop will take; 0 without training.
+        seed: of everything random in the method.
         generator: the only source of randomness for methods.
+        step: optimizer steps taken.
+        epoch: epochs completed.
         state: tensors and plain values of the method: the resumable part.
         edits: what has been done to the model, in order.
         log: the history that the report draws.
         reasons: for every layer left alone, why.
+        handles: what to take out of the model at the end, each with the path of its owner.
+        finished: whether the compression has been made permanent.
+        path: of a view, the scopes it lies in; empty for the whole run.
+        began: of a view, step and epoch of the whole run at which its own clock began.
     """
 
     model: nn.Module
@@ -58,8 +72,10 @@ class Run:
     edits: list[Edit] = field(default_factory=list)
     log: list[dict[str, Any]] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
-    handles: list[RemovableHandle] = field(default_factory=list)
+    handles: list[tuple[str, Removable]] = field(default_factory=list)
     finished: bool = False
+    path: str = ""
+    began: tuple[int, int] = (0, 0)
 
     # For a training loop.
 
@@ -73,8 +89,9 @@ class Run:
         A penalty is added as a gradient, not as a term of the loss: it is unaffected by loss
         scaling and accumulation, and a distributed reducer never sees it.
         """
-        penalty = self.method.penalty(self)
-        if penalty is not None:
+        with torch.enable_grad():
+            penalty = self.method.penalty(self)
+        if isinstance(penalty, Tensor) and penalty.requires_grad:  # a sum over nothing is a 0
             self._add_gradient(penalty)
         self.method.before_step(self)
 
@@ -119,9 +136,11 @@ class Run:
         ]
 
     def close(self) -> None:
-        """Remove every hook of the method from the model."""
-        while self.handles:
-            self.handles.pop().remove()
+        """Take everything that the method handed to ``hook`` out of the model."""
+        mine = [handle for path, handle in self.handles if path.startswith(self.path)]
+        self.handles[:] = [pair for pair in self.handles if not pair[0].startswith(self.path)]
+        for handle in reversed(mine):
+            handle.remove()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to resume: tensors and plain values only."""
@@ -140,27 +159,41 @@ class Run:
         """Bring a fresh run of the same method to a saved point.
 
         Edits are replayed with shapes only: load the model's and the optimizer's tensors after.
+        Tensors of the state are copied to the device of the model.
 
         Raises:
             PliantError: the saved run had other edits at its start, so it is not the same run.
         """
         edits = from_json(saved["edits"])
-        if self.edits != edits[: len(self.edits)]:
+        resume = getattr(self.method, "resume", None)  # of composed methods
+        if saved["finished"]:
+            self.close()
+        elif resume is not None:
+            resume(self, saved["state"], edits)
+        self.replay(edits)
+        self.step, self.epoch, self.finished = saved["step"], saved["epoch"], saved["finished"]
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        self.state.clear()
+        self.state.update(_copied(saved["state"], device))
+        self.log[:] = list(saved["log"])
+        self.generator.set_state(saved["generator"])
+        self.reasons.clear()
+        self.reasons.update(saved["reasons"])
+
+    def replay(self, edits: Sequence[Edit]) -> None:
+        """Apply, with shapes only, those of the edits of a saved run that are still missing.
+
+        Raises:
+            PliantError: the edits so far are not the first of them.
+        """
+        done = len(self.edits)
+        if self.edits != list(edits[:done]):
             raise PliantError(
                 "The saved run began with other edits than this one: resume with the same model, "
                 "method, budget, data and seed."
             )
-        for edit in edits[len(self.edits) :]:
+        for edit in edits[done:]:
             self._edit(edit, weights=False)
-        self.step, self.epoch, self.finished = saved["step"], saved["epoch"], saved["finished"]
-        self.state.clear()
-        self.state.update(saved["state"])
-        self.log[:], self.generator = (
-            list(saved["log"]),
-            self.generator.set_state(saved["generator"]),
-        )
-        self.reasons.clear()
-        self.reasons.update(saved["reasons"])
 
     # For a method.
 
@@ -194,13 +227,18 @@ class Run:
         )
         return allocate(options, self.limits(), fixed=fixed, rule=rule)
 
-    def hook(self, handle: RemovableHandle) -> None:
-        """Hand over a hook's handle: it is removed when the run ends, however it ends."""
-        self.handles.append(handle)
+    def hook(self, handle: Removable) -> None:
+        """Hand over what was put into the model: it is taken out when the run ends, however so.
+
+        Args:
+            handle: of a hook, or anything with ``remove()``: masks, parametrizations.
+        """
+        self.handles.append((self.path, handle))
 
     def note(self, **values: Any) -> None:
         """Add a row to the history: plain values, stamped with step and epoch."""
-        self.log.append({"step": self.step, "epoch": self.epoch, **values})
+        step, epoch = self.began
+        self.log.append({"step": step + self.step, "epoch": epoch + self.epoch, **values})
 
     def keep(self, layer: str, reason: str) -> None:
         """Record why a layer stays as it is."""
@@ -211,7 +249,8 @@ class Run:
 
         Model, edits, log and reasons are shared; ``changes`` replaces fields such as budget.
         """
-        return replace(self, state=self.state.setdefault(key, {}), **changes)
+        state = self.state.setdefault(key, {})
+        return replace(self, state=state, path=f"{self.path}{key}/", **changes)
 
     def _edit(self, edit: Edit, *, weights: bool) -> None:
         replaced = edit.apply(self.model, weights=weights)
@@ -225,9 +264,8 @@ class Run:
             penalty, parameters, allow_unused=True
         )
         for parameter, gradient in zip(parameters, gradients, strict=True):
-            if gradient is None:
-                continue
-            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+            if gradient is not None:
+                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 
 def start(
@@ -276,5 +314,14 @@ def start(
         generator=torch.Generator().manual_seed(seed),
     )
     run.limits()  # a malformed budget is refused now
-    method.prepare(run)
+    try:
+        method.prepare(run)
+    except BaseException:
+        run.close()
+        raise
     return run
+
+
+def _copied(state: Any, device: torch.device) -> Any:
+    """Copy a state, so that two runs never share one; its tensors go to the device."""
+    return tree_map(lambda v: v.clone().to(device) if isinstance(v, Tensor) else v, state)
