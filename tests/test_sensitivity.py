@@ -167,3 +167,43 @@ def test_a_short_last_batch_does_not_count():
     inputs = torch.randn(65, 3)
     recalibrate(model, [(part,) for part in inputs.split(32)])
     assert torch.allclose(model[1].running_mean, model[0](inputs[:64]).mean(0), atol=1e-5)
+
+
+def test_reconstruction_brings_the_outputs_nearer_to_the_dense_ones():
+    import copy
+
+    from pliant.ops.edits import Factor
+    from pliant.ops.reconstruct import reconstruct
+
+    torch.manual_seed(0)
+    dense = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 8, 3, bias=False), nn.Flatten(),
+        nn.Linear(8 * 16, 5),
+    )  # fmt: skip
+    model = copy.deepcopy(dense)
+    for edit in (Factor("0", "spatial", (4,)), Factor("2", "tucker2", (3, 3))):
+        edit.apply(model)
+    batches = [(torch.randn(32, 3, 6, 6),) for _ in range(4)]
+    fresh = torch.randn(256, 3, 6, 6)
+
+    def gap() -> float:
+        return float((model(fresh) - dense(fresh)).square().mean())
+
+    before = gap()
+    reconstruct(dense, model, ["0", "2"], batches)
+    assert gap() < 0.9 * before
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_reconstruction_of_a_full_rank_layer_changes_nothing():
+    import copy
+
+    from pliant.ops.edits import Factor
+    from pliant.ops.reconstruct import reconstruct
+
+    dense = nn.Sequential(nn.Linear(6, 4), nn.ReLU())
+    model = copy.deepcopy(dense)
+    Factor("0", "svd", (4,)).apply(model)
+    inputs = torch.randn(64, 6)
+    reconstruct(dense, model, ["0"], [(inputs,)])
+    assert torch.allclose(model(inputs), dense(inputs), atol=1e-4)

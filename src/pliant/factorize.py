@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -15,10 +16,11 @@ from pliant.math.forms import FORMS, max_ranks
 from pliant.math.metric import Metric
 from pliant.math.rank import energy_rank
 from pliant.math.svd import spectrum
-from pliant.ops.batchnorm import recalibrate
+from pliant.ops.batchnorm import recalibrate as mend
 from pliant.ops.edits import Factor
 from pliant.ops.layers import Factorizable, factorizable
 from pliant.ops.lowrank import options, with_kernels
+from pliant.ops.reconstruct import reconstruct as refit
 from pliant.ops.sensitivity import metrics
 from pliant.run import Run
 
@@ -92,15 +94,37 @@ def plan(
 
 
 def factorize(
-    run: Run, edits: Sequence[Factor], layers: Layers, seen: Mapping[str, Metric]
+    run: Run,
+    edits: Sequence[Factor],
+    layers: Layers,
+    seen: Mapping[str, Metric],
+    *,
+    recalibrate: bool = True,
+    reconstruct: int = 0,
 ) -> None:
-    """Apply planned edits with the best factors, mend the batch norms, say who was left alone."""
+    """Apply planned edits with the best factors, and say which layers were left alone.
+
+    Args:
+        run: its model is changed.
+        edits: a plan.
+        layers: the layers that could have been factorized.
+        seen: metrics to factorize in; empty for the weights' own.
+        recalibrate: re-estimate batch norms afterwards, where there is data.
+        reconstruct: training inputs from which the new layers are then refitted, one after the
+            other, to what the dense network says; 0 for none.
+    """
+    known = run.data is not None and run.data.has("train")
+    dense = copy.deepcopy(run.model) if known and reconstruct else None
     run.apply(*with_kernels(edits, layers, seen))
     changed = {edit.layer for edit in edits}
     for name in layers:
         if name not in changed:
             run.keep(name, "no factorized form at the rank it needs is smaller")
-    settle(run)
+    if known and recalibrate:
+        mend(run.model, _inputs(run, SETTLING, 2 * BATCH, run.seed + 1))
+    if dense is not None:
+        inputs = _inputs(run, reconstruct, BATCH, run.seed + 2)
+        refit(dense, run.model, [edit.layer for edit in edits], inputs)
     run.note(
         ranks={
             edit.layer: [
@@ -112,12 +136,6 @@ def factorize(
             for edit in edits
         }
     )
-
-
-def settle(run: Run) -> None:
-    """Re-estimate batch norms on training inputs, augmented as in training."""
-    if run.data is not None and run.data.has("train"):
-        recalibrate(run.model, _inputs(run, SETTLING, 2 * BATCH, run.seed + 1))
 
 
 def note_spectra(run: Run, layers: Layers, p: float) -> None:

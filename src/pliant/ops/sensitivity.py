@@ -77,10 +77,22 @@ def patches(module: Factorizable, inputs: Tensor) -> Tensor:
         zip(module.kernel_size, module.stride, module.dilation, strict=True), start=2
     ):
         view = view.unfold(axis, gap * (size - 1) + 1, stride)[..., ::gap]
-        every = slice(None, None, 1 + view.shape[axis] // 9)
-        view = view[(slice(None),) * axis + (every,)]
+        view = _every(view, axis)
     order = [0, *range(2, 2 + dims), 1, *range(2 + dims, 2 + 2 * dims)]
     return view.permute(order).reshape(-1, module.weight[0].numel())
+
+
+def thinned(module: nn.Module, output: Tensor) -> Tensor:
+    """Return a layer's outputs as rows, at the positions that ``patches`` keeps."""
+    if isinstance(module, nn.Linear):
+        return output.reshape(-1, output.shape[-1])
+    for axis in range(2, output.ndim):
+        output = _every(output, axis)
+    return output.movedim(1, -1).reshape(-1, output.shape[1])
+
+
+def _every(view: Tensor, axis: int) -> Tensor:
+    return view[(slice(None),) * axis + (slice(None, None, 1 + view.shape[axis] // 9),)]
 
 
 @contextmanager

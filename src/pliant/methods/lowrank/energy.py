@@ -37,6 +37,8 @@ class Energy(Method):
     p: float = 0.95  # energy kept, if there is no budget
     form: Form = "tucker2"  # of the factors; "auto" takes the best per layer
     samples: int = 0  # training inputs to look at; 0 looks at weights only
+    recalibrate: bool = True  # re-estimate batch norms afterwards
+    reconstruct: int = 0  # training inputs from which the layers are refitted in turn
     only: tuple[str, ...] = ()  # name patterns of the layers to consider
     exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone
 
@@ -44,4 +46,11 @@ class Energy(Method):
         """Factorize at once."""
         layers = subjects(run, self.only, self.exclude)
         seen = look(run, layers, self.samples)
-        factorize(run, plan(run, layers, self.form, seen, self.p), layers, seen)
+        factorize(
+            run,
+            plan(run, layers, self.form, seen, self.p),
+            layers,
+            seen,
+            recalibrate=self.recalibrate,
+            reconstruct=self.reconstruct,
+        )

@@ -62,6 +62,7 @@ class NRMF(Method):
     p: float = 0.95  # energy kept, if there is no budget
     form: Form = "auto"  # of the factors; "auto" takes the best per layer
     samples: int = 1024  # training inputs to look at; 0 looks at weights only
+    reconstruct: int = 512  # training inputs to refit layers from, if no training follows
     only: tuple[str, ...] = ()  # name patterns of the layers to consider
     exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone
 
@@ -111,7 +112,10 @@ class NRMF(Method):
         layers = self._layers(run)
         note_spectra(run, layers, self.p)
         seen = look(run, layers, self.samples)
-        factorize(run, plan(run, layers, self.form, seen, self.p), layers, seen)
+        edits = plan(run, layers, self.form, seen, self.p)
+        follows = run.steps > run.step
+        reconstruct = 0 if follows or not self.samples else self.reconstruct
+        factorize(run, edits, layers, seen, reconstruct=reconstruct)
         run.state["factorized"] = True
 
     def _layers(self, run: Run) -> Layers:
