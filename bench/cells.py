@@ -10,13 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench import tasks
 from bench.experiments import Cell, Cells, Experiment
 from bench.provenance import now, source
-from bench.tasks import WORK, digest
 from pliant.errors import PliantError
-
-Show = Callable[[str], None]
-Watch = Callable[[dict[str, Any]], None]
 
 
 @dataclass
@@ -28,14 +25,11 @@ class Store:
     @staticmethod
     def of(experiment: Experiment) -> "Store":
         """Return where an experiment keeps its cells; quick ones lie apart."""
-        return Store(WORK / ("quick" if experiment.quick else "full") / experiment.name)
+        return Store(tasks.WORK / ("quick" if experiment.quick else "full") / experiment.name)
 
     def get(self, cell: Cell) -> dict[str, Any] | None:
         """Return a cell that was measured, None if it was not or its file is damaged."""
-        try:
-            return dict(json.loads(self._path(cell).read_text()))
-        except (OSError, ValueError):
-            return None
+        return _read(self._path(cell))
 
     def put(self, cell: Cell, measured: dict[str, Any]) -> None:
         """Keep a measured cell: whole or not at all."""
@@ -50,13 +44,21 @@ class Store:
             shutil.rmtree(self.folder, ignore_errors=True)
             return
         for path in self.folder.glob("*.json"):
-            if word in map(str, json.loads(path.read_text())["key"].values()):
+            kept = _read(path)
+            if kept is None or word in map(str, kept["key"].values()):
                 path.unlink()
 
     def _path(self, cell: Cell) -> Path:
         words = "-".join(str(value) for value in cell.key.values() if value is not None)
         name = "".join(c if c.isalnum() or c in "-." else "_" for c in words)
-        return self.folder / f"{name}-{digest([cell.key, cell.plan])}.json"
+        return self.folder / f"{name}-{tasks.digest([cell.key, cell.plan])}.json"
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError):
+        return None
 
 
 @dataclass

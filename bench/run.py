@@ -11,12 +11,11 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-from bench import experiments, page
+from bench import experiments, page, tasks
 from bench.cells import Progress, Store, measure_all, name_of
 from bench.claim import misses_first, shown
 from bench.experiments import Cell
 from bench.result import RESULTS, assemble, read_all, write
-from bench.tasks import WORK
 from pliant.errors import PliantError
 from pliant.render.words import seconds
 
@@ -40,7 +39,7 @@ app = typer.Typer(cls=Names, add_completion=False, no_args_is_help=True, help=__
 def run(
     name: str = typer.Argument(help="a bench: see `python -m bench list`"),
     quick: bool = typer.Option(False, "--quick", help="the same code in under two minutes"),
-    path: Path | None = typer.Option(None, "--json", help="write the result here"),
+    path: Path | None = typer.Option(None, "--json", help="write the result here as well"),
     fresh: bool = typer.Option(False, "--fresh", help="measure everything anew"),
     redo: list[str] = typer.Option([], "--redo", help="measure the cells of this rival anew"),
 ) -> None:
@@ -93,10 +92,11 @@ def _measure(name: str, *, quick: bool, path: Path | None, fresh: bool, redo: li
             f"No result is written, since {len(failed)} cells failed ({'; '.join(failed)}); mend "
             "what is said above and run the same command: the other cells are kept."
         )
-    target = path or (WORK / "quick" if quick else RESULTS) / f"{name}.json"
-    write(target, result)
-    console.print(f"Wrote {target}.")
-    if target.parent == RESULTS:
+    target = (tasks.WORK / "quick" if quick else RESULTS) / f"{name}.json"
+    for place in (target, path) if path else (target,):
+        write(place, result)
+        console.print(f"Wrote {place}.")
+    if not quick:
         readme()
 
 

@@ -51,7 +51,8 @@ def cells(settings: Settings) -> list[Cell]:
 def measure(cell: Cell, watch: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Time one block of steps of each rival, in turn, after a warm-up."""
     plan = cell.plan
-    dense = zoo.build(plan["network"]).to(memory_format=torch.channels_last)
+    dense: Any = zoo.build(plan["network"])
+    dense = dense.to(memory_format=torch.channels_last)
     data, batch = _noise(plan)
     rivals = {PLAIN: _run(dense, Method(), data)}
     for name, method in plan["methods"].items():

@@ -1,0 +1,377 @@
+"""The benches' own machinery: claims, resuming, the generated page. Nothing real is trained."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from bench import data as bench_data
+from bench import experiments, page, run, tasks
+from bench.cells import Store, measure_all
+from bench.claim import claim, misses_first
+from bench.compress import Observed, compress
+from bench.experiments import Cell, Experiment, calibration, factorize, lowrank, step_time
+from bench.result import assemble, read_all
+from bench.tasks import Task
+from pliant import zoo
+from pliant.budget import Budget
+from pliant.data import Data, Train
+from pliant.drivers.loop import fit
+from pliant.errors import DataError, PliantError
+from pliant.registry import build
+from pliant.run import start
+
+NAMES = experiments.names()
+
+
+# ---------------------------------------------------------------- what is committed
+
+
+def test_the_page_is_what_the_results_say() -> None:
+    assert page.PATH.read_text() == page.render(read_all()), "run python -m bench readme"
+
+
+@pytest.mark.parametrize("result", read_all(), ids=lambda result: result["bench"])
+def test_a_result_holds_the_claims_and_means_of_its_own_cells(result: dict[str, Any]) -> None:
+    code, settings = experiments.code(result["settings"]), result["settings"]
+    assert not result["quick"]
+    assert result["claims"] == code.claims(settings, result["cells"])
+    assert result["summary"] == json.loads(json.dumps(code.summary(settings, result["cells"])))
+
+
+@pytest.mark.parametrize("quick", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_settings_build_every_cell_once(name: str, quick: bool) -> None:
+    experiment = experiments.load(name, quick=quick)
+    cells = experiment.code.cells(experiment.settings)
+    assert cells and len({json.dumps(cell.key) for cell in cells}) == len(cells)
+    claims = experiment.code.claims(experiment.settings, [])
+    assert claims and not any(row["holds"] for row in claims), "nothing measured, nothing holds"
+
+
+def test_all_of_the_first_seed_comes_first() -> None:
+    experiment = experiments.load("resnet20-lowrank")
+    seeds = [c.key["seed"] for c in lowrank.cells(experiment.settings) if "seed" in c.key]
+    assert seeds == sorted(seeds) and len(set(seeds)) == 3
+
+
+def test_all_rivals_share_one_checkpoint() -> None:
+    experiment = experiments.load("resnet20-lowrank")
+    cells = lowrank.cells(experiment.settings)
+    assert len({tasks.base_path(cell.plan) for cell in cells}) == 1
+    quick = experiments.load("resnet20-lowrank", quick=True)
+    other = lowrank.cells(quick.settings)[0]
+    assert tasks.base_path(other.plan) != tasks.base_path(cells[0].plan)
+
+
+# ---------------------------------------------------------------- claims
+
+
+def measured(rival: str, budget: float | None, seed: int, **values: Any) -> dict[str, Any]:
+    key = {"rival": rival, "budget": budget, "seed": seed}
+    return {"key": key, "values": {"params": 25, **values}}
+
+
+SETTINGS: dict[str, Any] = {
+    "budgets": [0.25],
+    "seeds": [0, 1],
+    "rivals": {"ours": "nrmf", "theirs": "energy"},
+    "unbudgeted": {"free": "evbmf"},
+    "claims": {
+        "champion": "ours",
+        "rivals": ["theirs"],
+        "beyond_spread": [0.25],
+        "order": ["ours", "theirs"],
+        "gap_to_dense": {"0.25": 1.0},
+        "smaller_than": "free",
+    },
+}
+
+
+def lowrank_cells() -> list[dict[str, Any]]:
+    rows = [{"key": {"rival": "base"}, "values": {"accuracy": 0.9, "params": 100}}]
+    for seed, (ours, theirs) in enumerate([(0.89, 0.87), (0.90, 0.88)]):
+        rows.append(measured("dense", None, seed, accuracy=0.90, params=100))
+        rows.append(measured("ours", 0.25, seed, accuracy=ours, accuracy_before=0.5))
+        rows.append(measured("theirs", 0.25, seed, accuracy=theirs, accuracy_before=0.6))
+    return [*rows, measured("free", None, 0, accuracy=0.88, params=50)]
+
+
+def by_text(cells: list[dict[str, Any]]) -> Callable[[str], dict[str, Any]]:
+    claims = lowrank.claims(SETTINGS, cells)
+
+    def find(words: str) -> dict[str, Any]:
+        (row,) = [row for row in claims if words in row["claim"]]
+        return row
+
+    return find
+
+
+def test_claims_are_computed_from_cells() -> None:
+    find = by_text(lowrank_cells())
+    assert find("first of")["value"] == 2.0
+    spread = find("spread over seeds")  # 0.7071 points, of both rivals
+    assert spread["holds"] and spread["target"] == "> 0.7071"
+    assert find("within 1.0 of the dense")["value"] == 0.5
+    assert find("fewer parameters")["value"] == 0.5
+    assert find("after fine-tuning")["holds"]
+    before = find("before fine-tuning")
+    assert not before["holds"] and before["value"] == -10.0
+    assert find("equal parameters")["holds"] and find("more parameters than")["value"] == 1.0
+
+
+def test_a_refused_or_missing_cell_holds_no_claim() -> None:
+    cells = [c for c in lowrank_cells() if c["key"]["rival"] != "ours"]
+    refused = {"key": {"rival": "ours", "budget": 0.25, "seed": 0}, "values": {}, "refused": "no"}
+    find = by_text([*cells, refused])
+    for words in ("first of", "spread", "within 1.0", "fewer parameters", "after fine-tuning"):
+        assert find(words)["value"] is None and not find(words)["holds"]
+    assert "refused" in str(lowrank.tables(SETTINGS, [*cells, refused])[0].rows)
+
+
+def test_unequal_parameters_are_noticed() -> None:
+    cells = lowrank_cells()
+    cells[2]["values"]["params"] = 26
+    find = by_text(cells)
+    assert not find("more parameters than")["holds"] and not find("equal parameters")["holds"]
+
+
+def test_misses_come_first_and_none_is_left_out() -> None:
+    good, bad = claim("a", 1.0, "<=", 1.001, "x"), claim("b", 1.0015, "<=", 1.001, "x")
+    rows = misses_first(
+        [{"bench": "one", "claims": [good, bad]}, {"bench": "two", "claims": [bad]}]
+    )
+    assert [(row["bench"], row["holds"]) for row in rows] == [
+        ("one", False),
+        ("two", False),
+        ("one", True),
+    ]
+    assert claim("c", None, ">=", 1, "x")["holds"] is False
+
+
+def test_other_claims() -> None:
+    times = {"seconds_pliant": 1.0, "seconds_tensorly": 6.0}
+    errors = {"error_pliant": 1.0005, "error_tensorly": 1.0}
+    settings = experiments.load("factorize").settings
+    cells = [{"key": cell.key, "values": times | errors} for cell in factorize.cells(settings)]
+    assert all(row["holds"] for row in factorize.claims(settings, cells))
+    assert not any(row["holds"] for row in factorize.claims(settings, cells[:1]))
+    settings = experiments.load("step-time").settings
+    values = {"ratio_nrmf": 1.06, "ratio_naive": 3.0, "ms_plain": 1.0}
+    cells = [{"key": cell.key, "values": values} for cell in step_time.cells(settings)]
+    assert [row["holds"] for row in step_time.claims(settings, cells)] == [False, True] * 2
+    settings = experiments.load("calibration").settings
+    cells = [
+        {"key": c.key, "values": {"accuracy": 0.8 + 0.05 * (c.key["rival"] in ("dense", "all"))}}
+        for c in calibration.cells(settings)
+    ]
+    assert all(row["holds"] for row in calibration.claims(settings, cells))
+
+
+# ---------------------------------------------------------------- running and resuming
+
+
+@pytest.fixture
+def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(tasks, "WORK", tmp_path / "work")
+    return tmp_path / "work"
+
+
+@pytest.fixture
+def fake(work: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """An experiment of three cells that counts what it measures."""
+    seen: list[int] = []
+    code = SimpleNamespace(seen=seen, broken=set(), refusing=set(), version=0)
+
+    def measure(cell: Cell, watch: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+        number = cell.key["seed"]
+        if number in code.broken:
+            raise RuntimeError("a bug")
+        if number in code.refusing:
+            raise PliantError("too small")
+        seen.append(number)
+        return {"accuracy": number / 10}
+
+    code.measure = measure
+    code.cells = lambda settings: [
+        Cell({"rival": "x", "seed": n}, {"version": code.version}) for n in range(3)
+    ]
+    code.claims = lambda settings, cells: [claim("three", len(cells), ">=", 3, "cells")]
+    code.summary = lambda settings, cells: []
+    code.tables = lambda settings, cells: []
+    monkeypatch.setattr(experiments, "code", lambda settings: code)
+    return code
+
+
+def go(quick: bool = False) -> tuple[Any, list[str]]:
+    experiment = Experiment("fake", {"title": "Fake", "about": "", "experiment": "fake"}, quick)
+    ignore: Callable[..., None] = lambda *args: None  # noqa: E731
+    cells, failed = measure_all(experiment, Store.of(experiment), ignore, ignore)
+    return assemble(experiment, cells), failed
+
+
+def test_a_stopped_bench_goes_on_at_the_next_cell(fake: SimpleNamespace) -> None:
+    measure = fake.measure
+
+    def killed(cell: Cell, watch: Any) -> dict[str, Any]:
+        if cell.key["seed"] == 2:
+            raise KeyboardInterrupt
+        return dict(measure(cell, watch))
+
+    fake.measure = killed
+    with pytest.raises(KeyboardInterrupt):
+        go()
+    fake.measure = measure
+    result, failed = go()
+    assert fake.seen == [0, 1, 2] and not failed
+    assert [cell["key"]["seed"] for cell in result["cells"]] == [0, 1, 2]
+    assert result["claims"][0]["holds"] and result["provenance"]["seeds"] == [0, 1, 2]
+    assert go()[0] == result, "nothing is measured twice"
+
+
+def test_a_cell_with_another_plan_or_a_damaged_file_is_measured_anew(
+    fake: SimpleNamespace, work: Path
+) -> None:
+    go()
+    fake.version = 1
+    go()
+    assert fake.seen == [0, 1, 2] * 2
+    for path in (work / "full" / "fake").glob("x-1-*.json"):
+        path.write_text("{")
+    go()
+    assert fake.seen == [0, 1, 2] * 2 + [1]
+    Store(work / "full" / "fake").forget("2")
+    go()
+    assert fake.seen[-1] == 2 and len(fake.seen) == 8
+
+
+def test_errors_leave_a_cell_out_and_refusals_are_kept(
+    fake: SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fake.broken, fake.refusing = {0}, {1}
+    result, failed = go()
+    assert failed == ["x seed 0"] and "a bug" in capsys.readouterr().err
+    assert result["cells"][0]["refused"] == "too small" and fake.seen == [2]
+    fake.broken, fake.refusing = set(), set()
+    assert len(go()[0]["cells"]) == 3 and fake.seen == [2, 0, 1]
+
+
+def test_quick_cells_lie_apart(fake: SimpleNamespace, work: Path) -> None:
+    go(quick=True)
+    go()
+    assert fake.seen == [0, 1, 2] * 2
+
+
+# ---------------------------------------------------------------- a tiny task, to the end
+
+TINY = {
+    "title": "Tiny",
+    "about": "Noise.",
+    "experiment": "lowrank",
+    "task": "tiny",
+    "epochs": 9,
+    "train": {"lr": 0.01, "batch": 8, "precision": "32-true"},
+    "seeds": [0, 1],
+    "budgets": [0.5],
+    "rivals": {
+        "nrmf": "nrmf(interval=1, samples=0, search=0.5)",
+        "late": {"method": "energy", "epochs": 0, "finetune": 2},
+    },
+    "four_way": {
+        "budget": 0.5,
+        "recalibrate": 8,
+        "methods": {
+            "nrmf": 'nrmf(interval=1, samples=0, search=0.5, form="tucker2")',
+            "b": "energy",
+        },
+    },
+    "claims": {"champion": "nrmf", "rivals": ["late"]},
+    "quick": {"epochs": 2, "seeds": [0], "images": {"train": 8, "test": 8}},
+}
+
+
+def noise() -> Data:
+    random = torch.Generator().manual_seed(0)
+    images, labels = torch.randn(24, 1, 28, 28, generator=random), torch.arange(24) % 10
+    return Data((images, labels), test=(images[:16], labels[:16]), classes=10, name="noise")
+
+
+@pytest.fixture
+def tiny(work: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    task = Task("tiny", "lenet5", Train(epochs=1, lr=0.01, batch=8), data=noise)
+    monkeypatch.setattr(tasks, "get", lambda name: task)
+    monkeypatch.setattr(experiments, "HERE", tmp_path)
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY))
+    return work
+
+
+@pytest.mark.slow  # nine runs of two steps each
+def test_quick_runs_the_same_code_and_writes_no_result(tiny: Path) -> None:
+    before = sorted(run.RESULTS.glob("*"))
+    done = CliRunner().invoke(run.app, ["tiny", "--quick"])
+    assert done.exit_code == 0, done.output
+    result = json.loads((tiny / "quick" / "tiny.json").read_text())
+    assert result["quick"] and sorted(run.RESULTS.glob("*")) == before
+    found = {cell["key"]["rival"]: cell["values"] for cell in result["cells"]}
+    assert set(found) == {"base", "dense", "nrmf", "late", "four-way"}
+    assert found["nrmf"]["step"] == 1 and found["late"]["step"] == 0
+    assert all(0 <= found[name]["accuracy_before"] <= 1 for name in ("nrmf", "late"))
+    assert len(found["four-way"]["rows"]) == 4
+    assert found["nrmf"]["params"] <= 0.5 * found["base"]["params"]
+    assert len(list((tiny / "bases").glob("*.safetensors"))) == 1
+    assert "nrmf" in page.render([result])
+
+
+def test_rivals_must_train_equally_long(tiny: Path) -> None:
+    unfair = {**TINY, "rivals": {"nrmf": {"method": "nrmf", "epochs": 10}}}
+    with pytest.raises(PliantError, match="must train for 9 epochs"):
+        lowrank.cells(unfair)
+
+
+@pytest.mark.slow  # two trainings of three steps
+def test_looking_at_a_run_changes_nothing() -> None:
+    train = Train(epochs=1, batch=8, lr=0.01)
+    seen, unseen = zoo.build("lenet5"), zoo.build("lenet5")
+    unseen.load_state_dict(copy.deepcopy(seen.state_dict()))
+    method, budget = build("nrmf(interval=1, samples=8, search=0.4)"), {"params": 0.5}
+    values = compress(seen, noise(), method, budget, train, seed=3)
+    bare = start(unseen, method, Budget(params=0.5), data=noise(), steps=3, seed=3)
+    fit(bare, noise(), train)
+    assert values["step"] == 1 and values["misses"] == []
+    for name, tensor in unseen.state_dict().items():
+        assert torch.equal(tensor, seen.state_dict()[name]), name
+    assert isinstance(Observed(method, print).parts[0], type(method))
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def test_an_unknown_bench_is_refused_in_a_sentence() -> None:
+    done = CliRunner().invoke(run.app, ["resnet21"])
+    assert done.exit_code == 1 and "There is no bench 'resnet21'" in done.output
+
+
+def test_missing_data_is_said_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PLIANT_DATA", "/nowhere")
+    with pytest.raises(DataError, match="set PLIANT_DATA"):
+        bench_data.folder()
+
+
+def test_claims_and_names_are_printed() -> None:
+    done = CliRunner().invoke(run.app, ["claims", "--json"])
+    rows = json.loads(done.output)
+    held = [row["holds"] for row in rows]
+    assert done.exit_code == 0 and held == sorted(held)
+    listed = CliRunner().invoke(run.app, ["list"]).output
+    assert all(name in listed for name in NAMES)
+    assert CliRunner().invoke(run.app, ["claims"]).exit_code == 0
+
+
+def test_a_page_without_results_says_so() -> None:
+    assert "no results yet" in page.render([])
