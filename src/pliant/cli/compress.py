@@ -26,10 +26,11 @@ class Demo:
 
     model: str = "lenet5-wide"
     data: str = "mnist5k"
-    method: str = "nrmf(search=0.6)"
+    method: str = "nrmf(search=1.0, p=0.98)"  # every epoch searches; fine-tuning comes after
     out: str = "runs/demo"
     train: Train = Train(
-        epochs=10,
+        epochs=6,
+        finetune=4,
         batch=64,
         lr=0.002,
         optimizer="adamw",
