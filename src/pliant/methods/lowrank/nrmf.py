@@ -17,7 +17,7 @@ from pliant.method import Method
 from pliant.registry import Paper, register
 from pliant.run import Run
 
-START = 0.05  # strength with which the controller begins
+START = 0.1  # strength with which the controller begins
 PACE = 1.25  # by which the controller changes the strength at one interval
 
 
@@ -41,9 +41,9 @@ class NRMF(Method):
     network at once, by one energy p or for a budget, layers are factorized, and the rest of the
     training fine-tunes them. Without training steps it only factorizes, in seconds.
 
-    For ``soft`` and ``gradient`` alpha is the weight of the penalty in the loss; for the
-    scale-free forms it is what the whole search takes from a singular value, in units of the
-    largest (``relative``) or of the root mean square (``reweighted``).
+    Every shrinkage is the proximal step of what ``interval`` steps of the penalty would do: its
+    threshold is tau = alpha * lr * k, in the unit of the singular values (``soft``), of the
+    largest of them (``relative``) or of their root mean square (``reweighted``).
 
     *Departs from the paper*: its own form is ``PAPER``. The defaults differ where measurements
     on small networks under BatchNorm said so: small singular values shrink more and the norm is
@@ -54,7 +54,7 @@ class NRMF(Method):
     0.1
     """
 
-    alpha: float | None = 0.15  # strength; None: found so that energy p meets the budget
+    alpha: float | None = 0.5  # weight of the penalty; None: found for the budget and p
     shrinkage: Literal["soft", "relative", "reweighted", "gradient"] = "reweighted"
     interval: int = 5  # k, steps between two shrinkages
     keep_norm: bool = True  # scale shrunken kernels back to their norm
@@ -125,18 +125,12 @@ class NRMF(Method):
     def _shrink(self, run: Run) -> None:
         """The proximal step of the penalty on both unfoldings, one after the other."""
         kind = self.shrinkage if self.shrinkage != "gradient" else "soft"
-        threshold = run.state["alpha"] * self._share(run)
+        rate = run.optimizer.param_groups[0]["lr"] if run.optimizer else 1.0
+        threshold = run.state["alpha"] * rate * self.interval
         for module in self._layers(run).values():
             weight = module.weight
             for mode in (0, 1) if weight[0, 0].numel() > 1 else (0,):
                 weight.copy_(shrink(weight, mode, threshold, kind=kind, keep_norm=self.keep_norm))
-
-    def _share(self, run: Run) -> float:
-        """What one shrinkage takes of alpha: tau = alpha * lr * k, or a share of the search."""
-        if self.shrinkage == "soft":
-            rate = run.optimizer.param_groups[0]["lr"] if run.optimizer else 1.0
-            return float(rate * self.interval)
-        return self.interval / max(self.interval, round(self.search * run.steps))
 
     def _steer(self, run: Run) -> None:
         """Raise the strength while ranks at energy p lag behind a straight line to the budget."""
@@ -160,5 +154,7 @@ class NRMF(Method):
         return run.cost.params - saved
 
 
-PAPER = 'nrmf(shrinkage="soft", keep_norm=False, search=0.8, form="tucker2", samples=0)'
+PAPER = (
+    'nrmf(alpha=0.01, shrinkage="soft", keep_norm=False, search=0.8, form="tucker2", samples=0)'
+)
 """The paper's own form: plain nuclear norms, Tucker-2, energy of the weights."""
