@@ -1,0 +1,236 @@
+"""Runs what the pages show: every Python block, every `pliant` command; follows every link.
+
+Blocks and commands of a page run in their order, in one namespace and one empty folder. A block
+whose first line is a comment with a file name is also written to that file, for the commands
+after it. Blocks marked ```text only show output.
+"""
+
+import doctest
+import re
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from typer.testing import CliRunner
+
+from pliant import entries, registry, zoo
+from pliant.cli import app
+from pliant.data import Data, readers
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = [*RUN, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "bench" / "README.md"]
+SHELL = ("console", "sh")
+CHECKED = ("make ",)  # commands that only have to exist
+ELSEWHERE = ("pip install ", "git clone ", "cd ", "torchrun ", "python -m bench")
+
+
+@dataclass(frozen=True)
+class Step:
+    """A block of Python or one command, and the line of the page where it begins."""
+
+    kind: str
+    line: int
+    text: str
+
+
+def blocks(page: Path) -> Iterator[Step]:
+    """Yield the fenced blocks of a page, without their fences."""
+    kind, start, lines = None, 0, list[str]()
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        fence = re.match(r"\s*```(.*)", line)
+        if fence and kind is None:
+            kind, start, lines = fence[1].strip(), number + 1, []
+        elif fence and kind is not None:
+            yield Step(kind, start, "\n".join(lines))
+            kind = None
+        else:
+            lines.append(line)
+    assert kind is None, f"{page.name}: the block at line {start} has no end"
+
+
+def commands(step: Step) -> Iterator[Step]:
+    """Yield the commands of a shell block: lines after a prompt, continued by a backslash."""
+    text = ""
+    for number, line in enumerate(step.text.splitlines(), step.line):
+        if not text and not line.startswith("$ "):
+            continue  # output
+        text += line.removeprefix("$ ").removesuffix("\\")
+        if not line.endswith("\\"):
+            yield Step("command", number, text)
+            text = ""
+
+
+def steps(page: Path) -> Iterator[Step]:
+    for block in blocks(page):
+        if block.kind == "python":
+            yield block
+        elif block.kind in SHELL:
+            yield from commands(block)
+
+
+def named(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+# ---------------------------------------------------------------- running
+
+
+def few(whole: Callable[[], Data]) -> Data:
+    return whole().subset(train=300, val=50, test=50)
+
+
+@pytest.fixture
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder to work in, with what the pages take for granted: images and a trained network.
+
+    The embedded digits are cut down to a few hundred: the pages must run, not learn.
+    """
+    for split in ("train", "test"):
+        for label in range(10):
+            folder = tmp_path / "images" / split / f"class{label}"
+            folder.mkdir(parents=True)
+            for number in range(3):
+                shade = (25 * label, 80 * number, 0)
+                Image.new("RGB", (32, 32), shade).save(folder / f"{number}.png")
+    torch.manual_seed(0)
+    save_file(zoo.build("resnet20").state_dict(), tmp_path / "resnet20.safetensors")
+    for name, whole in readers._EMBEDDED.items():
+        monkeypatch.setitem(readers._EMBEDDED, name, partial(few, whole))
+    entries()  # what is found only once is found now
+    monkeypatch.setattr(registry, "_ENTRIES", dict(registry._ENTRIES))
+    monkeypatch.chdir(tmp_path)
+    before = set(sys.modules)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if (getattr(sys.modules[name], "__file__", None) or "").startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+def module(page: Path, desk: Path) -> ModuleType:
+    """An empty module for a page, whose source has the page's own line numbers."""
+    lines = [""] * len(page.read_text(encoding="utf-8").splitlines())
+    for step in steps(page):
+        if step.kind == "python" and not step.text.lstrip().startswith(">>>"):
+            lines[step.line - 1 : step.line - 1 + step.text.count("\n") + 1] = step.text.split("\n")
+    source = desk / f"{page.stem.lower().replace('-', '_')}_page.py"
+    source.write_text("\n".join(lines) + "\n")
+    made = ModuleType(f"docs.{source.stem}")
+    made.__file__ = str(source)
+    sys.modules[made.__name__] = made  # where dataclasses look their annotations up
+    return made
+
+
+def run_python(step: Step, home: ModuleType, desk: Path) -> None:
+    if step.text.lstrip().startswith(">>>"):
+        test = doctest.DocTestParser().get_doctest(
+            step.text, vars(home), home.__name__, None, step.line
+        )
+        result = doctest.DocTestRunner(verbose=False).run(test, clear_globs=False)
+        assert not result.failed, f"line {step.line}: {result.failed} examples fail"
+        return
+    if name := re.match(r"# (\w+\.py)\b", step.text):
+        (desk / name[1]).write_text(step.text + "\n")
+    code = compile("\n" * (step.line - 1) + step.text, str(home.__file__), "exec")
+    exec(code, vars(home))
+
+
+def run_command(step: Step) -> None:
+    words = shlex.split(step.text, comments=True)
+    if words[0] != "pliant":
+        known = (*CHECKED, *ELSEWHERE)
+        assert step.text.startswith(known), f"line {step.line}: {step.text} is not tested"
+        return
+    result = CliRunner().invoke(app, words[1:])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == 0, f"line {step.line}: {step.text}\n{result.output}"
+
+
+@pytest.mark.slow  # trainings, small ones, by four loops
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("page", RUN, ids=named)
+def test_what_a_page_shows_runs(page: Path, desk: Path) -> None:
+    found = list(steps(page))
+    if not found:
+        pytest.skip("nothing to run on this page")
+    home = module(page, desk)
+    for step in found:
+        if step.kind == "python":
+            run_python(step, home, desk)
+        else:
+            run_command(step)
+
+
+def test_make_targets_exist() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    asked = {
+        word
+        for page in RUN
+        for step in steps(page)
+        if step.text.startswith("make ")
+        for word in shlex.split(step.text, comments=True)[1:]
+        if "=" not in word
+    }
+    assert {"demo", "test"} <= asked <= targets
+
+
+def test_every_block_has_a_known_kind() -> None:
+    known = {"python", "text", *SHELL}
+    wrong = [
+        f"{named(page)}:{step.line} {step.kind!r}"
+        for page in RUN
+        for step in blocks(page)
+        if step.kind not in known
+    ]
+    assert not wrong
+
+
+# ---------------------------------------------------------------- links
+
+
+def prose(page: Path) -> str:
+    return re.sub(r"^\s*```.*?^\s*```", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
+
+
+def anchors(page: Path) -> set[str]:
+    """What a heading is called in an address, as GitHub does it."""
+    heads = re.findall(r"^#+ (.+)$", prose(page), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.exists()], ids=named)
+def test_links_lead_somewhere(page: Path) -> None:
+    wrong = []
+    for target in re.findall(r"\]\(([^)\s]+)\)|<img [^>]*src=\"([^\"]+)\"", prose(page)):
+        address = next(filter(None, target))
+        if re.match(r"https?:|mailto:", address):
+            continue
+        path, _, anchor = address.partition("#")
+        file = (page.parent / path).resolve() if path else page
+        if not file.exists() or (anchor and file.suffix == ".md" and anchor not in anchors(file)):
+            wrong.append(address)
+    assert not wrong, f"{named(page)} points to {wrong}"
+
+
+# ---------------------------------------------------------------- what pages quote
+
+
+def test_reasons_are_those_that_reports_give() -> None:
+    """The table of reasons quotes the source, so it cannot fall behind unseen."""
+    page = (ROOT / "docs" / "concepts.md").read_text(encoding="utf-8")
+    table = page.partition("## Layers left alone")[2].partition("\n## ")[0]
+    quoted = re.findall(r"^\| `([^`]+)`", table, re.MULTILINE)
+    source = "\n".join(path.read_text() for path in (ROOT / "src").rglob("*.py"))
+    assert len(quoted) > 8
+    for reason in quoted:
+        parts = [part.strip() for part in reason.split("…")]
+        assert all(part in source for part in parts), reason
