@@ -55,7 +55,7 @@ class NRMF(Method):
     """
 
     alpha: float | None = 0.5  # weight of the penalty; None: found for the budget and p
-    shrinkage: Literal["soft", "relative", "reweighted", "gradient"] = "reweighted"
+    shrinkage: Literal["soft", "relative", "reweighted", "gradient"] = "reweighted"  # which rule
     interval: int = 5  # k, steps between two shrinkages
     keep_norm: bool = True  # scale shrunken kernels back to their norm
     search: float = 0.1  # share of the training before the factorization
