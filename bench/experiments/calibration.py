@@ -4,9 +4,6 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-from torch import nn
-
 from bench import tasks
 from bench.claim import claim
 from bench.compress import described, scored
@@ -30,11 +27,11 @@ def cells(settings: Settings) -> list[Cell]:
         rows += [
             Cell(
                 {"task": task, "rival": name, "budget": budget, "seed": seed},
-                {**shared, "budget": {"params": budget}, **_rival(given)},
+                {**shared, "budget": {"params": budget}, "method": plain(resolve(spec))},
             )
             for seed in settings["seeds"]
             for budget in settings["budgets"]
-            for name, given in settings["rivals"].items()
+            for name, spec in settings["rivals"].items()
         ]
     return rows
 
@@ -45,14 +42,11 @@ def measure(cell: Cell, watch: Callable[[dict[str, Any]], None]) -> dict[str, An
     model, data = tasks.base(plan, watch), tasks.data_of(plan)
     if cell.key["rival"] == DENSE:
         return scored(model, data)
-    statistics = {name: buffer.clone() for name, buffer in model.named_buffers()}
     method, budget = construct(**plan["method"]), Budget(**plan["budget"])
     began = time.monotonic()
     run = start(model, method, budget, data=data, seed=cell.key["seed"])
     run.finish()
     seconds = time.monotonic() - began
-    if not plan["settle"]:
-        _restore(model, statistics)
     return {**scored(model, data), "layers": described(run.edits), "seconds": round(seconds, 2)}
 
 
@@ -92,18 +86,6 @@ def tables(settings: Settings, cells: Cells) -> list[Table]:
     return [_table(settings, cells, task) for task in settings["tasks"]]
 
 
-def _rival(given: Any) -> dict[str, Any]:
-    """A rival is a spec string, or {"method": spec, "settle": false} to keep stale batch norms."""
-    spec, settle = (given, True) if isinstance(given, str) else (given["method"], given["settle"])
-    return {"method": plain(resolve(spec)), "settle": settle}
-
-
-@torch.no_grad()
-def _restore(model: nn.Module, statistics: Mapping[str, torch.Tensor]) -> None:
-    for name, kept in statistics.items():
-        model.get_buffer(name).copy_(kept)
-
-
 def _of(cells: Cells, name: str, task: str, rival: str, budget: float | None) -> list[float]:
     key = {"task": task, "rival": rival}
     return values(cells, name, **(key if rival == DENSE else key | {"budget": budget}))
@@ -135,8 +117,7 @@ def _table(settings: Settings, cells: Cells, task: str) -> Table:
     budgets = settings["budgets"]
     head = ["levers", "method", *(f"{budget:.0%} of params" for budget in budgets), "seconds"]
     rows = []
-    for name, given in settings["rivals"].items():
-        spec = given if isinstance(given, str) else given["method"]
+    for name, spec in settings["rivals"].items():
         accuracies = [
             plus_minus([100 * v for v in _of(cells, "accuracy", task, name, budget)])
             for budget in budgets

@@ -12,7 +12,7 @@ from torch import Tensor
 from pliant.budget import Option, cheapest
 from pliant.cost import Example, layer_costs
 from pliant.errors import ModelError
-from pliant.math.forms import FORMS, max_ranks
+from pliant.math.forms import FORMS
 from pliant.math.metric import Metric
 from pliant.math.rank import energy_rank
 from pliant.math.svd import spectrum
@@ -125,17 +125,6 @@ def factorize(
     if dense is not None:
         inputs = _inputs(run, reconstruct, BATCH, run.seed + 2)
         refit(dense, run.model, [edit.layer for edit in edits], inputs)
-    run.note(
-        ranks={
-            edit.layer: [
-                rank / top
-                for rank, top in zip(
-                    edit.ranks, max_ranks(layers[edit.layer].weight.shape, edit.form), strict=True
-                )
-            ]
-            for edit in edits
-        }
-    )
 
 
 def note_spectra(run: Run, layers: Layers, p: float) -> None:
@@ -145,9 +134,7 @@ def note_spectra(run: Run, layers: Layers, p: float) -> None:
         spectra={
             name: {side: s.tolist() for side, s in row.items()} for name, row in values.items()
         },
-        ranks={
-            name: [energy_rank(s, p) / len(s) for s in row.values()] for name, row in values.items()
-        },
+        ranks={name: [energy_rank(s, p) for s in row.values()] for name, row in values.items()},
     )
 
 

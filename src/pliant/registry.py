@@ -173,7 +173,7 @@ def build(spec: str) -> Any:
     try:
         node = ast.parse(spec.strip(), mode="eval").body
         if isinstance(node, ast.Name):
-            return construct(node.id, {})
+            node = ast.Call(node, [], [])
         if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:
             raise SyntaxError
         options = {word.arg or "**": ast.literal_eval(word.value) for word in node.keywords}

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from pliant.cost import Example, call
+from pliant.errors import ModelError
 from pliant.math.metric import Metric
 from pliant.ops.capture import capture, samples
 from pliant.ops.layers import Factorizable
@@ -129,6 +130,11 @@ def _gather(
 def _surprise(result: Any, generator: torch.Generator) -> Tensor:
     """A scalar whose gradients have the Fisher information as second moments."""
     output: Tensor = _tensor(result).float()
+    if not torch.isfinite(output).all():
+        raise ModelError(
+            "The network must give finite outputs to be looked at, but some are not: its weights "
+            "or inputs are broken; begin with a network that works, or train more gently."
+        )
     if output.ndim == 2 and output.shape[1] > 1:
         chances = output.detach().softmax(1).cpu()
         labels = torch.multinomial(chances, 1, generator=generator)[:, 0].to(output.device)
