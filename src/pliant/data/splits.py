@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pliant.cost import Example
+from pliant.data.sound import check_finite, check_pair, check_range
 from pliant.data.sources import (
-    IGNORED,
     Batches,
     Items,
     Source,
@@ -88,7 +88,7 @@ class Data:
             return Data()
         if is_pair(data) or _is_arrays(data):
             inputs, labels = _tensor(data[0]), _tensor(data[1])
-            _check_pair("train", inputs, labels)
+            check_pair("train", inputs, labels)
             train, val = last_tenth(Tensors(inputs, labels), seed)
             return Data(train, val, classes=int(labels.max()) + 1)
         if is_indexed(data) and not isinstance(data, list | tuple):
@@ -294,10 +294,10 @@ class Data:
                 inputs, labels = [source.inputs], source.labels
             else:
                 inputs, labels = self._first_batch(split)
-            _check_finite(split, inputs)
+            check_finite(split, inputs)
             if isinstance(labels, Tensor):
-                _check_pair(split, inputs[0], labels)
-                _check_range(split, labels, classes or self.class_count)
+                check_pair(split, inputs[0], labels)
+                check_range(split, labels, classes or self.class_count)
 
     def _first_batch(self, split: Split) -> tuple[list[Tensor], Any]:
         batch = next(iter(self.batches(split, 2)), None)
@@ -373,43 +373,3 @@ def _tensor(part: Any) -> Tensor:
         return part
     tensor = torch.as_tensor(part)
     return tensor.float() if tensor.dtype == torch.float64 else tensor
-
-
-def _check_pair(split: str, inputs: Tensor, labels: Tensor) -> None:
-    if not inputs.dim() or not labels.dim() or not len(inputs):
-        raise DataError(
-            f"The {split} split must hold at least one sample, but its inputs have shape "
-            f"{tuple(inputs.shape)}; check how it is made."
-        )
-    if len(inputs) != len(labels):
-        raise DataError(
-            f"The {split} split needs one label per input, but has {len(inputs)} inputs and "
-            f"{len(labels)} labels; make them equally long."
-        )
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise DataError(
-            f"Labels of the {split} split must be whole numbers (class indices), not "
-            f"{labels.dtype}; convert them with labels.long()."
-        )
-
-
-def _check_range(split: str, labels: Tensor, classes: int) -> None:
-    counted = labels[labels != IGNORED]
-    wrong = counted[(counted < 0) | (counted >= classes)] if classes else counted[counted < 0]
-    if wrong.numel():
-        raise DataError(
-            f"Labels of the {split} split must lie in 0..{max(classes, 1) - 1}, one for each of "
-            f"the {classes} outputs, but {int(wrong[0])} came; build the model with more classes "
-            "or correct the labels."
-        )
-
-
-def _check_finite(split: str, inputs: list[Tensor]) -> None:
-    for tensor in inputs:
-        if not tensor.is_floating_point() or not tensor.dim() or torch.isfinite(tensor).all():
-            continue
-        rows = (~torch.isfinite(tensor)).reshape(len(tensor), -1).any(1)
-        raise DataError(
-            f"Inputs of the {split} split must be finite, but {int(rows.sum())} samples hold NaN "
-            f"or infinity, the first is number {int(rows.nonzero()[0])}; remove or mend them."
-        )

@@ -1,0 +1,50 @@
+"""Whether data can be trained on: each refusal says what is wrong and what to do."""
+
+import torch
+from torch import Tensor
+
+from pliant.data.sources import IGNORED
+from pliant.errors import DataError
+
+
+def check_pair(split: str, inputs: Tensor, labels: Tensor) -> None:
+    """Refuse a pair that is empty, of unequal lengths, or without class indices."""
+    if not inputs.dim() or not labels.dim() or not len(inputs):
+        raise DataError(
+            f"The {split} split must hold at least one sample, but its inputs have shape "
+            f"{tuple(inputs.shape)}; check how it is made."
+        )
+    if len(inputs) != len(labels):
+        raise DataError(
+            f"The {split} split needs one label per input, but has {len(inputs)} inputs and "
+            f"{len(labels)} labels; make them equally long."
+        )
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise DataError(
+            f"Labels of the {split} split must be whole numbers (class indices), not "
+            f"{labels.dtype}; convert them with labels.long()."
+        )
+
+
+def check_range(split: str, labels: Tensor, classes: int) -> None:
+    """Refuse labels outside the classes."""
+    counted = labels[labels != IGNORED]
+    wrong = counted[(counted < 0) | (counted >= classes)] if classes else counted[counted < 0]
+    if wrong.numel():
+        raise DataError(
+            f"Labels of the {split} split must lie in 0..{max(classes, 1) - 1}, one for each of "
+            f"the {classes} outputs, but {int(wrong[0])} came; build the model with more classes "
+            "or correct the labels."
+        )
+
+
+def check_finite(split: str, inputs: list[Tensor]) -> None:
+    """Refuse inputs with NaN or infinity, naming the first sample."""
+    for tensor in inputs:
+        if not tensor.is_floating_point() or not tensor.dim() or torch.isfinite(tensor).all():
+            continue
+        rows = (~torch.isfinite(tensor)).reshape(len(tensor), -1).any(1)
+        raise DataError(
+            f"Inputs of the {split} split must be finite, but {int(rows.sum())} samples hold NaN "
+            f"or infinity, the first is number {int(rows.nonzero()[0])}; remove or mend them."
+        )
