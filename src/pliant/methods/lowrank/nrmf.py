@@ -154,7 +154,5 @@ class NRMF(Method):
         return run.cost.params - saved
 
 
-PAPER = (
-    'nrmf(alpha=0.01, shrinkage="soft", keep_norm=False, search=0.8, form="tucker2", samples=0)'
-)
+PAPER = 'nrmf(alpha=0.01, shrinkage="soft", keep_norm=False, search=0.8, form="tucker2", samples=0)'
 """The paper's own form: plain nuclear norms, Tucker-2, energy of the weights."""
