@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from pliant.errors import MethodError
 from pliant.factorize import factorize, note_spectra, plan, subjects
 from pliant.math.forms import blocks
 from pliant.math.norms import penalty_gradient
@@ -55,6 +56,8 @@ class TRP(Method):
 
     def prepare(self, run: Run) -> None:
         """Choose the layers."""
+        if self.interval < 1:
+            raise MethodError(f"trp: interval must be at least 1 step, not {self.interval}.")
         layers = subjects(run, self.only, self.exclude)
         run.state.update(layers=list(layers), split=False)
 

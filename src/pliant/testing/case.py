@@ -1,0 +1,50 @@
+"""What is known of one method beforehand: how to run it, where it must refuse, what it computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from pliant.budget import Budget
+from pliant.registry import build, get
+from pliant.testing.toys import TOYS
+
+
+@dataclass(frozen=True)
+class Case:
+    """One registered method and what its checks need to know.
+
+    Args:
+        method: its registered name.
+        spec: as it is run on the toys, for example with short intervals; the name if empty.
+        budget: for every toy; seven tenths of the first axis that it saves if None.
+        variants: other specs, each run on the first toy only.
+        toys: names of the toys it handles.
+        refuses: toys it must refuse, and a part of the sentence it says then.
+        fails: checks that fail, and why; each of them must fail.
+        own: worked examples, equations of the paper: functions without arguments.
+    """
+
+    method: str
+    spec: str = ""
+    budget: Budget | None = None
+    variants: tuple[str, ...] = ()
+    toys: tuple[str, ...] = tuple(TOYS)
+    refuses: Mapping[str, str] = field(default_factory=dict)
+    fails: Mapping[str, str] = field(default_factory=dict)
+    own: tuple[Callable[[], None], ...] = ()
+
+    def built(self) -> Any:
+        """Construct the method as it is run."""
+        return build(self.spec or self.method)
+
+    def bounds(self) -> Budget | None:
+        """Return the budget it is run with."""
+        return self.budget or usual_budget(get(self.method).saves)
+
+
+def usual_budget(saves: tuple[str, ...]) -> Budget | None:
+    """Bound the first axis to seven tenths; None for methods that save nothing."""
+    axes = [axis for axis in saves if axis != "latency"]
+    return Budget(**{axes[0]: 0.7}) if axes else None

@@ -1,0 +1,99 @@
+"""Checks that run nothing: what a method says of itself, and how it is constructed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import MISSING, FrozenInstanceError, fields
+from typing import Any
+
+from pliant.budget import Budget
+from pliant.errors import MethodError, PliantError
+from pliant.method import Method
+from pliant.registry import Entry, construct, plain
+from pliant.render.pages import options
+
+
+def must(holds: Any, sentence: str) -> None:
+    """Fail a check, also where Python runs without assertions."""
+    if not holds:
+        raise AssertionError(sentence)
+
+
+def metadata_complete(entry: Entry) -> None:
+    """Paper, summary, and a word on every option."""
+    paper, name = entry.paper, entry.name
+    for part in ("title", "authors", "venue"):
+        must(getattr(paper, part).strip(), f"{name}: the paper's {part} is empty")
+    must(1900 < paper.year < 2100, f"{name}: the paper's year is {paper.year}")
+    must(paper.url.startswith("https://"), f"{name}: the paper's url must begin with https://")
+    written = not (entry.kind.__doc__ or "").startswith(f"{entry.kind.__name__}(")
+    must(written and entry.summary.endswith("."), f"{name}: the docstring needs a first sentence")
+    for row in options(entry):
+        must(row.text, f"{name}: the option {row.name} needs a comment after its default")
+
+
+def defaults_construct(entry: Entry) -> None:
+    """Every option has a default; two methods with equal options are equal."""
+    for field in fields(entry.kind):
+        none = field.default is MISSING and field.default_factory is MISSING
+        must(not none, f"{entry.name}: the option {field.name} needs a default")
+    must(entry.kind() == entry.kind(), f"{entry.name}: two defaults must be equal")
+    must(construct(entry.name, {}) == entry.kind(), f"{entry.name}: its name must build it")
+    if entry.verb == "compress":
+        above = entry.kind.__mro__[1:3]
+        must(above == (Method, object), f"{entry.name} must derive from Method and nothing else")
+
+
+def is_frozen(method: Any) -> None:
+    """Options cannot be assigned, so no state can be kept on the method."""
+    for name in [field.name for field in fields(method)] + ["something"]:
+        try:
+            setattr(method, name, getattr(method, name, 0))
+        except (FrozenInstanceError, AttributeError, TypeError):
+            continue
+        raise AssertionError(f"{type(method).__name__}.{name} could be assigned")
+
+
+def comes_back_from_json(method: Any) -> None:
+    """As plain data and through JSON it comes back equal."""
+    data = plain(method)
+    must(construct(data["name"], data["options"]) == method, f"{data} does not build an equal one")
+    text = json.loads(json.dumps(data))
+    must(construct(text["name"], text["options"]) == method, f"{text} does not build an equal one")
+
+
+def unknown_option_is_named(entry: Entry) -> None:
+    """A misspelt option is refused with its name and the nearest known one."""
+    known = [field.name for field in fields(entry.kind)]
+    wrong = f"{known[0]}x" if known else "strength"
+    try:
+        construct(entry.name, {wrong: 1})
+    except MethodError as error:
+        must(wrong in str(error), f"{entry.name}: {error} does not name {wrong}")
+        must(not known or known[0] in str(error), f"{error} does not name {known[:1]}")
+    else:
+        raise AssertionError(f"{entry.name} took the unknown option {wrong}")
+
+
+def axes_are_known(entry: Entry) -> None:
+    """What a compression method saves are axes that a budget has."""
+    known = {field.name for field in fields(Budget)}
+    must(set(entry.saves) <= known, f"{entry.name} saves {entry.saves}, a budget has {known}")
+
+
+def odd_values(method: Any) -> list[tuple[str, Any]]:
+    """Numbers that nobody means, for every option that takes numbers and accepts them."""
+    name, found = plain(method)["name"], []
+    for field in fields(method):
+        kind = type(getattr(method, field.name))
+        if kind in (int, float):
+            found += [(field.name, value) for value in (kind(0), kind(-1), kind(10**6))]
+    return [(option, value) for option, value in found if _accepted(name, option, value)]
+
+
+def _accepted(name: str, option: str, value: Any) -> bool:
+    try:
+        construct(name, {option: value})
+    except PliantError:
+        return False
+    return True

@@ -1,0 +1,163 @@
+"""The compressions that checks look at: one call of `compress`, or steps taken by hand."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD
+
+from pliant.api import compress
+from pliant.budget import Budget
+from pliant.data import Train, unpack
+from pliant.drivers.score import forward, task_loss
+from pliant.method import Method
+from pliant.result import Result
+from pliant.run import Run, start
+from pliant.testing.toys import Toy
+
+BATCH, EPOCHS = 8, 2
+PLAN = Train(epochs=EPOCHS, batch=BATCH, lr=0.01, device="cpu")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One compression of a toy: what went in, as it was, and what came out."""
+
+    toy: Toy
+    budget: Budget | None
+    dense: nn.Module
+    before: dict[str, Tensor]
+    result: Result
+
+
+def trial(method: Method, toy: Toy, budget: Budget | None, *, train: bool = True) -> Trial:
+    """Compress a toy, with a short training or by calibration only."""
+    dense = toy.model()
+    before = {name: value.clone() for name, value in dense.state_dict().items()}
+    plan = PLAN if train else None
+    result = compress(dense, toy.data(), method, budget, train=plan, name=toy.name)
+    return Trial(toy, budget, dense, before, result)
+
+
+def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
+    """Return all tensors that a model gives, without gradients."""
+    with torch.no_grad():
+        found = forward(model, inputs)
+    leaves = torch.utils._pytree.tree_leaves(dict(found) if hasattr(found, "keys") else found)
+    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
+
+
+def put_in(model: nn.Module) -> list[str]:
+    """Name what is in a model besides plain modules: hooks, parametrizations, patched calls."""
+    found = []
+    for name, module in model.named_modules():
+        hooks = [kind for kind, held in vars(module).items() if kind.endswith("_hooks") and held]
+        hooks = [kind for kind in hooks if "state_dict" not in kind]  # of saving, not of calling
+        patched = [kind for kind in ("forward", "__call__") if kind in vars(module)]
+        mixed = ["parametrizations"] if hasattr(module, "parametrizations") else []
+        found += [f"{name or 'the model'}: {kind}" for kind in (*hooks, *patched, *mixed)]
+    return found
+
+
+# ---------------------------------------------------------------- steps taken by hand
+
+
+@dataclass
+class Walk:
+    """A training by hand: the run, and what was noticed on the way."""
+
+    run: Run
+    optimizer: SGD
+    strange: list[str] = field(default_factory=list)
+
+
+def begin(method: Method, toy: Toy, budget: Budget | None) -> Walk:
+    """Start a run with an optimizer, told of the steps to come."""
+    model = toy.model().train()
+    optimizer = SGD([p for p in model.parameters() if p.requires_grad], 0.01, momentum=0.9)
+    data = toy.data()
+    steps, example = EPOCHS * data.steps(BATCH), toy.inputs(1)
+    strange: list[str] = []
+    with _own_randomness("prepare", strange):
+        run = start(
+            model, method, budget, data=data, example=example, optimizer=optimizer, steps=steps
+        )
+    return Walk(run, optimizer, strange)
+
+
+def walk(method: Method, toy: Toy, budget: Budget | None, *, stop: int | None = None) -> Walk:
+    """Train and finish by hand; at step ``stop`` save all, begin afresh, load and go on."""
+    with torch.random.fork_rng(devices=[]):
+        return _walked(method, toy, budget, stop)
+
+
+def _walked(method: Method, toy: Toy, budget: Budget | None, stop: int | None) -> Walk:
+    now, data = begin(method, toy, budget), toy.data()
+    per_epoch = data.steps(BATCH)
+    for step in range(now.run.steps):
+        if step == stop:
+            now = _again(now, method, toy, budget)
+        batches = data.batches("train", BATCH, epoch=step // per_epoch, start=step % per_epoch)
+        _step(now, next(iter(batches)), step)
+        if (step + 1) % per_epoch == 0:
+            now.run.after_epoch()
+    with _own_randomness("finalize", now.strange):
+        now.run.finish(strict=False)
+    return now
+
+
+def _step(now: Walk, batch: Any, step: int) -> None:
+    run = now.run
+    run.model.train()
+    torch.manual_seed(step)  # dropout is the same in a resumed training
+    now.optimizer.zero_grad()
+    inputs, labels = unpack(batch)
+    output = forward(run.model, inputs)
+    loss = run.loss(task_loss(output, labels), output, batch)
+    loss.backward()
+    with _own_randomness("before_step", now.strange):
+        run.before_step()
+    _notice(now, "gradient", [(n, p.grad) for n, p in run.model.named_parameters()])
+    now.optimizer.step()
+    with _own_randomness("after_step", now.strange):
+        run.after_step()
+    _notice(now, "value", [("loss", loss), *run.model.named_parameters()])
+
+
+def _notice(now: Walk, what: str, tensors: list[tuple[str, Tensor | None]]) -> None:
+    for name, tensor in tensors:
+        if tensor is not None and not torch.isfinite(tensor).all():
+            now.strange.append(f"the {what} of {name} is not finite after step {now.run.step}")
+
+
+@contextmanager
+def _own_randomness(hook: str, strange: list[str]) -> Iterator[None]:
+    before = torch.get_rng_state()
+    yield
+    if not torch.equal(before, torch.get_rng_state()):
+        strange.append(f"{hook} drew from the global random state instead of run.generator")
+
+
+def _again(old: Walk, method: Method, toy: Toy, budget: Budget | None) -> Walk:
+    """What a process does that resumes: a fresh run, then edits, tensors and optimizer."""
+    saved = {
+        "run": old.run.state_dict(),
+        "model": old.run.model.state_dict(),
+        "optimizer": old.optimizer.state_dict(),
+    }
+    buffer = io.BytesIO()
+    torch.save(saved, buffer)
+    buffer.seek(0)
+    saved = torch.load(buffer, weights_only=True)  # plain values and tensors only
+    new = begin(method, toy, budget)
+    new.run.load_state_dict(saved["run"])
+    new.run.model.load_state_dict(saved["model"])
+    new.optimizer.load_state_dict(saved["optimizer"])
+    new.strange += old.strange
+    return new
