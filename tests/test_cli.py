@@ -240,8 +240,8 @@ def test_a_method_is_shown_with_its_options() -> None:
     shown = json.loads(cli("show", "nrmf", "--json").stdout)
     options = {row["name"]: row for row in shown["options"]}
     assert options["p"]["type"] == "float" and options["p"]["default"] == 0.95
-    assert "energy kept" in options["p"]["about"]
-    assert options["exclude"]["type"] == "several str"
+    assert "energy kept" in options["p"]["text"]
+    assert options["exclude"]["default"] == []
 
 
 # ---------------------------------------------------------------- inspect

@@ -1,4 +1,4 @@
-"""Makes PyTorch networks smaller and measurably faster, with published methods behind one contract.
+"""Makes PyTorch networks smaller, and proves it: published methods behind one contract.
 
 >>> import pliant
 >>> pliant.Budget.parse("params=0.3").params

@@ -36,7 +36,7 @@ def pliant(
         typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
-    """Make PyTorch networks smaller and measurably faster, with published methods."""
+    """Make PyTorch networks smaller, with published methods."""
 
 
 def main() -> None:

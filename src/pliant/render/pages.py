@@ -20,13 +20,13 @@ class OptionRow:
     Args:
         name: as it is written in a spec.
         type: what it takes.
-        default: as it is written in Python.
+        default: its value.
         text: what it does: the comment after the field.
     """
 
     name: str
     type: str
-    default: str
+    default: Any
     text: str
 
 
@@ -34,12 +34,13 @@ def options(entry: Entry) -> list[OptionRow]:
     """Return the options of a method in order; descriptions are the comments after its fields."""
     hints, comments = typing.get_type_hints(entry.kind), _comments(entry.kind)
     return [
-        OptionRow(f.name, say(hints[f.name]), _written(default(f)), comments.get(f.name, ""))
+        OptionRow(f.name, say(hints[f.name]), default(f), comments.get(f.name, ""))
         for f in fields(entry.kind)
     ]
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
+    """Return a default as it is written in Python."""
     return f'"{value}"' if isinstance(value, str) else repr(value)
 
 
@@ -52,15 +53,18 @@ def _comments(kind: type) -> dict[str, str]:
     return dict(re.findall(r"^ +(\w+): [^#\n]*#\s*(.+?)\s*$", source, re.MULTILINE))
 
 
+def prose(entry: Entry) -> str:
+    """Return what a method's docstring says, without its example."""
+    return inspect.cleandoc(entry.kind.__doc__ or "").partition(">>>")[0].strip()
+
+
 def page(entry: Entry) -> str:
     """Return the page of one method as Markdown."""
     paper = entry.paper
     title = f"[{paper.title}]({paper.url})" if paper.url else paper.title
-    text = inspect.cleandoc(entry.kind.__doc__ or "")
-    prose, _, example = text.partition(">>>")
     lines = [
         f"# {entry.name}",
-        prose.strip(),
+        prose(entry),
         f"**Paper.** {paper.authors}: {title}. {paper.venue} {paper.year}.",
         f"**Family.** {entry.family}. **Saves.** {', '.join(entry.saves) or 'nothing by itself'}.",
         f"**Use.** `{_use(entry)}`",
@@ -78,7 +82,7 @@ def _table(entry: Entry) -> str:
     rows = options(entry)
     if not rows:
         return "It has no options."
-    cells = [(f"`{r.name}`", r.type, f"`{r.default}`", r.text) for r in rows]
+    cells = [(f"`{r.name}`", r.type, f"`{written(r.default)}`", r.text) for r in rows]
     return _markdown(("option", "takes", "default", "what it does"), cells)
 
 

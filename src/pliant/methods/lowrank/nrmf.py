@@ -17,6 +17,8 @@ from pliant.method import Method
 from pliant.registry import Paper, register
 from pliant.run import Run
 
+Shrinkage = Literal["soft", "relative", "reweighted", "gradient"]
+
 START = 0.1  # strength with which the controller begins
 PACE = 1.25  # by which the controller changes the strength at one interval
 
@@ -55,7 +57,7 @@ class NRMF(Method):
     """
 
     alpha: float | None = 0.5  # weight of the penalty; None: found for the budget and p
-    shrinkage: Literal["soft", "relative", "reweighted", "gradient"] = "reweighted"  # which rule
+    shrinkage: Shrinkage = "reweighted"  # rule; "soft" and "gradient" are the paper's penalty
     interval: int = 5  # k, steps between two shrinkages
     keep_norm: bool = True  # scale shrunken kernels back to their norm
     search: float = 0.1  # share of the training before the factorization
