@@ -104,6 +104,7 @@ def saved_and_loaded_identical(found: Trial) -> None:
     fresh = toy.model()
     replay(fresh, result.edits, weights=False)
     must(str(fresh.eval()) == str(loaded), "edits replayed by hand build another architecture")
+    must(str(result.model) == str(loaded), "the loaded network has another architecture")
 
 
 OF_A_TRIAL = (

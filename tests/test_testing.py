@@ -1,0 +1,306 @@
+"""The checks bite: each is shown a method that breaks what it guards."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from pliant import registry
+from pliant.cost import LayerCost
+from pliant.data import Data
+from pliant.errors import MethodError, ModelError
+from pliant.method import Method
+from pliant.ops.edits import EDITS, Factor
+from pliant.registry import Paper, register
+from pliant.run import Run
+from pliant.testing import TOYS, Case, Toy, check_method, checks, checks_for
+from pliant.testing.checks import _Bench
+
+PAPER = Paper("Title", "A. Author", "Venue", 2020, "https://example.org")
+PLAIN = TOYS["plain"]
+
+
+@pytest.fixture(autouse=True)
+def own_list(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry.entries()
+    monkeypatch.setattr(registry, "_ENTRIES", dict(registry._ENTRIES))
+
+
+@pytest.fixture(autouse=True)
+def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The export takes seconds, and the conformance suite makes it."""
+    monkeypatch.setattr(_Bench, "exports", lambda bench, toy: None)
+
+
+def failing(method: Any, toy: Toy = PLAIN) -> set[str]:
+    """Names of the checks that a method fails on one toy."""
+    found = set()
+    for name, check in checks(method, (toy,)):
+        try:
+            check()
+        except Exception:
+            found.add(name)
+    return found
+
+
+@dataclass(frozen=True)
+class Good(Method):
+    """Factorizes one layer after half of the steps."""
+
+    rank: int = 3  # of the layer
+
+    def after_step(self, run: Run) -> None:
+        if run.step == run.steps // 2:
+            self.finalize(run)
+
+    def finalize(self, run: Run) -> None:
+        if self.rank < 1:
+            raise MethodError("good: rank must be at least 1.")
+        if not run.edits:
+            run.apply(Factor("3", "output", (min(self.rank, 12),)))
+
+
+def test_a_sound_method_fails_nothing():
+    assert failing(Good()) == set()
+    assert failing(Method()) == set()
+
+
+# ------------------------------------------------------------------ while compressing
+
+
+class Doubled(nn.Module):
+    """A parametrization."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight
+
+
+class Foreign(nn.Module):
+    """A module that a reader of the file cannot have."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        return inputs
+
+
+@dataclass(frozen=True)
+class Bad(Method):
+    """Breaks one rule."""
+
+    how: str = ""
+
+    def prepare(self, run: Run) -> None:
+        layer: Any = run.model.get_submodule("3")
+        if self.how == "hook":
+            layer.register_forward_hook(lambda *_: None)
+        elif self.how == "parametrization":
+            parametrize.register_parametrization(layer, "weight", Doubled())
+        elif self.how == "foreign module":
+            run.model.get_submodule("").append(Foreign())  # type: ignore[operator]
+        elif self.how == "patched forward":
+            layer.forward = layer.forward
+        elif self.how == "global randomness":
+            run.state["noise"] = torch.rand(())
+        elif self.how == "process":
+            run.state["noise"] = torch.tensor(float(id(run)))
+        elif self.how == "object in state":
+            run.state["method"] = self
+        elif self.how == "needs data":
+            next(iter(run.data.batches("train", 2)))  # type: ignore[union-attr]
+
+    def penalty(self, run: Run) -> Tensor | None:
+        if self.how == "penalty":
+            return run.model.get_parameter("3.weight").sum() * float("nan")
+        return None
+
+    @torch.no_grad()
+    def after_step(self, run: Run) -> None:
+        if self.how == "forgets":
+            _SEEN.append(len(_SEEN))
+            run.model.get_parameter("3.weight").add_(0.01 * len(_SEEN))
+        elif self.how in ("global randomness", "process"):
+            run.model.get_parameter("3.weight").add_(1e-9 * run.state["noise"])
+
+    @torch.no_grad()
+    def finalize(self, run: Run) -> None:
+        if self.how == "global randomness":
+            torch.rand(())
+        elif self.how == "not finite":
+            run.model.get_parameter("3.weight").fill_(float("inf"))
+        elif self.how == "unsaid":
+            run.model.get_submodule("")[3] = nn.Conv2d(8, 12, 1, stride=2)  # type: ignore[operator]
+        elif self.how == "wrong prediction":
+            run.apply(Wrong("3", "output", (3,)))
+        elif self.how == "crash":
+            raise ZeroDivisionError
+
+
+_SEEN: list[int] = []
+
+
+@dataclass(frozen=True)
+class Wrong(Factor):
+    """Predicts one parameter too few."""
+
+    def predict(self, before: LayerCost) -> LayerCost:
+        found = super().predict(before)
+        return LayerCost(found.kind, found.params - 1, found.macs, found.bytes)
+
+
+CAUGHT = {
+    "hook": {"only_plain_modules_left", "no_hook_left_after_an_error", "works_without_training"},
+    "parametrization": {"only_plain_modules_left", "saved_and_loaded_identical"},
+    "foreign module": {"only_plain_modules_left", "saved_and_loaded_identical"},
+    "patched forward": {"only_plain_modules_left"},
+    "global randomness": {"steps_are_finite_and_use_their_own_randomness"},
+    "process": {"same_seed_same_bytes", "resume_equals_uninterrupted"},
+    "object in state": {"resume_equals_uninterrupted"},
+    "needs data": {"works_without_data_or_says_so"},
+    "penalty": {"steps_are_finite_and_use_their_own_randomness"},
+    "forgets": {"same_seed_same_bytes", "resume_equals_uninterrupted"},
+    "not finite": {"outputs_are_finite"},
+    "unsaid": {"saved_and_loaded_identical"},
+    "wrong prediction": {"costs_are_as_predicted"},
+    "crash": {"outputs_are_finite", "works_without_training", "same_seed_same_bytes"},
+}
+
+
+@pytest.mark.parametrize("how", CAUGHT)
+def test_a_broken_rule_is_caught(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(EDITS, "wrong", Wrong)
+    assert CAUGHT[how] <= failing(Bad(how))
+
+
+# ------------------------------------------------------------------ budgets, refusals, odd values
+
+
+@dataclass(frozen=True)
+class Spender(Method):
+    """Promises to save and saves nothing; chokes on zero."""
+
+    interval: int = 2  # steps
+
+    def after_step(self, run: Run) -> None:
+        run.state["turn"] = run.step % self.interval
+
+
+def test_a_promise_is_held_to_the_budget():
+    register("spender", paper=PAPER, saves="params")(Spender)
+    found = failing(Spender())
+    assert found == {
+        "odd_values_work_or_are_refused",
+        *(check for check in found if check not in ("is_frozen", "comes_back_from_json")),
+    }
+    assert {"budget_is_met", "odd_values_work_or_are_refused"} <= found
+    with pytest.raises(AssertionError, match="interval=0 ends in ZeroDivisionError"):
+        dict(checks(Spender(), (PLAIN,)))["odd_values_work_or_are_refused"]()
+
+
+@dataclass(frozen=True)
+class Picky(Method):
+    """Refuses networks without batch norms."""
+
+    def prepare(self, run: Run) -> None:
+        if not any(isinstance(m, nn.BatchNorm2d) for m in run.model.modules()):
+            raise ModelError("There is no batch norm to look at.")
+
+
+def test_refusals_are_checked_by_their_words():
+    register("picky", paper=PAPER)(Picky)
+    refuses = {"bare": "no batch norm", "linear": "another sentence", "plain": "no batch norm"}
+    case = Case("picky", toys=("residual", "bare"), refuses=refuses)
+    by_name = dict(checks_for(case))
+    assert "handles_bare" not in by_name and "input_stays_untouched" in by_name
+    by_name["refuses_bare"]()
+    for wrong in ("refuses_linear", "refuses_plain"):
+        with pytest.raises(AssertionError):
+            by_name[wrong]()
+
+
+# ------------------------------------------------------------------ descriptions
+
+
+def entry_checks(kind: Any, **paper: Any) -> set[str]:
+    register("mine", paper=Paper(**{**vars(PAPER), **paper}))(kind)
+    return failing(kind(), Toy("none", nn.Identity)) & {
+        *("metadata_complete", "defaults_construct", "is_frozen", "comes_back_from_json"),
+        *("unknown_option_is_named", "axes_are_known"),
+    }
+
+
+def test_descriptions_are_checked():
+    @dataclass(frozen=True)
+    class Mute(Method):
+        strength: float = 1.0  # of it
+
+    @dataclass(frozen=True)
+    class Uncommented(Method):
+        """Has an option that nobody explains."""
+
+        strength: float = 1.0
+
+    @dataclass(frozen=True)
+    class Two(Good):
+        """Stands on another method."""
+
+    @dataclass(frozen=True)
+    class Odd(Method):
+        """Has a value that JSON does not know."""
+
+        data: Any = field(default_factory=lambda: {1, 2})  # a set
+
+    assert entry_checks(Mute) == {"metadata_complete"}
+    registry._ENTRIES.pop("mine")
+    assert entry_checks(Uncommented) == {"metadata_complete"}
+    registry._ENTRIES.pop("mine")
+    assert "defaults_construct" in entry_checks(Two)
+    registry._ENTRIES.pop("mine")
+    assert entry_checks(Odd) == {"comes_back_from_json"}
+    for wrong in ({"title": " "}, {"year": 20}, {"url": "example.org"}):
+        registry._ENTRIES.pop("mine")
+        assert entry_checks(Picky, **wrong) == {"metadata_complete"}
+
+
+# ------------------------------------------------------------------ for others
+
+
+def test_check_method_says_all_that_is_wrong():
+    with pytest.raises(AssertionError) as error:
+        check_method(Bad("hook"), PLAIN.model(), PLAIN.data())
+    lines = str(error.value).splitlines()
+    assert any(line.startswith("only_plain_modules_left: AssertionError: in the") for line in lines)
+    assert len(lines) > 2
+
+
+def test_known_failures_must_fail():
+    known = dict.fromkeys(failing(Bad("patched forward")), "known")
+    check_method(Bad("patched forward"), PLAIN.model(), PLAIN.data(), fails=known)
+    with pytest.raises(AssertionError, match=r"is_frozen: was to fail \(never\), but passes"):
+        check_method(Good(), PLAIN.model(), PLAIN.data(), fails={"is_frozen": "never"})
+
+
+def test_a_model_of_yours_needs_data():
+    with pytest.raises(MethodError, match="pass data"):
+        check_method(Good(), PLAIN.model())
+
+
+class Words(nn.Module):
+    """A network that takes keywords and returns a dict, as Transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(10, 8)
+        self.hidden = nn.Linear(8, 12)
+        self.head = nn.Linear(12, 4)
+
+    def forward(self, ids: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.head(self.hidden(self.embed(ids).mean(1)).relu())}
+
+
+def test_networks_of_keywords_and_dicts():
+    ids = torch.arange(48).reshape(16, 3) % 10
+    batches = [{"ids": ids[i : i + 8], "labels": torch.arange(8) % 4} for i in (0, 8)]
+    words = Toy("words", Words, given=Data(batches, classes=4))
+    assert failing(registry.build("energy"), words) == set()
