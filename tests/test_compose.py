@@ -3,7 +3,7 @@
 import copy
 import io
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -14,6 +14,8 @@ from torch.optim import SGD
 from pliant import registry
 from pliant.budget import Budget
 from pliant.compose import Chain, Stage, chain, resolve, together
+from pliant.data import Data, Train
+from pliant.drivers.loop import fit
 from pliant.errors import ChainError, MethodError
 from pliant.method import HOOKS, Method, uses
 from pliant.ops.edits import Factor
@@ -374,5 +376,27 @@ def test_resuming_within_any_stage_changes_nothing(name, stop):
     method = CHAINS[name]
     whole, resumed = trained(method, 6, -1), trained(method, 6, stop)
     assert str(whole.state_dict()) == str(resumed.state_dict())
+    pairs = zip(whole.model.state_dict().items(), resumed.model.state_dict().items(), strict=True)
+    assert [a for (a, x), (b, y) in pairs if a != b or not torch.equal(x, y)] == []
+
+
+@pytest.mark.parametrize("at", [2, 3, 5])
+def test_the_loop_resumes_within_a_chain(at, tmp_path):
+    inputs, labels = torch.randn(24, 3, 6, 6), torch.arange(24) % 4
+    data, plan = Data((inputs, labels), classes=4), Train(2, batch=8, lr=0.05, checkpoint_every=1)
+
+    def train(**more: Any) -> Run:
+        run = start(net(), CHAINS["chain"], example=EXAMPLE, steps=6)
+        fit(run, data, replace(plan, device="cpu"), **more)
+        return run
+
+    def crash(row: dict[str, Any]) -> None:
+        if row["step"] == at:
+            raise RuntimeError("power cut")
+
+    with pytest.raises(RuntimeError, match="power cut"):
+        train(folder=tmp_path, watch=crash)
+    whole, resumed = train(), train(folder=tmp_path, resume=True)
+    assert whole.edits == resumed.edits and hooks(resumed.model) == 0
     pairs = zip(whole.model.state_dict().items(), resumed.model.state_dict().items(), strict=True)
     assert [a for (a, x), (b, y) in pairs if a != b or not torch.equal(x, y)] == []

@@ -188,12 +188,7 @@ class Spender(Method):
 
 def test_a_promise_is_held_to_the_budget():
     register("spender", paper=PAPER, saves="params")(Spender)
-    found = failing(Spender())
-    assert found == {
-        "odd_values_work_or_are_refused",
-        *(check for check in found if check not in ("is_frozen", "comes_back_from_json")),
-    }
-    assert {"budget_is_met", "odd_values_work_or_are_refused"} <= found
+    assert {"budget_is_met", "odd_values_work_or_are_refused"} <= failing(Spender())
     with pytest.raises(AssertionError, match="interval=0 ends in ZeroDivisionError"):
         dict(checks(Spender(), (PLAIN,)))["odd_values_work_or_are_refused"]()
 
