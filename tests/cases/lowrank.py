@@ -272,7 +272,6 @@ CASES = [
             controller_steers_to_the_budget,
             patterns_choose_the_layers,
         ),
-        fails={"odd_values_work_or_are_refused": "interval=0 divides by zero after the first step"},
     ),
     Case("evbmf", own=(planted_ranks_are_found, weakening_scales_all_ranks)),
     Case(

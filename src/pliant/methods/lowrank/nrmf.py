@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from pliant.errors import MethodError
 from pliant.factorize import Form, Layers, factorize, look, note_spectra, plan, subjects
 from pliant.math.forms import form_params
 from pliant.math.norms import penalty_gradient
@@ -70,6 +71,8 @@ class NRMF(Method):
 
     def prepare(self, run: Run) -> None:
         """Choose the layers."""
+        if self.interval < 1:
+            raise MethodError(f"nrmf: interval must be at least 1 step, not {self.interval}.")
         layers = subjects(run, self.only, self.exclude)
         run.state.update(
             layers=list(layers), alpha=START if self.alpha is None else self.alpha, factorized=False
