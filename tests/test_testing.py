@@ -1,8 +1,10 @@
 """The checks bite: each is shown a method that breaks what it guards."""
 
-from dataclasses import dataclass, field
+from dataclasses import itertools
 from typing import Any
 
+import dataclass
+import field
 import pytest
 import torch
 from torch import Tensor, nn
@@ -104,7 +106,7 @@ class Bad(Method):
         elif self.how == "global randomness":
             run.state["noise"] = torch.rand(())
         elif self.how == "process":
-            run.state["noise"] = torch.tensor(float(id(run)))
+            run.state["noise"] = torch.tensor(1e8 * next(_RUNS))
         elif self.how == "object in state":
             run.state["method"] = self
         elif self.how == "needs data":
@@ -138,6 +140,7 @@ class Bad(Method):
 
 
 _SEEN: list[int] = []
+_RUNS = itertools.count(1)  # differs from run to run, as an address in memory may
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
     """Say whether the champion is first, near the dense network, and the order as expected."""
     wanted = settings["claims"]
     rows: list[dict[str, Any]] = []
-    for budget in settings["budgets"]:
+    for budget in settings["budgets"] if wanted["rivals"] else ():
         rows += _first(settings, cells, budget)
     for budget in settings["budgets"]:
         rows += _ordered(settings, cells, budget)
