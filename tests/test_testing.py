@@ -1,10 +1,9 @@
 """The checks bite: each is shown a method that breaks what it guards."""
 
-from dataclasses import itertools
+import itertools
+from dataclasses import dataclass, field
 from typing import Any
 
-import dataclass
-import field
 import pytest
 import torch
 from torch import Tensor, nn
