@@ -180,16 +180,12 @@ def _first(settings: Settings, cells: Cells, budget: float) -> list[dict[str, An
         sds = [100 * spread(_of(cells, "accuracy", rival, budget)) for rival in (champion, *others)]
         text = f"{champion} leads at {at} by more than the largest spread over seeds of any rival"
         rows.append(claim(text, lead, ">", max(sds), "points"))
-    rows += [
-        claim(
-            f"{champion} is ahead of {name}, its ablation, at {at}",
-            _lead(cells, "accuracy", champion, [name], budget),
-            ">",
-            0,
-            "points",
+    for name in asked.get("ablations", []):
+        sds = [100 * spread(_of(cells, "accuracy", rival, budget)) for rival in (champion, name)]
+        text = f"{champion} leads {name}, its ablation, at {at} by more than the spread over seeds"
+        rows.append(
+            claim(text, _lead(cells, "accuracy", champion, [name], budget), ">", max(sds), "points")
         )
-        for name in asked.get("ablations", [])
-    ]
     return rows
 
 
