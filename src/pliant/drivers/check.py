@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from pliant.data import Data, unpack
 from pliant.drivers.score import device_of, forward, logits, moved
-from pliant.errors import DataError, MethodError, PliantError
+from pliant.errors import DataError, MethodError, PliantError, TrainingError
 from pliant.method import uses
 from pliant.run import Run
 
@@ -93,3 +93,17 @@ def not_finite(model: nn.Module, batch: Any = None) -> str:
     if broken:
         return f"the first weight that is not finite is {broken[0]}"
     return "every layer's output is finite, so it is the loss itself"
+
+
+def check_one_device(world: int, who: str) -> None:
+    """Refuse a layer replaced under a wrapper of several devices, which would not follow it.
+
+    Raises:
+        TrainingError: there is more than one device.
+    """
+    if world > 1:
+        raise TrainingError(
+            f"A layer was replaced while {who} on several devices, but its wrapper averages the "
+            "old layer's gradients only; train on one device, or with pliant.compress, which "
+            "wraps anew."
+        )

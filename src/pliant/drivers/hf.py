@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pliant.data import IGNORED
-from pliant.drivers.check import check_steps
+from pliant.drivers.check import check_one_device, check_steps
 from pliant.drivers.score import task_loss
 from pliant.errors import TrainingError, require
 from pliant.run import Run
@@ -110,12 +110,8 @@ class PliantCallback(_Callback):
 
     def _check_edits(self, args: Any) -> None:
         edited, self._edits = len(self.run.edits) > self._edits, len(self.run.edits)
-        if edited and args.world_size > 1:
-            raise TrainingError(
-                "A layer was replaced while the Trainer works on several devices, but its wrapper "
-                "averages the old layer's gradients only; train on one device, or with "
-                "pliant.compress, which wraps anew."
-            )
+        if edited:
+            check_one_device(args.world_size, "the Trainer works")
 
 
 def loss_function(

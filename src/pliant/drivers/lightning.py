@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.hooks import RemovableHandle
 
-from pliant.drivers.check import check_steps
+from pliant.drivers.check import check_one_device, check_steps
 from pliant.errors import TrainingError, require
 from pliant.run import Run
 
@@ -144,9 +144,5 @@ class PliantCallback(_Callback):
 
     def _check_edits(self, trainer: Any) -> None:
         edited, self._edits = len(self.run.edits) > self._edits, len(self.run.edits)
-        if edited and trainer.world_size > 1:
-            raise TrainingError(
-                "A layer was replaced while Lightning trains on several devices, but its wrapper "
-                "averages the old layer's gradients only; train on one device, or with "
-                "pliant.compress, which wraps anew."
-            )
+        if edited:
+            check_one_device(trainer.world_size, "Lightning trains")
