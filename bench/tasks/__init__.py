@@ -25,7 +25,6 @@ from pliant.run import start
 
 SHARED = ("task", "network", "weights", "seed", "prepare", "images")  # what a checkpoint is made of
 WORK = ROOT / "bench" / ".work"
-BASE = ("task", "network", "weights", "seed", "prepare", "images")  # what a checkpoint depends on
 Watch = Callable[[dict[str, Any]], None]
 
 
@@ -85,7 +84,7 @@ def data_of(plan: Mapping[str, Any]) -> Data:
 
 def base(plan: Mapping[str, Any], watch: Watch | None = None) -> nn.Module:
     """Give the dense checkpoint of a plan, trained on the first call and then read from disk."""
-    path = _path(plan)
+    path = base_path(plan)
     if not path.exists():
         _make(plan, path, watch)
     model = zoo.build(plan["network"])
@@ -95,22 +94,15 @@ def base(plan: Mapping[str, Any], watch: Watch | None = None) -> nn.Module:
 
 def base_path(plan: Mapping[str, Any]) -> Path:
     """Say where the checkpoint of a plan is kept: the same for all rivals."""
-    own = {name: plan[name] for name in BASE}
+    own = {name: plan[name] for name in SHARED}
     return WORK / "bases" / f"{plan['task']}-{digest(own)}.safetensors"
 
 
 def base_facts(plan: Mapping[str, Any]) -> dict[str, Any]:
     """Say how the checkpoint of a plan came about."""
-    path = _path(plan)
+    path = base_path(plan)
     with safe_open(path, framework="pt") as file:
         return dict(json.loads(file.metadata()["facts"]))
-
-
-def _path(plan: Mapping[str, Any]) -> Path:
-    """The checkpoint of a plan, named by what it depends on and by nothing else of a cell."""
-    return (
-        WORK / "bases" / f"{plan['task']}-{digest({key: plan[key] for key in SHARED})}.safetensors"
-    )
 
 
 def digest(value: Any) -> str:

@@ -7,5 +7,5 @@ TASK = Task(
     name="resnet56-cifar10",
     network="resnet56",
     weights="resnet56-cifar10.safetensors",
-    prepare=Train(epochs=1, lr=0.02, batch=128, precision="bf16-mixed"),
+    prepare=Train(epochs=0.5, lr=0.02, batch=128, precision="bf16-mixed"),
 )

@@ -6,5 +6,5 @@ from pliant.data import Train
 TASK = Task(
     name="vgg16-half-cifar10",
     network="vgg16-bn-half",
-    prepare=Train(epochs=8, lr=0.05, batch=128, precision="bf16-mixed"),
+    prepare=Train(epochs=12, lr=0.05, batch=128, precision="bf16-mixed"),
 )

@@ -17,7 +17,7 @@ from torch import nn
 from pliant import artifact
 from pliant.cost import Cost, LayerCost, layer_costs
 from pliant.errors import PliantError
-from pliant.ops.edits import Edit, Factor
+from pliant.ops.edits import Edit
 from pliant.run import Run
 
 LIBRARIES = ("pliant", "torch", "lightning-fabric", "onnxruntime", "numpy")
@@ -173,13 +173,12 @@ def _owner(name: str, layers: Mapping[str, Any]) -> str | None:
 
 def _row(run: Run, layer: str, edits: Sequence[Edit], parts: Sequence[LayerCost]) -> LayerRow:
     before = run.layers[layer]
-    factors = [edit for edit in edits if isinstance(edit, Factor)]
     return LayerRow(
         layer=layer,
         kind=before.kind,
-        form="+".join(edit.form for edit in factors) or "dense",
-        ranks=tuple(rank for edit in factors for rank in edit.ranks),
-        kept=None,
+        form="+".join(dict.fromkeys(edit.form for edit in edits)) or "dense",
+        ranks=tuple(rank for edit in edits for rank in getattr(edit, "ranks", ())),
+        kept=next((kept for e in reversed(edits) if (kept := getattr(e, "kept", None))), None),
         before={axis: getattr(before, axis) for axis in ("params", "macs", "bytes")},
         after={axis: sum(getattr(p, axis) for p in parts) for axis in ("params", "macs", "bytes")},
         reason="" if edits else run.reasons.get(layer) or _default_reason(before),

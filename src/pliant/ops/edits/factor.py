@@ -1,11 +1,11 @@
-"""Changes to a model as data: they can be applied, predicted, written to JSON and replayed."""
+"""One layer becomes two or three smaller ones in a row."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,37 +14,7 @@ from pliant.cost import LayerCost
 from pliant.errors import EditError
 from pliant.math import forms
 from pliant.ops import layers
-
-
-@dataclass(frozen=True)
-class Replaced:
-    """What an edit did to the parameters, for whoever keeps state about them.
-
-    Args:
-        removed: parameters that are no longer part of the model.
-        added: parameters that take their place.
-        project: carries a quantity linear in the gradient of ``removed[0]`` (momentum) over to
-            ``added``, by the chain rule; None where nothing can be carried.
-    """
-
-    removed: tuple[nn.Parameter, ...] = ()
-    added: tuple[nn.Parameter, ...] = ()
-    project: Callable[[Tensor], list[Tensor]] | None = None
-
-
-@runtime_checkable
-class Edit(Protocol):
-    """One change to one layer."""
-
-    @property
-    def layer(self) -> str:
-        """The name of the layer to change."""
-
-    def apply(self, model: nn.Module, *, weights: bool = True) -> Replaced:
-        """Change the model in place; ``weights=False`` gives the shapes only, for loading."""
-
-    def predict(self, before: LayerCost) -> LayerCost:
-        """Return what the layer will cost, without touching the model."""
+from pliant.ops.edits.edit import Replaced, layer_of
 
 
 @dataclass(frozen=True)
@@ -101,16 +71,11 @@ class Factor:
         )
 
     def _read(self, model: nn.Module) -> layers.Factorizable:
-        try:
-            module = model.get_submodule(self.layer)
-        except AttributeError:
-            raise EditError(
-                f"The model has no layer {self.layer!r}: was it built as the one that was edited?"
-            ) from None
+        module: layers.Factorizable = layer_of(model, self.layer)
         if reason := layers.obstacle(model, self.layer):
             raise EditError(f"{self.layer or 'The model'} cannot be factorized: {reason}.")
-        self._check(tuple(module.weight.shape))  # type: ignore[arg-type]
-        return module  # type: ignore[return-value]
+        self._check(tuple(module.weight.shape))
+        return module
 
     def _check(self, shape: tuple[int, ...]) -> None:
         if self.form not in forms.FORMS:
@@ -146,69 +111,3 @@ def _pull_back(grad: Tensor, added: Sequence[nn.Parameter], form: str) -> list[T
         kernels = [weight.detach().clone().requires_grad_() for weight in added]
         dense = forms.compose(kernels, form).reshape(grad.shape)
     return list(torch.autograd.grad(dense, kernels, grad.to(dense.dtype)))
-
-
-EDITS: dict[str, type] = {"factor": Factor}
-"""The closed set of edits that a file may name."""
-
-
-def replay(model: nn.Module, edits: Iterable[Edit], *, weights: bool = True) -> None:
-    """Apply edits in order; with ``weights=False`` only the shapes change.
-
-    Raises:
-        EditError: an edit does not fit the model.
-    """
-    for edit in edits:
-        edit.apply(model, weights=weights)
-
-
-def to_json(edits: Iterable[Edit]) -> list[dict[str, Any]]:
-    """Return the edits as plain data: names, strings and numbers, no tensors."""
-    names = {kind: name for name, kind in EDITS.items()}
-    return [
-        {"edit": names[type(edit)]}
-        | {f.name: getattr(edit, f.name) for f in fields(edit) if f.compare}  # type: ignore[arg-type]
-        for edit in edits
-    ]
-
-
-def from_json(rows: Any) -> list[Edit]:
-    """Read edits from plain data, accepting only known names with the fields they have.
-
-    Raises:
-        EditError: the data is not a list of known edits.
-    """
-    if not isinstance(rows, list):
-        raise EditError(f"Edits must be a list, not {type(rows).__name__}.")
-    return [_edit(row) for row in rows]
-
-
-def _edit(row: Any) -> Edit:
-    name = row.get("edit") if isinstance(row, dict) else row
-    if not isinstance(row, dict) or not isinstance(name, str) or name not in EDITS:
-        raise EditError(f"Unknown edit {str(name)[:80]!r}: this version knows {', '.join(EDITS)}.")
-    kind = EDITS[name]
-    values = {key: value for key, value in row.items() if key != "edit"}
-    expected = {f.name: str(f.type) for f in fields(kind) if f.compare}
-    if set(values) != set(expected):
-        raise EditError(
-            f"The edit {name} takes {', '.join(sorted(expected))}, "
-            f"not {', '.join(sorted(map(str, values)))[:200]}."
-        )
-    for key, value in values.items():
-        if not _FITS[expected[key]](value):
-            raise EditError(
-                f"{key} of the edit {name} must be of type {expected[key]}, "
-                f"not {str(value)[:80]!r}."
-            )
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
-
-
-_FITS: dict[str, Callable[[Any], bool]] = {
-    "str": lambda value: isinstance(value, str),
-    "int": lambda value: type(value) is int,
-    "tuple[int, ...]": lambda value: (
-        isinstance(value, list | tuple) and all(type(item) is int for item in value)
-    ),
-}
-"""What a field of an edit may hold in a file, by its annotation; a bool is not a number."""

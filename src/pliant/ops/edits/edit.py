@@ -1,0 +1,65 @@
+"""What an edit is: one change to one layer, as data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from pliant.cost import LayerCost
+from pliant.errors import EditError
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """What an edit did to the parameters, for whoever keeps state about them.
+
+    Args:
+        removed: parameters that are no longer part of the model.
+        added: parameters that take their place.
+        project: carries a quantity linear in the gradient of ``removed[0]`` (momentum) over to
+            ``added``, by the chain rule; None where nothing can be carried.
+    """
+
+    removed: tuple[nn.Parameter, ...] = ()
+    added: tuple[nn.Parameter, ...] = ()
+    project: Callable[[Tensor], list[Tensor]] | None = None
+
+
+@runtime_checkable
+class Edit(Protocol):
+    """One change to one layer: a frozen dataclass whose compared fields are plain data.
+
+    An edit may also have ``ranks`` (of a factorization) or ``kept`` (channels kept of how many)
+    for the report.
+    """
+
+    @property
+    def layer(self) -> str:
+        """The name of the layer to change."""
+
+    @property
+    def form(self) -> str:
+        """What the layer becomes, in a word for the report: ``tucker2``, ``pruned``, ``int8``."""
+
+    def apply(self, model: nn.Module, *, weights: bool = True) -> Replaced:
+        """Change the model in place; ``weights=False`` gives the shapes only, for loading."""
+
+    def predict(self, before: LayerCost) -> LayerCost:
+        """Return what the layer will cost, without touching the model."""
+
+
+def layer_of(model: nn.Module, name: str) -> Any:
+    """Return the layer that an edit names.
+
+    Raises:
+        EditError: the model has no such layer.
+    """
+    try:
+        return model.get_submodule(name)
+    except AttributeError:
+        raise EditError(
+            f"The model has no layer {name!r}: was it built as the one that was edited?"
+        ) from None
