@@ -39,7 +39,7 @@ PACE = 1.25  # by which the controller changes the strength at one interval
 class NRMF(Method):
     """Shrinks the spectra of both channel unfoldings in training, then factorizes what is left.
 
-    Search: every ``interval`` steps the singular values of every kernel's two channel unfoldings
+    Search: every ``interval`` steps (twice at least) the singular values of every kernel's two channel unfoldings
     are shrunk, so that weak directions die. Then ranks and forms are read off for the whole
     network at once, by one energy p or for a budget, layers are factorized, and the rest of the
     training fine-tunes them. Without training steps it only factorizes, in seconds.
@@ -59,7 +59,7 @@ class NRMF(Method):
 
     alpha: float | None = 0.5  # weight of the penalty; None: found for the budget and p
     shrinkage: Shrinkage = "reweighted"  # rule; "soft" and "gradient" are the paper's penalty
-    interval: int = 5  # k, steps between two shrinkages
+    interval: int = 15  # k, steps between two shrinkages; fewer where the search is short
     keep_norm: bool = True  # scale shrunken kernels back to their norm
     search: float = 0.1  # share of the training before the factorization
     p: float = 0.95  # energy kept, if there is no budget
@@ -78,7 +78,7 @@ class NRMF(Method):
             layers=list(layers), alpha=START if self.alpha is None else self.alpha, factorized=False
         )
         note_spectra(run, layers, self.p)
-        if run.steps and not round(self.search * run.steps):
+        if run.steps and not self._searching(run):
             self._factorize(run)
 
     def before_step(self, run: Run) -> None:
@@ -95,12 +95,12 @@ class NRMF(Method):
         """Shrink at intervals; factorize when the search is over."""
         if run.state["factorized"]:
             return
-        if run.step % self.interval == 0:
+        if run.step % self._pace(run) == 0:
             if self.shrinkage != "gradient":
                 self._shrink(run)
             if self.alpha is None:
                 self._steer(run)
-        if run.step >= round(self.search * run.steps):
+        if run.step >= self._searching(run):
             self._factorize(run)
 
     def after_epoch(self, run: Run) -> None:
@@ -123,6 +123,14 @@ class NRMF(Method):
         factorize(run, edits, layers, seen, reconstruct=reconstruct)
         run.state["factorized"] = True
 
+    def _pace(self, run: Run) -> int:
+        """Steps between two shrinkages: every search has room for two of them."""
+        return max(1, min(self.interval, self._searching(run) // 2))
+
+    def _searching(self, run: Run) -> int:
+        """Steps of the search."""
+        return round(self.search * run.steps)
+
     def _layers(self, run: Run) -> Layers:
         return {name: run.model.get_submodule(name) for name in run.state["layers"]}  # type: ignore[misc]
 
@@ -131,7 +139,7 @@ class NRMF(Method):
         """The proximal step of the penalty on both unfoldings, one after the other."""
         kind = self.shrinkage if self.shrinkage != "gradient" else "soft"
         rate = run.optimizer.param_groups[0]["lr"] if run.optimizer else 1.0
-        threshold = run.state["alpha"] * rate * self.interval
+        threshold = run.state["alpha"] * rate * self._pace(run)
         for module in self._layers(run).values():
             weight = module.weight
             for mode in (0, 1) if weight[0, 0].numel() > 1 else (0,):
@@ -142,7 +150,7 @@ class NRMF(Method):
         bound = run.limits().get("params")
         if bound is None:
             return
-        left = 1 - min(1.0, run.step / max(1, round(self.search * run.steps)))
+        left = 1 - min(1.0, run.step / max(1, self._searching(run)))
         aim = bound + left * (run.cost.params - bound)
         run.state["alpha"] *= PACE if self._reach(run) > aim else 1 / PACE
         run.note(alpha=run.state["alpha"])
@@ -159,5 +167,8 @@ class NRMF(Method):
         return run.cost.params - saved
 
 
-PAPER = 'nrmf(alpha=0.01, shrinkage="soft", keep_norm=False, search=0.8, form="tucker2", samples=0)'
+PAPER = (
+    'nrmf(alpha=0.01, shrinkage="soft", interval=5, keep_norm=False, search=0.8, '
+    'form="tucker2", samples=0)'
+)
 """The paper's own form: plain nuclear norms, Tucker-2, energy of the weights."""
