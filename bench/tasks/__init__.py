@@ -4,6 +4,7 @@ import hashlib
 import importlib
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
@@ -121,9 +122,9 @@ def _make(plan: Mapping[str, Any], path: Path, watch: Watch | None) -> None:
     run = start(model, Method(), data=data, steps=steps, seed=plan["seed"])
     fit(run, data, train, folder=path.with_suffix(""), resume=True, watch=watch)
     facts = {"seconds": round(time.monotonic() - began, 1), "steps": steps}
+    path.parent.mkdir(parents=True, exist_ok=True)
     part_file = path.with_suffix(".part")
     tensors = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     save_file(tensors, part_file, {"facts": json.dumps(facts)})
     os.replace(part_file, path)
-    (path.with_suffix("") / "checkpoint.pt").unlink(missing_ok=True)
-    path.with_suffix("").rmdir()
+    shutil.rmtree(path.with_suffix(""), ignore_errors=True)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import torch
@@ -50,9 +50,9 @@ class Data:
             half of them; it applies to splits of tensors.
     """
 
-    train: Any = None
-    val: Any = None
-    test: Any = None
+    train: Any = field(default=None, repr=False)
+    val: Any = field(default=None, repr=False)
+    test: Any = field(default=None, repr=False)
     classes: tuple[str, ...] | int = 0
     name: str = "data"
     mean: tuple[float, ...] = ()
