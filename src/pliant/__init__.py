@@ -7,7 +7,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from pliant.api import compress, load
+from pliant.api import analyze, cluster, compress, load, recover
 from pliant.budget import Budget
 from pliant.compose import Stage, chain, together
 from pliant.cost import Cost, LayerCost, cost, layer_costs
@@ -21,6 +21,7 @@ from pliant.registry import Entry, Paper, entries, register
 from pliant.registry import build as method
 from pliant.result import LayerRow, Report, Result
 from pliant.run import Run, start
+from pliant.solution import Finding, Solution
 
 try:
     __version__ = version("pliant")
@@ -33,6 +34,7 @@ __all__ = [
     "Data",
     "Entry",
     "Factor",
+    "Finding",
     "LayerCost",
     "LayerRow",
     "Method",
@@ -41,9 +43,12 @@ __all__ = [
     "Report",
     "Result",
     "Run",
+    "Solution",
     "Stage",
     "Train",
+    "analyze",
     "chain",
+    "cluster",
     "compress",
     "cost",
     "entries",
@@ -52,6 +57,7 @@ __all__ = [
     "layer_costs",
     "load",
     "method",
+    "recover",
     "register",
     "start",
     "to_onnx",

@@ -13,7 +13,7 @@ from pliant.budget import Budget
 from pliant.errors import ChainError, MethodError
 from pliant.method import Method, uses
 from pliant.ops.edits import Edit
-from pliant.registry import build, entry_of, plain
+from pliant.registry import build, entry_of, other_verb, plain
 from pliant.run import Run
 
 
@@ -252,11 +252,11 @@ def resolve(method: Method | Stage | str | Sequence[Any]) -> Method:
     if isinstance(method, Stage) or (isinstance(method, Sequence) and not isinstance(method, str)):
         return chain(*([method] if isinstance(method, Stage) else method))
     if not isinstance(method, Method):
-        entry = entry_of(method)
-        verb = f": use pliant.{entry.verb}" if entry else ""
+        if (entry := entry_of(method)) is not None:
+            raise other_verb(entry, "compress")
         raise MethodError(
             f"A compression method is a name, a spec string, a Method or a sequence of them, "
-            f"not {type(method).__name__}{verb}."
+            f"not {type(method).__name__}."
         )
     return method
 

@@ -22,6 +22,14 @@ from pliant.errors import MethodError
 Verb = Literal["compress", "recover", "cluster", "analyze"]
 T = TypeVar("T", bound=type)
 
+CALLS: dict[Verb, str] = {
+    "compress": "model, data",
+    "recover": "x, known",
+    "cluster": "x, groups",
+    "analyze": "model, data",
+}
+"""What each verb is called with, before the method."""
+
 
 @dataclass(frozen=True)
 class Paper:
@@ -76,7 +84,7 @@ def register(
 
     Raises:
         MethodError: the name is taken or no identifier, an axis is unknown, or the class is not
-            a frozen dataclass.
+            a frozen dataclass or cannot do what the verb says.
     """
     if not name.isidentifier() or keyword.iskeyword(name):
         raise MethodError(f"A method's name must be a Python identifier, not {name!r}.")
@@ -95,6 +103,8 @@ def register(
             )
         if not is_dataclass(kind) or not kind.__dataclass_params__.frozen:  # type: ignore[attr-defined]
             raise MethodError(f"{kind.__name__} must be a @dataclass(frozen=True) to register.")
+        if verb != "compress" and not callable(getattr(kind, verb, None)):
+            raise MethodError(f"{kind.__name__} must have a method {verb}(...) to register for it.")
         family = kind.__module__.split(".")[-2] if "." in kind.__module__ else "other"
         _ENTRIES[name] = Entry(name, kind, paper, tuple(saves.split()), family, verb)
         return kind
@@ -206,6 +216,31 @@ def construct(name: str, options: dict[str, Any]) -> Any:
             raise MethodError(f"{name}: {option} must be {say(hints[option])}, not {value!r}.")
         values[option] = value
     return kind(**values)
+
+
+def of_verb(method: Any, verb: Verb) -> Any:
+    """Return a method that recovers, clusters or analyzes, from a name, a spec or an instance.
+
+    Raises:
+        MethodError: it is unknown, belongs to another verb, or cannot do it.
+    """
+    built = build(method) if isinstance(method, str) else method
+    entry = entry_of(built)
+    if entry is not None and entry.verb != verb:
+        raise other_verb(entry, verb)
+    whole = is_dataclass(built) and not isinstance(built, type)
+    if not whole or not callable(getattr(built, verb, None)):
+        raise MethodError(
+            f"A method for pliant.{verb} is a name, a spec string, or a dataclass with a method "
+            f"{verb}(...), not {type(built).__name__}; `pliant methods` lists the names."
+        )
+    return built
+
+
+def other_verb(entry: Entry, verb: Verb) -> MethodError:
+    """Say which call a method belongs to that was given to another one."""
+    call = f'pliant.{entry.verb}({CALLS[entry.verb]}, "{entry.name}")'
+    return MethodError(f"{entry.name} cannot {verb}, it can {entry.verb}: call {call}.")
 
 
 def plain(method: Any) -> dict[str, Any]:

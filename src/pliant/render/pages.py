@@ -10,7 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from pliant.registry import Entry, default, entries, say
+from pliant.registry import CALLS, Entry, default, entries, say
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,7 @@ def page(entry: Entry) -> str:
 
 def _use(entry: Entry) -> str:
     budget = f', "{entry.saves[0]}=0.3"' if entry.saves else ""
-    given = {"compress": "model, data", "recover": "x, known", "cluster": "x, groups"}
-    return f'pliant.{entry.verb}({given.get(entry.verb, "model, data")}, "{entry.name}"{budget})'
+    return f'pliant.{entry.verb}({CALLS[entry.verb]}, "{entry.name}"{budget})'
 
 
 def _table(entry: Entry) -> str:

@@ -20,8 +20,9 @@ class Case:
         spec: as it is run on the toys, for example with short intervals; the name if empty.
         budget: for every toy; seven tenths of the first axis that it saves if None.
         variants: other specs, each run on the first toy only.
-        toys: names of the toys it handles.
-        refuses: toys it must refuse, and a part of the sentence it says then.
+        toys: names of the toys it handles; a method that recovers or clusters handles all
+            problems of `pliant.testing.solved`.
+        refuses: toys or problems it must refuse, and a part of the sentence it says then.
         fails: checks that fail, and why; each of them must fail.
         own: worked examples, equations of the paper: functions without arguments.
     """

@@ -24,7 +24,7 @@ from pliant.method import Method
 from pliant.ops.edits import to_json
 from pliant.registry import Entry, build, entry_of, plain
 from pliant.run import start
-from pliant.testing import described
+from pliant.testing import described, solved
 from pliant.testing.case import Case, usual_budget
 from pliant.testing.compressed import (
     OF_A_TRIAL,
@@ -42,7 +42,7 @@ Check = tuple[str, Callable[[], None]]
 
 
 def check_method(
-    method: Method | str,
+    method: Any,
     model: nn.Module | None = None,
     data: Data | None = None,
     *,
@@ -52,7 +52,7 @@ def check_method(
     """Run every check that applies to a method, and say all that is wrong with it.
 
     Args:
-        method: a method, its name or a spec; it need not be registered.
+        method: a method of any verb, its name or a spec; it need not be registered.
         model: checked on this network instead of the toys; ``data`` is needed then.
         data: a few samples for the network: 32 are plenty.
         budget: seven tenths of the first axis it saves if None.
@@ -89,23 +89,37 @@ def _yours(model: nn.Module, data: Data | None) -> Toy:
 def checks_for(case: Case) -> Iterator[Check]:
     """Yield the checks of one registered method by name: those of all, then its own."""
     method, bounds = case.built(), case.bounds()
-    toys = tuple(TOYS[name] for name in case.toys if name not in case.refuses)
-    yield from checks(method, toys, bounds)
-    if not isinstance(method, Method):
-        toys = ()
-    for name, sentence in case.refuses.items():
-        yield f"refuses_{name}", partial(_refuses, method, TOYS[name], bounds, sentence)
-    for spec in case.variants if toys else ():
-        yield f"works_as_{spec}", partial(_works, build(spec), toys[0], bounds)
+    if isinstance(method, Method):
+        toys = tuple(TOYS[name] for name in case.toys if name not in case.refuses)
+        yield from checks(method, toys, bounds)
+        for name, sentence in case.refuses.items():
+            yield f"refuses_{name}", partial(_refuses, method, TOYS[name], bounds, sentence)
+        for spec in case.variants if toys else ():
+            yield f"works_as_{spec}", partial(_works, build(spec), toys[0], bounds)
+    else:
+        yield from _described(method)
+        yield from solved.checks_for(case)
     for own in case.own:
         yield own.__name__.removeprefix("_"), own
 
 
 def checks(method: Any, toys: tuple[Toy, ...], budget: Budget | None = None) -> Iterator[Check]:
-    """Yield the checks that apply to a method: of its entry, its construction, its compressions.
+    """Yield the checks that apply to a method: of its entry, its construction, its work.
 
-    Compressions are shared between checks and made when the first of them runs.
+    Compressions are shared between checks and made when the first of them runs. A method of
+    another verb gets the checks of that verb; networks it may analyze are those of the toys.
     """
+    yield from _described(method)
+    if not isinstance(method, Method):
+        yield from solved.checks(method, toys)
+    elif toys:
+        entry = entry_of(method)
+        budget = budget or usual_budget(entry.saves if entry else ())
+        yield from _Bench(method, entry, budget).checks(toys)
+
+
+def _described(method: Any) -> Iterator[Check]:
+    """Yield the checks that run nothing."""
     entry = entry_of(method)
     if entry is not None:
         for check in (
@@ -117,9 +131,6 @@ def checks(method: Any, toys: tuple[Toy, ...], budget: Budget | None = None) -> 
             yield check.__name__, partial(check, entry)
         yield "comes_back_from_json", partial(described.comes_back_from_json, method)
     yield "is_frozen", partial(described.is_frozen, method)
-    if isinstance(method, Method) and toys:
-        budget = budget or usual_budget(entry.saves if entry else ())
-        yield from _Bench(method, entry, budget).checks(toys)
 
 
 class _Bench:

@@ -42,6 +42,8 @@ def defaults_construct(entry: Entry) -> None:
     if entry.verb == "compress":
         above = entry.kind.__mro__[1:3]
         must(above == (Method, object), f"{entry.name} must derive from Method and nothing else")
+    else:
+        must(entry.kind.__mro__[1:] == (object,), f"{entry.name} must derive from nothing")
 
 
 def is_frozen(method: Any) -> None:
@@ -76,8 +78,8 @@ def unknown_option_is_named(entry: Entry) -> None:
 
 
 def axes_are_known(entry: Entry) -> None:
-    """What a compression method saves are axes that a budget has."""
-    known = {field.name for field in fields(Budget)}
+    """What a compression method saves are axes that a budget has; no other method saves."""
+    known = {field.name for field in fields(Budget)} if entry.verb == "compress" else set()
     must(set(entry.saves) <= known, f"{entry.name} saves {entry.saves}, a budget has {known}")
 
 

@@ -1,0 +1,89 @@
+"""`analyze`: shows a network to a probe, and leaves the network as it was."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from pliant.data import Data
+from pliant.drivers.devices import own_randomness
+from pliant.drivers.score import device_of
+from pliant.errors import DataError, ModelError
+from pliant.registry import of_verb, plain
+from pliant.solution import Finding
+
+BATCH = 256  # inputs of one forward call, where they came as one tensor
+
+
+def analyze(model: nn.Module, data: Any, method: Any, *, seed: int = 0) -> Finding:
+    """Find something out about a network; the network stays as it is.
+
+    Args:
+        model: any network, on the device where it is.
+        data: inputs as one tensor or array, a pair (inputs, labels), a DataLoader, a data set,
+            or a `Data`. What is no `Data` becomes its test split; labels are read only by
+            methods that say so.
+        method: a name, a spec string, or an instance.
+        seed: of everything random; the caller's random state stays untouched.
+
+    Returns:
+        The finding: values, rows, and one sentence.
+
+    Raises:
+        MethodError: the method is unknown or does not analyze.
+        DataError: there are no data, or they are not finite.
+        ModelError: the model is none, fails in forward, or is not what the method can look at.
+    """
+    probe = of_verb(method, "analyze")
+    if not isinstance(model, nn.Module):
+        raise ModelError(
+            f"The model must be a torch.nn.Module, not {type(model).__name__}; "
+            "pliant.zoo.build makes one from a name."
+        )
+    shown = _shown(data)
+    shown.check()
+    began = time.monotonic()
+    with own_randomness(seed, device_of(model)):
+        found = probe.analyze(model, shown, torch.Generator().manual_seed(seed))
+    seconds = round(time.monotonic() - began, 4)
+    return replace(found, seconds=seconds, seed=seed, method=plain(probe))
+
+
+def _shown(data: Any) -> Data:
+    """Make a `Data` of what users have; alone, it is the test split."""
+    if isinstance(data, Data):
+        return data
+    if isinstance(data, list | tuple) and len(data) == 2 and all(map(_is_array, data)):
+        return Data(test=tuple(map(_tensor, data)))
+    if _is_array(data):
+        inputs = _tensor(data)
+        if not inputs.dim() or not len(inputs) or not torch.isfinite(inputs).all():
+            raise DataError(
+                f"Inputs must be finite and at least one, but a tensor of shape "
+                f"{tuple(inputs.shape)} came that is empty or holds NaN or infinity."
+            )
+        return Data(test=[(part,) for part in inputs.split(BATCH)])
+    if isinstance(data, Iterable) and not isinstance(data, str | bytes | Mapping):
+        return Data(test=data)
+    raise DataError(
+        "Data must be inputs, a pair (inputs, labels), a DataLoader, a data set or a Data, not "
+        f"{type(data).__name__}; pliant.data.load makes one from a name or a folder."
+    )
+
+
+def _is_array(part: Any) -> bool:
+    return isinstance(part, Tensor | np.ndarray)
+
+
+def _tensor(part: Any) -> Tensor:
+    """Arrays become tensors; their doubles become floats, as models expect."""
+    if isinstance(part, Tensor):
+        return part
+    tensor = torch.as_tensor(part)
+    return tensor.float() if tensor.dtype == torch.float64 else tensor

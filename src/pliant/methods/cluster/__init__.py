@@ -1,0 +1,1 @@
+"""Methods that divide samples into groups."""

@@ -1,0 +1,1 @@
+"""Methods that recover tensors: missing entries, gross errors."""

@@ -1,0 +1,94 @@
+"""What the verbs beside `compress` give back: plain values with their history, nothing hidden."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+Views = tuple[tuple[Tensor, ...], ...]
+"""What is clustered: views of the same samples, each sample a matrix (features, columns)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """What `recover` and `cluster` found.
+
+    Args:
+        values: named tensors, the wanted one first: ``recovered``, or ``labels``.
+        history: a row of plain numbers for each iteration that is worth a row.
+        converged: whether the method's own stopping rule was met.
+        iterations: how many were made in all.
+        seconds: how long it took.
+        seed: what randomness began with.
+        method: as plain data, options included.
+    """
+
+    values: Mapping[str, Any]
+    history: tuple[dict[str, Any], ...] = ()
+    converged: bool = True
+    iterations: int = 0
+    seconds: float = 0.0
+    seed: int = 0
+    method: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def value(self) -> Any:
+        """What was asked for: the first of the values."""
+        return next(iter(self.values.values()))
+
+    def plain(self) -> dict[str, Any]:
+        """Return all but the tensors as plain data; of those their shapes."""
+        return {
+            "method": dict(self.method),
+            "values": {name: _plain(value) for name, value in self.values.items()},
+            "converged": self.converged,
+            "iterations": self.iterations,
+            "seconds": self.seconds,
+            "seed": self.seed,
+            "history": [dict(row) for row in self.history],
+        }
+
+
+@dataclass(frozen=True, eq=False)
+class Finding:
+    """What `analyze` found out about a network.
+
+    Args:
+        values: named numbers and tensors, the main one first.
+        rows: a table of plain data, a row for each thing looked at.
+        text: the finding in one sentence.
+        seconds: how long it took.
+        seed: what randomness began with.
+        method: as plain data, options included.
+    """
+
+    values: Mapping[str, Any]
+    rows: tuple[dict[str, Any], ...] = ()
+    text: str = ""
+    seconds: float = 0.0
+    seed: int = 0
+    method: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def value(self) -> Any:
+        """What was asked for: the first of the values."""
+        return next(iter(self.values.values()))
+
+    def plain(self) -> dict[str, Any]:
+        """Return all but the tensors as plain data; of those their shapes."""
+        return {
+            "method": dict(self.method),
+            "values": {name: _plain(value) for name, value in self.values.items()},
+            "text": self.text,
+            "seconds": self.seconds,
+            "seed": self.seed,
+            "rows": [dict(row) for row in self.rows],
+        }
+
+
+def _plain(value: Any) -> Any:
+    """A number as it is, of anything larger its shape."""
+    return value if isinstance(value, int | float | str) else {"shape": list(value.shape)}

@@ -1,0 +1,231 @@
+"""`recover`, `cluster`, `analyze`: what they refuse, what they pass on; and that checks bite."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pliant
+from pliant import registry
+from pliant.data import Data
+from pliant.errors import DataError, MethodError, ModelError
+from pliant.registry import Paper, register
+from pliant.solution import Finding, Solution, Views
+from pliant.testing import checks
+
+PAPER = Paper("Title", "A. Author", "Venue", 2020, "https://example.org")
+X = torch.arange(12.0).reshape(3, 4)
+
+
+@pytest.fixture(autouse=True)
+def own_list(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    registry.entries()
+    monkeypatch.setattr(registry, "_ENTRIES", dict(registry._ENTRIES))
+    yield
+
+
+@dataclass(frozen=True)
+class Filled:
+    """Puts the mean of what is known where nothing is known."""
+
+    gain: float = 1.0  # on the mean
+
+    def recover(self, x: Tensor, known: Tensor | None, generator: torch.Generator) -> Solution:
+        mask = torch.ones_like(x, dtype=torch.bool) if known is None else known
+        mean = x.sum() / mask.sum() * self.gain
+        values = {"recovered": torch.where(mask, x, mean)}
+        return Solution(values, ({"mean": float(mean)},), iterations=1)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Draws the labels."""
+
+    def cluster(self, views: Views, groups: int, generator: torch.Generator) -> Solution:
+        labels = torch.randint(groups, (len(views[0]),), generator=generator)
+        return Solution({"labels": labels}, ({"drawn": len(labels)},), iterations=1)
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Averages the outputs."""
+
+    def analyze(self, model: nn.Module, data: Data, generator: torch.Generator) -> Finding:
+        flags = [(module, module.training) for module in model.modules()]
+        model.eval()
+        try:
+            batches = [*data.batches("test" if data.has("test") else "val", 64)]
+            with torch.no_grad():
+                found = float(torch.cat([model(batch[0]) for batch in batches]).mean())
+        except RuntimeError as error:
+            raise ModelError("The model fails.") from error
+        finally:
+            for module, flag in flags:
+                module.training = flag
+        return Finding({"mean": found}, text=f"The mean is {found}.")
+
+
+# ---------------------------------------------------------------- the verbs
+
+
+def test_a_solver_gets_a_copy_of_its_own():
+    @dataclass(frozen=True)
+    class Doubled:
+        def recover(self, x: Tensor, known: Tensor | None, generator: Any) -> Solution:
+            return Solution({"recovered": x.mul_(2)})
+
+    before = X.clone()
+    assert torch.equal(pliant.recover(X, None, Doubled()).value, 2 * before)
+    assert torch.equal(X, before)
+
+
+def test_unknown_entries_reach_no_solver():
+    known = X < 6
+    found = pliant.recover(X.masked_fill(~known, math.nan), known, Filled())
+    assert torch.equal(found.value, torch.where(known, X, 2.5))
+    assert found.seed == 0 and found.method == {"name": "Filled", "options": {"gain": 1.0}}
+    assert found.plain()["values"] == {"recovered": {"shape": [3, 4]}}
+
+
+@pytest.mark.parametrize("kind", [np.float32, np.float64, np.int64, np.uint8])
+def test_arrays_come_back_as_arrays_of_their_precision(kind: Any):
+    found = pliant.recover(X.numpy().astype(kind), None, Filled()).value
+    assert isinstance(found, np.ndarray) and found.dtype == (
+        np.float32 if kind is np.float32 else float
+    )
+
+
+def test_a_mask_may_be_of_zeros_and_ones_and_nothing_else():
+    assert pliant.recover(X, np.eye(3, 4), Filled()).converged
+    with pytest.raises(DataError, match="must be a mask of the shape"):
+        pliant.recover(X, X, Filled())
+
+
+def test_what_ends_not_finite_is_refused():
+    with pytest.raises(MethodError, match="not finite"):
+        pliant.recover(X, X < 6, Filled(math.inf))
+
+
+@pytest.mark.parametrize(
+    "x",
+    [X, X[..., None], [row[:, None] for row in X], [X, X[..., None]], [[r[:, None] for r in X]]],
+)
+def test_samples_come_in_many_forms(x: Any):
+    found = pliant.cluster(x, 2, Drawn(), seed=3)
+    assert found.value.shape == (3,)
+    assert torch.equal(found.value, pliant.cluster(X, 2, Drawn(), seed=3).value)
+
+
+def test_samples_of_other_forms_are_refused():
+    for wrong in (X[0], X[None, None], [], [[X, X[:2]]]):
+        with pytest.raises(DataError):
+            pliant.cluster(wrong, 2, Drawn())
+    for groups in (True, 1, 4, 2.0):
+        with pytest.raises(DataError, match="from 2 to the 3 samples"):
+            pliant.cluster(X, groups, Drawn())
+
+
+def test_data_of_a_probe_come_in_many_forms():
+    model = nn.Linear(4, 2)
+    expected = pliant.analyze(model, X, Mean()).value
+    labels = torch.zeros(3, dtype=torch.long)
+    for data in (X.numpy(), (X, labels), [(X, labels)], Data(test=(X, labels))):
+        assert pliant.analyze(model, data, Mean()).value == pytest.approx(expected)
+
+
+# ---------------------------------------------------------------- which method belongs where
+
+
+def test_a_method_of_another_verb_names_its_call():
+    register("filled", paper=PAPER, verb="recover")(Filled)
+    with pytest.raises(
+        MethodError, match=r"cannot compress.*pliant.recover\(x, known, \"filled\"\)"
+    ):
+        pliant.compress(nn.Linear(2, 2), None, "filled")
+    for call in (pliant.recover, pliant.cluster):
+        with pytest.raises(MethodError, match=r"nrmf cannot .* pliant.compress\(model, data"):
+            call(X, None if call is pliant.recover else 2, "nrmf")
+    with pytest.raises(MethodError, match="cannot analyze"):
+        pliant.analyze(nn.Linear(4, 2), X, "filled")
+    with pytest.raises(MethodError, match="not list"):
+        pliant.recover(X, None, ["filled"])
+
+
+def test_a_class_must_do_what_its_verb_says():
+    with pytest.raises(MethodError, match=r"must have a method cluster\(...\)"):
+        register("filled", paper=PAPER, verb="cluster")(Filled)
+
+
+# ---------------------------------------------------------------- the checks
+
+
+def failing(method: Any) -> set[str]:
+    found = set()
+    for name, check in checks(method, tuple(pliant.testing.TOYS[n] for n in ("plain", "linear"))):
+        try:
+            check()
+        except Exception:
+            found.add(name)
+    return found
+
+
+def test_sound_methods_fail_nothing():
+    register("filled", paper=PAPER, verb="recover")(Filled)
+    for method in (Filled(), Drawn(), Mean()):
+        assert failing(method) == set()
+
+
+@dataclass(frozen=True)
+class Bad:
+    """Breaks one rule."""
+
+    how: str = ""
+
+    def recover(self, x: Tensor, known: Tensor | None, generator: torch.Generator) -> Solution:
+        values = {"recovered": x.clone()}
+        rows: tuple[dict[str, Any], ...] = ({"step": 1},)
+        if self.how == "global randomness":
+            np.random.rand()
+        elif self.how == "forgets":
+            _SEEN.append(0)
+            values["recovered"] += len(_SEEN)
+        elif self.how == "shape":
+            values["recovered"] = x[:1]
+        elif self.how == "rows":
+            rows = ({"tensor": x},)
+        elif self.how == "name":
+            values = {"x": x}
+        return Solution(values, rows, iterations=1)
+
+
+_SEEN: list[int] = []
+CAUGHT = {
+    "global randomness": {"random_states_stay_untouched"},
+    "forgets": {"same_seed_same_bytes"},
+    "shape": {"solves_missing_entries", "solves_wrong_entries"},
+    "rows": {"solves_missing_entries", "same_seed_same_bytes"},
+    "name": {"solves_missing_entries"},
+}
+
+
+@pytest.mark.parametrize("how", CAUGHT)
+def test_a_broken_rule_is_caught(how: str):
+    assert CAUGHT[how] <= failing(Bad(how))
+
+
+@dataclass(frozen=True)
+class Careless:
+    """Leaves the network in eval mode."""
+
+    def analyze(self, model: nn.Module, data: Data, generator: torch.Generator) -> Finding:
+        model.eval()
+        return Finding({"value": 1.0}, text="Done.")
+
+
+def test_a_network_left_in_another_mode_is_noticed():
+    assert {"input_stays_untouched", "model_is_left_alone_after_an_error"} <= failing(Careless())
