@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pliant.cost import Example, call
@@ -201,9 +202,14 @@ def _dynamic(batch: Any) -> Any:
 
 @contextmanager
 def _exporting(model: nn.Module, kind: str) -> Iterator[None]:
-    """Turn the pages that an exporter writes about a failure into one sentence."""
+    """Turn the pages that an exporter writes about a failure into one sentence.
+
+    Attention is traced as the products it is: the fused one returns strides of its own, which
+    cannot be followed for a batch of unknown size.
+    """
     try:
-        yield
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
     except Exception as error:
         cause = error
         while isinstance(cause.__cause__, Exception):

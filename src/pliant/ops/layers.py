@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,13 @@ _CONVS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
     3: nn.Conv3d,
 }
 _WEIGHTED = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.RNNBase)
+
+_Obstacle = Callable[[nn.Module, str, nn.Module, dict[int, list[str]]], str | None]
+
+_GEOMETRY = (
+    *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation"),
+    *("groups", "padding_mode", "in_features", "out_features"),
+)
 
 NAMES = {
     "tucker2": ("reduce", "core", "expand"),
@@ -47,6 +54,22 @@ def factorizable(
     Raises:
         MethodError: a pattern matches no layer.
     """
+    return _split(model, only, exclude, _obstacle)
+
+
+def readable(
+    model: nn.Module, *, only: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> tuple[dict[str, Factorizable], dict[str, str]]:
+    """Split the weighted layers into those whose weight may be read and replaced, and the rest.
+
+    Like `factorizable`, but grouped layers and layers of a single channel are among them.
+    """
+    return _split(model, only, exclude, _unreadable)
+
+
+def _split(
+    model: nn.Module, only: Sequence[str], exclude: Sequence[str], obstacle: _Obstacle
+) -> tuple[dict[str, Factorizable], dict[str, str]]:
     layers: dict[str, Factorizable] = {}
     reasons: dict[str, str] = {}
     shared = _shared_weights(model)
@@ -64,7 +87,7 @@ def factorizable(
             reasons[name] = "not selected"
         elif _matches(name, exclude):
             reasons[name] = "excluded by name"
-        elif reason := _obstacle(model, name, module, shared):
+        elif reason := obstacle(model, name, module, shared):
             reasons[name] = reason
         else:
             layers[name] = module  # type: ignore[assignment]
@@ -78,6 +101,15 @@ def obstacle(model: nn.Module, name: str) -> str | None:
         AttributeError: the model has no such module.
     """
     return _obstacle(model, name, model.get_submodule(name), _shared_weights(model))
+
+
+def unreadable(model: nn.Module, name: str) -> str | None:
+    """Say why the weight of the layer of this name cannot be read and replaced, or None if it can.
+
+    Raises:
+        AttributeError: the model has no such module.
+    """
+    return _unreadable(model, name, model.get_submodule(name), _shared_weights(model))
 
 
 def _matches(name: str, patterns: Sequence[str]) -> bool:
@@ -95,24 +127,34 @@ def _obstacle(
     model: nn.Module, name: str, module: nn.Module, shared: dict[int, list[str]]
 ) -> str | None:
     """Say why a layer cannot be factorized, or None if it can."""
+    if reason := _unreadable(model, name, module, shared):
+        return reason
+    if getattr(module, "groups", 1) != 1:
+        return "a grouped convolution has no cross-channel rank"
+    weight: Tensor = module.weight  # type: ignore[assignment]
+    if min(weight.shape[:2]) < 2:
+        return "a single channel has no rank to lower"
+    return None
+
+
+def _unreadable(
+    model: nn.Module, name: str, module: nn.Module, shared: dict[int, list[str]]
+) -> str | None:
+    """Say why a layer cannot be replaced by one made from its weight, or None if it can."""
     if not name:
         return "the model is this single layer: wrap it in nn.Sequential"
     if parametrize.is_parametrized(module):
         return "its weight is parametrized: remove the parametrization first"
-    if _weight_norm_hooked(module):
-        return "its weight is computed by a forward-pre hook: remove it first"
     if type(module) not in (*_CONVS.values(), nn.Linear):
         return f"{type(module).__name__} has no factorized form here"
+    if _weight_norm_hooked(module):
+        return "its weight is computed by a forward-pre hook: remove it first"
     if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
         return "MultiheadAttention reads this weight directly"
-    if getattr(module, "groups", 1) != 1:
-        return "a grouped convolution has no cross-channel rank"
     weight: Tensor = module.weight  # type: ignore[assignment]
     if id(weight) in shared:
         others = [other for other in shared[id(weight)] if other != f"{name}.weight"]
         return f"its weight is tied to {others[0]}"
-    if min(weight.shape[:2]) < 2:
-        return "a single channel has no rank to lower"
     return None
 
 
@@ -150,7 +192,20 @@ def factorized(
         part.weight.data = _in_layout_of(module.weight, part.weight.data)
     if module.bias is not None:
         parts[-1].bias = module.bias
+    _answer_for(new, module)
     return new.train(module.training)
+
+
+def _answer_for(new: nn.Sequential, dense: Factorizable) -> None:
+    """Let a model ask the row what it asks its dense layer: its geometry, and its type and device.
+
+    Models of transformers pad by ``conv.stride`` and cast inputs to ``projection.weight.dtype``.
+    The row's ``weight`` is its first child's own, and no parameter of the row.
+    """
+    for name in _GEOMETRY:
+        if hasattr(dense, name):
+            setattr(new, name, getattr(dense, name))
+    object.__setattr__(new, "weight", new[0].weight)
 
 
 def _in_layout_of(dense: Tensor, kernel: Tensor) -> Tensor:
