@@ -90,10 +90,10 @@ def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
         "loaded": "come back from their file bit by bit",
         "exported": f"are exported to ONNX, outputs within {settings['export']:g}",
     }
-    whole = not settings["networks"] or len(rows) == len(settings["networks"])
+    whole = len(cells) == len(settings["networks"] or ARCHITECTURES)
     return [
         claim(
-            f"Networks of {len(rows)} that {text}",
+            f"Of {len(rows)} networks that can be built here, {text}",
             sum("why" not in cell["values"][column] for cell in rows) if whole else None,
             ">=",
             len(rows),
