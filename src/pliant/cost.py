@@ -85,7 +85,9 @@ def cost(model: nn.Module, example: Example) -> Cost:
     """Measure parameters, multiply-accumulates and bytes of a network, on one sample.
 
     The model is run once in eval mode without gradients on the first row of `example`; its
-    flags, statistics, hooks and the random state are left as they were.
+    flags, statistics, hooks and the random state are left as they were. A class of layers that
+    owns parameters and makes no products with them (but by numbers, as batch norms do) may say
+    so by ``multiplies = False``; else it is named as uncounted.
 
     Args:
         model: any module; it is called with one sample on its own device.
@@ -176,6 +178,8 @@ _FORMULAS: tuple[tuple[tuple[type[nn.Module], ...], Formula], ...] = (
 
 
 def _formula(layer: nn.Module) -> Formula | None:
+    if getattr(type(layer), "multiplies", True) is False:
+        return _zero
     return next((formula for kinds, formula in _FORMULAS if isinstance(layer, kinds)), None)
 
 

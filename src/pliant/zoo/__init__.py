@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pliant.errors import ModelError
+from pliant.ops.genotype import DARTS_V2
+from pliant.zoo.darts import evaluation, supernet
 from pliant.zoo.lenet import LeNet5
 from pliant.zoo.resnet import ResNet18
 from pliant.zoo.resnet_cifar import CifarResNet
@@ -52,6 +54,8 @@ NETWORKS: dict[str, Network] = {
     "vgg19-bn": Network(partial(VGG, 19), _SMALL, 10),
     "resnet18-cifar": Network(partial(ResNet18, small=True), _SMALL, 10),
     "resnet18": Network(ResNet18, _LARGE, 1000),
+    "edarts-search": Network(supernet, _SMALL, 10),
+    "darts-v2": Network(partial(evaluation, DARTS_V2), _SMALL, 10),
 }
 
 

@@ -9,12 +9,23 @@ from typing import Any
 from torch import nn
 
 from pliant.errors import EditError
+from pliant.ops.edits.choose import Choose
 from pliant.ops.edits.edit import Edit, Replaced, layer_of
 from pliant.ops.edits.factor import Factor
 
-__all__ = ["EDITS", "Edit", "Factor", "Replaced", "from_json", "layer_of", "replay", "to_json"]
+__all__ = [
+    "EDITS",
+    "Choose",
+    "Edit",
+    "Factor",
+    "Replaced",
+    "from_json",
+    "layer_of",
+    "replay",
+    "to_json",
+]
 
-EDITS: dict[str, type] = {"factor": Factor}
+EDITS: dict[str, type] = {"choose": Choose, "factor": Factor}
 """The closed set of edits that a file may name."""
 
 

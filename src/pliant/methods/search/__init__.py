@@ -1,0 +1,1 @@
+"""Methods that search for the architecture itself."""
