@@ -13,6 +13,8 @@ from pliant.cost import call
 from pliant.data import IGNORED, Data, unpack
 from pliant.data.splits import Split
 from pliant.errors import DataError, ModelError
+from pliant.math.distill import divergence
+from pliant.ops.outputs import logits
 
 
 @dataclass(frozen=True)
@@ -99,23 +101,6 @@ def shapes(inputs: Any) -> str:
     )
 
 
-def logits(output: Any) -> Tensor:
-    """Take the class scores out of what a model gives.
-
-    Raises:
-        ModelError: there are none.
-    """
-    if isinstance(output, Tensor):
-        return output
-    found = output.get("logits") if isinstance(output, Mapping) else getattr(output, "logits", None)
-    if isinstance(found, Tensor):
-        return found
-    raise ModelError(
-        f"The model must give a tensor or something with logits, not {type(output).__name__}; "
-        "wrap it, or train it with your own loop."
-    )
-
-
 def task_loss(output: Any, labels: Any) -> Tensor:
     """Return the mean loss: cross-entropy for whole-number labels, squared error for others.
 
@@ -137,10 +122,7 @@ def task_loss(output: Any, labels: Any) -> Tensor:
 
 def distillation(output: Any, teacher: Any, temperature: float) -> Tensor:
     """Return the divergence from a teacher's softened classes (Hinton et al. 2015), times T^2."""
-    softened = (logits(output) / temperature).log_softmax(-1)
-    target = (logits(teacher) / temperature).log_softmax(-1)
-    gap = F.kl_div(softened, target, reduction="batchmean", log_target=True)
-    return gap * temperature**2
+    return divergence(logits(output), logits(teacher), temperature)
 
 
 def device_of(model: nn.Module) -> torch.device:

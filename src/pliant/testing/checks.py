@@ -224,7 +224,7 @@ class _Bench:
         good = list(toy.data().batches("train", PLAN.batch))
         bad = [(_spoilt(inputs), labels) for inputs, labels in good[1:]]
         run = begin(self.method, toy, self.budget).run
-        stale = Data([good[0], *bad] * 2, classes=toy.data().classes)
+        stale = Data([good[0], *bad], classes=toy.data().classes)
         _must_fail(lambda: fit(run, stale, PLAN), "training on data that are not finite")
         must(not (left := put_in(run.model)), f"after bad data this was left: {'; '.join(left)}")
         run = begin(self.method, toy, self.budget).run

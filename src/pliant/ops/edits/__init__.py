@@ -12,6 +12,7 @@ from pliant.errors import EditError
 from pliant.ops.edits.choose import Choose
 from pliant.ops.edits.edit import Edit, Replaced, layer_of
 from pliant.ops.edits.factor import Factor
+from pliant.ops.edits.swap import Swap
 
 __all__ = [
     "EDITS",
@@ -19,13 +20,14 @@ __all__ = [
     "Edit",
     "Factor",
     "Replaced",
+    "Swap",
     "from_json",
     "layer_of",
     "replay",
     "to_json",
 ]
 
-EDITS: dict[str, type] = {"choose": Choose, "factor": Factor}
+EDITS: dict[str, type] = {"choose": Choose, "factor": Factor, "swap": Swap}
 """The closed set of edits that a file may name."""
 
 

@@ -1,0 +1,1 @@
+"""Methods that learn from what a network says, besides the labels."""

@@ -1,0 +1,66 @@
+"""Knowledge distillation: the network also learns what it said before, or what its teacher says."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from pliant.data import unpack
+from pliant.errors import DataError, MethodError
+from pliant.math.distill import divergence
+from pliant.method import Method
+from pliant.ops.aside import Teacher, held
+from pliant.ops.outputs import logits
+from pliant.registry import Paper, register
+from pliant.run import Run
+
+
+@register(
+    "kd",
+    paper=Paper(
+        "Distilling the Knowledge in a Neural Network",
+        "G. Hinton, O. Vinyals, J. Dean",
+        "NIPS Deep Learning Workshop",
+        2014,
+        "https://arxiv.org/abs/1503.02531",
+    ),
+)
+@dataclass(frozen=True)
+class KD(Method):
+    """Learns from the softened classes of a frozen copy of the network as it was at the beginning.
+
+    It makes nothing smaller itself: in the same loop with a method that does,
+    ``together("energy", "kd")``, the teacher is the dense network. In a chain the teacher is the
+    network as the stage found it. `Train(distill=...)` is the same loss with the dense network
+    as teacher in every phase of a training, also in a fine-tuning after the method.
+
+    >>> KD(temperature=2.0).weight
+    0.5
+    """
+
+    weight: float = 0.5  # share of the loss that is the teacher's
+    temperature: float = 4.0  # T, by which scores are divided before they become probabilities
+
+    def prepare(self, run: Run) -> None:
+        """Freeze a copy."""
+        if not 0 <= self.weight <= 1 or self.temperature <= 0:
+            raise MethodError(
+                "kd: weight must lie in 0..1 and temperature above 0, not "
+                f"{self.weight} and {self.temperature}."
+            )
+        run.hook(Teacher(run.model))
+
+    def loss(self, run: Run, loss: Tensor, output: Any, batch: Any) -> Tensor:
+        """Mix the loss of the task with the divergence from the teacher."""
+        inputs, labels = unpack(batch)
+        if isinstance(labels, Tensor) and labels.is_floating_point():
+            raise DataError(
+                "kd compares probabilities of classes, but the labels are numbers with fractions: "
+                "leave it out of a regression."
+            )
+        scores = logits(output)
+        target = held(run.handles, run.path, Teacher).scores(inputs, scores.device)
+        gap = divergence(scores, target, self.temperature)
+        return (1 - self.weight) * loss + self.weight * gap

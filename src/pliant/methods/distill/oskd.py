@@ -1,0 +1,137 @@
+"""OSKD: samples of one class that look alike to the network teach one another while it trains."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from pliant.data import unpack
+from pliant.errors import DataError, MethodError, ModelError
+from pliant.math.distill import divergences, mean_where, neighbour_means
+from pliant.method import Method
+from pliant.ops.aside import Tap, held
+from pliant.ops.order import order
+from pliant.ops.outputs import logits
+from pliant.ops.select import weighted
+from pliant.registry import Paper, register
+from pliant.run import Run
+
+MOST = 10.0  # of the weight: beyond it the classes collapse
+
+
+@register(
+    "oskd",
+    paper=Paper(
+        "Efficient Online Subclass Knowledge Distillation for Image Classification",
+        "M. Tzelepi, N. Passalis, A. Tefas",
+        "ICPR",
+        2020,
+        "https://doi.org/10.1016/j.eswa.2021.115132",  # its extended version
+    ),
+)
+@dataclass(frozen=True)
+class OSKD(Method):
+    """Pulls every sample towards its nearest neighbours of the same class, while training.
+
+    Nearest samples of one class are taken for members of a subclass that has no label. The mean
+    of their outputs is a soft target beside the label: no teacher, no second network, no second
+    stage, and nothing changes at inference. A batch should hold four samples of a class or more.
+
+    *Departs from the paper*: the abstract names online subclass similarities as targets; that
+    they are means of the k nearest, and all numbers, are our reading. Neighbours are those of
+    the batch (of each process by itself); a memory of all samples is not kept.
+
+    >>> OSKD(neighbours=None).weight  # with all of a class it is a centre loss
+    0.1
+    """
+
+    weight: float = 0.1  # lambda, of the soft targets beside the loss of the task
+    neighbours: int | None = 5  # k, nearest samples of the class; None: all of them
+    look_at: Literal["logits", "features"] = "logits"  # features: what the last layer reads
+    measure: Literal["mse", "kl"] = "mse"  # distance to the target; "kl" is for logits
+    temperature: float = 4.0  # T, of "kl"
+    warmup: float = 0.1  # share of the training before it begins
+    ramp: float = 0.2  # share of the training in which it then rises to its weight
+
+    def prepare(self, run: Run) -> None:
+        """Find the last layer, if what it reads is looked at."""
+        self._check()
+        run.state.update(samples=0, paired=0)
+        if self.look_at == "features":
+            called = order(run.model, run.example, list(weighted(run.model))).called
+            if not called:
+                raise ModelError(
+                    'oskd: look_at="features" needs a last convolution or Linear, but the model '
+                    'calls none: use look_at="logits".'
+                )
+            run.hook(Tap(run.model.get_submodule(called[-1])))
+
+    def loss(self, run: Run, loss: Tensor, output: Any, batch: Any) -> Tensor:
+        """Add the mean distance to the means of the neighbours."""
+        weight = self.weight * self._share(run)
+        rows, labels = self._rows(run, output), unpack(batch)[1]
+        if not _classes(rows, labels):
+            raise DataError(
+                "oskd compares samples of one class: it needs one class number per sample, and "
+                f"rows (samples, numbers) to compare, not {tuple(rows.shape)}."
+            )
+        if not weight:
+            return loss
+        target, known = neighbour_means(rows, labels, self.neighbours)
+        run.state["samples"] += len(known)
+        run.state["paired"] += int(known.sum())
+        return loss + weight * mean_where(self._gaps(rows, target), known)
+
+    def after_epoch(self, run: Run) -> None:
+        """Note how many samples had a neighbour, and warn where most had none."""
+        samples, paired = run.state["samples"], run.state["paired"]
+        run.state.update(samples=0, paired=0)
+        if not samples:
+            return
+        run.note(paired=paired / samples)
+        if 2 * paired < samples:
+            warnings.warn(
+                f"oskd: only {paired} of {samples} samples had another one of their class in the "
+                "batch: use larger batches, or draw them class by class.",
+                stacklevel=2,
+            )
+
+    def _check(self) -> None:
+        probable = self.measure == "mse" or self.look_at == "logits"
+        fits = {
+            f"weight must lie in 0..{MOST:g}": 0 <= self.weight <= MOST,
+            "neighbours must be None or at least 1": self.neighbours is None or self.neighbours > 0,
+            "temperature must be above 0": self.temperature > 0,
+            "warmup and ramp must lie in 0..1": 0 <= self.warmup <= 1 and 0 <= self.ramp <= 1,
+            'measure="kl" needs look_at="logits"': probable,
+        }
+        for sentence, holds in fits.items():
+            if not holds:
+                raise MethodError(f"oskd: {sentence}; {self} came.")
+
+    def _share(self, run: Run) -> float:
+        """Return the share of the weight that holds now; all of it if the steps are not known."""
+        past = run.step / run.steps - self.warmup if run.steps else 1.0
+        if past < 0:
+            return 0.0
+        return min(1.0, past / self.ramp) if self.ramp else 1.0
+
+    def _rows(self, run: Run, output: Any) -> Tensor:
+        if self.look_at == "logits":
+            return logits(output)
+        return F.normalize(held(run.handles, run.path, Tap).take().flatten(1), dim=1)
+
+    def _gaps(self, rows: Tensor, target: Tensor) -> Tensor:
+        if self.measure == "kl":
+            return divergences(rows, target, self.temperature)
+        return (rows - target).square().mean(1)
+
+
+def _classes(rows: Tensor, labels: Any) -> bool:
+    """Say whether there is one class number per row."""
+    numbers = isinstance(labels, Tensor) and not labels.is_floating_point()
+    return numbers and rows.dim() == 2 and labels.shape == rows.shape[:1]

@@ -1,0 +1,1 @@
+"""Methods that put other layers into a network."""

@@ -1,0 +1,99 @@
+"""Norm loss: pulls the norm of every filter to one, in the place of weight decay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pliant.errors import MethodError
+from pliant.math.filters import filter_norms, norm_gap, scale_filters
+from pliant.method import Method
+from pliant.ops.decay import cancel_decay
+from pliant.ops.filters import filter_layout
+from pliant.ops.select import check_patterns, weighted
+from pliant.registry import Paper, register
+from pliant.run import Run
+
+MOST = 10.0  # of the weight: beyond it steps of usual length overshoot
+
+
+@register(
+    "norm_loss",
+    paper=Paper(
+        "Norm Loss: An Efficient yet Effective Regularization Method for Deep Neural Networks",
+        "T. Georgiou, S. Schmitt, T. Bäck, W. Chen, M. Lew",
+        "ICPR",
+        2020,
+        "https://arxiv.org/abs/2103.06583",
+    ),
+)
+@dataclass(frozen=True)
+class NormLoss(Method):
+    """Pulls the norm of every filter softly to one while training, in the place of weight decay.
+
+    The penalty is the sum over all filters of (1 - |w|)^2. Its gradient has no part along the
+    sphere: long filters shrink, short ones grow, none turns. Weights end near the oblique
+    manifold, where the learning rate alone says how far a step goes. Filters that are zero stay
+    zero. Afterwards all filters are equally long, so pruning by filter norm has nothing to go by:
+    use the scales of batch norms or activations.
+
+    *Departs from the paper*: the constants are ours, as is the decoupled form.
+
+    >>> NormLoss(weight=0.01, exclude=("linear",)).exclude
+    ('linear',)
+    """
+
+    weight: float = 1e-3  # lambda, of the penalty
+    decoupled: bool = False  # move weights after the optimizer's step, as AdamW decays them
+    replace_decay: bool = True  # take the optimizer's weight decay off the weights it covers
+    only: tuple[str, ...] = ()  # name patterns of the convolutions and linear layers to cover
+    exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone, e.g. the classifier
+
+    def prepare(self, run: Run) -> None:
+        """Check the options."""
+        if not 0 <= self.weight <= MOST:
+            raise MethodError(f"norm_loss: weight must lie in 0..{MOST:g}, not {self.weight}.")
+        check_patterns(run.model, (*self.only, *self.exclude))
+
+    def penalty(self, run: Run) -> Tensor | None:
+        """Return the weighted distance to the oblique manifold."""
+        gaps = [norm_gap(_norms(layer)) for layer in self._layers(run)]
+        return None if self.decoupled or not gaps else self.weight * torch.stack(gaps).sum()
+
+    def before_step(self, run: Run) -> None:
+        """Keep the optimizer's weight decay off the covered weights."""
+        if self.replace_decay:
+            cancel_decay(run.optimizer, [layer.weight for layer in self._layers(run)])
+
+    @torch.no_grad()
+    def after_step(self, run: Run) -> None:
+        """Move the weights themselves, in the decoupled form."""
+        if not self.decoupled:
+            return
+        rate = run.optimizer.param_groups[0]["lr"] if run.optimizer else 1.0
+        for layer in self._layers(run):
+            factor = 1 - 2 * rate * self.weight * (1 - 1 / _norms(layer))
+            scale_filters(layer.weight, factor, **filter_layout(layer))
+
+    @torch.no_grad()
+    def after_epoch(self, run: Run) -> None:
+        """Note mean and spread of the norms."""
+        found = [_norms(layer) for layer in self._layers(run)]
+        if found:
+            norms = torch.cat(found)
+            run.note(filter_norms=[float(norms.mean()), float(norms.std(correction=0))])
+
+    def _layers(self, run: Run) -> list[Any]:
+        """Return the covered layers that train a weight of their own, each weight once."""
+        chosen: dict[int, Any] = {}
+        for layer in weighted(run.model, self.only, self.exclude).values():
+            if isinstance(layer.weight, nn.Parameter) and layer.weight.requires_grad:
+                chosen.setdefault(id(layer.weight), layer)
+        return list(chosen.values())
+
+
+def _norms(layer: Any) -> Tensor:
+    return filter_norms(layer.weight, **filter_layout(layer))
