@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from pliant.ops.edits import Replaced
@@ -12,9 +13,13 @@ def carry(optimizer: Optimizer, replaced: Replaced) -> None:
 
     The new parameters join the group of the parameter they replace, with its learning rate and
     weight decay. SGD's momentum is linear in the gradient, so it is carried over by the chain
-    rule; adaptive state (Adam's squares) is not, so those parameters start afresh.
+    rule; adaptive state (Adam's squares) is not, so those parameters start afresh. Where a
+    parameter lost some of its rows, all of its state loses the same ones and nothing else changes.
     Groups and state are changed in place: schedulers and wrappers keep seeing them.
     """
+    if replaced.cuts:
+        _cut(optimizer, replaced)
+        return
     gone = {id(parameter) for parameter in replaced.removed}
     for group in optimizer.param_groups:
         places = [i for i, parameter in enumerate(group["params"]) if id(parameter) in gone]
@@ -29,3 +34,18 @@ def carry(optimizer: Optimizer, replaced: Replaced) -> None:
             carried = replaced.project(momentum)
             for parameter, value in zip(replaced.added, carried, strict=True):
                 optimizer.state[parameter]["momentum_buffer"] = value.to(parameter.dtype)
+
+
+def _cut(optimizer: Optimizer, replaced: Replaced) -> None:
+    """Put every parameter where the larger one was, with the part of its state that it keeps."""
+    rows = zip(replaced.removed, replaced.added, replaced.cuts, strict=True)
+    for old, new, cut in rows:
+        for group in optimizer.param_groups:
+            group["params"][:] = [new if p is old else p for p in group["params"]]
+        if old not in optimizer.state:
+            continue
+        state = optimizer.state.pop(old)
+        optimizer.state[new] = {
+            key: cut(value) if isinstance(value, Tensor) and value.shape == old.shape else value
+            for key, value in state.items()
+        }

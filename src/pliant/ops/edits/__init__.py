@@ -12,6 +12,7 @@ from pliant.errors import EditError
 from pliant.ops.edits.choose import Choose
 from pliant.ops.edits.edit import Edit, Replaced, layer_of
 from pliant.ops.edits.factor import Factor
+from pliant.ops.edits.prune import Prune
 from pliant.ops.edits.swap import Swap
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Choose",
     "Edit",
     "Factor",
+    "Prune",
     "Replaced",
     "Swap",
     "from_json",
@@ -27,7 +29,7 @@ __all__ = [
     "to_json",
 ]
 
-EDITS: dict[str, type] = {"choose": Choose, "factor": Factor, "swap": Swap}
+EDITS: dict[str, type] = {"choose": Choose, "factor": Factor, "prune": Prune, "swap": Swap}
 """The closed set of edits that a file may name."""
 
 

@@ -21,11 +21,14 @@ class Replaced:
         added: parameters that take their place.
         project: carries a quantity linear in the gradient of ``removed[0]`` (momentum) over to
             ``added``, by the chain rule; None where nothing can be carried.
+        cuts: where each of ``added`` is a part of the parameter of ``removed`` at the same place,
+            what takes this part out of a tensor of the old shape; all state is carried then.
     """
 
     removed: tuple[nn.Parameter, ...] = ()
     added: tuple[nn.Parameter, ...] = ()
     project: Callable[[Tensor], list[Tensor]] | None = None
+    cuts: tuple[Callable[[Tensor], Tensor], ...] = ()
 
 
 @runtime_checkable

@@ -1,0 +1,58 @@
+"""Random pruning: channels leave by lot, the baseline that any score must beat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pliant.method import Method
+from pliant.ops.channels import Scope, random_scores
+from pliant.prune import Rounds, cut_in_rounds
+from pliant.registry import Paper, register
+from pliant.run import Run
+
+
+@register(
+    "random",
+    paper=Paper(
+        "Recovering from Random Pruning: On the Plasticity of Deep Convolutional Neural Networks",
+        "D. Mittal, S. Bhardwaj, M. M. Khapra, B. Ravindran",
+        "WACV",
+        2018,
+        "https://arxiv.org/abs/1801.10447",
+    ),
+    saves="params macs bytes latency",
+)
+@dataclass(frozen=True)
+class Random(Method):
+    """Removes channels by lot, with all that belongs to them; the rest of the training repairs.
+
+    >>> Random(share=0.3).scope
+    'local'
+    """
+
+    share: float = 0.5  # of the channels that leaves, if there is no budget
+    scope: Scope = "local"  # the same share of every layer, or any of the network
+    least: float = 0.1  # share of the channels of a layer that stays in any case
+    rounds: int = 1  # cuts; several are spread over the training
+    during: float = 0.5  # share of the training in which they are made
+    only: tuple[str, ...] = ()  # name patterns of the layers to consider
+    exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone
+
+    def prepare(self, run: Run) -> None:
+        self._cut(run)
+
+    def after_step(self, run: Run) -> None:
+        self._cut(run)
+
+    def finalize(self, run: Run) -> None:
+        self._cut(run, last=True)
+
+    def _cut(self, run: Run, *, last: bool = False) -> None:
+        cut_in_rounds(
+            run,
+            lambda run, group: random_scores(group, run.generator),
+            Rounds(self.share, self.scope, self.least, self.rounds, self.during),
+            only=self.only,
+            exclude=self.exclude,
+            last=last,
+        )

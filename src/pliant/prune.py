@@ -1,0 +1,267 @@
+"""What channel-pruning methods share: choose groups, plan for the budget, cut, mend the norms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pliant.budget import Limits
+from pliant.cost import Cost, Example, cost, layer_costs
+from pliant.errors import BudgetError, MethodError, ModelError
+from pliant.ops.batchnorm import absorb, recalibrate
+from pliant.ops.channels import (
+    Place,
+    Scope,
+    Scores,
+    after,
+    fewest,
+    floors_of,
+    leaving,
+    ranking,
+    up_to,
+)
+from pliant.ops.cutting import cuttable, edits_of, prove
+from pliant.ops.edits import Prune
+from pliant.ops.graph import Group
+from pliant.ops.layers import readable
+from pliant.run import Run
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How many channels leave, and when.
+
+    Args:
+        share: of the channels that leaves, without a budget.
+        scope: how channels are ranked.
+        least: share of each group that stays in any case.
+        rounds: number of cuts.
+        during: share of the training over which they are spread; the first is at once.
+    """
+
+    share: float
+    scope: Scope
+    least: float
+    rounds: int
+    during: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.share < 1:
+            raise MethodError(f"The share of channels to remove lies in 0..1, not {self.share}.")
+        if not 0 <= self.least <= 1:
+            raise MethodError(f"least is a share of the channels in 0..1, not {self.least}.")
+        if not 1 <= self.rounds <= MOST_ROUNDS:
+            raise MethodError(f"rounds must lie in 1..{MOST_ROUNDS}, not {self.rounds}.")
+        if not 0 <= self.during <= 1:
+            raise MethodError(f"during is a share of the training in 0..1, not {self.during}.")
+
+    def due(self, progress: float) -> int:
+        """Return how many cuts are to be made when this share of the training is over."""
+        if progress >= self.during:
+            return self.rounds
+        return min(self.rounds, 1 + int(progress * self.rounds / self.during + 1e-9))
+
+    def step_share(self, done: int, *, final: bool) -> float:
+        """Return the share of the channels left after so many cuts that the next one removes."""
+        left = 1 - self.share * done / self.rounds
+        after = 1 - self.share * (1 if final else (done + 1) / self.rounds)
+        return 1 - after / left
+
+
+MOST_ROUNDS = 8  # each adds edits to the file
+BATCH = 256  # samples per batch that norms are mended with
+SETTLING = 2048  # samples from which batch norms are re-estimated
+
+
+def subjects(run: Run, only: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[Group]:
+    """Return the groups of channels that may leave, and record why others may not.
+
+    A group is left out if one of the layers that make its channels is not to be touched.
+
+    Raises:
+        ModelError: there are none.
+        MethodError: a name pattern matches no layer.
+    """
+    chosen, unwanted = readable(run.model, only=only, exclude=exclude)
+    groups, reasons = cuttable(run.model, run.example)
+    good = [g for g in groups if all(layer in chosen for layer, _ in g.makers)]
+    for group in groups:
+        for layer, side in group.slots if group not in good else ():
+            if side != "in":
+                reasons[layer] = next(unwanted[n] for n, _ in group.makers if n in unwanted)
+    touched = {layer for group in good for layer, _ in group.slots}
+    for layer, reason in reasons.items():
+        if layer not in touched:
+            run.keep(layer, reason)
+    if not good:
+        why = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
+        raise ModelError(
+            "The model has no channels that can be removed: it needs two layers in a row, of "
+            f"which the first may be narrower ({why or 'it has no layers with channels'})."
+        )
+    return good
+
+
+def plan(
+    run: Run,
+    groups: Sequence[Group],
+    scores: Scores,
+    scope: Scope,
+    share: float,
+    *,
+    floors: Mapping[str, int] | None = None,
+    limits: Limits | None = None,
+) -> list[Prune]:
+    """Plan a cut: the least worth leave, as few as the budget allows, or a share without one.
+
+    Args:
+        run: its model and budget.
+        groups: of channels that may leave.
+        scores: of their units.
+        scope: how they are ranked.
+        share: of the channels that leaves, if there is no budget.
+        floors: how many units of a group stay at least.
+        limits: instead of the run's.
+
+    Raises:
+        BudgetError: the budget cannot be met; the message names what is reachable.
+    """
+    places = ranking(scores, scope, floors)
+    limits = run.limits() if limits is None else limits
+    chosen = within(run, groups, places, limits) if limits else up_to(places, share)
+    return edits_of(run.model, groups, leaving(chosen))
+
+
+def within(
+    run: Run, groups: Sequence[Group], places: Sequence[Place], limits: Limits
+) -> list[Place]:
+    """Return the fewest of the first places whose leaving meets limits, counted exactly.
+
+    Raises:
+        BudgetError: even without all of them a limit is missed.
+    """
+    now, rows = cost(run.model, run.example), layer_costs(run.model, run.example)
+
+    def without(gone: Sequence[Place]) -> Cost:
+        return after(now, rows, edits_of(run.model, groups, leaving(gone)))
+
+    chosen = fewest(places, without, limits)
+    if chosen is None:
+        least = without(places)
+        named = " and ".join(
+            f"{axis}={bound:,.0f} (the least reachable is {getattr(least, axis):,})"
+            for axis, bound in limits.items()
+            if getattr(least, axis) > bound
+        )
+        raise BudgetError(
+            f"The budget {named} cannot be met by the channels that may leave: allow more, lower "
+            "the floor of the layers, or let the method touch more of them."
+        )
+    return chosen
+
+
+def uniform_share(run: Run, groups: Sequence[Group], share: float, *, least: float) -> float:
+    """Return the one share of the units of every group that meets the budget, or ``share``.
+
+    Which units leave makes no difference to the cost, so it can be known before they are chosen.
+
+    Raises:
+        BudgetError: the budget cannot be met.
+    """
+    limits = run.limits()
+    if not limits:
+        return share
+    scores = {group.name: torch.zeros(len(group.units)) for group in groups}
+    chosen = within(run, groups, ranking(scores, "local", floors_of(groups, least)), limits)
+    return chosen[-1].level if chosen else 0.0
+
+
+def cut_in_rounds(
+    run: Run,
+    score: Callable[[Run, Group], Tensor],
+    asked: Rounds,
+    *,
+    only: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    last: bool = False,
+) -> None:
+    """Make the cuts that are due: at once, or in rounds between which the network trains.
+
+    Each round goes an equal part of the way, in cost where there is a budget and in channels
+    otherwise. Groups and scores are those of the network as it is then.
+
+    Args:
+        run: keeps in its state how many rounds were made.
+        score: what the units of a group are worth.
+        asked: how much leaves, and when.
+        only: name patterns of the layers to consider.
+        exclude: name patterns of the layers to leave alone.
+        last: no training follows, so go all the way now.
+    """
+    due = asked.rounds if last or not run.steps else asked.due(run.step / run.steps)
+    while run.state.setdefault("rounds", 0) < due:
+        done = run.state["rounds"]
+        final = last or not run.steps or done + 1 == asked.rounds
+        groups = subjects(run, only, exclude)
+        floors = run.state.setdefault("floors", floors_of(groups, asked.least))
+        scores = {group.name: score(run, group) for group in groups}
+        share = asked.step_share(done, final=final)
+        limits = _on_the_way(run, 1.0 if final else 1 / (asked.rounds - done))
+        edits = plan(run, groups, scores, asked.scope, share, floors=floors, limits=limits)
+        cut(run, edits, mend=final)
+        run.state["rounds"] = asked.rounds if final else done + 1
+        _keep_whole(run, groups, edits)
+
+
+def _on_the_way(run: Run, part: float) -> dict[str, float]:
+    """The limits of the run, or bounds a part of the way from here to them."""
+    now = cost(run.model, run.example)
+    return {
+        axis: bound + max(0.0, getattr(now, axis) - bound) * (1 - part)
+        for axis, bound in run.limits().items()
+    }
+
+
+def _keep_whole(run: Run, groups: Sequence[Group], edits: Sequence[Prune]) -> None:
+    changed = {edit.layer for edit in (*run.edits, *edits)}
+    for group in groups:
+        for layer, _ in group.slots:
+            if layer not in changed:
+                run.keep(layer, "its channels are worth more than others")
+
+
+def cut(run: Run, edits: Sequence[Prune], *, mend: bool = True) -> None:
+    """Remove channels from the network, once it is proven that it runs without them.
+
+    Args:
+        run: its model is changed, its optimizer keeps the state of all that stays.
+        edits: a plan.
+        mend: afterwards put what the channels gave on average into the biases of the layers
+            that read them, and re-estimate batch norms, where there is data.
+
+    Raises:
+        EditError: the network does not run without these channels.
+    """
+    if not edits:
+        return
+    prove(run.model, run.example, edits)
+    known = mend and run.data is not None and run.data.has("train")
+    if known:
+        absorb(run.model, {e.layer: e.removed() for e in edits if e.side == "in"}, _inputs(run, 1))
+    run.apply(*edits)
+    if known:
+        recalibrate(run.model, _inputs(run, SETTLING // BATCH))
+
+
+def _inputs(run: Run, batches: int) -> Iterator[Example]:
+    """Training inputs, on the device of the network."""
+    device = next(run.model.parameters()).device
+    assert run.data is not None
+    for example in run.data.calibration(batches * BATCH, batch=BATCH, seed=run.seed + 1):
+        if isinstance(example, Mapping):
+            yield {name: value.to(device) for name, value in example.items()}
+        else:
+            yield tuple(value.to(device) for value in example)
