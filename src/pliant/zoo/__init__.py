@@ -53,6 +53,7 @@ NETWORKS: dict[str, Network] = {
     "vgg16-bn-half": Network(partial(VGG, 16, width=0.5), _SMALL, 10),
     "vgg19-bn": Network(partial(VGG, 19), _SMALL, 10),
     "resnet18-cifar": Network(partial(ResNet18, small=True), _SMALL, 10),
+    "resnet18-cifar-half": Network(partial(ResNet18, small=True, width=0.5), _SMALL, 10),
     "resnet18": Network(ResNet18, _LARGE, 1000),
     "edarts-search": Network(supernet, _SMALL, 10),
     "darts-v2": Network(partial(evaluation, DARTS_V2), _SMALL, 10),
