@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ class LayerCost:
 
     Attributes:
         kind: name of the layer's class, parametrizations taken off.
-        params: numbers in its parameters, frozen ones included.
+        params: numbers in its parameters, frozen and packed ones included.
         macs: multiply-accumulates for one sample, all calls together.
         bytes: its parameters and saved buffers at their own dtype.
         weight: shape of its weight, () if it has none or several.
@@ -60,6 +60,18 @@ class LayerCost:
             output=other.output,
             calls=max(self.calls, other.calls),
         )
+
+
+@runtime_checkable
+class Packed(Protocol):
+    """A layer that keeps its weight in buffers, as packed integers: it counts itself."""
+
+    @property
+    def numbers(self) -> int:
+        """How many parameters it stands for, besides those it owns as parameters."""
+
+    def macs(self, inputs: list[Tensor], outputs: list[Tensor]) -> int:
+        """Count the multiply-accumulates of one call."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +110,7 @@ def cost(model: nn.Module, example: Example) -> Cost:
     """
     layers, uncounted = _measure(model, example)
     return Cost(
-        params=sum(p.numel() for p in model.parameters()),
+        params=_numbers(model.modules()),
         macs=sum(layer.macs for layer in layers.values()),
         bytes=sum(t.numel() * t.element_size() for t in _saved(model.modules())),
         uncounted=uncounted,
@@ -155,6 +167,10 @@ def _recurrent(layer: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
     return steps * sum(p.numel() for n, p in layer.named_parameters() if n.startswith("weight"))
 
 
+def _own_count(layer: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
+    return int(layer.macs(inputs, outputs))
+
+
 def _zero(layer: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
     return 0
 
@@ -180,6 +196,8 @@ _FORMULAS: tuple[tuple[tuple[type[nn.Module], ...], Formula], ...] = (
 def _formula(layer: nn.Module) -> Formula | None:
     if getattr(type(layer), "multiplies", True) is False:
         return _zero
+    if isinstance(layer, Packed):
+        return _own_count
     return next((formula for kinds, formula in _FORMULAS if isinstance(layer, kinds)), None)
 
 
@@ -292,7 +310,7 @@ def _row(layer: nn.Module, seen: _Seen) -> LayerCost:
     owned, weight = list(_subtree(layer)), getattr(layer, "weight", None)
     return LayerCost(
         kind=parametrize.type_before_parametrizations(layer).__name__,
-        params=sum(p.numel() for p in _unique(_own(owned))),
+        params=_numbers(owned),
         macs=seen.macs,
         bytes=sum(t.numel() * t.element_size() for t in _saved(owned)),
         weight=tuple(weight.shape) if isinstance(weight, Tensor) else (),
@@ -329,7 +347,7 @@ def _uncompiled() -> AbstractContextManager[Any]:
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules that own parameters; what belongs to a parametrized or fused layer is inside it."""
     for name, module in _modules(model):
-        if any(True for part in _subtree(module) for _ in part.parameters(recurse=False)):
+        if isinstance(module, Packed) or any(True for _ in _own(_subtree(module))):
             yield name, module
 
 
@@ -353,6 +371,13 @@ def _subtree(layer: nn.Module) -> Iterator[nn.Module]:
         parts = layer.parametrizations
         assert isinstance(parts, nn.Module)
         yield from parts.modules()
+
+
+def _numbers(modules: Iterable[nn.Module]) -> int:
+    """Count parameters, each once, and what packed layers stand for."""
+    owners = list(modules)
+    packed = sum(owner.numbers for owner in owners if isinstance(owner, Packed))
+    return packed + sum(p.numel() for p in _unique(_own(owners)))
 
 
 def _own(modules: Iterable[nn.Module]) -> Iterator[Tensor]:

@@ -22,9 +22,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from pliant.cost import Example, call
 from pliant.errors import ArtifactError, ModelError, OutputError, require
+from pliant.ops.coded import decoded
+from pliant.ops.qdq import deployable
 
 ONE_FILE = 2 * 1000**3  # bytes; protobuf ends at 2 GiB, so larger weights lie beside the graph
 BATCHES = (1, 3)  # sizes to compare at: none is the size that is traced
+ROUNDED = 0.05  # of the largest output: where activations are rounded, runtimes break ties apart
 
 
 @dataclass(frozen=True)
@@ -55,6 +58,8 @@ def to_onnx(
     """Write a network as ONNX with any batch size, and compare it with onnxruntime.
 
     The network is exported in eval mode from a copy on the CPU; the given one stays as it is.
+    Quantized layers are written with QuantizeLinear and DequantizeLinear, so that a runtime can
+    compute them in integers.
 
     Args:
         model: plain modules only.
@@ -62,7 +67,9 @@ def to_onnx(
         example: inputs of one forward call: a tuple, or a mapping of keyword arguments. The
             first axis of every tensor that is as long as the first tensor's is the batch.
         opset: version of the operators; PyTorch's choice if None.
-        tolerance: largest absolute difference of outputs that is accepted.
+        tolerance: largest absolute difference of outputs that is accepted; at least a twentieth
+            of the largest output where activations are rounded: a number between two levels may
+            fall to either side.
 
     Raises:
         MissingExtraError: onnx, onnxscript or onnxruntime are not installed.
@@ -74,9 +81,12 @@ def to_onnx(
         require(module, "onnx")
     path, (network, batch) = Path(path), _prepared(model, example)
     args, kwargs = ((), dict(batch)) if isinstance(batch, Mapping) else (batch, None)
+    traced = copy.deepcopy(network)
+    if deployable(traced):
+        tolerance = max(tolerance, ROUNDED * _largest(_outputs(network, batch)))
     with _exporting(model, "ONNX"), _quiet():
         program = torch.onnx.export(
-            network,
+            traced,
             args,
             kwargs=kwargs,
             dynamic_shapes=_dynamic(batch),
@@ -91,7 +101,7 @@ def to_onnx(
             f"{type(model).__name__} was asked for in opset {opset}, but PyTorch can only write "
             f"{written_for}: leave opset out, or take a newer one."
         )
-    size = sum(t.nbytes for t in (*network.parameters(), *network.buffers()))
+    size = sum(t.nbytes for t in (*traced.parameters(), *traced.buffers()))
     with _into(path) as temporary:
         with _quiet():
             program.save(temporary, external_data=size >= ONE_FILE)
@@ -144,7 +154,7 @@ def _prepared(model: nn.Module, example: Example) -> tuple[nn.Module, Any]:
     """Copy the network and make a batch of two that it runs on: ones are often special."""
     name, batch = type(model).__name__, _resized(example, 2)
     try:
-        network = copy.deepcopy(model).cpu().eval()
+        network = copy.deepcopy(decoded(model)).cpu().eval()
     except Exception as error:  # a model's own attributes may refuse to be copied in any way
         raise ModelError(
             f"{name} must be copied before it is exported, and cannot ({_first_line(error)}): "
@@ -292,6 +302,10 @@ def _feed(names: list[str], inputs: Any) -> dict[str, Any]:
 def _outputs(network: Any, inputs: Any) -> list[Tensor]:
     with torch.no_grad():
         return [leaf for leaf in tree_leaves(call(network, inputs)) if isinstance(leaf, Tensor)]
+
+
+def _largest(outputs: list[Tensor]) -> float:
+    return max((float(output.abs().max()) for output in outputs if output.numel()), default=0.0)
 
 
 def _difference(wanted: Any, found: Any) -> float:

@@ -12,7 +12,8 @@ from pliant.errors import EditError
 from pliant.ops.edits.choose import Choose
 from pliant.ops.edits.edit import Edit, Replaced, layer_of
 from pliant.ops.edits.factor import Factor
-from pliant.ops.edits.prune import Prune
+from pliant.ops.edits.fold import Fold
+from pliant.ops.edits.quantize import Quantize
 from pliant.ops.edits.swap import Swap
 
 __all__ = [
@@ -20,7 +21,8 @@ __all__ = [
     "Choose",
     "Edit",
     "Factor",
-    "Prune",
+    "Fold",
+    "Quantize",
     "Replaced",
     "Swap",
     "from_json",
@@ -29,7 +31,13 @@ __all__ = [
     "to_json",
 ]
 
-EDITS: dict[str, type] = {"choose": Choose, "factor": Factor, "prune": Prune, "swap": Swap}
+EDITS: dict[str, type] = {
+    "choose": Choose,
+    "factor": Factor,
+    "fold": Fold,
+    "quantize": Quantize,
+    "swap": Swap,
+}
 """The closed set of edits that a file may name."""
 
 

@@ -1,0 +1,278 @@
+"""GWQ-2KD: one scale per group of channels, then distillation on a few unlabelled samples."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from pliant.budget import Option
+from pliant.cost import Example, layer_costs
+from pliant.data import unpack
+from pliant.errors import DataError, MethodError, ModelError
+from pliant.math.quantize import Grouping, best_scales, grouping, rounded
+from pliant.method import Method
+from pliant.ops.blocks import blocks
+from pliant.ops.calibrate import Flow, observe, output_errors, unread
+from pliant.ops.edits import Quantize, replay
+from pliant.ops.edits.quantize import LEAST, MOST
+from pliant.ops.fold import foldable
+from pliant.ops.layers import Factorizable, readable
+from pliant.ops.quantized import Values
+from pliant.ops.tuning import Outputs, Rates, Tunable, correct, independent, joint, tunable
+from pliant.registry import Paper, register
+from pliant.run import Run
+
+CHOICES = (8, 4, 3, 2)  # bits among which a budget chooses
+LONGEST = 100_000  # steps of one stage
+SLOWER = 0.1  # learning rates of the second stage, in units of the first's
+
+
+@register(
+    "groupwise_ptq",
+    paper=Paper(
+        "GWQ-2KD: Towards Low-Bit Quantization of Deep Neural Networks with Limited Data",
+        "Y. Yuan, C. Chen, X. Hu, S. Peng",
+        "ICPR",
+        2020,
+        "https://doi.org/10.1109/ICPR48806.2021.9412678",
+    ),
+    saves="bytes",
+)
+@dataclass(frozen=True)
+class GroupwisePTQ(Method):
+    """Rounds weights and activations to a few bits, with one scale per group of channels.
+
+    Batch norms are folded. Then a few training inputs, without labels, show the ranges of
+    activations, and the rounded network learns to say what the dense one says: every block on
+    its own first, then all of them together. It happens after the training, if there is one.
+    With a budget every layer gets 8, 4, 3 or 2 bits, so that outputs of layers change least.
+
+    *Departs from the paper*: its abstract names groups and stages, and no formula; quantizers,
+    losses and learning rates are the usual ones of block reconstruction.
+
+    >>> GroupwisePTQ(bits=8, activations=8).groups
+    4
+    """
+
+    bits: int = 4  # b_w, of a weight: 2 to 8; a budget chooses them by layer
+    activations: int = 4  # b_a, of what layers read: 2 to 8; 0 leaves it in floating point
+    ends: int = 8  # bits of both in the first and the last layer
+    groups: int = 4  # G, scales of a layer: 1 is per layer; 0 is one for every channel
+    grouping: Grouping = "range"  # which channels share one
+    samples: int = 256  # N_cal, training inputs to look at
+    independent: int = 200  # steps of stage 1, in which blocks learn by themselves
+    joint: int = 200  # steps of stage 2, in which they learn together
+    batch: int = 32  # samples of a step
+    lr: float = 1e-4  # of weights in stage 1; a tenth of it in stage 2
+    scale_lr: float = 1e-3  # of scales, likewise
+    features: float = 1.0  # mu, weight of each block's error in stage 2
+    answers: float = 1.0  # nu, weight of the divergence from the dense answer
+    temperature: float = 4.0  # T, softens answers
+    outputs: Outputs = "classes"  # whether answers are compared by KL or by squared error
+    correct: bool = True  # shift biases by the mean error before the stages
+    integer: bool = False  # round sums' inputs too, to 8 bits, for runtimes of integers
+    only: tuple[str, ...] = ()  # name patterns of the layers to consider
+    exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone
+
+    def prepare(self, run: Run) -> None:
+        """Refuse what cannot work; a budget is tried on a copy, by weights alone."""
+        self._check()
+        if self.activations and not _has_data(run):
+            raise MethodError(
+                "groupwise_ptq needs inputs to find the ranges of activations, but there are "
+                "none: pass data, or round weights only with activations=0."
+            )
+        folded = replace(run, model=copy.deepcopy(run.model), reasons={})
+        replay(folded.model, foldable(folded.model, run.example))
+        self._plan(folded, [])
+
+    def finalize(self, run: Run) -> None:
+        """Fold, choose bits, calibrate, distil, and pack."""
+        run.apply(*foldable(run.model, run.example))
+        look = self._look(run) if _has_data(run) else []
+        plan = self._plan(run, look)
+        teacher = copy.deepcopy(run.model).eval().requires_grad_(False)
+        flows = observe(teacher, plan, look) if look else {}
+        begun = {name: self._values(teacher, edit, flows.get(name)) for name, edit in plan.items()}
+        if look:
+            begun = self._distilled(run, teacher, plan, begun, look)
+        run.apply(*(replace(edit, values=begun[name]) for name, edit in plan.items()))
+
+    def _distilled(
+        self,
+        run: Run,
+        teacher: Any,
+        plan: Mapping[str, Quantize],
+        begun: Mapping[str, Values],
+        look: Sequence[Example],
+    ) -> dict[str, Values]:
+        student = copy.deepcopy(teacher)
+        tunable(student, {name: (edit.written, begun[name]) for name, edit in plan.items()})
+        if self.correct:
+            correct(teacher, student, look)
+        parts, batches = blocks(teacher, plan, run.example), self._stream(run)
+        rates = Rates(self.lr, self.scale_lr)
+        errors = independent(
+            teacher, student, parts, batches, steps=self.independent, rates=rates, check=look
+        )
+        run.note(stage="independent", errors={name: list(pair) for name, pair in errors.items()})
+        total = joint(
+            teacher,
+            student,
+            parts,
+            batches,
+            steps=self.joint,
+            rates=Rates(SLOWER * self.lr, SLOWER * self.scale_lr),
+            features=self.features,
+            answers=self.answers,
+            temperature=self.temperature,
+            outputs=self.outputs,
+        )
+        run.note(stage="joint", losses=[total[0], total[-1]] if total else [])
+        found = {name: student.get_submodule(name) for name in plan}
+        return {name: part.values() for name, part in found.items() if isinstance(part, Tunable)}
+
+    def _plan(self, run: Run, look: Sequence[Example]) -> dict[str, Quantize]:
+        """Choose how each layer is written, and record why others are left alone."""
+        layers, reasons = readable(run.model, only=self.only, exclude=self.exclude)
+        costs = layer_costs(run.model, run.example)
+        order = list(observe(run.model, layers, [run.example]))
+        reasons |= {name: "never called in a forward pass" for name in layers if name not in order}
+        rounds = set(unread(run.model, order, run.example)[:-1]) if self.integer else set()
+        rows: dict[str, list[Quantize]] = {}
+        for name in order:
+            edits = self._edits(run, name, layers[name], order, rounds)
+            rows[name] = [e for e in edits if e.predict(costs[name]).bytes < costs[name].bytes]
+            if not rows[name]:
+                del rows[name]
+                reasons[name] = "packed it would take more bytes"
+        for name, reason in reasons.items():
+            run.keep(name, reason)
+        if not rows:
+            why = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
+            raise ModelError(
+                "The model has no layer to quantize: it needs a Conv1d/2d/3d or a "
+                f"Linear{f' ({why})' if why else ''}."
+            )
+        if not run.limits():
+            return {name: edits[0] for name, edits in rows.items()}
+        scores = self._scores(run, layers, rows, look)
+        options = {
+            name: [Option(scores[name][e.bits], e.predict(costs[name]), e) for e in edits]
+            for name, edits in rows.items()
+        }
+        return {edit.layer: edit for edit in run.allocate(options, rule="sum")}  # type: ignore[misc]
+
+    def _edits(
+        self, run: Run, name: str, layer: Factorizable, order: Sequence[str], rounds: set[str]
+    ) -> list[Quantize]:
+        end, channels = name in (order[0], order[-1]), len(layer.weight)
+        groups = min(self.groups or channels, channels)
+        indexed = self.grouping != "contiguous" and 1 < groups < channels
+        wanted = CHOICES if run.limits() else (self.bits,)
+        activations = self.activations and (self.ends if end else self.activations)
+        outputs = MOST if name in rounds else 0
+        return [
+            Quantize(name, bits, groups, indexed, activations, outputs)
+            for bits in ((self.ends,) if end else wanted)
+        ]
+
+    def _scores(
+        self,
+        run: Run,
+        layers: Mapping[str, Factorizable],
+        rows: Mapping[str, Sequence[Quantize]],
+        look: Sequence[Example],
+    ) -> dict[str, dict[int, float]]:
+        """What each choice of bits does to a layer's output; without inputs, to its weight."""
+        tried = {name: {e.bits: self._rounded(run, e) for e in rows[name]} for name in rows}
+        if look:
+            return output_errors(run.model, {n: layers[n] for n in rows}, tried, look[0])
+        return {
+            name: {bits: _distance(layers[name].weight, weight) for bits, weight in row.items()}
+            for name, row in tried.items()
+        }
+
+    def _rounded(self, run: Run, edit: Quantize) -> Tensor:
+        values = self._values(run.model, edit, None)
+        return rounded(values.weight, values.scales[values.index], edit.bits)
+
+    def _values(self, model: Any, edit: Quantize, flow: Flow | None) -> Values:
+        layer = model.get_submodule(edit.layer)
+        index = grouping(layer.weight, edit.groups, self.grouping)
+        scales = best_scales(layer.weight, index, edit.bits)
+        return Values(
+            layer.weight.detach(),
+            scales,
+            index,
+            None if layer.bias is None else layer.bias.detach(),
+            flow.input.range(edit.inputs) if flow and edit.inputs else None,
+            flow.output.range(edit.outputs) if flow and edit.outputs else None,
+        )
+
+    def _look(self, run: Run) -> list[Example]:
+        """One pass over the samples."""
+        assert run.data is not None
+        samples = min(self.samples, run.data.size("train") or self.samples)
+        return list(itertools.islice(self._stream(run), math.ceil(samples / self.batch)))
+
+    def _stream(self, run: Run) -> Iterator[Example]:
+        return _stream(run, self.samples, self.batch)
+
+    def _check(self) -> None:
+        asked = [
+            ("bits", LEAST <= self.bits <= MOST, "from 2 to 8"),
+            ("ends", LEAST <= self.ends <= MOST, "from 2 to 8"),
+            ("activations", self.activations in (0, *range(LEAST, MOST + 1)), "0, or from 2 to 8"),
+            ("groups", self.groups >= 0, "0 or more"),
+            ("samples", self.samples >= 1, "1 or more"),
+            ("batch", self.batch >= 1, "1 or more"),
+            ("independent", 0 <= self.independent <= LONGEST, f"from 0 to {LONGEST:,}"),
+            ("joint", 0 <= self.joint <= LONGEST, f"from 0 to {LONGEST:,}"),
+            ("lr", 0 <= self.lr <= 1, "from 0 to 1"),
+            ("scale_lr", 0 <= self.scale_lr <= 1, "from 0 to 1"),
+            ("features", self.features >= 0, "0 or more"),
+            ("answers", self.answers >= 0, "0 or more"),
+            ("temperature", self.temperature > 0, "above 0"),
+        ]
+        for option, fits, wanted in asked:
+            if not fits:
+                raise MethodError(
+                    f"groupwise_ptq: {option} must be {wanted}, not {getattr(self, option)}."
+                )
+
+
+def _has_data(run: Run) -> bool:
+    return run.data is not None and run.data.has("train")
+
+
+def _stream(run: Run, samples: int, batch: int) -> Iterator[Example]:
+    """Give inputs of a few samples without end, each time augmented anew."""
+    device = next(run.model.parameters()).device
+    assert run.data is not None
+    try:
+        few = run.data.subset(train=samples, seed=run.seed)
+    except DataError:  # a loader: what it gives first, again and again
+        again = run.data.calibration(samples, batch=batch, seed=run.seed)
+        yield from (_moved(example, device) for example in itertools.cycle(again))
+        return
+    for epoch in itertools.count():
+        passes = few.batches("train", batch, seed=run.seed, epoch=epoch, augment=True, shuffle=True)
+        yield from (_moved(unpack(item)[0], device) for item in passes)
+
+
+def _moved(example: Any, device: torch.device) -> Any:
+    return tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, example)
+
+
+def _distance(weight: Tensor, other: Tensor) -> float:
+    energy = float(weight.detach().square().sum()) or 1.0
+    return float((weight.detach() - other).square().sum()) / energy
