@@ -228,7 +228,7 @@ def test_methods_are_listed(idle: None) -> None:
     rows = {row["name"]: row for row in json.loads(cli("methods", "--json").stdout)}
     assert {"nrmf", "trp", "energy", "evbmf"} < set(rows)
     assert set(rows["nrmf"]) == {"name", "family", "verb", "saves", "paper"}
-    assert rows["nrmf"]["saves"] == ["params", "macs", "bytes"]
+    assert rows["nrmf"]["saves"] == ["params", "macs", "bytes", "latency"]
     assert rows["nrmf"]["paper"]["year"] == 2020 and rows["nrmf"]["verb"] == "compress"
     listed = json.loads(cli("methods", "--family", "lowrank", "--json").stdout)
     assert "idle" not in {row["name"] for row in listed} and "nrmf" in cli("methods").stdout

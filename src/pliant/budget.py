@@ -25,7 +25,8 @@ class Budget:
         params: parameters (a count, or a fraction between 0 and 1).
         macs: multiply-accumulates of one sample.
         bytes: bytes of the state dict.
-        latency: milliseconds on the target, or a fraction if at most 1 and given as ``"50%"``.
+        latency: milliseconds on the target (a number), or a share of the dense network's
+            (text, such as ``"50%"``).
 
     Raises:
         BudgetError: a value is not positive, or a fraction is above 1.
@@ -37,10 +38,13 @@ class Budget:
     params: int | float | None = None
     macs: int | float | None = None
     bytes: int | float | None = None
-    latency: float | None = None
+    latency: float | str | None = None
 
     def __post_init__(self) -> None:
         for axis, value in self.given().items():
+            if axis == "latency" and isinstance(value, str):
+                share_of(value)
+                continue
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise BudgetError(f"The budget's {axis} must be a number, not {value!r}.")
             if not math.isfinite(value) or value <= 0:
@@ -72,7 +76,7 @@ class Budget:
             values[axis] = _number(axis, value)
         return cls(**values)
 
-    def given(self) -> dict[str, int | float]:
+    def given(self) -> dict[str, Any]:
         """Return the axes that are bounded, with their values as they were written."""
         return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
 
@@ -84,16 +88,43 @@ class Budget:
         """
         return {axis: self._absolute(axis, value, dense) for axis, value in self.given().items()}
 
-    def _absolute(self, axis: str, value: int | float, dense: Cost) -> float:
+    def _absolute(self, axis: str, value: Any, dense: Cost) -> float:
         if axis == "latency":
-            raise BudgetError(
-                "A latency budget needs times measured on a target, which this version cannot "
-                "search yet: bound params, macs or bytes instead."
-            )
+            if dense.latency_ms is None:
+                raise BudgetError(
+                    "A latency budget needs a target to measure on: name one, such as "
+                    "target='onnxruntime', or bound params, macs or bytes instead."
+                )
+            return share_of(value) * dense.latency_ms if isinstance(value, str) else float(value)
         return float(value) if isinstance(value, int) else value * float(getattr(dense, axis))
 
 
-def _number(axis: str, text: str) -> int | float:
+def share_of(text: str) -> float:
+    """Read a share of the dense network's latency: ``"50%"`` is 0.5.
+
+    Raises:
+        BudgetError: the text is no percentage, or not between 0 and 100.
+    """
+    try:
+        share = float(text.removesuffix("%")) / 100 if text.endswith("%") else math.nan
+    except ValueError:
+        share = math.nan
+    if not 0 < share <= 1:
+        raise BudgetError(
+            f"A latency is a number of milliseconds, or a share of the dense network's such as "
+            f"'50%', up to 100 %, not {text!r}."
+        )
+    return share
+
+
+def shown(axis: str, value: float) -> str:
+    """Write a number of an axis for people: counts whole, milliseconds with three digits."""
+    return f"{value:.3g} ms" if axis == "latency" else f"{value:,.0f}"
+
+
+def _number(axis: str, text: str) -> int | float | str:
+    if axis == "latency" and text.endswith("%"):
+        return text
     try:
         if text.endswith("%"):
             return float(text[:-1]) / 100
@@ -239,7 +270,8 @@ class _Bounds:
         }
         missed = [axis for axis, bound in self.limits.items() if least[axis] > bound]
         named = " and ".join(
-            f"{axis}={self.limits[axis]:,.0f} (the least reachable is {least[axis]:,.0f})"
+            f"{axis}={shown(axis, self.limits[axis])} "
+            f"(the least reachable is {shown(axis, least[axis])})"
             for axis in missed or self.limits
         )
         return (

@@ -38,6 +38,7 @@ class LayerCost:
         input: shape of the first input without the batch axis.
         output: shape of the first output without the batch axis.
         calls: how often one forward pass calls it; 0 means never.
+        latency: milliseconds of all calls on a target; 0 where nothing was measured.
     """
 
     kind: str
@@ -48,6 +49,7 @@ class LayerCost:
     input: tuple[int, ...] = ()
     output: tuple[int, ...] = ()
     calls: int = 1
+    latency: float = 0.0
 
     def __add__(self, other: "LayerCost") -> "LayerCost":
         """Add the cost of a layer that runs after this one, as factors of one kernel do."""
@@ -59,6 +61,7 @@ class LayerCost:
             input=self.input,
             output=other.output,
             calls=max(self.calls, other.calls),
+            latency=self.latency + other.latency,
         )
 
 
@@ -91,6 +94,11 @@ class Cost:
     bytes: int
     latency_ms: float | None = None
     uncounted: tuple[str, ...] = ()
+
+    @property
+    def latency(self) -> float:
+        """Milliseconds as a number to add to: 0 where nothing was measured."""
+        return self.latency_ms or 0.0
 
 
 def cost(model: nn.Module, example: Example) -> Cost:

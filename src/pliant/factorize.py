@@ -12,14 +12,14 @@ from torch import Tensor
 from pliant.budget import Option, cheapest
 from pliant.cost import Example, layer_costs
 from pliant.errors import ModelError
-from pliant.math.forms import FORMS
+from pliant.math.forms import FORMS, max_ranks
 from pliant.math.metric import Metric
 from pliant.math.rank import energy_rank
 from pliant.math.svd import spectrum
 from pliant.ops.batchnorm import recalibrate as mend
 from pliant.ops.edits import Factor
 from pliant.ops.layers import Factorizable, factorizable
-from pliant.ops.lowrank import options, with_kernels
+from pliant.ops.lowrank import forms_of, options, with_kernels
 from pliant.ops.reconstruct import reconstruct as refit
 from pliant.ops.sensitivity import metrics
 from pliant.run import Run
@@ -75,6 +75,25 @@ def within_budget(run: Run, layers: Layers, form: Form, seen: Mapping[str, Metri
     """
     rows = _options(run, layers, form, seen, scaled=True)
     return run.allocate(rows, rule="sum" if seen else "max")  # type: ignore[return-value]
+
+
+def check_reachable(run: Run) -> None:
+    """Refuse a budget that not even factors of rank one would meet, before any training.
+
+    Raises:
+        BudgetError: the message names what is reachable.
+    """
+    if not run.limits() or run.edits:
+        return
+    only, exclude = (getattr(run.method, name, ()) for name in ("only", "exclude"))
+    form, costs = getattr(run.method, "form", "auto"), layer_costs(run.model, run.example)
+    rows = {}
+    for layer, module in factorizable(run.model, only=only, exclude=exclude)[0].items():
+        shape, rows[layer] = module.weight.shape, [Option(0.0, costs[layer])]
+        for kind in forms_of(shape, FORMS if form == "auto" else (form,)):
+            edit = Factor(layer, kind, (1,) * len(max_ranks(shape, kind)))
+            rows[layer].append(Option(1.0, edit.predict(costs[layer]), edit))
+    run.check(rows)
 
 
 def at_energy(
@@ -159,10 +178,18 @@ def _options(
 ) -> dict[str, list[Option]]:
     costs = layer_costs(run.model, run.example)
     allowed = FORMS[:4] if form == "auto" else (form,)
+    timed = run.clock is not None and "latency" in run.limits()
     found = {}
     for name, module in layers.items():
-        metric = seen.get(name)
-        rows = options(name, module.weight, costs[name], allowed=allowed, metric=metric)
+        metric, steps = seen.get(name), {}
+        if timed and run.clock is not None:
+            steps = {
+                kind: run.clock.table.step_for(module, kind)
+                for kind in forms_of(module.weight.shape, allowed)
+            }
+        rows = options(
+            name, module.weight, costs[name], allowed=allowed, metric=metric, steps=steps
+        )
         scale = metric.energy(module.weight.detach()) if metric and scaled else 1.0
         found[name] = [replace(row, score=row.score * scale) for row in rows]
     return found

@@ -6,7 +6,7 @@ import json
 import math
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,20 @@ from torch import nn
 from pliant import artifact
 from pliant.cost import Cost, LayerCost, layer_costs
 from pliant.errors import PliantError
+from pliant.latency.target import machine
 from pliant.ops.edits import Edit
 from pliant.run import Run
 
+AXES = ("params", "macs", "bytes")
 LIBRARIES = ("pliant", "torch", "lightning-fabric", "onnxruntime", "numpy")
 
 
 @dataclass(frozen=True)
 class Side:
-    """The network before or after: its costs and what it scores; None where not measured."""
+    """The network before or after: its costs and what it scores; None where not measured.
+
+    ``latency_spread_ms`` is half the distance between the quartiles of the measured times.
+    """
 
     params: int
     macs: int
@@ -34,6 +39,7 @@ class Side:
     accuracy: float | None = None
     loss: float | None = None
     uncounted: tuple[str, ...] = ()
+    latency_spread_ms: float | None = None
 
 
 @dataclass(frozen=True)
@@ -46,7 +52,8 @@ class LayerRow:
         form: what it became: ``dense``, or the form of its factorization.
         ranks: the ranks of the form, empty where it stayed dense.
         kept: channels kept of how many, where channels were removed.
-        before: params, macs and bytes in the dense network.
+        before: params, macs and bytes in the dense network; latency, the milliseconds of the
+            layer alone, where it was measured.
         after: the same now.
         reason: why it was left alone; empty where it was changed.
     """
@@ -56,8 +63,8 @@ class LayerRow:
     form: str
     ranks: tuple[int, ...]
     kept: tuple[int, int] | None
-    before: dict[str, int]
-    after: dict[str, int]
+    before: dict[str, Any]
+    after: dict[str, Any]
     reason: str = ""
 
 
@@ -67,13 +74,14 @@ class Report:
 
     ``history`` is the run's log: rows with ``step`` and ``epoch`` and any of ``loss``,
     ``accuracy``, ``lr``, ``phase``, ``ranks`` (by layer) and ``spectra`` (singular values by
-    layer and unfolding). ``seconds`` is by stage, ``export`` what was written and how it compares.
+    layer and unfolding). ``seconds`` is by stage, ``export`` what was written and how it compares,
+    ``target`` where milliseconds were measured and how sure their comparison is.
     """
 
     model: str
     data: str
     method: dict[str, Any]
-    budget: dict[str, int | float]
+    budget: dict[str, Any]
     before: Side
     after: Side
     layers: tuple[LayerRow, ...]
@@ -86,6 +94,7 @@ class Report:
     versions: dict[str, str]
     export: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
+    target: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return the report as JSON; numbers that are not finite become null."""
@@ -125,17 +134,21 @@ class Result:
     edits: tuple[Edit, ...]
     report: Report
 
-    def save(self, path: str | Path, *, source: str | None = None) -> Path:
+    def save(
+        self, path: str | Path, *, source: str | None = None, encode: str | None = None
+    ) -> Path:
         """Write the network to one ``.pliant`` file that ``pliant.load`` rebuilds.
 
         Args:
             path: where to; an existing file is replaced only when the new one is complete.
             source: what builds the dense network, for commands: a zoo name or module:callable.
+            encode: store tensors coded where that is smaller, without loss: ``hac`` by Huffman,
+                ``ans`` at the entropy, ``auto`` in whichever is smallest.
 
         Raises:
             OutputError: the file cannot be written.
         """
-        return artifact.save(path, self.model, self.edits, source=source)
+        return artifact.save(path, self.model, self.edits, source=source, encode=encode)
 
 
 def side(cost: Cost, *, accuracy: float | None = None, loss: float | None = None) -> Side:
@@ -149,6 +162,34 @@ def side(cost: Cost, *, accuracy: float | None = None, loss: float | None = None
         loss=loss,
         uncounted=cost.uncounted,
     )
+
+
+def timed(run: Run, before: Side, after: Side) -> tuple[Side, Side]:
+    """Put the times of the dense and of the finished network into both sides, if measured."""
+    if run.clock is None:
+        return before, after
+    old, new = run.clock.sides(run.model)
+    return (
+        replace(before, latency_ms=old.median_ms, latency_spread_ms=old.spread_ms),
+        replace(after, latency_ms=new.median_ms, latency_spread_ms=new.spread_ms),
+    )
+
+
+def where_timed(run: Run) -> dict[str, Any]:
+    """Say where milliseconds were measured, and how sure the comparison of both networks is.
+
+    ``times_faster`` is the median of the ratios, between the ends of its interval.
+    """
+    if run.clock is None:
+        return {}
+    final = run.clock.finish(run.model)
+    return {
+        "name": str(run.clock.target),
+        **run.clock.target.plain(),
+        "verdict": final.verdict,
+        "times_faster": [final.low, final.speedup, final.high],
+        "rounds": final.a.repeats,
+    }
 
 
 def layer_rows(run: Run) -> tuple[LayerRow, ...]:
@@ -172,17 +213,25 @@ def _owner(name: str, layers: Mapping[str, Any]) -> str | None:
 
 
 def _row(run: Run, layer: str, edits: Sequence[Edit], parts: Sequence[LayerCost]) -> LayerRow:
-    before = run.layers[layer]
+    before, times = run.layers[layer], _times(run, layer, changed=bool(edits))
     return LayerRow(
         layer=layer,
         kind=before.kind,
         form="+".join(dict.fromkeys(edit.form for edit in edits)) or "dense",
         ranks=tuple(rank for edit in edits for rank in getattr(edit, "ranks", ())),
         kept=next((kept for e in reversed(edits) if (kept := getattr(e, "kept", None))), None),
-        before={axis: getattr(before, axis) for axis in ("params", "macs", "bytes")},
-        after={axis: sum(getattr(p, axis) for p in parts) for axis in ("params", "macs", "bytes")},
+        before={axis: getattr(before, axis) for axis in AXES} | times[0],
+        after={axis: sum(getattr(p, axis) for p in parts) for axis in AXES} | times[1],
         reason="" if edits else run.reasons.get(layer) or _default_reason(before),
     )
+
+
+def _times(run: Run, layer: str, *, changed: bool) -> tuple[dict[str, float], dict[str, float]]:
+    """Milliseconds of a layer before and after, empty where it was not measured."""
+    if run.clock is None or layer not in run.clock.layers:
+        return {}, {}
+    before, after = run.clock.layers[layer]
+    return {"latency": before}, {"latency": after if changed else before}
 
 
 def _default_reason(before: LayerCost) -> str:
@@ -193,24 +242,16 @@ def _default_reason(before: LayerCost) -> str:
 
 def versions() -> dict[str, str]:
     """Return the versions that a result depends on: Python, the libraries and the machine."""
-    found = {"python": platform.python_version(), "machine": _machine()}
+    found = {
+        "python": platform.python_version(),
+        "machine": f"{machine()}, {torch.get_num_threads()} threads",
+    }
     for library in LIBRARIES:
         try:
             found[library] = version(library)
         except PackageNotFoundError:
             continue
     return found
-
-
-def _machine() -> str:
-    processor = platform.processor() or platform.machine()
-    path = Path("/proc/cpuinfo")
-    if path.exists():
-        names = [
-            line.split(":", 1)[1] for line in path.read_text().splitlines() if "model name" in line
-        ]
-        processor = names[0].strip() if names else processor
-    return f"{processor}, {torch.get_num_threads()} threads"
 
 
 def _finite(value: Any) -> Any:

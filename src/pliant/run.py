@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Protocol
 
@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from pliant.budget import Budget, Option, allocate
+from pliant.budget import Budget, Limits, Option, allocate, shown
 from pliant.cost import Cost, Example, LayerCost, cost, layer_costs
 from pliant.data import Data
 from pliant.errors import BudgetError, ModelError, PliantError
+from pliant.latency import Target
+from pliant.latency.clock import Clock
 from pliant.method import Method
 from pliant.ops.edits import Edit, from_json, to_json
 from pliant.ops.optim import carry
@@ -53,6 +55,7 @@ class Run:
         finished: whether the compression has been made permanent.
         path: of a view, the scopes it lies in; empty for the whole run.
         began: of a view, step and epoch of the whole run at which its own clock began.
+        clock: measures on the target, or None where none was named.
     """
 
     model: nn.Module
@@ -76,6 +79,7 @@ class Run:
     finished: bool = False
     path: str = ""
     began: tuple[int, int] = (0, 0)
+    clock: Clock | None = None
 
     # For a training loop.
 
@@ -123,16 +127,24 @@ class Run:
                 self.close()
             self.finished = True
         after = cost(self.model, self.example)
+        if self.clock is not None:
+            after = replace(after, latency_ms=self.clock.sides(self.model)[1].median_ms)
         if strict and (misses := self.misses(after)):
             raise BudgetError(f"The result misses the budget: {'; '.join(misses)}.")
         return after
 
     def misses(self, after: Cost) -> list[str]:
-        """Say which axes of the budget a cost exceeds, and by how much."""
+        """Say which axes of the budget a cost exceeds, and by how much.
+
+        A latency exceeds its bound when even the fast end of its spread does.
+        """
+        slack = {}
+        if self.clock is not None and self.clock.final is not None:
+            slack["latency"] = after.latency - self.clock.least(self.model)
         return [
-            f"{axis} is {getattr(after, axis):,} where {bound:,.0f} was allowed"
+            f"{axis} is {shown(axis, getattr(after, axis))} where {shown(axis, bound)} was allowed"
             for axis, bound in self.limits().items()
-            if getattr(after, axis) > bound
+            if getattr(after, axis) - slack.get(axis, 0.0) > bound
         ]
 
     def close(self) -> None:
@@ -218,6 +230,39 @@ class Run:
         Raises:
             BudgetError: the budget cannot be met; the message names what is reachable.
         """
+        return self.settle(lambda limits: self._plan(options, limits, rule))
+
+    def settle(self, make: Callable[[Limits], list[Edit]]) -> list[Edit]:
+        """Plan edits for the budget; with a latency in it the plan is measured before it is made.
+
+        Args:
+            make: gives edits for limits, from options that `priced` has put milliseconds into.
+
+        Raises:
+            BudgetError: the budget cannot be met; the message names what is reachable.
+        """
+        limits = self.limits()
+        if self.clock is None or "latency" not in limits:
+            return make(limits)
+        rows = layer_costs(self.model, self.example)
+        return self.clock.settle(self.model, rows, limits, make)
+
+    def check(self, options: Mapping[str, Sequence[Option]]) -> None:
+        """Refuse a budget that no choice among the options can meet; nothing is built.
+
+        Raises:
+            BudgetError: the message names what is reachable.
+        """
+        self._plan(options, self.limits(), "max")
+
+    def priced(
+        self, options: Mapping[str, Sequence[Option]]
+    ) -> tuple[Mapping[str, Sequence[Option]], Cost]:
+        """Return options with what the budget asks for, and the cost of everything else.
+
+        Where the budget bounds latency, the options get milliseconds, and those that are not
+        measured faster than their layer are left out.
+        """
         now, rows = cost(self.model, self.example), layer_costs(self.model, self.example)
         taken = [rows[layer] for layer in options]
         fixed = Cost(
@@ -225,7 +270,19 @@ class Run:
             macs=now.macs - sum(row.macs for row in taken),
             bytes=now.bytes - sum(row.bytes for row in taken),
         )
-        return allocate(options, self.limits(), fixed=fixed, rule=rule)
+        if self.clock is None or "latency" not in self.limits():
+            return options, fixed
+        options, rest = self.clock.priced(self.model, options, rows, edited=bool(self.edits))
+        return options, replace(fixed, latency_ms=rest)
+
+    def _plan(
+        self,
+        options: Mapping[str, Sequence[Option]],
+        limits: Limits,
+        rule: Literal["max", "sum"],
+    ) -> list[Edit]:
+        priced, fixed = self.priced(options)
+        return allocate(priced, limits, fixed=fixed, rule=rule)
 
     def hook(self, handle: Removable) -> None:
         """Hand over what was put into the model: it is taken out when the run ends, however so.
@@ -241,7 +298,8 @@ class Run:
         self.log.append({"step": step + self.step, "epoch": epoch + self.epoch, **values})
 
     def keep(self, layer: str, reason: str) -> None:
-        """Record why a layer stays as it is."""
+        """Record why a layer stays as it is; where times are known, they are the reason."""
+        reason = (self.clock and self.clock.why_not(layer)) or reason
         self.reasons[layer] = reason
 
     def scope(self, key: str, **changes: Any) -> Run:
@@ -278,6 +336,7 @@ def start(
     optimizer: Optimizer | None = None,
     steps: int = 0,
     seed: int = 0,
+    target: Target | str | None = None,
 ) -> Run:
     """Begin to compress ``model`` in place, and prepare the method.
 
@@ -290,8 +349,10 @@ def start(
         optimizer: hand it over and its state follows every edit.
         steps: optimizer steps that your loop will take; methods schedule themselves by it.
         seed: for everything random in the method.
+        target: where milliseconds are measured; a latency in the budget needs one.
 
     Raises:
+        BudgetError: the budget is malformed, or bounds latency without a target.
         ModelError: there is neither data nor example, or the model fails on it.
     """
     if not example:
@@ -300,6 +361,9 @@ def start(
                 "Counting needs the inputs of one forward call: give example=(inputs,) or data."
             )
         example = data.example()
+    target = Target.parse(target) if isinstance(target, str) else target
+    clock = Clock.start(model, example, target) if target is not None else None
+    dense = cost(model, example)
     run = Run(
         model=model,
         method=method,
@@ -307,11 +371,12 @@ def start(
         data=data,
         example=example,
         optimizer=optimizer,
-        cost=cost(model, example),
+        cost=replace(dense, latency_ms=clock.timing.median_ms) if clock else dense,
         layers=layer_costs(model, example),
         steps=steps,
         seed=seed,
         generator=torch.Generator().manual_seed(seed),
+        clock=clock,
     )
     run.limits()  # a malformed budget is refused now
     try:

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from pliant import artifact, zoo
-from pliant.budget import Budget, Option
+from pliant.api.sizes import load_at
+from pliant.budget import Budget
 from pliant.compose import Stage, resolve
-from pliant.cost import Example, cost, layer_costs
+from pliant.cost import Example, cost
 from pliant.data import Data, Train, unpack
 from pliant.data.splits import Split
 from pliant.drivers.check import check_data
@@ -26,14 +27,13 @@ from pliant.drivers.devices import own_randomness
 from pliant.drivers.loop import Watch, evaluate, fit
 from pliant.drivers.score import device_of
 from pliant.errors import BudgetError, DataError, ModelError
-from pliant.factorize import note_spectra
-from pliant.math.forms import FORMS, max_ranks
+from pliant.factorize import check_reachable, note_spectra
+from pliant.latency import Target
 from pliant.method import Method
-from pliant.ops.edits import Factor, from_json, to_json
+from pliant.ops.edits import from_json, to_json
 from pliant.ops.layers import factorizable
-from pliant.ops.lowrank import forms_of
 from pliant.registry import entry_of, plain
-from pliant.result import Report, Result, Side, layer_rows, side, versions
+from pliant.result import Report, Result, Side, layer_rows, side, timed, versions, where_timed
 from pliant.run import Run, start
 
 CONTROL = "control"  # folder of the control run's checkpoint, and its phase in the history
@@ -50,6 +50,7 @@ def compress(
     budget: Budget | str | None = None,
     *,
     train: Train | None = None,
+    target: Target | str | None = None,
     seed: int = 0,
     strict: bool = True,
     example: Example | Tensor = (),
@@ -72,6 +73,8 @@ def compress(
         budget: what the result may cost: a `Budget`, or text such as ``"params=0.3"``.
         train: how long to train with the method, and to fine-tune afterwards; None calibrates
             only: no labels, no training, seconds.
+        target: where milliseconds are measured, such as ``"onnxruntime,threads=2"``: for a budget
+            with a latency, and for the report.
         seed: of everything random; the caller's random state stays untouched.
         strict: raise where the budget is missed; otherwise the report says so.
         example: inputs of one forward call; taken from the data if not given.
@@ -99,10 +102,18 @@ def compress(
         task = _Task(model, Data.of(data, seed=seed), *asked, given, resume)
         task.folder = Path(folder) if folder is not None else None
         task.watch = watch or task.watch
+        task.target = Target.parse(target) if isinstance(target, str) else target
         return task.go(control=control, strict=strict, name=name or type(model).__name__)
 
 
-def load(path: str | Path, model: nn.Module | Callable[[], nn.Module] | None = None) -> nn.Module:
+def load(
+    path: str | Path,
+    model: nn.Module | Callable[[], nn.Module] | None = None,
+    *,
+    at: Budget | str | float | None = None,
+    example: Example | Tensor = (),
+    target: Target | str | None = None,
+) -> nn.Module:
     """Rebuild a compressed network from its file.
 
     Nothing in a file can execute anything: without `model` only networks of the zoo are built.
@@ -111,11 +122,25 @@ def load(path: str | Path, model: nn.Module | Callable[[], nn.Module] | None = N
         path: a ``.pliant`` file.
         model: the dense architecture, freshly built, or a function that builds it; may be left
             out for a network of the zoo.
+        at: of an elastic network, which size: the largest that this budget allows, or of which
+            the parameters are this share of the dense network's. The largest of all if None.
+        example: inputs of one forward call, where the budget bounds macs or latency; that of the
+            zoo for its networks.
+        target: where a latency is measured; PyTorch here if None.
 
     Raises:
-        ArtifactError: the file is missing, damaged, foreign, too new, or of another architecture.
+        ArtifactError: the file is missing, damaged, foreign, too new, or of another architecture;
+            or a size was asked of a network that has one only.
+        BudgetError: even the smallest size is too large.
     """
-    return artifact.load(path, model if model is not None else _of_zoo(path))
+    dense = model if model is not None else _of_zoo(path)
+    if at is None:
+        return artifact.load(path, dense)
+    given = (example,) if isinstance(example, Tensor) else example
+    if not given and model is None and dense is not None:
+        given = zoo.NETWORKS[str(artifact.inspect(path).source)].example()
+    place = Target.parse(target) if isinstance(target, str) else target
+    return load_at(path, dense, at, example=given, target=place)
 
 
 def _of_zoo(path: str | Path) -> Callable[[], nn.Module] | None:
@@ -158,22 +183,6 @@ def _check_axes(method: Method, budget: Budget | None) -> None:
                 f"{entry.name} does not save {axis}: it saves {', '.join(entry.saves) or 'none'}; "
                 f"drop {axis} from the budget, or add a method that saves it."
             )
-
-
-def _check_reachable(run: Run) -> None:
-    """Refuse a budget that not even factors of rank one would meet, before any training."""
-    entry = entry_of(run.method)
-    if not run.limits() or run.edits or entry is None or entry.family != "lowrank":
-        return
-    only, exclude = _patterns(run.method)
-    form, costs = getattr(run.method, "form", "auto"), layer_costs(run.model, run.example)
-    options = {}
-    for layer, module in factorizable(run.model, only=only, exclude=exclude)[0].items():
-        shape, options[layer] = module.weight.shape, [Option(0.0, costs[layer])]
-        for kind in forms_of(shape, FORMS if form == "auto" else (form,)):
-            edit = Factor(layer, kind, (1,) * len(max_ranks(shape, kind)))
-            options[layer].append(Option(1.0, edit.predict(costs[layer]), edit))
-    run.allocate(options)
 
 
 def _patterns(method: Method) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -225,6 +234,7 @@ class _Task:
     resume: bool
     folder: Path | None = None
     watch: Watch = lambda row: None
+    target: Target | None = None
     split: Split | None = None  # where scores are measured
     seconds: dict[str, float] = field(default_factory=dict)
 
@@ -242,7 +252,10 @@ class _Task:
                 run.finish(strict=False)
         self._split_time(run)
         run.finish(strict=strict)
-        report = self._report(run, name, (before, self._side(run.model, run)), rows)
+        sides = before, self._side(run.model, run)
+        with self._stage("measure"):
+            sides = timed(run, *sides)
+        report = self._report(run, name, sides, rows)
         edits = tuple(from_json(to_json(run.edits)))  # a plan: without the tensors of factors
         return Result(run.model.to(device_of(self.model)).eval(), edits, report)
 
@@ -253,6 +266,11 @@ class _Task:
             raise DataError(f"train must be a Train or None, not {type(train).__name__}.")
         _check_axes(self.method, self.budget)
         network = _copied(self.model).to(self._device())
+        if self.target and train and train.devices > 1:
+            raise BudgetError(
+                f"Milliseconds are measured by one process, and {train.devices} would each find "
+                "their own: train on one device, or drop the target."
+            )
         if self._epochs():
             check_data(network, data)
         elif data.has("train"):
@@ -266,8 +284,11 @@ class _Task:
             example=self.example,
             steps=self._steps(train),
             seed=self.seed,
+            target=self.target,
         )
-        _check_reachable(run)
+        entry = entry_of(self.method)
+        if entry is not None and entry.family == "lowrank":
+            check_reachable(run)
         return run
 
     def _reference(self, *, control: bool) -> tuple[nn.Module, list[dict[str, Any]]]:
@@ -335,6 +356,7 @@ class _Task:
             device=str(device_of(run.model)),
             versions=versions(),
             train=plan,
+            target=where_timed(run),
         )
 
     def _split_time(self, run: Run) -> None:

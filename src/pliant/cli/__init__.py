@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from pliant.cli import compress, files, inspect, methods
+from pliant.cli import compress, files, inspect, measure, methods
 
 app = typer.Typer(
     name="pliant",
@@ -15,6 +15,7 @@ app = typer.Typer(
 )
 app.command("compress")(compress.compress)
 app.command("inspect")(inspect.inspect)
+app.command("measure")(measure.measure)
 app.command("methods")(methods.methods)
 app.command("show")(methods.show)
 app.command("report")(files.report)

@@ -4,13 +4,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
 from pliant import api
 from pliant.budget import Budget
-from pliant.cli import console, folder, source
+from pliant.cli import console, folder, measure, source
 from pliant.cli.progress import Bars
 from pliant.compose import resolve
 from pliant.data import Data, Train, load
@@ -55,8 +55,14 @@ def compress(
         str, typer.Option(help='a name, or one with options: "nrmf(alpha=0.01)"')
     ] = "nrmf",
     budget: Annotated[
-        str | None, typer.Option(help="what the result may cost: params=0.3, macs=12M, bytes=30%")
+        str | None,
+        typer.Option(help="what the result may cost: params=0.3, macs=12M, latency=5, latency=50%"),
     ] = None,
+    target: Annotated[
+        str | None,
+        typer.Option(help="where to measure milliseconds: onnxruntime, torch, compile,batch=16"),
+    ] = None,
+    threads: Annotated[int | None, typer.Option(help="of the target")] = None,
     epochs: Annotated[
         float | None,
         typer.Option(help="passes with the method; 0 calibrates only (default: 10)"),
@@ -92,6 +98,10 @@ def compress(
     seed: Annotated[int, typer.Option(help="of everything random")] = 0,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda, cuda:1, mps")] = None,
     precision: Annotated[str | None, typer.Option(help="32-true, bf16-mixed, ...")] = None,
+    encode: Annotated[
+        Literal["hac", "ans", "auto"] | None,
+        typer.Option(help="store tensors coded, without loss, where that is smaller"),
+    ] = None,
     onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="write ONNX too")] = True,
     as_json: Annotated[
         bool, typer.Option("--json", help="print the result as JSON, and nothing else")
@@ -117,6 +127,7 @@ def compress(
     default = console.is_default(context, "method")
     built = resolve(DEMO.method if demo and default else method)
     bounds = Budget.parse(budget) if budget else None
+    place_of_time = measure.target_of(target, threads, None, asked=bool(bounds and bounds.latency))
     place = out or Path(DEMO.out if demo else f"runs/{_stem(str(model))}-{_name(built)}")
     samples = load(data or DEMO.data, seed=seed)
     found = source.find(
@@ -135,6 +146,7 @@ def compress(
                 built,
                 bounds,
                 train=train if train.epochs or train.finetune else None,
+                target=place_of_time,
                 seed=seed,
                 strict=False,
                 name=found.name,
@@ -155,6 +167,7 @@ def compress(
             source=found.made_by,
             extra=_extra(samples, found),
             onnx=onnx,
+            encode=encode,
         )
     _print(written, as_json=as_json)
     if not written.report.met:

@@ -61,6 +61,7 @@ def options(
     *,
     allowed: Sequence[str],
     metric: Metric | None = None,
+    steps: Mapping[str, int] | None = None,
 ) -> list[Option]:
     """Return what can be done with one layer: leave it, or factorize it at a ladder of ranks.
 
@@ -74,13 +75,16 @@ def options(
         cost: what it costs now.
         allowed: forms to consider; pointwise and Linear kernels always take svd.
         metric: what it reads and how much its outputs matter.
+        steps: for a form, the multiple to which its ranks are rounded up; 1 where not named.
     """
     rows = [Option(0.0, cost)]
     paper = metric is None and tuple(allowed) == ("tucker2",)
     combine: Callable[[list[float]], float] = max if paper else sum
     for form in forms_of(weight.shape, allowed):
         lost = losses(weight, form, metric)
-        for ranks in _ladder(lost, forms.max_ranks(weight.shape, form)):
+        most, step = forms.max_ranks(weight.shape, form), (steps or {}).get(form, 1)
+        ladder = (_rounded_up(ranks, most, step) for ranks in _ladder(lost, most))
+        for ranks in dict.fromkeys(ladder):
             edit = Factor(layer, form, ranks)
             score = combine([float(row[rank]) for row, rank in zip(lost, ranks, strict=True)])
             after = edit.predict(cost)
@@ -100,6 +104,10 @@ def _ladder(lost: Sequence[Tensor], most: Sequence[int]) -> list[tuple[int, ...]
     levels = sorted({float(value) for row in lost for value in row[1:]}, reverse=True)
     thin = levels[:: 1 + len(levels) // LEVELS]
     return list(dict.fromkeys(ranks_at(lost, level, most) for level in thin))
+
+
+def _rounded_up(ranks: Sequence[int], most: Sequence[int], step: int) -> tuple[int, ...]:
+    return tuple(min(-(-rank // step) * step, top) for rank, top in zip(ranks, most, strict=True))
 
 
 def ranks_at(lost: Sequence[Tensor], level: float, most: Sequence[int]) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ LAYER_COLUMNS = (
     ("params", "number"), ("after", "number"), ("saved", "number"), ("MACs", "number"),
     ("after", "number"), ("saved", "number"),
 )  # fmt: skip
+TIME_COLUMNS = (("ms", "number"), ("after", "number"))
 
 
 def html(report: Report) -> str:
@@ -132,13 +133,15 @@ def _costs(report: Report, plot: Plot) -> str:
 
 
 def _layers(report: Report, plot: Plot) -> str:
-    body = "".join(_layer(index, row) for index, row in enumerate(report.layers, 1))
+    timed = words.has_times(report.layers)
+    body = "".join(_layer(index, row, timed=timed) for index, row in enumerate(report.layers, 1))
     heading = "<h3>Every layer</h3>"
-    table = _table("Every layer", LAYER_COLUMNS, body, tall=True)
+    columns = (*LAYER_COLUMNS, *(TIME_COLUMNS if timed else ()))
+    table = _table("Every layer", columns, body, tall=True)
     return _section(plot, heading, table, kind="long")
 
 
-def _layer(index: int, row: LayerRow) -> str:
+def _layer(index: int, row: LayerRow, *, timed: bool) -> str:
     cells = [_cell(str(index), "number")]
     cells.append(f'<th scope="row" class="name first">{escape(row.layer)}</th>')
     why = words.why(row)
@@ -150,6 +153,8 @@ def _layer(index: int, row: LayerRow) -> str:
             _cell(words.human(side.get(axis, 0)), "number") for side in (row.before, row.after)
         ]
         cells.append(_cell(words.saved(row, axis), "number"))
+    if timed:
+        cells += [_cell(text, "number") for text in words.layer_times(row)]
     return f'<tr class="{"" if words.is_changed(row) else "left"}">{"".join(cells)}</tr>'
 
 
@@ -194,6 +199,7 @@ def _link(text: str, url: str) -> str:
 def _run(report: Report, plot: Plot) -> str:
     groups: Sequence[tuple[str, Sequence[tuple[str, str]]]] = (
         ("Training settings", list(words.facts(report.train))),
+        ("Target", list(words.facts(report.target))),
         ("Export", list(words.facts(report.export))),
         (
             "Where and with what",

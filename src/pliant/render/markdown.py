@@ -37,6 +37,7 @@ def provenance(report: Report) -> list[tuple[str, str]]:
         ("device", report.device),
         *words.facts(report.train, "training: "),
         *((f"time: {stage}", words.seconds(time)) for stage, time in report.seconds.items()),
+        *words.facts(report.target, "target: "),
         *words.facts(report.export, "export: "),
         *((f"version: {name}", version) for name, version in report.versions.items()),
     ]
@@ -55,6 +56,9 @@ def _layers(rows: Sequence[LayerRow]) -> str:
         "layer", "kind", "became", "params before", "after", "MACs before", "after",
         "params saved", "why left alone",
     )  # fmt: skip
+    if words.has_times(rows):
+        timed = [(*_layer(row), *words.layer_times(row)) for row in rows]
+        return _table((*names, "ms before", "after"), timed, align="lllrrrrrlrr")
     return _table(names, map(_layer, rows), align="lllrrrrrl")
 
 

@@ -47,8 +47,11 @@ def layers(report: Report) -> Table:
     table.add_column("MACs", justify="right", no_wrap=True)
     table.add_column("saved", justify="right", no_wrap=True)
     shown = [row for row in report.layers if row.before.get("macs") or words.is_changed(row)]
+    timed = words.has_times(shown)
+    if timed:
+        table.add_column("ms", justify="right", no_wrap=True)
     for row in shown:
-        table.add_row(*_layer(row))
+        table.add_row(*_layer(row), *([_times(row)] if timed else []))
     if hidden := len(report.layers) - len(shown):
         table.caption = Text(f"{hidden} layers without MACs were left alone.", "dim")
         table.caption_justify = "left"
@@ -65,6 +68,13 @@ def _layer(row: LayerRow) -> tuple[Text, ...]:
         Text(_change(row, "macs"), style),
         Text(words.saved(row), "green" if style == "" else style),
     )
+
+
+def _times(row: LayerRow) -> Text:
+    before, after = words.layer_times(row)
+    if not words.is_changed(row):
+        return Text(before, "dim")
+    return Text(f"{before} → {after}")
 
 
 def _change(row: LayerRow, axis: str) -> str:

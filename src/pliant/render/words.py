@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pliant import registry
+from pliant.budget import share_of
 from pliant.errors import MethodError
 from pliant.registry import Entry
 from pliant.result import LayerRow, Report
@@ -42,6 +43,13 @@ def size(value: float | None) -> str:
 def milliseconds(value: float | None) -> str:
     """Write a latency."""
     return NONE if value is None else f"{value:.3g} ms"
+
+
+def spread(value: float | None, around: float | None) -> str:
+    """Write a latency with its spread: 3.41 ± 0.05 ms."""
+    if value is None or not around:
+        return milliseconds(value)
+    return f"{value:.3g} ± {around:.1g} ms"
 
 
 def seconds(value: float | None) -> str:
@@ -105,8 +113,12 @@ def comparisons(report: Report) -> list[Comparison]:
         rows.append(Comparison("Loss", both[0], both[1], _difference(before.loss, after.loss)))
     for axis, label, write in COSTS:
         old, new = getattr(before, axis), getattr(after, axis)
-        if old is not None or new is not None:
-            rows.append(Comparison(label, write(old), write(new), times(old, new), _said(old, new)))
+        if old is None and new is None:
+            continue
+        texts = [write(old), write(new)]
+        if axis == "latency_ms":
+            texts = [spread(side.latency_ms, side.latency_spread_ms) for side in (before, after)]
+        rows.append(Comparison(label, texts[0], texts[1], times(old, new), _said(old, new)))
     return rows
 
 
@@ -172,15 +184,21 @@ def bound(report: Report, axis: str) -> str:
     limit = allowed(report, axis)
     if isinstance(value, int) or limit is None or limit == value:
         return write(value)
-    return f"{100 * value:.3g} % of dense ({write(limit)})"
+    share = share_of(value) if isinstance(value, str) else value
+    return f"{100 * share:.3g} % of dense ({write(limit)})"
 
 
 def allowed(report: Report, axis: str) -> float | None:
     """Return a bound of the budget in absolute numbers, None where it cannot be known."""
     value = report.budget[axis]
+    if axis == "latency":
+        if not isinstance(value, str):
+            return float(value)
+        dense = report.before.latency_ms
+        return None if dense is None else share_of(value) * dense
     if isinstance(value, int) or value > 1:
         return value
-    dense = getattr(report.before, "latency_ms" if axis == "latency" else axis, None)
+    dense = getattr(report.before, axis, None)
     return None if dense is None else value * dense
 
 
@@ -190,7 +208,32 @@ def summary(report: Report) -> str:
     changed = sum(map(is_changed, rows))
     names = " and ".join(str(part["name"]) for part, _ in parts(report.method)) or "The method"
     rest = "" if changed == len(rows) else "; the table says why the others were left alone"
-    return f"{names} changed {changed} of the {len(rows)} layers that cost MACs{rest}."
+    return (
+        f"{names} changed {changed} of the {len(rows)} layers that cost MACs{rest}.{_timed(report)}"
+    )
+
+
+def _timed(report: Report) -> str:
+    """Say what the comparison of both networks on the target found, with its interval."""
+    if not report.target:
+        return ""
+    low, middle, high = (f"{value:.2f}" for value in report.target["times_faster"])
+    return (
+        f" On {report.target['name']} it is measured {report.target['verdict']}: "
+        f"{middle}× the speed ({low} to {high})."
+    )
+
+
+def has_times(rows: Sequence[LayerRow]) -> bool:
+    """Say whether layers were measured in milliseconds."""
+    return any("latency" in row.before for row in rows)
+
+
+def layer_times(row: LayerRow) -> tuple[str, str]:
+    """Write the milliseconds of a layer before and after."""
+    both = [side.get("latency") for side in (row.before, row.after)]
+    before, after = (NONE if value is None else f"{value:.2g}" for value in both)
+    return before, after
 
 
 def is_changed(row: LayerRow) -> bool:

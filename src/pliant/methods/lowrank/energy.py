@@ -20,7 +20,7 @@ from pliant.run import Run
         2020,
         "https://arxiv.org/abs/2105.04218",
     ),
-    saves="params macs bytes",
+    saves="params macs bytes latency",
 )
 @dataclass(frozen=True)
 class Energy(Method):

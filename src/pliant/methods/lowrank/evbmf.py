@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from pliant.budget import Limits
-from pliant.cost import LayerCost, cost, layer_costs
+from pliant.budget import Limits, Option
+from pliant.cost import LayerCost, layer_costs
 from pliant.errors import BudgetError
 from pliant.factorize import factorize, spectra, subjects
 from pliant.math.forms import max_ranks
@@ -31,7 +31,7 @@ STEPS = 200  # of the scale that weakens or tightens the estimate towards a budg
         2016,
         "https://arxiv.org/abs/1511.06530",
     ),
-    saves="params macs bytes",
+    saves="params macs bytes latency",
 )
 @dataclass(frozen=True)
 class EVBMF(Method):
@@ -80,23 +80,24 @@ def _scaled(
     estimates: Mapping[str, tuple[int, ...]],
 ) -> list[Factor]:
     """The estimate itself, or the highest scale of it that fits the budget."""
-    limits = run.limits()
-    if not limits:
+    if not run.limits():
         return _at(0.0, layers, costs, estimates)
-    whole = cost(run.model, run.example)
-    low, high = 0, STEPS
-    while low < high:
-        middle = (low + high + 1) // 2
-        edits = _at(2 * middle / STEPS - 1, layers, costs, estimates)
-        fits = _fits(edits, costs, limits, {axis: getattr(whole, axis) for axis in limits})
-        low, high = (middle, high) if fits else (low, middle - 1)
-    edits = _at(2 * low / STEPS - 1, layers, costs, estimates)
-    if not _fits(edits, costs, limits, {axis: getattr(whole, axis) for axis in limits}):
-        raise BudgetError(
-            "The budget cannot be met by factorizing at rank one: ask for more, or let the "
-            "method touch more layers."
-        )
-    return edits
+
+    def best(limits: Limits) -> list[Factor]:
+        low, high = 0, STEPS
+        while low < high:
+            middle = (low + high + 1) // 2
+            edits, fits = _tried(run, _at(2 * middle / STEPS - 1, layers, costs, estimates), limits)
+            low, high = (middle, high) if fits else (low, middle - 1)
+        edits, fits = _tried(run, _at(2 * low / STEPS - 1, layers, costs, estimates), limits)
+        if not fits:
+            raise BudgetError(
+                "The budget cannot be met by factorizing at rank one: ask for more, or let the "
+                "method touch more layers."
+            )
+        return edits
+
+    return run.settle(best)  # type: ignore[arg-type,return-value]
 
 
 def _at(
@@ -120,18 +121,20 @@ def _at(
     return edits
 
 
-def _fits(
-    edits: list[Factor],
-    costs: Mapping[str, LayerCost],
-    limits: Limits,
-    whole: Mapping[str, float],
-) -> bool:
-    return all(
-        whole[axis]
-        + sum(
-            getattr(edit.predict(costs[edit.layer]), axis) - getattr(costs[edit.layer], axis)
-            for edit in edits
-        )
-        <= bound
+def _tried(run: Run, edits: list[Factor], limits: Limits) -> tuple[list[Factor], bool]:
+    """The edits that are worth it on the target, if there is one, and whether they fit."""
+    costs = layer_costs(run.model, run.example)
+    options = {
+        edit.layer: [
+            Option(0.0, costs[edit.layer]),
+            Option(1.0, edit.predict(costs[edit.layer]), edit),
+        ]
+        for edit in edits
+    }
+    priced, fixed = run.priced(options)
+    taken = [rows[-1] for rows in priced.values()]
+    fits = all(
+        getattr(fixed, axis) + sum(getattr(row.cost, axis) for row in taken) <= bound
         for axis, bound in limits.items()
     )
+    return [row.edit for row in taken if row.edit is not None], fits

@@ -33,7 +33,7 @@ PACE = 1.25  # by which the controller changes the strength at one interval
         2020,
         "https://arxiv.org/abs/2105.04218",
     ),
-    saves="params macs bytes",
+    saves="params macs bytes latency",
 )
 @dataclass(frozen=True)
 class NRMF(Method):

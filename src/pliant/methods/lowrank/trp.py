@@ -28,7 +28,7 @@ from pliant.run import Run
         2020,
         "https://arxiv.org/abs/2004.14566",
     ),
-    saves="params macs bytes",
+    saves="params macs bytes latency",
 )
 @dataclass(frozen=True)
 class TRP(Method):

@@ -1,0 +1,315 @@
+"""Plans for a target: prices what can be done to a layer, and measures the plan whole."""
+
+from __future__ import annotations
+
+import copy
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from pliant.budget import Option
+from pliant.cost import Example, LayerCost
+from pliant.errors import BudgetError
+from pliant.latency.compare import Comparison, Timing, compare, interleaved, measure
+from pliant.latency.table import LatencyTable, input_shape, signature
+from pliant.latency.target import Target
+from pliant.ops.edits import Edit, Factor
+
+Plan = Callable[[Mapping[str, float]], list[Any]]
+"""Gives edits for limits, with prices as the clock knows them now."""
+
+WORTH = 0.97  # a replacement must take at most this share of the dense layer's time
+TRIES = 5  # plans that are built and measured whole
+SECONDS, ROUNDS = 1.5, 7  # for layers beside the network, at least
+CHECKS = 6  # rounds of measuring the layers of one plan before it is built
+AIM = 0.97  # share of the allowed time that a plan aims at: two measurements are never equal
+
+
+@dataclass
+class Clock:
+    """Everything about time in one compression.
+
+    Args:
+        target: where the network is to run.
+        dense: a copy of the network as it came, to compare with.
+        example: inputs of one forward call.
+        table: times of layers.
+        timing: of the dense network.
+        layers: for each dense layer looked at: milliseconds before, and after or of the best
+            replacement that was measured.
+        dense_ms: milliseconds of single layers by their signature, beside the dense network.
+        begun: milliseconds of the network when it was planned, if it had been edited before.
+        final: the dense network against the finished one.
+    """
+
+    target: Target
+    dense: nn.Module
+    example: Example
+    table: LatencyTable
+    timing: Timing
+    layers: dict[str, tuple[float, float]] = field(default_factory=dict)
+    dense_ms: dict[str, float] = field(default_factory=dict)
+    begun: float | None = None
+    final: Comparison | None = None
+
+    @classmethod
+    def start(cls, model: nn.Module, example: Example, target: Target) -> Clock:
+        """Measure a dense network on a target."""
+        dense = copy.deepcopy(model).cpu().eval()
+        return cls(target, dense, example, LatencyTable.of(target), measure(dense, example, target))
+
+    # ------------------------------------------------------------ prices
+
+    def of_layer(self, model: nn.Module, name: str, cost: LayerCost) -> float:
+        """Return the milliseconds of a layer as it is, all calls together."""
+        key = self._key(model, name, cost)
+        if key not in self.dense_ms:
+            self._calibrate(model, {name: cost})
+        return self.dense_ms[key] * cost.calls
+
+    def of_edit(self, model: nn.Module, edit: Edit, cost: LayerCost) -> float:
+        """Return the milliseconds of a layer after an edit, interpolated where that is possible."""
+        if not isinstance(edit, Factor):
+            return self.measured(model, edit, cost)
+        layer: Any = model.get_submodule(edit.layer)
+        shape = self._shape(layer, cost)
+        ms = self.table.factor(layer, shape, edit.form, edit.ranks)
+        return ms / self.table.time(layer, shape) * self.of_layer(model, edit.layer, cost)
+
+    def measured(self, model: nn.Module, edit: Edit, cost: LayerCost) -> float:
+        """Return the milliseconds of a layer after an edit, measured in turn with the layer."""
+        layer: Any = model.get_submodule(edit.layer)
+        shape = self._shape(layer, cost)
+        if isinstance(edit, Factor):
+            ms = self.table.exact(layer, shape, edit.form, edit.ranks)
+        else:
+            ms = self.table.replaced(layer, _edited(layer, edit), shape)
+        return ms / self.table.time(layer, shape) * self.of_layer(model, edit.layer, cost)
+
+    def _shape(self, layer: nn.Module, cost: LayerCost) -> tuple[int, ...]:
+        return input_shape(layer, cost, self.target.batch)
+
+    def _key(self, model: nn.Module, name: str, cost: LayerCost) -> str:
+        layer = model.get_submodule(name)
+        return signature(layer, self._shape(layer, cost))
+
+    def _calibrate(self, model: nn.Module, costs: Mapping[str, LayerCost]) -> None:
+        """Measure layers in turn with the dense network, on the scale of its own time.
+
+        The table holds what factors take beside their layer, this what the layer takes beside
+        the network: however the machine is loaded now, and was then, both ratios hold.
+        """
+        layers = {
+            key: (model.get_submodule(name), self._shape(model.get_submodule(name), cost))
+            for name, cost in costs.items()
+            if (key := self._key(model, name, cost)) not in self.dense_ms
+        }
+        if not layers:
+            return
+        if self.target.once:
+            self.dense_ms |= {key: self.table.time(*row) for key, row in layers.items()}
+            return
+        samplers = [self.target.sampler(self.dense, self.example)]
+        samplers += [
+            self.target.layer_sampler(layer, (torch.ones(shape),))
+            for layer, shape in layers.values()
+        ]
+        whole, *rows = interleaved(samplers, self.target, seconds=SECONDS, least=ROUNDS)
+        for key, row in zip(layers, rows, strict=True):
+            share = statistics.median(a / b for a, b in zip(row, whole, strict=True))
+            self.dense_ms[key] = share * self.timing.median_ms
+
+    def priced(
+        self,
+        model: nn.Module,
+        options: Mapping[str, Sequence[Option]],
+        costs: Mapping[str, LayerCost],
+        *,
+        edited: bool = False,
+    ) -> tuple[dict[str, list[Option]], float]:
+        """Put milliseconds into options; those that are not faster than the layer go.
+
+        Args:
+            model: the network as it is now.
+            options: what can be done with its layers.
+            costs: of its layers.
+            edited: whether it is no longer the dense one.
+
+        Returns:
+            The options, and the milliseconds of everything else in the network. Where layers
+            alone take longer than within the network, they are scaled to leave nothing else.
+        """
+        self._calibrate(model, {name: costs[name] for name in options})
+        dense = {name: self.of_layer(model, name, costs[name]) for name in options}
+        whole = self._whole(model) if edited else self.timing.median_ms
+        scale = min(1.0, whole / max(sum(dense.values()), 1e-12))
+        found = {
+            name: [
+                replace(row, cost=replace(row.cost, latency=scale * ms))
+                for row, ms in self._worthy(model, rows, costs[name], dense[name])
+            ]
+            for name, rows in options.items()
+        }
+        return found, max(0.0, whole - scale * sum(dense.values()))
+
+    def _whole(self, model: nn.Module) -> float:
+        """Measure a network that was edited before, once."""
+        if self.begun is None:
+            self.begun = self.timing.median_ms / self._against_dense(model).speedup
+        return self.begun
+
+    def _against_dense(self, model: nn.Module) -> Comparison:
+        return compare(self.dense, model, self.example, self.target)
+
+    def _worthy(
+        self, model: nn.Module, rows: Sequence[Option], cost: LayerCost, dense: float
+    ) -> list[tuple[Option, float]]:
+        edited = [(row, self.of_edit(model, row.edit, cost)) for row in rows if row.edit]
+        if edited:
+            name = edited[0][0].edit.layer
+            self.layers[name] = (dense, min(ms for _, ms in edited))
+        alone = [(row, dense) for row in rows if row.edit is None]
+        return alone + [(row, ms) for row, ms in edited if ms <= WORTH * dense]
+
+    # ------------------------------------------------------------ plans
+
+    def settle(
+        self,
+        model: nn.Module,
+        costs: Mapping[str, LayerCost],
+        limits: Mapping[str, float],
+        make: Plan,
+    ) -> list[Any]:
+        """Find edits whose network, built and measured whole, keeps the limit on latency.
+
+        Every layer of a plan is measured at its very ranks first, and the plan is made anew
+        until no layer is slower than it was thought to be; then the network is built. If it
+        takes too long the plan aims lower.
+
+        Args:
+            model: the network as it is now; it stays so.
+            costs: of its layers.
+            limits: with ``latency``, in milliseconds.
+            make: makes a plan for limits, from `priced` options.
+
+        Raises:
+            BudgetError: no plan keeps the limit; the message names the fastest network measured.
+        """
+        dense = self.timing.median_ms
+        allowed, best = min(limits["latency"], dense), dense
+        aim = allowed if limits["latency"] >= dense else AIM * allowed
+        for attempt in range(TRIES):
+            try:
+                edits = self._checked(model, costs, {**limits, "latency": aim}, make)
+            except BudgetError:
+                if attempt:
+                    break
+                edits = self._checked(model, costs, {**limits, "latency": allowed}, make)
+            if not edits and dense <= limits["latency"]:
+                return edits
+            found = self._against_dense(_built(model, edits))
+            took = dense / found.speedup
+            if took <= allowed and found.verdict != "slower":
+                self._note(model, costs, edits)
+                return edits
+            best = min(best, took)
+            aim *= min(AIM, allowed / took)
+        raise BudgetError(
+            f"The latency {limits['latency']:.3g} ms cannot be met on {self.target}: the fastest "
+            f"network that was measured takes {best:.3g} ms, the dense one {dense:.3g} ms; allow "
+            "more, or let the method touch more layers."
+        )
+
+    def _checked(
+        self,
+        model: nn.Module,
+        costs: Mapping[str, LayerCost],
+        limits: Mapping[str, float],
+        make: Plan,
+    ) -> list[Any]:
+        """Plan until every layer of the plan was measured as it will be; return what is worth it.
+
+        What was measured replaces what was interpolated, so the next plan knows better.
+        """
+        for _ in range(CHECKS):
+            edits = make(limits)
+            rows = [(edit, costs[edit.layer]) for edit in edits]
+            thought = sum(self.of_edit(model, *row) for row in rows)
+            times = [self.measured(model, *row) for row in rows]
+            dense = [self.of_layer(model, edit.layer, cost) for edit, cost in rows]
+            worth = [ms <= WORTH * before for ms, before in zip(times, dense, strict=True)]
+            if all(worth) and sum(times) - thought <= (1 - AIM) * limits["latency"]:
+                break
+        return [edit for edit, keep in zip(edits, worth, strict=True) if keep]
+
+    def _note(
+        self, model: nn.Module, costs: Mapping[str, LayerCost], edits: Sequence[Edit]
+    ) -> None:
+        """Keep both times of every layer of the plan for the report."""
+        for edit in edits:
+            cost = costs[edit.layer]
+            before = self.of_layer(model, edit.layer, cost)
+            self.layers[edit.layer] = (before, self.measured(model, edit, cost))
+
+    # ------------------------------------------------------------ the end
+
+    def why_not(self, layer: str) -> str:
+        """Say why a layer was left alone, with both times; empty where they are not known."""
+        if layer not in self.layers:
+            return ""
+        before, best = self.layers[layer]
+        times = f"{best:.2g} ms against {before:.2g}"
+        if best > before:
+            return f"measured slower, {times}"
+        if best > WORTH * before:
+            return f"measured hardly faster, {times}"
+        return f"the budget is met without it; at its lowest rank {times}"
+
+    def finish(self, model: nn.Module) -> Comparison:
+        """Compare the dense network with what became of it, once."""
+        if self.final is None:
+            self.final = self._against_dense(model)
+        return self.final
+
+    def sides(self, model: nn.Module) -> tuple[Timing, Timing]:
+        """Return the times of the dense network and of the finished one, on one scale.
+
+        The scale is that of the first measurement, to which the budget refers.
+        """
+        final = self.finish(model)
+        before, after = self.timing.median_ms, self.timing.median_ms / final.speedup
+        return tuple(  # type: ignore[return-value]
+            Timing(ms, ms * side.spread_ms / side.median_ms, side.repeats)
+            for ms, side in ((before, final.a), (after, final.b))
+        )
+
+    def least(self, model: nn.Module) -> float:
+        """Return the milliseconds of the finished network at the fast end of what is certain."""
+        return self.timing.median_ms / max(self.finish(model).high, self.finish(model).speedup)
+
+
+def _edited(layer: nn.Module, edit: Edit) -> nn.Module:
+    """Build what an edit makes of a layer, in shape only."""
+    model = nn.Sequential()
+    *path, child = edit.layer.split(".")
+    inner = model
+    for name in path:
+        inner.add_module(name, nn.Sequential())
+        inner = inner.get_submodule(name)  # type: ignore[assignment]
+    inner.add_module(child, copy.deepcopy(layer))
+    edit.apply(model, weights=False)
+    return model.get_submodule(edit.layer)
+
+
+def _built(model: nn.Module, edits: Sequence[Edit]) -> nn.Module:
+    """Build a plan with numbers of no meaning: they do not change the time."""
+    network = copy.deepcopy(model).cpu().eval()
+    with torch.no_grad():
+        for edit in edits:
+            for parameter in edit.apply(network, weights=False).added:
+                parameter.uniform_(-0.05, 0.05)
+    return network

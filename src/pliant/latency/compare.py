@@ -1,0 +1,156 @@
+"""Measures networks so that a noisy machine cannot fool: interleaved, with spread and verdict."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+from pliant.cost import Example
+from pliant.errors import ModelError
+from pliant.latency.runtimes import BLOCK, Sampler
+from pliant.latency.target import Target
+
+Verdict = Literal["faster", "not distinguishable", "slower"]
+
+SECONDS = 2.0  # that a comparison takes about
+ROUNDS = (9, 201)  # of measuring each in turn: fewest and most
+OWN_ROUNDS = 3  # with a function of the user's: a phone is slow and quiet
+SURE = 1.29  # half the normal quantile of 99 %: the spread of a median in units of sqrt(n) ranks
+TICK = 1e-9  # seconds that no clock resolves
+SAME = 0.01  # two builds of one network can differ by as much
+
+
+@dataclass(frozen=True)
+class Timing:
+    """How long one inference takes.
+
+    Attributes:
+        median_ms: the middle one of all samples, in milliseconds.
+        spread_ms: half the distance between their quartiles.
+        repeats: how many samples there were.
+    """
+
+    median_ms: float
+    spread_ms: float
+    repeats: int
+
+    def __str__(self) -> str:
+        return f"{self.median_ms:.3g} ± {self.spread_ms:.2g} ms"
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two networks measured in turn.
+
+    Attributes:
+        a: times of the first.
+        b: times of the second.
+        speedup: how many times faster the second is: the median of the ratios of each round.
+        low: lower end of the interval that holds the true median at 99 %.
+        high: upper end.
+    """
+
+    a: Timing
+    b: Timing
+    speedup: float
+    low: float
+    high: float
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether the second is faster than the first, as far as the spread allows to say."""
+        if self.low > 1 and self.speedup > 1 + SAME:
+            return "faster"
+        if self.high < 1 and self.speedup < 1 / (1 + SAME):
+            return "slower"
+        return "not distinguishable"
+
+
+def measure(model: nn.Module, example: Example, target: Target) -> Timing:
+    """Measure one inference of a network.
+
+    Args:
+        model: any module; a copy of it runs in eval mode.
+        example: inputs of one forward call; rows are repeated up to the target's batch.
+        target: where it is to run.
+
+    Raises:
+        ModelError: the network cannot be run there, or a function's seconds make no sense.
+    """
+    return timing(interleaved([target.sampler(model, example)], target)[0])
+
+
+def compare(a: nn.Module, b: nn.Module, example: Example, target: Target) -> Comparison:
+    """Measure two networks in turn, so that whatever else the machine does falls on both.
+
+    Raises:
+        ModelError: one of them cannot be run there, or a function's seconds make no sense.
+    """
+    samplers = [target.sampler(model, example) for model in (a, b)]
+    return compared(*interleaved(samplers, target))
+
+
+def interleaved(
+    samplers: Sequence[Sampler],
+    target: Target,
+    *,
+    seconds: float = SECONDS,
+    least: int = ROUNDS[0],
+) -> list[list[float]]:
+    """Take samples of all in turn, every second round in the other order.
+
+    Args:
+        samplers: what to measure.
+        target: functions of the user's are called three times only.
+        seconds: that all of it takes about.
+        least: rounds that are made however long they take.
+
+    Returns:
+        One row of seconds for each sampler, a value per round.
+    """
+    first = [_sample(each) for each in samplers]  # warms up, and is thrown away
+    rows: list[list[float]] = [[] for _ in samplers]
+    turn = list(enumerate(samplers))
+    for _ in range(_rounds(first, target, seconds, least)):
+        for index, each in turn:
+            rows[index].append(_sample(each))
+        turn.reverse()
+    return rows
+
+
+def timing(seconds: Sequence[float]) -> Timing:
+    """Sum samples up."""
+    rows = sorted(seconds)
+    low, high = rows[len(rows) // 4], rows[(3 * len(rows) - 1) // 4]
+    return Timing(1000 * statistics.median(rows), 500 * (high - low), len(rows))
+
+
+def compared(a: Sequence[float], b: Sequence[float]) -> Comparison:
+    """Compare the samples of the same rounds."""
+    ratios = sorted(one / other for one, other in zip(a, b, strict=True))
+    edge = max(0, math.floor(len(ratios) / 2 - SURE * math.sqrt(len(ratios))))
+    return Comparison(
+        timing(a), timing(b), statistics.median(ratios), ratios[edge], ratios[-1 - edge]
+    )
+
+
+def _rounds(first: Sequence[float], target: Target, seconds: float, least: int) -> int:
+    if target.once:
+        return OWN_ROUNDS
+    # A sample takes at least a block, however short a pass is.
+    rounds = round(seconds / sum(max(each, 1.5 * BLOCK) for each in first))
+    return min(ROUNDS[1], max(least, rounds))
+
+
+def _sample(each: Sampler) -> float:
+    seconds = each()
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise ModelError(
+            f"A target's function must return seconds, not {seconds!r}: check what it measures."
+        )
+    return max(seconds, TICK)

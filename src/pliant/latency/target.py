@@ -1,0 +1,180 @@
+"""Where a network is to run: the runtime, its threads, the batch, the precision."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from pliant.cost import Example
+from pliant.errors import MethodError
+from pliant.latency.runtimes import BUILT_IN, Sampler, batched, copies_of, sampler
+
+Function = Callable[[nn.Module, Example], float]
+
+DTYPES = ("float32", "bfloat16", "float16")
+_WORDS = ("threads", "batch", "dtype", "device")
+
+
+@dataclass(frozen=True)
+class Target:
+    """A runtime with its settings, on which networks and layers are measured.
+
+    Args:
+        runtime: ``onnxruntime``, ``torch`` (eager, channels_last), ``compile`` (torch.compile), or
+            the name of a function of your own (see `Target.of`).
+        threads: of one inference; as many as PyTorch uses now if not given.
+        batch: samples of one inference.
+        dtype: of weights and inputs; other than float32 only in PyTorch.
+        device: ``cpu``, or ``cuda`` in PyTorch, where events time the work.
+        function: measures instead of a runtime.
+
+    Raises:
+        MethodError: a setting is unknown or does not go with the runtime.
+
+    >>> str(Target("torch", threads=2, batch=16))
+    'torch, 2 threads, batch 16'
+    """
+
+    runtime: str = "onnxruntime"
+    threads: int = field(default_factory=torch.get_num_threads)
+    batch: int = 1
+    dtype: str = "float32"
+    device: str = "cpu"
+    function: Function | None = field(default=None, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.function is None and self.runtime not in BUILT_IN:
+            raise MethodError(
+                f"A target is one of {', '.join(BUILT_IN)}, not {self.runtime!r}; Target.of makes "
+                "one of a function of your own."
+            )
+        for name in ("threads", "batch"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise MethodError(f"The {name} of a target must be at least 1, not {value!r}.")
+        if self.dtype not in DTYPES:
+            raise MethodError(
+                f"The dtype of a target is one of {', '.join(DTYPES)}, not {self.dtype!r}."
+            )
+        if self.runtime == "onnxruntime" and (self.dtype, self.device) != ("float32", "cpu"):
+            raise MethodError(
+                "The target onnxruntime measures float32 on the CPU here: take torch or compile "
+                f"for {self.dtype} on {self.device}."
+            )
+
+    @classmethod
+    def of(cls, function: Function, name: str = "", *, batch: int = 1) -> Target:
+        """Make a target of a function that measures: a phone, a board, a simulator.
+
+        Args:
+            function: called with a module and its example inputs; returns the seconds of one
+                forward pass. It is given whole networks and single layers.
+            name: what reports call it; times of a named one are kept on disk.
+            batch: samples in the example inputs.
+        """
+        return cls(name, threads=1, batch=batch, function=function)
+
+    @classmethod
+    def parse(cls, text: str) -> Target:
+        """Read ``"onnxruntime"`` or ``"torch,threads=2,batch=16"``.
+
+        Raises:
+            MethodError: the text is no target.
+        """
+        runtime, *rest = (part.strip() for part in text.split(","))
+        values: dict[str, Any] = {}
+        for item in filter(None, rest):
+            name, _, value = (part.strip() for part in item.partition("="))
+            if name not in _WORDS or not value or name in values:
+                raise MethodError(
+                    f"Cannot read {item!r} of the target {text!r}: write a runtime and then any "
+                    f"of {', '.join(_WORDS)}, such as torch,threads=2,batch=16."
+                )
+            values[name] = int(value) if value.isdecimal() else value
+        return cls(runtime or "onnxruntime", **values)
+
+    def __str__(self) -> str:
+        if self.function is not None:
+            return f"{self.runtime or 'own function'}, batch {self.batch}"
+        threads = f"{self.threads} thread{'s' if self.threads > 1 else ''}"
+        more = [self.dtype] * (self.dtype != "float32") + [self.device] * (self.device != "cpu")
+        return ", ".join([self.runtime, threads, f"batch {self.batch}", *more])
+
+    def plain(self) -> dict[str, Any]:
+        """Return the settings as plain data."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "function"}
+
+    @property
+    def once(self) -> bool:
+        """Whether one measurement is costly and not repeated often: functions of the user's."""
+        return self.function is not None
+
+    def sampler(self, model: nn.Module, example: Example) -> Sampler:
+        """Make what gives the seconds of one inference each time it is called, warmed up.
+
+        Args:
+            model: measured as it is now, in eval mode, on a copy.
+            example: inputs of one forward call; rows are repeated up to the target's batch.
+        """
+        inputs = batched(example, self.batch)
+        if self.function is not None:
+            return self._own(model, inputs)
+        return sampler([model], inputs, self)
+
+    def layer_sampler(self, layer: nn.Module, example: Example) -> Sampler:
+        """Make a sampler of one layer as it runs within a network.
+
+        Several copies with weights of their own run in a row: what one call of a runtime costs
+        by itself vanishes, and large weights come from memory as they do in a network.
+        """
+        if self.function is not None:
+            return self._own(layer, example)
+        return sampler(copies_of(layer), example, self)
+
+    def fingerprint(self) -> dict[str, Any]:
+        """Return all that a time depends on beside the layer: settings, machine, versions."""
+        libraries = ("torch", "onnxruntime") if self.runtime == "onnxruntime" else ("torch",)
+        return {
+            **self.plain(),
+            "machine": machine(),
+            "cores": os.cpu_count() or 1,
+            **{name: _version(name) for name in libraries},
+        }
+
+    def digest(self) -> str:
+        """Return a short name for the fingerprint."""
+        text = json.dumps(self.fingerprint(), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _own(self, model: nn.Module, inputs: Example) -> Sampler:
+        assert self.function is not None
+        function, network = self.function, copy.deepcopy(model).eval()
+        return lambda: float(function(network, inputs))
+
+
+def machine() -> str:
+    """Name the processor."""
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text().splitlines():
+            if "model name" in line:
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return ""

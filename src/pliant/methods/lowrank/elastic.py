@@ -1,0 +1,210 @@
+"""Elastic ranks: one training of ordered factors, from which every size is cut."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map
+
+from pliant.budget import Budget, Option
+from pliant.cost import layer_costs
+from pliant.data import unpack
+from pliant.elastic import costs, count, settle, weights_at
+from pliant.errors import BudgetError, MethodError
+from pliant.factorize import Form, Layers, look, subjects
+from pliant.math.distill import divergence
+from pliant.math.forms import FORMS
+from pliant.math.nested import order
+from pliant.method import Method
+from pliant.ops.edits import Factor, Nest, Settle
+from pliant.ops.lowrank import options, with_kernels
+from pliant.ops.outputs import logits
+from pliant.registry import Paper, register
+from pliant.run import Run
+
+Plan = dict[str, Factor]
+AXES = ("params", "macs", "bytes")
+MOST = 64  # sizes: each costs a plan, a calibration and a row in every table
+SETTLING, BATCH = 2048, 256  # samples from which batch norms are re-estimated, for each size
+
+
+@register(
+    "elastic",
+    paper=Paper(
+        "Universally Slimmable Networks and Improved Training Techniques",
+        "J. Yu, T. Huang",
+        "ICCV",
+        2019,
+        "https://arxiv.org/abs/1903.05134",
+    ),
+    saves="params macs bytes",
+)
+@dataclass(frozen=True)
+class Elastic(Method):
+    """Trains one network of which the first r components of every layer are a network too.
+
+    Layers become rows of factors in order of importance, at the ranks of the largest size, which
+    is what the budget allows. In every step the largest, the smallest and ``between`` random
+    sizes look at the batch (the sandwich rule); the largest learns from the labels, the others
+    from its outputs (in-place distillation). Batch norms are re-estimated for every size at the
+    end and kept in a table each. ``pliant.load(path, at=...)`` then cuts a size from the file.
+
+    A layer has factors at every size or at none: whether it has is planned at the smallest.
+
+    *Departs from the paper*: ranks of factors are cut, not channels; a size is a plan of ranks
+    that makes the damage to the loss least, not one width for all layers. That ordered factors
+    can be learned by cutting at random is nested dropout (Rippel, Gelbart and Adams, ICML 2014).
+
+    >>> Elastic(sizes=4).sizes
+    4
+    """
+
+    sizes: int = 8  # how many, evenly spaced
+    smallest: float = 0.25  # of the budget; the next that can be reached if it is out of reach
+    largest: float = 0.75  # share of the parameters that is the largest size without a budget
+    between: int = 1  # random sizes in a step, beside the largest and the smallest
+    form: Form = "auto"  # of the factors; "auto" takes the best per layer
+    samples: int = 1024  # training inputs to look at; 0 looks at weights only
+    only: tuple[str, ...] = ()  # name patterns of the layers to consider
+    exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone
+
+    def prepare(self, run: Run) -> None:
+        """Plan every size and build the largest."""
+        self._check()
+        layers = subjects(run, self.only, self.exclude)
+        norms = [name for name, module in run.model.named_modules() if _has_statistics(module)]
+        run.apply(*(Settle(name, self.sizes) for name in norms))
+        seen = look(run, layers, self.samples)
+        plans = self._plans(run, layers, seen)
+        for edit in with_kernels(plans[0].values(), layers, seen):
+            ranks = tuple(rank for plan in plans for rank in plan[edit.layer].ranks)
+            kernels = order(edit.kernels, seen.get(edit.layer)) if edit.kernels else None
+            run.apply(Nest(edit.layer, edit.form, ranks, kernels))
+        for name in layers.keys() - plans[0].keys():
+            run.keep(name, "no factorized form at the rank it needs is smaller")
+        hook = run.model.register_forward_pre_hook(lambda module, given: _note_precision(run))
+        run.hook(hook)
+
+    def loss(self, run: Run, loss: Tensor, output: Any, batch: Any) -> Tensor:
+        """Add what smaller sizes are away from the largest."""
+        inputs, target = unpack(batch)[0], logits(output).detach()
+        args, names = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
+        for size in self._sampled(run):
+            with _precision(run, target.device.type):
+                weights = weights_at(run.model, run.edits, size)
+                found = logits(functional_call(run.model, weights, args, dict(names)))
+            loss = loss + divergence(found.float(), target.float(), 1.0)
+        return loss
+
+    def finalize(self, run: Run) -> None:
+        """Re-estimate the batch norms of every size."""
+        if run.data is not None and run.data.has("train"):
+            settle(run.model, run.edits, _batches(run))
+        found = costs(run.model, run.edits, run.example)
+        run.note(sizes=[{axis: getattr(each, axis) for axis in AXES} for each in found])
+
+    def _check(self) -> None:
+        known = 2 <= self.sizes <= MOST and 0 <= self.between <= MOST
+        if not known or not 0 < self.smallest < 1 or not 0 < self.largest <= 1:
+            raise MethodError(
+                f"elastic takes 2 to {MOST} sizes, at most {MOST} of them between, and shares from "
+                f"0 to 1, not sizes={self.sizes}, between={self.between}, smallest="
+                f"{self.smallest}, largest={self.largest}."
+            )
+
+    def _sampled(self, run: Run) -> list[int]:
+        """The smallest size, and random ones between it and the largest."""
+        last = count(run.edits) - 1
+        if last < 2 or not self.between:
+            return [last] if last else []
+        found = torch.randint(1, last, (self.between,), generator=run.generator)
+        return [last, *found.tolist()]
+
+    def _plans(self, run: Run, layers: Layers, seen: Any) -> list[Plan]:
+        """Plan the smallest size freely; the others keep its choice of layers and forms."""
+        rows = _rows(run, layers, seen, FORMS[:4] if self.form == "auto" else (self.form,))
+        most = run.limits() or {"params": self.largest * run.cost.params}
+        least, share = _smallest(run, rows, most, self.smallest)
+        nested = {
+            name: [row for row in rows[name] if row.edit and row.edit.form == edit.form]
+            for name, edit in least.items()
+        }
+        shares = torch.linspace(1.0, share, self.sizes, dtype=torch.float64).tolist()
+        plans = [_planned(run, nested, _scaled(most, part)) for part in shares[:-1]]
+        return _falling([*plans, least])
+
+
+def _rows(run: Run, layers: Layers, seen: Any, allowed: Sequence[str]) -> dict[str, list[Option]]:
+    costs, found = layer_costs(run.model, run.example), {}
+    for name, module in layers.items():
+        metric = seen.get(name)
+        scale = metric.energy(module.weight.detach()) if metric else 1.0
+        rows = options(name, module.weight, costs[name], allowed=allowed, metric=metric)
+        found[name] = [replace(row, score=row.score * scale) for row in rows]
+    return found
+
+
+def _planned(run: Run, rows: dict[str, list[Option]], limits: dict[str, float]) -> Plan:
+    budget = Budget(**{axis: max(1, int(bound)) for axis, bound in limits.items()})
+    found = replace(run, budget=budget).allocate(rows, rule="sum")
+    return {edit.layer: edit for edit in found}  # type: ignore[misc]
+
+
+def _scaled(limits: dict[str, float], share: float) -> dict[str, float]:
+    return {axis: share * bound for axis, bound in limits.items()}
+
+
+def _smallest(
+    run: Run, rows: dict[str, list[Option]], most: dict[str, float], share: float
+) -> tuple[Plan, float]:
+    """Plan the smallest share of the budget that can be met, from the one asked for upwards."""
+    steps = 16
+    for step in range(steps + 1):
+        part = share + (1 - share) * step / steps
+        try:
+            return _planned(run, rows, _scaled(most, part)), part
+        except BudgetError:
+            if step == steps:
+                raise
+    raise AssertionError
+
+
+def _falling(plans: list[Plan]) -> list[Plan]:
+    """Let no rank rise from one size to the next smaller one: that would not be nested."""
+    for more, less in pairwise(plans):
+        for name, edit in less.items():
+            pairs = zip(edit.ranks, more[name].ranks, strict=True)
+            less[name] = replace(edit, ranks=tuple(min(pair) for pair in pairs))
+    return plans
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    return isinstance(module, _BatchNorm) and module.track_running_stats
+
+
+def _note_precision(run: Run) -> None:
+    """Remember in what precision the loop runs the network, to run the other sizes in it too."""
+    kind = next(run.model.parameters()).device.type
+    on = torch.is_autocast_enabled(kind)
+    run.state["autocast"] = str(torch.get_autocast_dtype(kind))[6:] if on else ""
+
+
+def _precision(run: Run, kind: str) -> AbstractContextManager[Any]:
+    name = run.state.get("autocast", "")
+    return torch.autocast(kind, getattr(torch, name) if name else None, enabled=bool(name))
+
+
+def _batches(run: Run) -> list[Any]:
+    """Training inputs, on the device of the network."""
+    assert run.data is not None
+    device = next(run.model.parameters()).device
+    found = run.data.calibration(SETTLING, batch=BATCH, seed=run.seed + 1)
+    return tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, found)

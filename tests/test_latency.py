@@ -1,0 +1,413 @@
+"""Milliseconds: measured in turn, kept in a table, planned for; never asserted of a real clock."""
+
+import itertools
+import json
+import zlib
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import pliant
+from pliant.budget import Budget
+from pliant.cost import Cost
+from pliant.errors import BudgetError, MethodError, ModelError
+from pliant.latency import LatencyTable, Target, compare, measure
+from pliant.latency.compare import compared, timing
+from pliant.latency.runtimes import batched
+from pliant.latency.table import _between, _spread, _step, input_shape, signature
+
+EXAMPLE = (torch.zeros(1, 3, 6, 6),)
+
+
+def net() -> nn.Sequential:
+    """Two convolutions that can be factorized, and what stands around them."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(
+            *(nn.Conv2d(3, 12, 3, padding=1), nn.ReLU(), nn.Conv2d(12, 12, 3, padding=1)),
+            *(nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(12, 4)),
+        )
+
+
+def weights(module):
+    return [p for p in module.parameters() if p.dim() > 1]
+
+
+def arithmetic(module, example, *, call=1e-5, layer=1e-6, number=1e-8):
+    """Seconds that grow with the weights: what a machine without kernels of its own would do."""
+    each = sum(layer + number * p.numel() for p in weights(module))
+    return call + each
+
+
+def of_arithmetic(**costs):
+    return Target.of(lambda module, example: arithmetic(module, example, **costs))
+
+
+# ------------------------------------------------------------ targets
+
+
+def test_a_target_is_read():
+    target = Target.parse("torch,threads=2, batch=16,dtype=bfloat16")
+    assert target == Target("torch", threads=2, batch=16, dtype="bfloat16")
+    assert str(target) == "torch, 2 threads, batch 16, bfloat16"
+    assert Target.parse("onnxruntime").threads == torch.get_num_threads()
+    assert str(Target.of(arithmetic, "phone")) == "phone, batch 1"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("tensorrt", "onnxruntime, torch, compile"),
+        ("torch,threads", "write a runtime and then"),
+        ("torch,cores=2", "write a runtime and then"),
+        ("torch,threads=2,threads=3", "write a runtime and then"),
+        ("torch,threads=0", "at least 1"),
+        ("torch,batch=many", "at least 1"),
+        ("torch,dtype=int8", "float32, bfloat16"),
+        ("onnxruntime,dtype=bfloat16", "take torch or compile"),
+    ],
+)
+def test_what_is_no_target_is_refused(text, message):
+    with pytest.raises(MethodError, match=message):
+        Target.parse(text)
+
+
+def test_a_table_belongs_to_threads_batch_and_versions():
+    targets = [Target("torch", threads=t, batch=b) for t in (1, 2) for b in (1, 8)]
+    assert len({target.digest() for target in targets}) == 4
+    assert "torch" in targets[0].fingerprint() and "machine" in targets[0].fingerprint()
+
+
+# ------------------------------------------------------------ measuring
+
+
+def scripted(*seconds):
+    """A target whose times come from a list."""
+    left = iter(seconds)
+    return Target.of(lambda module, example: next(left))
+
+
+def test_the_first_sample_warms_up_and_times_are_medians():
+    found = measure(net(), EXAMPLE, scripted(9.0, 0.002, 0.001, 0.003))
+    assert (found.median_ms, found.repeats) == (pytest.approx(2.0), 3)
+    assert found.spread_ms > 0 and "±" in str(found)
+
+
+def test_networks_are_measured_in_turn_and_the_order_changes():
+    seen = []
+
+    def look(module, example):
+        seen.append(len(module))
+        return 1e-3
+
+    compare(nn.Sequential(nn.ReLU()), nn.Sequential(nn.ReLU(), nn.ReLU()), (), Target.of(look))
+    assert seen == [1, 2, 1, 2, 2, 1, 1, 2]
+
+
+def test_verdicts():
+    small, large = nn.Linear(4, 4), nn.Linear(40, 40)
+    example = (torch.zeros(1, 4),)
+    assert compare(large, small, example, of_arithmetic()).verdict == "faster"
+    assert compare(small, large, example, of_arithmetic()).verdict == "slower"
+    assert compare(small, small, example, of_arithmetic()).verdict == "not distinguishable"
+
+
+def test_what_the_spread_hides_is_not_called_faster():
+    slow = [1.0, 2.0, 1.0, 2.0, 1.5, 1.0, 2.0, 1.2, 1.0]
+    fast = [1.1, 0.9, 1.9, 1.0, 1.0, 1.9, 1.0, 1.0, 1.5]
+    assert compared(slow, fast).verdict == "not distinguishable"
+    assert compared(slow, [s / 2 for s in slow]).verdict == "faster"
+
+
+@given(st.lists(st.floats(1e-4, 1.0), min_size=3, max_size=40))
+def test_comparing_is_fair(seconds):
+    assert compared(seconds, seconds).verdict == "not distinguishable"
+    other = seconds[1:] + seconds[:1]
+    there, back = compared(seconds, other), compared(other, seconds)
+    opposite = {"faster": "slower", "slower": "faster"}
+    assert back.verdict == opposite.get(there.verdict, there.verdict)
+    assert there.low <= there.speedup <= there.high
+    assert timing(seconds).median_ms >= 1000 * min(seconds)
+
+
+@pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf")])
+def test_a_function_must_return_seconds(seconds):
+    with pytest.raises(ModelError, match="must return seconds"):
+        measure(net(), EXAMPLE, Target.of(lambda module, example: seconds))
+
+
+def test_a_function_may_not_change_the_network():
+    model = net().train()
+
+    def greedy(module, example):
+        module.train()
+        module[0].weight.data.zero_()
+        return 1.0
+
+    measure(model, EXAMPLE, Target.of(greedy))
+    assert model.training and model[0].weight.abs().sum() > 0
+
+
+@pytest.mark.parametrize("spec", ["torch,batch=2", "onnxruntime,threads=1", "torch,dtype=bfloat16"])
+def test_runtimes_measure(spec):
+    found = measure(net(), EXAMPLE, Target.parse(spec))
+    assert found.median_ms > 0 and found.repeats >= 9
+
+
+def test_a_network_that_fails_on_the_target_is_refused():
+    with pytest.raises(ModelError, match="must run on torch"):
+        measure(net(), (torch.zeros(1, 5, 6, 6),), Target("torch", threads=1))
+
+
+def test_rows_are_repeated_up_to_the_batch():
+    inputs = {"x": torch.ones(2, 3), "mask": torch.ones(2), "scale": torch.tensor(2.0)}
+    found = batched(inputs, 5)
+    assert found["x"].shape == (5, 3) and found["mask"].shape == (5,)
+    assert found["scale"].dim() == 0
+
+
+# ------------------------------------------------------------ the table
+
+
+def counted():
+    """A target that counts its calls."""
+    calls = itertools.count()
+    target = Target.of(lambda module, example: (next(calls), arithmetic(module, example))[1], "own")
+    return target, lambda: next(calls)
+
+
+def test_every_time_is_measured_once_and_kept_on_disk(tmp_path):
+    layer, shape = nn.Conv2d(12, 12, 3, padding=1), (1, 12, 6, 6)
+    target, calls = counted()
+    table = LatencyTable(target, tmp_path / "deep" / "table.json")
+    first = table.time(layer, shape), table.factor(layer, shape, "tucker2", (3, 5))
+    after = calls()
+    assert (table.time(layer, shape), table.factor(layer, shape, "tucker2", (3, 5))) == first
+    assert calls() == after + 1
+    again = LatencyTable(target, table.path, json.loads(table.path.read_text())["times"])
+    assert again.factor(layer, shape, "tucker2", (3, 5)) == first[1]
+    assert [path.name for path in table.path.parent.iterdir()] == ["table.json"]
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"version": 0, "times": {"a": 1}}', '{"version": 1, "times": 3}']
+)
+def test_a_damaged_file_counts_as_empty(text, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    target = Target.of(arithmetic, "own")
+    path = LatencyTable.of(target).path
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    table = LatencyTable.of(target)
+    assert table.times == {}
+    table.time(nn.Linear(3, 3), (1, 3))
+    assert LatencyTable.of(target).times == table.times
+
+
+def test_times_that_make_no_sense_are_not_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    target = Target.of(arithmetic, "own")
+    path = LatencyTable.of(target).path
+    path.parent.mkdir(parents=True)
+    path.write_text('{"version": 1, "times": {"a": 1.5, "b": -1, "c": "x", "d": NaN}}')
+    assert LatencyTable.of(target).times == {"a": 1.5}
+
+
+def test_a_table_without_a_disk_stays_in_memory(tmp_path):
+    (tmp_path / "file").write_text("")
+    table = LatencyTable(Target.of(arithmetic), tmp_path / "file" / "table.json")
+    assert table.time(nn.Linear(3, 3), (1, 3)) == table.time(nn.Linear(3, 3), (1, 3))
+    assert LatencyTable.of(Target.of(arithmetic)).path is None
+
+
+@pytest.mark.parametrize("form", ["tucker2", "input", "output", "spatial"])
+def test_interpolation_is_exact_for_arithmetic(form):
+    layer, shape = nn.Conv2d(24, 24, 3, padding=1, bias=False), (1, 24, 6, 6)
+    table = LatencyTable(of_arithmetic())
+    ranks = (5, 7) if form == "tucker2" else (7,)
+    between = table.factor(layer, shape, form, ranks)
+    assert between == pytest.approx(table.exact(layer, shape, form, ranks))
+    assert table.factor(layer, shape, form, ranks) == table.exact(layer, shape, form, ranks)
+
+
+@given(st.integers(1, 40), st.integers(1, 40))
+def test_between_stays_within_what_was_measured(first, second):
+    axes = ([4, 8, 30], [2, 16])
+    times = {(a, b): float(a * b) for a in axes[0] for b in axes[1]}
+    found = _between(axes, (first, second), times)
+    inside = min(max(first, 4), 30) * min(max(second, 2), 16)
+    assert found == pytest.approx(inside)
+
+
+@given(st.integers(1, 16), st.integers(1, 600), st.integers(2, 5))
+def test_measured_ranks_rise_to_the_highest(low, high, points):
+    found = _spread(low, high, points)
+    assert found == sorted(set(found)) and found[-1] == max(1, high)
+    assert all(rank % low == 0 for rank in found[:-1])
+
+
+@pytest.mark.parametrize("step", [1, 4, 16])
+def test_the_steps_of_kernels_are_found_by_measuring(step):
+    def staircase(module, example):
+        rows = [-(-min(p.shape[:2]) // step) * step for p in weights(module)]
+        return 1e-5 * sum(rows)
+
+    table = LatencyTable(Target.of(staircase))
+    assert table.step() == step
+    narrow = nn.Conv2d(8, 8, 3)
+    assert table.step_for(narrow, "tucker2") == min(step, 2)
+
+
+def test_unaligned_ranks_that_are_slow_are_rounded_up():
+    assert _step({r: (1.0 if r % 8 else 0.6) * r for r in range(17, 49)}) == 8
+
+
+def test_signatures_tell_layers_apart():
+    shape = (1, 8, 6, 6)
+    made = [
+        nn.Conv2d(8, 8, 3),
+        nn.Conv2d(8, 8, 3, bias=False),
+        nn.Conv2d(8, 8, 3, stride=2),
+        nn.Sequential(nn.Conv2d(8, 4, 1), nn.Conv2d(4, 8, 3)),
+    ]
+    assert len({signature(layer, shape) for layer in made}) == 4
+    assert signature(nn.Conv2d(8, 8, 3), shape) == signature(made[0], shape)
+
+
+class Windows(nn.Module):
+    """Cuts a sample into four rows before its layer sees them."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, 5)
+
+    def forward(self, sample):
+        return self.inner(sample.reshape(-1, 6))
+
+
+def test_rows_of_one_sample_count():
+    model = Windows()
+    rows = pliant.layer_costs(model, (torch.zeros(1, 24),))
+    assert input_shape(model.inner, rows["inner"], 2) == (8, 6)
+
+
+# ------------------------------------------------------------ budgets
+
+
+def test_latency_budgets_are_milliseconds_or_a_percentage():
+    dense = Cost(1000, 5000, 4000, latency_ms=8.0)
+    assert Budget(latency=0.5).limits(dense) == {"latency": 0.5}
+    assert Budget.parse("latency=25%").limits(dense) == {"latency": 2.0}
+    assert Budget.parse("latency=3").limits(dense) == {"latency": 3.0}
+    for text in ("latency=0%", "latency=150%", "latency=x%"):
+        with pytest.raises(BudgetError, match="milliseconds, or a share"):
+            Budget.parse(text)
+    with pytest.raises(BudgetError, match="needs a target"):
+        Budget(latency=3.0).limits(Cost(1, 1, 1))
+
+
+def squeeze(target, budget, method="energy(form='auto')", model=None):
+    return pliant.compress(
+        net() if model is None else model, None, method, budget, target=target, example=EXAMPLE
+    )
+
+
+@pytest.mark.parametrize("method", ["energy", "energy(form='auto')", "evbmf", "trp", "nrmf"])
+def test_a_latency_budget_is_met_and_reported(method):
+    report = squeeze(of_arithmetic(), "latency=80%", method).report
+    assert report.met and report.after.latency_ms <= 0.8 * report.before.latency_ms
+    assert report.target["verdict"] == "faster" and report.budget == {"latency": "80%"}
+    timed = [row for row in report.layers if "latency" in row.before]
+    assert timed
+    for row in timed:
+        changed = row.form != "dense"
+        assert (row.after["latency"] < row.before["latency"]) if changed else row.reason
+
+
+def test_milliseconds_and_parameters_together():
+    report = squeeze(of_arithmetic(), "latency=0.03,params=70%").report
+    assert report.met and report.after.latency_ms <= 0.03
+    assert report.after.params <= 0.7 * report.before.params
+
+
+def test_a_budget_out_of_reach_names_what_is_reachable():
+    with pytest.raises(BudgetError, match=r"latency=0.001 ms \(the least reachable is 0.0"):
+        squeeze(of_arithmetic(), "latency=0.001")
+
+
+def test_latency_needs_a_target():
+    with pytest.raises(BudgetError, match="needs a target"):
+        squeeze(None, "latency=50%")
+
+
+def test_a_method_that_does_not_save_latency_is_refused():
+    method = type("Idle", (pliant.Method,), {})
+    with pytest.raises(BudgetError, match="latency"):
+        pliant.start(net(), method(), Budget(latency=1e-9), example=EXAMPLE).finish()
+
+
+# ------------------------------------------------------------ the gate
+
+
+def test_what_is_slower_is_left_alone_with_both_times():
+    """Every further layer costs more than all arithmetic: nothing is worth it."""
+    target = of_arithmetic(layer=1e-3, call=1e-6)
+    result = squeeze(target, "latency=100%")
+    assert not result.edits and result.report.met
+    with pytest.raises(BudgetError, match="least reachable"):
+        squeeze(target, "latency=90%")
+    method = "energy(p=0.99, form='tucker2')"
+    reasons = {r.layer: r.reason for r in squeeze(target, "latency=100%", method).report.layers}
+    assert "measured slower" in reasons["2"] and "against" in reasons["2"]
+
+
+def test_only_the_layers_that_gain_are_changed():
+    """One kernel shape is fast as it is; its factors are slow whatever their ranks."""
+
+    def partly(module, example):
+        kernels = [p for p in weights(module) if p.shape[:2] != (12, 3) or p.shape[2:] != (3, 3)]
+        return 1e-6 + sum(1e-6 + 1e-8 * kernel.numel() for kernel in kernels)
+
+    result = squeeze(Target.of(partly), "latency=75%")
+    assert {edit.layer for edit in result.edits} == {"2"}
+
+
+def test_with_size_alone_nothing_is_gated():
+    report = squeeze(of_arithmetic(layer=1e-3), "params=60%").report
+    assert report.met and report.target["verdict"] == "slower"
+    assert report.after.latency_ms > report.before.latency_ms
+
+
+@pytest.mark.slow  # every example compresses a network
+@settings(max_examples=12, deadline=None)
+@given(seed=st.integers(0, 10**6), share=st.integers(20, 100), rough=st.floats(0, 3))
+def test_no_network_is_ever_slower(seed, share, rough):
+    """Times without any order: of layers, and of whole networks apart from their layers."""
+
+    def adversary(module, example):
+        shapes = [tuple(p.shape) for p in weights(module)]
+        luck = zlib.crc32(f"{seed} {shapes}".encode()) / 2**32
+        return arithmetic(module, example) * (1 + rough * luck)
+
+    try:
+        report = squeeze(Target.of(adversary), f"latency={share}%").report
+    except BudgetError as error:
+        assert "latency" in str(error)
+        return
+    assert report.met
+    assert report.after.latency_ms <= report.before.latency_ms * share / 100 * (1 + 1e-9)
+
+
+def test_a_plan_that_is_slower_than_its_layers_is_not_taken():
+    """Layers gain, the network they make loses: the dense one is kept, or the budget refused."""
+
+    def treacherous(module, example):
+        whole = len(list(module.children())) > 3
+        return arithmetic(module, example) * (5 if whole and len(weights(module)) > 3 else 1)
+
+    assert squeeze(Target.of(treacherous), "latency=100%").edits == ()
+    with pytest.raises(BudgetError, match="the fastest network that was measured takes"):
+        squeeze(Target.of(treacherous), "latency=80%")
