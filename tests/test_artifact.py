@@ -634,7 +634,8 @@ def factor(**changes: Any) -> dict[str, Any]:
 
 
 WORDS: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
-    (lambda m: m.update(version=2), "update pliant"),
+    (lambda m: m.update(version=3), "update pliant"),
+    (lambda m: m.update(version=2), "fields"),
     (lambda m: m.update(version=10**30), "update pliant"),
     (lambda m: m.update(version=0), "fields"),
     (lambda m: m.update(version=True), "fields"),

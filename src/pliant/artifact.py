@@ -9,7 +9,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.nn.utils import parametrize
 
+from pliant.codecs import tensors as codec
 from pliant.codecs.container import (
     MANIFEST,
     MANIFEST_LIMIT,
@@ -29,8 +31,9 @@ from pliant.codecs.container import (
     read,
     reading,
 )
-from pliant.codecs.manifest import DTYPES, VERSION, Manifest, Spec, parse, write
+from pliant.codecs.manifest import DTYPES, UNCODED, VERSION, Manifest, Spec, parse, write
 from pliant.errors import ArtifactError, ModelError
+from pliant.ops.coded import Coded
 from pliant.ops.edits import Edit, replay
 
 MOST_EDITS, MOST_LEVELS = 16, 64  # edits for each module of the model; dots in a name
@@ -47,6 +50,7 @@ def save(
     *,
     source: str | None = None,
     extra: Mapping[str, Any] | None = None,
+    encode: str | None = None,
 ) -> Path:
     """Write a compressed network to one file that `load` rebuilds, the same bytes every time.
 
@@ -56,6 +60,9 @@ def save(
         edits: what was done to the dense network, in order.
         source: what builds the dense network, for commands: a zoo name or module:callable.
         extra: plain data to keep beside it: class names, input shape, normalization.
+        encode: store each tensor coded, without loss, where that is smaller: ``hac`` by Huffman,
+            ``ans`` at the entropy, ``auto`` in whichever is smallest. It pays for numbers of
+            which few are distinct: pruned, shared or quantized ones. None stores all as they are.
 
     Raises:
         ModelError: the model has parametrizations, or state that is not made of tensors.
@@ -63,10 +70,16 @@ def save(
         OutputError: the file cannot be written; an existing one is as it was.
     """
     path = Path(path)
+    if encode is not None and encode not in codec.CHOICES:
+        raise ArtifactError(
+            f"Tensors are coded by one of {', '.join(codec.CHOICES)}, or not at all (None), not "
+            f"by {encode!r}."
+        )
     tensors, aliases = _tensors(model)
-    weights = safetensors.torch.save(tensors)
+    coded = _coded(tensors, encode) if encode else {}
+    weights = safetensors.torch.save({**tensors, **coded})
     manifest = Manifest(
-        version=VERSION,
+        version=VERSION if coded else UNCODED,
         pliant=_own_version(),
         source=source,
         edits=tuple(edits),
@@ -74,6 +87,7 @@ def save(
         aliases=aliases,
         sha256=hashlib.sha256(weights).hexdigest(),
         extra=dict(extra or {}),
+        coded={name: len(data) for name, data in coded.items()},
     )
     pack(path, write(manifest), weights)
     return path
@@ -127,6 +141,16 @@ def _alone(value: Tensor) -> Tensor:
     return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
 
 
+def _coded(tensors: Mapping[str, Tensor], choice: str) -> dict[str, Tensor]:
+    """Code the tensors that are smaller so."""
+    packed = {name: codec.pack(tensor, choice) for name, tensor in tensors.items()}
+    return {
+        name: torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        for name, data in packed.items()
+        if data is not None
+    }
+
+
 def _own_version() -> str:
     try:
         return version("pliant")
@@ -176,6 +200,7 @@ def load(path: str | Path, model: nn.Module | Callable[[], nn.Module] | None = N
             replay(trial, manifest.edits, weights=False)
             _compare(manifest, trial)
             tensors = _weights(archive, manifest)
+            _check_codes(trial, tensors)
     if trial is not built:
         replay(built, manifest.edits, weights=False)
     tensors |= {name: tensors[owner] for name, owner in manifest.aliases.items()}
@@ -273,11 +298,32 @@ def _without_data(model: nn.Module) -> nn.Module:
 
 def _weights(archive: zipfile.ZipFile, manifest: Manifest) -> dict[str, Tensor]:
     """Read the tensors, now that the sizes are known to be those of the model."""
-    least = manifest.bytes
+    least = sum(spec.bytes for spec in manifest.stored.values())
     data = read(archive, WEIGHTS, least=least, most=least + HEADER_LIMIT)
     if hashlib.sha256(data).hexdigest() != manifest.sha256:
         raise ArtifactError("is damaged: its weights are not those it was written with.")
     tensors = safetensors.torch.load(data)
-    if {name: Spec.of(tensor) for name, tensor in tensors.items()} != manifest.tensors:
+    if {name: Spec.of(tensor) for name, tensor in tensors.items()} != manifest.stored:
         raise ArtifactError("is damaged: its tensors are not those that its manifest lists.")
+    for name in manifest.coded:
+        spec, code = manifest.tensors[name], tensors[name].numpy().tobytes()
+        with _of(name):
+            tensors[name] = codec.unpack(code, spec.shape, DTYPES[spec.dtype])
     return tensors
+
+
+def _check_codes(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse layers whose kernel is coded and would not decode."""
+    for name, module in model.named_modules():
+        if isinstance(module, Coded) and f"{name}.code" in tensors:
+            with _of(name):
+                module.check(tensors[f"{name}.code"])
+
+
+@contextmanager
+def _of(name: str) -> Iterator[None]:
+    """Say which tensor of the file does not decode."""
+    try:
+        yield
+    except ArtifactError as error:
+        raise ArtifactError(f"cannot be decoded at {name}: {error}") from error

@@ -72,13 +72,15 @@ def fill(
     source: str | None,
     extra: Mapping[str, Any],
     onnx: bool = True,
+    encode: str | None = None,
 ) -> Written:
     """Write the network, its ONNX form and the reports; then the checkpoints go.
 
     Raises:
         OutputError: the folder cannot be written.
     """
-    model = artifact.save(out / MODEL, result.model, result.edits, source=source, extra=extra)
+    kept: dict[str, Any] = {"source": source, "extra": extra, "encode": encode}
+    model = artifact.save(out / MODEL, result.model, result.edits, **kept)
     exported, note = _export(out / ONNX, result, example) if onnx else ({}, "")
     report = replace(result.report, export=exported)
     files = [*write_reports(out, report), model]

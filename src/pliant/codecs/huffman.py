@@ -59,6 +59,7 @@ def check(code: Array) -> None:
     Raises:
         ArtifactError: they are out of order or bounds, or some bits would mean nothing.
     """
+    code = code.astype(np.int64)
     single = len(code) == 1 and code[0] == 1
     ordered = bool(len(code)) and code[0] >= 1 and code[-1] <= LIMIT and (np.diff(code) >= 0).all()
     if not ordered or not (single or _kraft(code) == 1 << LIMIT):
@@ -66,7 +67,7 @@ def check(code: Array) -> None:
 
 
 def _kraft(code: Array) -> int:
-    return int(np.left_shift(1, LIMIT - code.astype(np.int64)).sum())
+    return int(np.left_shift(1, LIMIT - code).sum())
 
 
 def _aligned(code: Array) -> NDArray[np.uint64]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any, NoReturn
 
 import torch
@@ -14,7 +14,8 @@ from torch import Tensor
 from pliant.errors import ArtifactError
 from pliant.ops.edits import Edit, from_json, to_json
 
-FORMAT, VERSION = "pliant", 1
+FORMAT, VERSION = "pliant", 2
+UNCODED = 1  # the version of files without coded tensors, which older readers know
 
 DTYPES: dict[str, torch.dtype] = {
     str(dtype).removeprefix("torch."): dtype
@@ -59,6 +60,7 @@ class Manifest:
         edits: rebuild the compressed network's shape from the dense one.
         tensors: shape and type of every stored tensor, by name.
         aliases: further names of a stored tensor, where layers share it.
+        coded: bytes of every tensor that is stored coded, by name.
         sha256: of the weights member.
         extra: plain data that was handed to `save`.
     """
@@ -71,11 +73,18 @@ class Manifest:
     aliases: Mapping[str, str]
     sha256: str
     extra: Mapping[str, Any]
+    coded: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def bytes(self) -> int:
-        """What the tensors take."""
+        """What the tensors take in memory."""
         return sum(spec.bytes for spec in self.tensors.values())
+
+    @property
+    def stored(self) -> dict[str, Spec]:
+        """What lies in the file: coded tensors are strings of bytes."""
+        coded = {name: Spec((size,), "uint8") for name, size in self.coded.items()}
+        return {**self.tensors, **coded}
 
 
 def write(manifest: Manifest) -> bytes:
@@ -93,6 +102,8 @@ def write(manifest: Manifest) -> bytes:
             for name, spec in manifest.tensors.items()
         },
     }
+    if not manifest.coded:
+        del rows["coded"]
     try:
         text = json.dumps(rows, sort_keys=True, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError, RecursionError) as error:
@@ -125,8 +136,14 @@ def parse(text: bytes) -> Manifest:
         raise ArtifactError(
             f"has format {number} and this Pliant reads up to {VERSION}: update pliant."
         )
-    _must(type(number) is int and number == VERSION and set(raw) == _FIELDS, "fields")
+    wanted = _FIELDS if number == VERSION else _FIELDS - {"coded"}
+    known = type(number) is int and number in (UNCODED, VERSION)
+    _must(known and set(raw) == wanted, "fields")
     tensors, aliases = _specs(raw["tensors"]), raw["aliases"]
+    coded = raw.get("coded", {})
+    _must(_is_named(coded, int) and set(coded) <= set(tensors), "coded tensors")
+    fits = (type(n) is int and 0 < n < tensors[name].bytes for name, n in coded.items())
+    _must(all(fits), "coded sizes")
     _must(_is_named(aliases, str), "aliases")
     _must(all(new not in tensors and old in tensors for new, old in aliases.items()), "aliases")
     _must(all(isinstance(raw[key], str) for key in ("pliant", "sha256")), "versions")
@@ -140,6 +157,7 @@ def parse(text: bytes) -> Manifest:
         aliases=aliases,
         sha256=raw["sha256"],
         extra=raw["extra"],
+        coded=coded,
     )
 
 

@@ -11,6 +11,7 @@ from torch import nn
 from pliant.errors import EditError
 from pliant.ops.edits.choose import Choose
 from pliant.ops.edits.edit import Edit, Replaced, layer_of
+from pliant.ops.edits.encode import Encode
 from pliant.ops.edits.factor import Factor
 from pliant.ops.edits.fold import Fold
 from pliant.ops.edits.quantize import Quantize
@@ -20,6 +21,7 @@ __all__ = [
     "EDITS",
     "Choose",
     "Edit",
+    "Encode",
     "Factor",
     "Fold",
     "Quantize",
@@ -33,6 +35,7 @@ __all__ = [
 
 EDITS: dict[str, type] = {
     "choose": Choose,
+    "encode": Encode,
     "factor": Factor,
     "fold": Fold,
     "quantize": Quantize,

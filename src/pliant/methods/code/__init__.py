@@ -1,0 +1,1 @@
+"""Methods that code the numbers of layers in fewer bits."""

@@ -1,0 +1,258 @@
+"""HAC and sHAC: prune, let weights share few values, and code what is left without loss."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from pliant.codecs import address_map, tensors
+from pliant.cost import Packed, cost, layer_costs
+from pliant.errors import BudgetError, MethodError, ModelError
+from pliant.math.sharing import draw, kmeans, mask, nearest, representatives
+from pliant.method import Method
+from pliant.ops.batchnorm import recalibrate
+from pliant.ops.edits.encode import encoding
+from pliant.ops.layers import Factorizable, readable
+from pliant.registry import Paper, register
+from pliant.run import Run
+
+MOST = 0.999  # highest pruning level that a budget may ask for
+HALVINGS = 12  # of the interval in which that level is searched
+SETTLING = 2048  # samples from which batch norms are re-estimated, if nothing is trained
+WHOLE = "its weights are whole numbers already: encode='auto' codes them in the file"
+NO_GAIN = "coded it would not be smaller: it holds too few weights"
+
+Layers = dict[str, Factorizable]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Weights that share values: ``levels[index]``, and zero where the mask is not set."""
+
+    mask: Tensor
+    index: Tensor
+    levels: Tensor
+
+    @property
+    def weight(self) -> Tensor:
+        """The weights."""
+        return self.levels[self.index.long()] * self.mask
+
+
+@register(
+    "hac",
+    paper=Paper(
+        "Compression strategies and space-conscious representations for deep neural networks",
+        "G. C. Marinò, G. Ghidoli, M. Frasca, D. Malchiodi",
+        "ICPR",
+        2020,
+        "https://arxiv.org/abs/2007.07967",
+    ),
+    saves="bytes",
+)
+@dataclass(frozen=True)
+class HAC(Method):
+    """Prunes, lets the weights of each layer share a few values, and codes them by Huffman.
+
+    In every layer the smallest weights become zero, and the rest takes values from a short list:
+    quantiles drawn without bias (``pq``) or k-means (``ws``). While training goes on, masks and
+    assignments stay; each value moves by the sum of what its weights would have moved, times
+    ``rate``. In the end the kernels stay coded, also in memory: layers decode some of their
+    outputs at a time while they compute. ``hac`` writes all weights into one stream of codewords,
+    ``shac`` codes only those that are not zero and keeps where they stand (smaller below about 5 %
+    of them), ``ans`` is one stream at the entropy, and ``auto`` takes the smallest.
+
+    Bytes are those of the coded kernels with dictionaries, and of all other tensors as they are.
+    A budget of bytes is met by pruning more, alike in all layers. Layers whose weights are whole
+    numbers already keep them; save with ``encode="auto"`` to have these coded in the file.
+
+    *Departs from the paper*: convolutions are coded too, as matrices; codewords are canonical, so
+    that only lengths are stored; ``ans`` is ours; pruning, sharing and both fine-tunings are one
+    training, which ends when its epochs do and not when accuracy stops rising; k-means is exact
+    Lloyd on the sorted weights; where nothing is trained, batch norms are re-estimated.
+
+    >>> HAC(prune=0.99, format="shac").values
+    32
+    """
+
+    prune: float = 0.9  # p, share of each layer's weights that become zero, if there is no budget
+    values: int = 32  # k, distinct values that the weights of one layer are given
+    share: Literal["pq", "ws"] = "pq"  # probabilistic quantization, or weight sharing by k-means
+    format: Literal["auto", "hac", "shac", "ans"] = "auto"  # how kernels are coded
+    masked: float = 0.5  # share of the training before values are shared
+    rate: float = 1e-3  # eta_c, on what the weights of one value would have moved in sum
+    only: tuple[str, ...] = ()  # name patterns of the layers to code
+    exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone
+
+    def prepare(self, run: Run) -> None:
+        """Choose the layers and the pruning level, and prune."""
+        self._check()
+        layers, reasons = readable(run.model, only=self.only, exclude=self.exclude)
+        calls = {name: row.calls for name, row in layer_costs(run.model, run.example).items()}
+        for name in [name for name in layers if not calls.get(name)]:
+            del layers[name]
+            reasons[name] = "never called in a forward pass"
+        for name, module in run.model.named_modules():
+            if isinstance(module, Packed):
+                reasons[name] = WHOLE
+        for name, reason in reasons.items():
+            run.keep(name, reason)
+        run.state.update(layers=list(layers), shared=False, masks={}, index={}, levels={})
+        self._prune(run, self._level(run, layers, 0.0 if run.limits() else self.prune))
+
+    def before_step(self, run: Run) -> None:
+        """Take the gradient off pruned weights."""
+        for name, module in self._subjects(run).items():
+            if module.weight.grad is not None:
+                module.weight.grad.mul_(run.state["masks"][name])
+
+    @torch.no_grad()
+    def after_step(self, run: Run) -> None:
+        """Prune again, since momentum moves what has no gradient; move shared values."""
+        for name, module in self._subjects(run).items():
+            if run.state["shared"]:
+                self._move(run, name, module)
+            else:
+                module.weight.mul_(run.state["masks"][name])
+        if not run.state["shared"] and run.step >= round(self.masked * run.steps):
+            self._share(run)
+
+    def finalize(self, run: Run) -> None:
+        """Share, if the training was too short to have done it, and code."""
+        if not run.state["shared"]:
+            self._share(run)
+        edits = []
+        for name, module in self._subjects(run).items():
+            edit = encoding(name, module.weight.detach(), self.format)
+            if edit is None:
+                run.keep(name, NO_GAIN)
+            else:
+                edits.append(edit)
+        run.apply(*edits)
+        if not run.step and run.data is not None and run.data.has("train"):
+            recalibrate(run.model, _inputs(run))
+
+    def _check(self) -> None:
+        for name, least, most in (("prune", 0, MOST), ("masked", 0, 1), ("rate", 0, 1)):
+            value = getattr(self, name)
+            if not least <= value <= most:
+                raise MethodError(f"hac: {name} must lie in {least}..{most:g}, not {value}.")
+        if not 2 <= self.values <= address_map.MOST:
+            raise MethodError(
+                f"hac: values must lie in 2..{address_map.MOST:,}, not {self.values:,}."
+            )
+
+    def _subjects(self, run: Run) -> Layers:
+        return {name: run.model.get_submodule(name) for name in run.state["layers"]}  # type: ignore[misc]
+
+    def _prune(self, run: Run, level: float) -> None:
+        """Zero the smallest weights, and drop the layers that coding would not make smaller."""
+        for name, module in self._subjects(run).items():
+            found = self._shared(module.weight.detach(), level, _twin(run.generator))
+            if self._bytes(found, module.weight) >= module.weight.nbytes:
+                run.keep(name, NO_GAIN)
+                run.state["layers"].remove(name)
+                run.state["masks"].pop(name, None)
+                continue
+            run.state["masks"][name] = found.mask
+            with torch.no_grad():
+                module.weight.mul_(found.mask)
+        run.state["level"] = level
+
+    @torch.no_grad()
+    def _share(self, run: Run) -> None:
+        """Give every weight one of a few values, from now on."""
+        if run.limits():
+            self._prune(run, self._level(run, self._subjects(run), run.state["level"]))
+        for name, module in self._subjects(run).items():
+            found = self._shared(module.weight, run.state["level"], run.generator)
+            run.state["masks"][name] = found.mask
+            run.state["index"][name] = found.index.to(torch.int32)
+            run.state["levels"][name] = found.levels
+            module.weight.copy_(found.weight)
+        run.state["shared"] = True
+
+    def _shared(self, weight: Tensor, level: float, generator: torch.Generator) -> Shared:
+        """Prune a weight and share values among all of it, zeros included."""
+        if not torch.isfinite(weight).all():
+            raise ModelError("hac: weights must be finite to share values, and some are not.")
+        kept = mask(weight, level)
+        pruned = (weight * kept).float()
+        if self.share == "ws":
+            levels = kmeans(pruned, self.values)
+            return Shared(kept, nearest(pruned, levels), levels)
+        levels = representatives(pruned, self.values)
+        return Shared(kept, draw(pruned, levels, generator), levels)
+
+    def _move(self, run: Run, name: str, module: Factorizable) -> None:
+        """Move each value by the sum of its weights' movements: momentum cannot split them."""
+        masks, levels = run.state["masks"][name], run.state["levels"][name]
+        now = Shared(masks, run.state["index"][name], levels)
+        moved = (module.weight.float() - now.weight) * masks
+        levels.index_add_(0, now.index.flatten().long(), moved.flatten(), alpha=self.rate)
+        module.weight.copy_(now.weight)
+
+    # How many bytes a pruning level costs.
+
+    def _level(self, run: Run, layers: Layers, least: float) -> float:
+        """Return the lowest pruning level from ``least`` on that meets the budget.
+
+        Raises:
+            BudgetError: none does.
+        """
+        bound = run.limits().get("bytes")
+        if bound is None:
+            return least
+        now = cost(run.model, run.example).bytes
+        rest = now - sum(module.weight.nbytes for module in layers.values())
+        found = {level: rest + self._total(run, layers, level) for level in (least, MOST)}
+        if found[least] <= bound:
+            return least
+        if found[MOST] > bound:
+            raise BudgetError(
+                f"hac reaches {found[MOST]:,} bytes where {bound:,.0f} are asked for, and "
+                f"{rest:,} of them are not of layers that it codes: ask for less."
+            )
+        low, high = least, MOST
+        for _ in range(HALVINGS):
+            middle = (low + high) / 2
+            fits = rest + self._total(run, layers, middle) <= bound
+            low, high = (low, middle) if fits else (middle, high)
+        return high
+
+    def _total(self, run: Run, layers: Layers, level: float) -> int:
+        generator, total = _twin(run.generator), 0
+        for module in layers.values():
+            weight = module.weight.detach()
+            found = self._shared(weight, level, generator)
+            total += min(weight.nbytes, self._bytes(found, weight))
+        return total
+
+    def _bytes(self, found: Shared, weight: Tensor) -> int:
+        """Predict the coded kernel, with pruned weights apart from a value that is zero by now."""
+        index = found.index[found.mask].cpu().numpy()
+        counts = np.bincount(index, minlength=1)
+        zeros, shape = weight.numel() - len(index), tensors.matrix(tuple(weight.shape))
+        size = weight.element_size()
+        return min(
+            address_map.predict(counts[counts > 0], zeros, shape, size, form)
+            for form in (address_map.FORMS if self.format == "auto" else (self.format,))
+        )
+
+
+def _twin(generator: torch.Generator) -> torch.Generator:
+    """Return a generator that will draw the same numbers, and leave this one as it is."""
+    return torch.Generator().set_state(generator.get_state())
+
+
+def _inputs(run: Run) -> list[tuple[Tensor, ...]]:
+    """Training inputs, on the device of the network."""
+    assert run.data is not None
+    device = next(tensor.device for tensor in run.model.state_dict().values())
+    batches = run.data.calibration(SETTLING, batch=256, seed=run.seed + 1)
+    return tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, list(batches))
