@@ -14,6 +14,7 @@ from pliant.ops.edits.edit import Edit, Replaced, layer_of
 from pliant.ops.edits.encode import Encode
 from pliant.ops.edits.factor import Factor
 from pliant.ops.edits.fold import Fold
+from pliant.ops.edits.prune import Prune
 from pliant.ops.edits.quantize import Quantize
 from pliant.ops.edits.swap import Swap
 
@@ -24,6 +25,7 @@ __all__ = [
     "Encode",
     "Factor",
     "Fold",
+    "Prune",
     "Quantize",
     "Replaced",
     "Swap",
@@ -37,6 +39,7 @@ EDITS: dict[str, type] = {
     "choose": Choose,
     "encode": Encode,
     "factor": Factor,
+    "prune": Prune,
     "fold": Fold,
     "quantize": Quantize,
     "swap": Swap,
