@@ -163,20 +163,24 @@ def within(
     return chosen
 
 
-def uniform_share(run: Run, groups: Sequence[Group], share: float, *, least: float) -> float:
-    """Return the one share of the units of every group that meets the budget, or ``share``.
+def uniform_shares(
+    run: Run, groups: Sequence[Group], share: float, *, least: float
+) -> dict[str, float]:
+    """Return the share of the units of every group that leaves: ``share``, or for the budget.
 
-    Which units leave makes no difference to the cost, so it can be known before they are chosen.
+    For a budget it is the same for all, but for one unit more or less. Which units leave makes
+    no difference to the cost, so it can be known before they are chosen.
 
     Raises:
         BudgetError: the budget cannot be met.
     """
     limits = run.limits()
     if not limits:
-        return share
+        return {group.name: share for group in groups}
     scores = {group.name: torch.zeros(len(group.units)) for group in groups}
-    chosen = within(run, groups, ranking(scores, "local", floors_of(groups, least)), limits)
-    return chosen[-1].level if chosen else 0.0
+    places = ranking(scores, "local", floors_of(groups, least))
+    gone = leaving(within(run, groups, places, limits))
+    return {g.name: len(gone.get(g.name, ())) / len(g.units) for g in groups}
 
 
 def cut_in_rounds(

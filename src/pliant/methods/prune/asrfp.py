@@ -16,7 +16,7 @@ from pliant.ops.channels import filters_of
 from pliant.ops.cutting import edits_of
 from pliant.ops.layers import readable
 from pliant.ops.masks import fade, fade_small, unit_norms, weakest
-from pliant.prune import cut, subjects, uniform_share
+from pliant.prune import cut, subjects, uniform_shares
 from pliant.registry import Paper, register
 from pliant.run import Run
 
@@ -74,7 +74,7 @@ class ASRFP(Method):
 
     def prepare(self, run: Run) -> None:
         self._check(run)
-        run.state.update(rate=self.rate, filters={}, norms={}, weights=[], removed=False)
+        run.state.update(rates={}, filters={}, norms={}, weights=[], removed=False)
         if self.unit == "weight":
             chosen, _ = readable(run.model, only=self.only, exclude=self.exclude)
             run.state["weights"] = list(chosen)
@@ -129,10 +129,12 @@ class ASRFP(Method):
         if self.every:
             groups = [group for group in groups if len(group.makers) == 1]
         filters = {group.name: filters_of(group) for group in groups}
-        run.state["rate"] = uniform_share(run, groups, self.rate, least=self.least)
+        rates = uniform_shares(run, groups, self.rate, least=self.least)
         if self.every:
             own = {layer for rows in filters.values() for layer in rows}
             filters |= _others(run, own, self.only, self.exclude)
+        rate = max(rates.values())
+        run.state["rates"] = {name: rates.get(name, rate) for name in filters}
         run.state["filters"] = filters
         run.state["norms"] = {
             g.name: {s[0]: g.rows(s) for s in g.slots if s[1] == "channels"} for g in groups
@@ -147,23 +149,24 @@ class ASRFP(Method):
 
     def _fade(self, run: Run, epoch: int, epochs: float) -> None:
         """One masking: choose the weakest anew and multiply them."""
-        rate = rate_at(epoch, epochs, run.state["rate"], self.ramp)
+        part = ramp_at(epoch, epochs, self.ramp)
         factor = alpha_at(epoch, epochs, self.alpha, self.sigma, self.decay, self.zero_from)
-        self._multiply(run, rate, factor)
-        run.note(alpha=factor, rate=rate)
+        self._multiply(run, part, factor)
+        run.note(alpha=factor, rate=part * max(run.state["rates"].values(), default=self.rate))
 
-    def _multiply(self, run: Run, rate: float, factor: float) -> dict[str, Tensor]:
-        """Multiply the weakest units of every kind; return which they are."""
+    def _multiply(self, run: Run, part: float, factor: float) -> dict[str, Tensor]:
+        """Multiply the weakest units of every kind, a part of its rate; return which they are."""
         if factor == 1:
             return {}
         for layer in run.state["weights"]:
             weight: Any = run.model.get_submodule(layer).weight
-            fade_small(weight, math.floor(weight.numel() * rate + 1e-9), factor)
+            fade_small(weight, math.floor(weight.numel() * part * self.rate + 1e-9), factor)
         chosen = {}
         for name, rows in run.state["filters"].items():
             scores = unit_norms(run.model, rows, order=1.0 if self.norm == "l1" else 2.0)
             most = len(scores) - max(1, math.ceil(self.least * len(scores) - 1e-9))
-            chosen[name] = weakest(scores, min(most, math.floor(len(scores) * rate + 1e-9)))
+            count = math.floor(len(scores) * part * run.state["rates"][name] + 1e-9)
+            chosen[name] = weakest(scores, min(most, count))
             _fade_units(run, rows, chosen[name], factor, ("weight",))
             if self.norms:
                 norms = run.state["norms"].get(name, {})
@@ -172,7 +175,7 @@ class ASRFP(Method):
 
     def _remove(self, run: Run) -> None:
         """Zero the weakest units for good and take out those that can leave."""
-        chosen = self._multiply(run, run.state["rate"], 0.0)
+        chosen = self._multiply(run, 1.0, 0.0)
         run.state["removed"] = True
         if self.unit == "filter":
             groups = [g for g in subjects(run, self.only, self.exclude) if g.name in chosen]
@@ -180,11 +183,11 @@ class ASRFP(Method):
             cut(run, edits_of(run.model, groups, gone))
 
 
-def rate_at(epoch: int, epochs: float, rate: float, ramp: float) -> float:
-    """Return the share of the filters that fades after an epoch (P_t)."""
+def ramp_at(epoch: int, epochs: float, ramp: float) -> float:
+    """Return the part of the rate that fades after an epoch (P_t / P)."""
     if not ramp or epoch >= FULL_FROM * epochs:
-        return rate
-    return rate * (1 - math.exp(-math.log(4) * epoch / (ramp * epochs)))
+        return 1.0
+    return 1 - math.exp(-math.log(4) * epoch / (ramp * epochs))
 
 
 def alpha_at(

@@ -1,0 +1,330 @@
+"""Channel pruning at equal multiply-accumulates and equal epochs, against Torch-Pruning's."""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from bench import tasks
+from bench.claim import claim
+from bench.compress import compress
+from bench.experiments import Cell, Cells, Table, pick, values
+from bench.stats import mean, plus_minus
+from pliant.compose import resolve
+from pliant.cost import cost
+from pliant.data import Data, Train
+from pliant.drivers.loop import evaluate
+from pliant.errors import PliantError, require
+from pliant.method import Method
+from pliant.ops.batchnorm import recalibrate
+from pliant.registry import construct, plain
+from pliant.run import Run
+
+Settings = Mapping[str, Any]
+Watch = Callable[[dict[str, Any]], None]
+DENSE, RIVAL = "dense", "torch-pruning"
+LOOKED = 512  # test images on which one fading is looked at
+SETTLING = 2048
+
+
+def cells(settings: Settings) -> list[Cell]:
+    """List all measurements: task by task, the dense control first."""
+    rows = []
+    for task, asked in settings["tasks"].items():
+        shared = tasks.plan({**settings, "task": task})
+        train = Train(**settings["train"], epochs=asked["epochs"])
+        for seed in settings["seeds"]:
+            for name, spec in {DENSE: None, **asked["rivals"]}.items():
+                plan = {
+                    **shared,
+                    "train": asdict(train),
+                    "macs": None if name == DENSE else settings["macs"],
+                    "method": plain(resolve(spec)) if spec else None,
+                }
+                rows.append(Cell({"task": task, "rival": name, "seed": seed}, plan))
+    return rows
+
+
+def measure(cell: Cell, watch: Watch) -> dict[str, Any]:
+    """Cut and train one network."""
+    plan, seed, rival = cell.plan, cell.key["seed"], cell.key["rival"]
+    model, data = tasks.base(plan, watch), tasks.data_of(plan)
+    train, method, extra = Train(**plan["train"]), Method(), dict[str, Any]()
+    losses: list[float] = []
+
+    def see(row: dict[str, Any]) -> None:
+        losses.append(row["loss"])
+        watch(row)
+
+    if rival == RIVAL:
+        extra["whole_runs"] = _runs(_cut(copy.deepcopy(model), data, 0.5, whole=True), data)
+        model = _to_budget(model, data, plan["macs"])
+        recalibrate(model, data.calibration(SETTLING, batch=256, seed=seed))
+        extra["accuracy_before"] = evaluate(model, data, "test").accuracy
+    elif plan["method"]:
+        method = Looked(construct(**plan["method"]), Notes(data))
+    budget = {"macs": plan["macs"]} if plan["method"] else {}
+    made = compress(model, data, method, budget, train, seed=seed, watch=see)
+    quarter = losses[len(losses) // 5 : 3 * len(losses) // 10 + 1]
+    if isinstance(method, Looked):
+        extra |= method.notes.seen
+    return {**made, **extra, "loss_at_quarter": mean(quarter)}
+
+
+def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
+    """Compare with Torch-Pruning, with random channels, and softer pruning with its ancestor."""
+    rows = []
+    for task, asked in settings["tasks"].items():
+        of = _reader(cells, task)
+        ours = [name for name in asked["rivals"] if name not in (RIVAL, "random")]
+        best = max((v for name in ours if (v := of("accuracy", name)) is not None), default=None)
+        text = f"{task}: the best of {', '.join(ours)} is no worse than Torch-Pruning's group norms"
+        rows.append(claim(text, _points(best, of("accuracy", RIVAL)), ">=", 0, "points"))
+        text = f"{task}: magnitude is no worse than Torch-Pruning's group norms"
+        gap = _points(of("accuracy", "magnitude"), of("accuracy", RIVAL))
+        rows.append(claim(text, gap, ">=", 0, "points"))
+        text = f"{task}: no rival has more MACs than the budget: the largest share of it"
+        rows.append(claim(text, _largest_share(settings, cells, task), "<=", 1, "x"))
+    return rows + _soft(settings, cells)
+
+
+def summary(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
+    """Give the measured figures, a row per task and rival."""
+    rows = []
+    for task, asked in settings["tasks"].items():
+        for rival in (DENSE, *asked["rivals"]):
+            row: dict[str, Any] = {"task": task, "rival": rival}
+            for name in ("accuracy", "accuracy_before", "params", "macs", "seconds"):
+                found = values(cells, name, task=task, rival=rival)
+                if found:
+                    row[name] = {"mean": mean(found), "seeds": len(found)}
+            rows.append(row)
+    return rows
+
+
+def tables(settings: Settings, cells: Cells) -> list[Table]:
+    """Give one table per task, and one of what each fading cost."""
+    found = [_table(cells, task, asked) for task, asked in settings["tasks"].items()]
+    return [*found, _fadings(settings, cells)]
+
+
+# ---------------------------------------------------------------- what is looked at
+
+
+@dataclass
+class Notes:
+    """What is seen of one compression besides its scores."""
+
+    data: Data
+    seen: dict[str, Any] = field(default_factory=lambda: {"fadings": [], "kept": {}})
+
+    def fading(self, run: Run, before: dict[str, torch.Tensor]) -> None:
+        """Score the network before and after filters faded, on some test images."""
+        after = copy.deepcopy(run.model.state_dict())
+        if any(after[name].shape != tensor.shape for name, tensor in before.items()):
+            return
+        rows = [row for row in run.log if "rate" in row]
+        run.model.load_state_dict(before)
+        first = _right(run.model, self.data)
+        run.model.load_state_dict(after)
+        last = _right(run.model, self.data)
+        self.seen["fadings"].append(
+            {"step": run.step, "alpha": rows[-1]["alpha"], "before": first, "after": last}
+        )
+
+
+@dataclass(frozen=True)
+class Looked(Method):
+    """Another method, unchanged, with a look at every fading and at the channels kept."""
+
+    method: Method
+    notes: Notes
+
+    @property
+    def parts(self) -> tuple[Method, ...]:
+        return (self.method,)
+
+    def prepare(self, run: Run) -> None:
+        self.method.prepare(run)
+
+    def after_step(self, run: Run) -> None:
+        rows = len(run.log)
+        before = copy.deepcopy(run.model.state_dict())
+        self.method.after_step(run)
+        if len(run.log) > rows:
+            self.notes.fading(run, before)
+
+    def after_epoch(self, run: Run) -> None:
+        self.method.after_epoch(run)
+
+    def finalize(self, run: Run) -> None:
+        self.method.finalize(run)
+        for edit in run.edits:
+            if getattr(edit, "side", "") == "out":
+                k, n = edit.kept  # type: ignore[attr-defined]
+                self.notes.seen["kept"][edit.layer] = f"{k} of {n}"
+
+
+def _right(model: nn.Module, data: Data) -> float:
+    """The share of some test images that is classified rightly, in evaluation."""
+    device, training = next(model.parameters()).device, model.training
+    model.eval()
+    with torch.no_grad():
+        inputs, labels = next(iter(data.batches("test", LOOKED)))
+        right = (model(inputs.to(device)).argmax(1).cpu() == labels.cpu()).float().mean()
+    model.train(training)
+    return round(float(right), 4)
+
+
+# ---------------------------------------------------------------- Torch-Pruning
+
+
+def _cut(model: nn.Module, data: Data, ratio: float, *, whole: bool = False) -> nn.Module:
+    """Let Torch-Pruning remove a share of the channels that stay within a block, or of all."""
+    pruning = require("torch_pruning", "prune")
+    inner = [m.conv1 for m in model.modules() if hasattr(m, "conv2")]
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    classifier = layers[-1]
+    pruner = pruning.pruner.GroupNormPruner(
+        model.eval(),
+        tuple(data.example(1)),
+        importance=pruning.importance.GroupMagnitudeImportance(p=2),
+        global_pruning=True,
+        pruning_ratio=ratio,
+        max_pruning_ratio=0.9,
+        ignored_layers=[
+            layer
+            for layer in layers
+            if layer is classifier or not (whole or any(layer is conv for conv in inner))
+        ],
+    )
+    pruner.step()
+    return model
+
+
+def _to_budget(model: nn.Module, data: Data, share: float) -> nn.Module:
+    """The least cut network whose multiply-accumulates are within a share of the dense one's."""
+    bound = share * cost(model, data.example(1)).macs
+    low, high = 0.0, 0.9
+    for _ in range(9):
+        middle = (low + high) / 2
+        found = cost(_cut(copy.deepcopy(model), data, middle), data.example(1)).macs
+        low, high = (low, middle) if found <= bound else (middle, high)
+    return _cut(copy.deepcopy(model), data, high)
+
+
+def _runs(model: nn.Module, data: Data) -> bool:
+    try:
+        cost(model, data.example(1))
+    except PliantError:
+        return False
+    return True
+
+
+# ---------------------------------------------------------------- claims and tables
+
+Read = Callable[[str, str], float | None]
+
+
+def _reader(cells: Cells, task: str) -> Read:
+    return lambda name, rival: mean(values(cells, name, task=task, rival=rival))
+
+
+def _points(one: float | None, other: float | None) -> float | None:
+    return None if one is None or other is None else 100 * (one - other)
+
+
+def _largest_share(settings: Settings, cells: Cells, task: str) -> float | None:
+    dense = values(cells, "macs", task=task, rival=DENSE)
+    found = [
+        macs
+        for rival in settings["tasks"][task]["rivals"]
+        for macs in values(cells, "macs", task=task, rival=rival)
+    ]
+    return max(found) / (settings["macs"] * dense[0]) if found and dense else None
+
+
+def _soft(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
+    """What the paper of softer pruning says, on the first task."""
+    task = next(iter(settings["tasks"]))
+    of = _reader(cells, task)
+    gap = _points(of("accuracy", "asrfp"), of("accuracy", "sfp"))
+    slower = [of("loss_at_quarter", name) for name in ("asrfp", "sfp")]
+    later = None if None in slower else slower[0] - slower[1]  # type: ignore[operator]
+    drops = [_drop(cells, task, name) for name in ("asrfp", "sfp")]
+    milder = None if None in drops else 100 * (drops[1] - drops[0])  # type: ignore[operator]
+    whole = [c["values"]["whole_runs"] for c in pick(cells, task=task, rival=RIVAL)]
+    luck = _points(of("accuracy", "magnitude"), of("accuracy", "random"))
+    return [
+        claim(f"{task}: magnitude is better than random channels", luck, ">", 0, "points"),
+        claim(f"{task}: softer pruning ends no worse than soft pruning", gap, ">=", 0, "points"),
+        claim(
+            f"{task}: the last fading with a factor above 0 loses less than soft pruning's then",
+            milder,
+            ">",
+            0,
+            "points",
+        ),
+        claim(
+            f"{task}: after a quarter of the steps its training loss is not lower (slower start)",
+            later,
+            ">=",
+            0,
+            "",
+        ),
+        claim(
+            f"{task}: Torch-Pruning's whole-network cut runs: 1 if it does (expected: it does not)",
+            float(whole[0]) if whole else None,
+            "<=",
+            0,
+            "",
+        ),
+    ]
+
+
+def _drop(cells: Cells, task: str, rival: str) -> float | None:
+    """Accuracy lost at the last fading whose factor was above 0 in softer pruning."""
+    fadings = {c["key"]["rival"]: c["values"].get("fadings", []) for c in pick(cells, task=task)}
+    steps = [row["step"] for row in fadings.get("asrfp", []) if 0 < row["alpha"] < 1]
+    at = [row for row in fadings.get(rival, []) if steps and row["step"] == steps[-1]]
+    return at[0]["before"] - at[0]["after"] if at else None
+
+
+def _table(cells: Cells, task: str, asked: Mapping[str, Any]) -> Table:
+    head = ["rival", "method", "right after the cut, %", "at the end, %", "parameters", "MACs"]
+    rows = []
+    for rival, spec in {DENSE: "nothing removed", **asked["rivals"]}.items():
+        text = {DENSE: spec, RIVAL: "group norms, global, channels within blocks only"}
+        row = [rival, text.get(rival, f"`{spec}`")]
+        for name in ("accuracy_before", "accuracy"):
+            found = values(cells, name, task=task, rival=rival)
+            row.append(plus_minus([100 * v for v in found]) if found else "")
+        for name in ("params", "macs"):
+            found = values(cells, name, task=task, rival=rival)
+            row.append(f"{found[0]:,.0f}" if found else "")
+        rows.append(
+            [*row, *(f"{v:,.0f}" for v in values(cells, "seconds", task=task, rival=rival))]
+        )
+    return Table(f"{task}, {asked['epochs']:g} epochs in all", [*head, "seconds"], rows)
+
+
+def _fadings(settings: Settings, cells: Cells) -> Table:
+    """Accuracy on some test images around every fading of both soft methods."""
+    task = next(iter(settings["tasks"]))
+    found = {
+        name: pick(cells, task=task, rival=name)[0]["values"]["fadings"]
+        for name in ("asrfp", "sfp")
+        if pick(cells, task=task, rival=name)
+    }
+    rows = []
+    for soft, hard in islice(zip(*found.values(), strict=False), 100) if len(found) == 2 else ():
+        row = [str(soft["step"]), f"{soft['alpha']:.2g}"]
+        for one in (soft, hard):
+            row += [f"{100 * one['before']:.1f}", f"{100 * one['after']:.1f}"]
+        rows.append(row)
+    head = ["step", "factor", "asrfp before", "after", "sfp before", "after"]
+    return Table(f"Accuracy around each fading on {LOOKED} test images, %, {task}", head, rows)
