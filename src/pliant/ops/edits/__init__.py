@@ -14,8 +14,10 @@ from pliant.ops.edits.edit import Edit, Replaced, layer_of
 from pliant.ops.edits.encode import Encode
 from pliant.ops.edits.factor import Factor
 from pliant.ops.edits.fold import Fold
+from pliant.ops.edits.nest import Nest
 from pliant.ops.edits.prune import Prune
 from pliant.ops.edits.quantize import Quantize
+from pliant.ops.edits.settle import Settle
 from pliant.ops.edits.swap import Swap
 
 __all__ = [
@@ -25,9 +27,11 @@ __all__ = [
     "Encode",
     "Factor",
     "Fold",
+    "Nest",
     "Prune",
     "Quantize",
     "Replaced",
+    "Settle",
     "Swap",
     "from_json",
     "layer_of",
@@ -39,9 +43,11 @@ EDITS: dict[str, type] = {
     "choose": Choose,
     "encode": Encode,
     "factor": Factor,
+    "nest": Nest,
     "prune": Prune,
     "fold": Fold,
     "quantize": Quantize,
+    "settle": Settle,
     "swap": Swap,
 }
 """The closed set of edits that a file may name."""

@@ -1,0 +1,172 @@
+"""Elastic networks: nested ranks, what a step looks at, and a size picked from the file."""
+
+import copy
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from pliant import compress, load
+from pliant.budget import Budget
+from pliant.cost import Cost, cost, layer_costs
+from pliant.data import Data, Train
+from pliant.elastic import choose, shrink, weights_at
+from pliant.errors import BudgetError, EditError
+from pliant.math.metric import Metric
+from pliant.math.nested import cut, order
+from pliant.methods.lowrank.elastic import Elastic
+from pliant.ops.edits import Edit, Factor, Nest, Settle, replay
+from pliant.ops.edits.settle import MEANS
+from pliant.run import start
+from pliant.testing import Case
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.Conv2d(16, 16, 3, padding=1),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 4),
+    )
+
+
+def images(count: int = 64) -> Data:
+    noise = torch.Generator().manual_seed(1)
+    labels = torch.randint(0, 4, (count,), generator=noise)
+    return Data((torch.randn(count, 3, 8, 8, generator=noise), labels), classes=4)
+
+
+def first_components_are_the_best_of_their_rank() -> None:
+    """diag(3, 2, 1) in two factors, turned at random: cut to r, the r largest are left."""
+    turn = torch.linalg.qr(torch.randn(3, 3, generator=torch.Generator().manual_seed(0)))[0]
+    first, last = order((turn.T @ torch.diag(torch.tensor([3.0, 2.0, 1.0])), turn), None)
+    for rank, kept in ((1, [3.0, 0, 0]), (2, [3.0, 2.0, 0]), (3, [3.0, 2.0, 1.0])):
+        one, two = cut((first, last), (rank,))
+        assert torch.allclose(two @ one, torch.diag(torch.tensor(kept)), atol=1e-5)
+
+
+def order_is_that_of_the_outputs() -> None:
+    """A direction that is never read comes last, however large its weights."""
+    weight = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
+    metric = Metric(torch.diag(torch.tensor([0.0, 1.0, 1.0])))
+    first, last = order((weight, torch.eye(3)), metric)
+    one, two = cut((first, last), (2,))
+    assert torch.allclose((two @ one).diag(), torch.tensor([0.0, 2.0, 1.0]), atol=1e-3)
+
+
+def sizes_must_fall() -> None:
+    model = network()
+    for sizes in ((2, 3), (), (1, 0)):
+        try:
+            replay(model, [Nest("3", "spatial", sizes)])
+        except EditError:
+            continue
+        raise AssertionError(f"{sizes} were taken")
+
+
+def one_step_teaches_three_sizes() -> None:
+    """The smallest size always, one between at random, and gradients reach what only they use."""
+    run = start(network(), Elastic(sizes=4, samples=0), Budget(params=0.7), data=images(), steps=1)
+    assert isinstance(run.method, Elastic)
+    drawn = [run.method._sampled(run) for _ in range(20)]
+    assert all(row[0] == 3 and row[1] in (1, 2) for row in drawn)
+    assert {row[1] for row in drawn} == {1, 2}
+    x, y = torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
+    output = run.model(x)
+    zero = output.sum() * 0
+    run.loss(zero, output, (x, y)).backward()
+    edit = next(edit for edit in run.edits if isinstance(edit, Nest))
+    gradient = run.model.get_submodule(edit.layer)[0].weight.grad  # type: ignore[index]
+    assert gradient[: edit.at(2)[0]].abs().sum() > 0 and not gradient[edit.at(1)[0] :].any()
+
+
+def every_size_comes_out_of_the_file() -> None:
+    """Outputs of a size cut from the file are those of the same ranks within the network."""
+    data = images()
+    result = compress(
+        network(),
+        data,
+        "elastic(sizes=3, smallest=0.5, samples=16)",
+        "params=0.7",
+        train=Train(epochs=1, batch=16, lr=0.01),
+    )
+    sizes = next(row["sizes"] for row in result.report.history if "sizes" in row)
+    x = torch.randn(2, 3, 8, 8)
+    with tempfile.TemporaryDirectory() as folder:
+        path = result.save(Path(folder) / "a.pliant")
+        for size, row in enumerate(sizes):
+            found = load(path, network, at=Budget(params=row["params"])).eval()
+            assert cost(found, (x,)).params == row["params"]
+            assert torch.equal(found(x), expected(result.model, result.edits, size, x))
+            assert not any(MEANS in name for name in found.state_dict())
+            edits = shrink(load(path, network), result.edits, size)
+            again = network()
+            replay(again, edits, weights=False)
+            assert str(again.eval()) == str(found) and {type(e) for e in edits} == {Factor}
+        refused = 0
+        for at in (0.01, "bytes=10"):
+            try:
+                load(path, network, at=at)
+            except BudgetError:
+                refused += 1
+        assert refused == 2
+
+
+def expected(model: nn.Module, edits: Sequence[Edit], size: int, x: Tensor) -> Tensor:
+    """Run a network at a size by hand: views of its weights, a row of each table."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean = module.means_by_size[size]  # type: ignore[index]
+            module.running_var = module.variances_by_size[size]  # type: ignore[index]
+    return torch.func.functional_call(model, weights_at(model, edits, size), (x,))
+
+
+def a_latency_is_found_by_halving() -> None:
+    """Eight sizes take 8, 7, ... 1 ms: 3.5 ms allow the one of 3, after at most four looks."""
+    sizes, seen = [Cost(9 - k, 0, 0) for k in range(8)], []
+
+    def latency(size: int) -> float:
+        seen.append(size)
+        return 8.0 - size
+
+    dense = Cost(9, 0, 0, latency_ms=9.0)
+    assert choose(sizes, Budget(latency=3.5), dense, latency) == 5
+    assert len(seen) <= 4
+    assert choose(sizes, Budget(params=4, latency=100.0), dense, latency) == 5
+
+
+def a_table_costs_bytes_only() -> None:
+    """Three sizes of 16 channels: 2 * 3 * 16 numbers of four bytes, and no arithmetic."""
+    model, edit, x = network(), Settle("1", 3), torch.zeros(1, 3, 8, 8)
+    before = layer_costs(model, (x,))["1"]
+    edit.apply(model)
+    after = layer_costs(model, (x,))["1"]
+    assert after.bytes - before.bytes == 2 * 3 * 16 * 4
+    assert (after.params, after.macs) == (before.params, before.macs)
+
+
+CASES = [
+    Case(
+        "elastic",
+        spec="elastic(sizes=3, samples=16)",
+        variants=('elastic(sizes=2, form="spatial", samples=0)',),
+        own=(
+            first_components_are_the_best_of_their_rank,
+            order_is_that_of_the_outputs,
+            sizes_must_fall,
+            one_step_teaches_three_sizes,
+            every_size_comes_out_of_the_file,
+            a_latency_is_found_by_halving,
+            a_table_costs_bytes_only,
+        ),
+    )
+]
