@@ -14,7 +14,7 @@ from pliant.budget import Limits
 from pliant.cost import Cost, LayerCost
 from pliant.ops.edits.prune import Prune
 from pliant.ops.graph import Group
-from pliant.ops.masks import unit_norms
+from pliant.ops.masks import unit_norms, weakest
 
 Scope = Literal["global", "local"]
 Scores = Mapping[str, Tensor]
@@ -71,12 +71,15 @@ def ranking(scores: Scores, scope: Scope, floors: Mapping[str, int] | None = Non
         scope: ``local`` takes the same share from every group; ``global`` compares all units, by
             their scores in units of the mean of their group, since layers differ in scale.
         floors: how many units of a group stay at least; one always does.
+
+    Raises:
+        TrainingError: a score is not finite.
     """
     places = []
     for name, values in scores.items():
         count = len(values)
         own = values if scope == "local" else values / values.mean().clamp_min(1e-12)
-        order = torch.argsort(own, stable=True).tolist()
+        order = weakest(own, count).tolist()
         most = count - max(1, (floors or {}).get(name, 1))
         for rank, unit in enumerate(order[: max(0, most)]):
             level = (rank + 1) / count if scope == "local" else float(own[unit])

@@ -37,8 +37,8 @@ def cuttable(model: nn.Module, example: Example) -> tuple[list[Group], dict[str,
         The groups in the order of the model, and a reason for every layer with channels all of
         which stay.
     """
-    found, reasons = trace(model, example)
     random = _randomized(model)
+    found, reasons = trace(random, example)
     failing = _failing(random, example, sorted(found, key=lambda group: len(group.slots)))
     good = [group for group in found if group.name not in failing]
     for group in found:
