@@ -201,7 +201,7 @@ class Choosing(Method):
     plan = search.Bilevel(lr=0.05, batch=8)
 
     def prepare(self, run) -> None:  # type: ignore[no-untyped-def]
-        search.begin(run, self.plan)
+        search.begin(run, self.plan, "choosing")
 
     def after_step(self, run) -> None:  # type: ignore[no-untyped-def]
         search.step(run, self.plan)

@@ -100,13 +100,17 @@ def halves(data: Data, *, seed: int = 0) -> Data:
     return replace(data, train=train, val=val)
 
 
-def begin(run: Run, plan: Bilevel) -> None:
+def begin(run: Run, plan: Bilevel, name: str) -> None:
     """Check that a run can be searched in, and lay out the state of the trainer.
+
+    Args:
+        run: about to start.
+        plan: when and how the architecture learns.
+        name: of the method, for refusals.
 
     Raises:
         MethodError: the network has no mixed operations, or there is no validation split.
     """
-    name = type(run.method).__name__
     plan.check(name)
     logits = architecture(run.model)
     if not logits:
@@ -161,7 +165,8 @@ def _gradients(
         return float(loss.detach()), torch.autograd.grad(objective(loss), logits)
     train = _batch(run, plan, "train")
     rate = run.optimizer.param_groups[0]["lr"] if run.optimizer else plan.lr
-    weights = [p for p in run.model.parameters() if p.requires_grad and p not in set(logits)]
+    own = {id(logit) for logit in logits}
+    weights = [p for p in run.model.parameters() if p.requires_grad and id(p) not in own]
     return unrolled(lambda: objective(loss_on(val)), lambda: loss_on(train), logits, weights, rate)
 
 

@@ -1,5 +1,6 @@
 """Search methods: small supernets whose best operations are known beforehand."""
 
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,8 +16,9 @@ from pliant.ops.genotype import Genotype, dense
 from pliant.registry import build
 from pliant.run import Run, start
 from pliant.search import mixed
-from pliant.testing import Case, check_method
-from pliant.testing.toys import TOYS
+from pliant.testing import Case
+from pliant.testing.checks import checks
+from pliant.testing.toys import TOYS, Toy
 from pliant.zoo.darts import supernet
 
 OPS = ("skip_connect", "sep_conv_3x3")
@@ -39,9 +41,14 @@ def run_of(model: nn.Module, method: Method, *, steps: int = 0) -> Run:
     return start(model, method, data=noise(), steps=steps)
 
 
-def stays_plain_and_resumes_on_a_supernet() -> None:
-    """All checks of the suite, on a network that can be searched in."""
-    check_method(EDARTS(warmup=0.2, every=1, batch=4), small(), noise())
+def on_a_supernet(method: Method) -> Iterator[Callable[[], None]]:
+    """Yield the suite's checks of compressions, on a network that can be searched in."""
+    toy = Toy("supernet", small, given=noise())
+    of_all = {name for name, _ in checks(method, ())}
+    for name, check in checks(method, (toy,)):
+        if name not in of_all:
+            check.__name__ = f"on_a_supernet_{name}"  # type: ignore[attr-defined]
+            yield check
 
 
 def works_as_darts_with_dropped_edges() -> None:
@@ -126,7 +133,7 @@ CASES = [
         "edarts",
         refuses={name: "mixed operations" for name in TOYS},
         own=(
-            stays_plain_and_resumes_on_a_supernet,
+            *on_a_supernet(EDARTS(warmup=0.2, every=1, batch=4)),
             works_as_darts_with_dropped_edges,
             prior_and_dropout_fade_on_time,
             the_prior_is_no_reason_to_be_chosen,

@@ -209,7 +209,7 @@ def _nodes(cell: Cell, keep: int, most_skips: int | None) -> Nodes:
     for node in range(len(cell.layout.wiring)):
         places = [i for i, (target, _) in enumerate(cell.layout.edges) if target == node]
         if all(NONE in cell.layout.ops[i] for i in places):
-            ranked = sorted(places, key=lambda i: -max(_probable(scores[i]).values()))
+            ranked = sorted(places, key=lambda i: -_strength(scores[i]))
             places = sorted(ranked[:keep])
         kept += [(node, i) for i in places]
     chosen = {i: _best(scores[i]) for _, i in kept}
@@ -233,11 +233,11 @@ def _scores(cell: Cell, place: int) -> dict[str, float]:
     return {names[0]: 0.0}
 
 
-def _probable(scores: Mapping[str, float]) -> dict[str, float]:
+def _strength(scores: Mapping[str, float]) -> float:
+    """The probability of the best operation but ``none``."""
     shares = torch.tensor(list(scores.values()), dtype=torch.float64).softmax(0).tolist()
-    return {
-        name: p for name, p in zip(scores, shares, strict=True) if name != NONE or len(scores) == 1
-    }
+    named = zip(scores, shares, strict=True)
+    return max((share for name, share in named if name != NONE), default=0.0)
 
 
 def _best(scores: Mapping[str, float]) -> str:

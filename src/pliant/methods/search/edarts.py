@@ -72,7 +72,7 @@ class EDARTS(Method):
                 "edarts searches the mixed operations of a network of cells, not of a "
                 f"{type(run.model).__name__}: begin with pliant.zoo.build('edarts-search')."
             )
-        search.begin(run, self._plan())
+        search.begin(run, self._plan(), "edarts")
         self._fade(run)
 
     def after_step(self, run: Run) -> None:
