@@ -133,6 +133,8 @@ class Chain(Method):
         part = self._now(run)
         part.method.finalize(part)
         part.close()
+        if run.observe is not None:
+            run.note(finished=plain(part.method)["name"], **run.observe(run))
 
     def _end(self, run: Run, stage: int) -> int:
         """The step at which the share of a stage is over."""

@@ -18,7 +18,7 @@ from pliant.errors import BudgetError, ModelError, PliantError
 from pliant.latency import Target
 from pliant.latency.clock import Clock
 from pliant.method import Method
-from pliant.ops.edits import Edit, from_json, to_json
+from pliant.ops.edits import Edit, Replaced, from_json, to_json
 from pliant.ops.optim import carry
 
 
@@ -56,6 +56,7 @@ class Run:
         path: of a view, the scopes it lies in; empty for the whole run.
         began: of a view, step and epoch of the whole run at which its own clock began.
         clock: measures on the target, or None where none was named.
+        observe: called whenever a stage of a chain is over; what it returns enters the history.
     """
 
     model: nn.Module
@@ -80,6 +81,7 @@ class Run:
     path: str = ""
     began: tuple[int, int] = (0, 0)
     clock: Clock | None = None
+    observe: Callable[[Run], Mapping[str, Any]] | None = None
 
     # For a training loop.
 
@@ -148,11 +150,18 @@ class Run:
         ]
 
     def close(self) -> None:
-        """Take everything that the method handed to ``hook`` out of the model."""
+        """Take everything that the method handed to ``hook`` out of the model.
+
+        Parameters that leave the model with it leave the optimizer too.
+        """
         mine = [handle for path, handle in self.handles if path.startswith(self.path)]
         self.handles[:] = [pair for pair in self.handles if not pair[0].startswith(self.path)]
+        before = list(self.model.parameters()) if mine else []
         for handle in reversed(mine):
             handle.remove()
+        kept = {id(parameter) for parameter in self.model.parameters()} if mine else set()
+        if self.optimizer is not None:
+            carry(self.optimizer, Replaced(tuple(p for p in before if id(p) not in kept)))
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to resume: tensors and plain values only."""

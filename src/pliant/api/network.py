@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -286,6 +287,7 @@ class _Task:
             seed=self.seed,
             target=self.target,
         )
+        run.observe = self._observe
         entry = entry_of(self.method)
         if entry is not None and entry.family == "lowrank":
             check_reachable(run)
@@ -330,6 +332,15 @@ class _Task:
             score = evaluate(network, self.data, self.split)
             known = math.isfinite(score.accuracy)
             return side(costs, accuracy=score.accuracy if known else None, loss=score.loss)
+
+    def _observe(self, run: Run) -> dict[str, Any]:
+        """Measure between the stages of a chain: costs, score, and the size of a file."""
+        now = asdict(self._side(run.model, run))
+        with tempfile.TemporaryDirectory() as folder:
+            for name, encode in (("file", None), ("coded", "auto")):
+                path = artifact.save(Path(folder) / name, run.model, run.edits, encode=encode)
+                now[name] = path.stat().st_size
+        return {key: now[key] for key in ("params", "macs", "accuracy", "file", "coded")}
 
     def _report(
         self, run: Run, name: str, sides: tuple[Side, Side], rows: list[dict[str, Any]]

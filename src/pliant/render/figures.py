@@ -24,7 +24,7 @@ CURVES: tuple[tuple[str, dict[str, str]], ...] = (
 def plots(report: Report) -> dict[str, Plot]:
     """Return all figures by name; one without data has a caption that says what is missing."""
     makers: tuple[Callable[[Report], Plot], ...] = (
-        costs, spectrum, ranks, training, layers, stages,
+        costs, waterfall, spectrum, ranks, training, layers, stages,
     )  # fmt: skip
     return {plot.name: plot for plot in (make(report) for make in makers)}
 
@@ -223,6 +223,30 @@ def _bar_rows(rows: Sequence[LayerRow]) -> list[LayerRow]:
     ]
     large = sorted(seen, key=lambda row: -row.before["params"])[:BARS]
     return [row for row in seen if row in large]
+
+
+def waterfall(report: Report) -> Plot:
+    """Draw the size of the file and the accuracy after each stage of a chain."""
+    title = "Stage by stage"
+    rows = words.stages(report)
+    if not rows:
+        return Plot("waterfall", title, "The method has one stage only.")
+    figure = canvas.blank(bargap=0.35)
+    sizes = [float(row.bytes) for row in rows]
+    labels = [f"{words.size(row.bytes)}{row.said}" for row in rows]
+    figure.add_bar(**_bars("bytes", [canvas.text(r.name) for r in rows], sizes, labels, AFTER))
+    figure.update_layout(
+        yaxis={"autorange": "reversed", "automargin": True, "type": "category"},
+        xaxis={"title": {"text": "bytes on disk"}, "rangemode": "tozero"},
+        showlegend=False,
+    )
+    height, top = 40 * len(rows) + 90, max(sizes)
+    wide = {"height": height, "xaxis.range": [0, 1.35 * top]}
+    narrow = {"height": height, "xaxis.range": [0, 2.0 * top]}
+    caption = "The file after each stage of the chain, and what the network scored then."
+    return Plot(
+        "waterfall", title, caption, canvas.fit(canvas.style(figure, lying=True), wide, narrow)
+    )
 
 
 def stages(report: Report) -> Plot:

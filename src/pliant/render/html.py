@@ -54,6 +54,7 @@ def html(report: Report) -> str:
 <noscript><section><p>The figures need JavaScript; the tables hold every number.</p></section>
 </noscript>
 {_costs(report, drawn["costs"])}
+{_stages(report, drawn["waterfall"])}
 {_section(drawn["spectrum"])}
 {_section(drawn["ranks"])}
 {_section(drawn["training"])}
@@ -130,6 +131,19 @@ def _costs(report: Report, plot: Plot) -> str:
     left_out = ", ".join(report.after.uncounted)
     note = f'<p class="caption">MACs not counted for: {escape(left_out)}.</p>' if left_out else ""
     return _section(plot, _table("Scores and costs before and after", names, body), note)
+
+
+def _stages(report: Report, plot: Plot) -> str:
+    """Show the stages of a chain; nothing where there is one stage only."""
+    rows = words.stages(report)
+    names = (("", ""), ("params", "number"), ("file", "number"), ("accuracy", "number"))
+    body = "".join(
+        f'<tr><th scope="row">{escape(row.name)}</th>'
+        + "".join(_cell(text, "number") for text in row.cells())
+        + "</tr>"
+        for row in rows
+    )
+    return _section(plot, _table("The network after each stage", names, body)) if rows else ""
 
 
 def _layers(report: Report, plot: Plot) -> str:

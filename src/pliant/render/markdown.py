@@ -16,6 +16,7 @@ def markdown(report: Report) -> str:
                 f"# {_safe(words.headline(report))}",
                 f"{_safe(words.verdict(report))} {_safe(words.summary(report))}",
                 _costs(report),
+                *_stages(report),
                 "## Layers",
                 _layers(report.layers),
                 "## Method",
@@ -49,6 +50,13 @@ def _costs(report: Report) -> str:
     if not report.after.uncounted:
         return table
     return f"{table}\n\nMACs not counted for: {_safe(', '.join(report.after.uncounted))}."
+
+
+def _stages(report: Report) -> list[str]:
+    """The table of the stages of a chain; nothing where there is one stage only."""
+    rows = [(row.name, *row.cells()) for row in words.stages(report)]
+    table = _table(("after", "params", "file", "accuracy"), rows, align="lrrr")
+    return ["## Stage by stage", table] if rows else []
 
 
 def _layers(rows: Sequence[LayerRow]) -> str:

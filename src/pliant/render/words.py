@@ -122,6 +122,41 @@ def comparisons(report: Report) -> list[Comparison]:
     return rows
 
 
+@dataclass(frozen=True)
+class StageRow:
+    """The network when one stage of a chain was over."""
+
+    name: str
+    params: int
+    bytes: int
+    accuracy: float | None
+
+    @property
+    def said(self) -> str:
+        """What stands beside its bar."""
+        return f", {percent(self.accuracy)}" if _known(self.accuracy) else ""
+
+    def cells(self) -> tuple[str, str, str]:
+        """Parameters, bytes and accuracy as text."""
+        return human(self.params), size(self.bytes), percent(self.accuracy, 2)
+
+
+def stages(report: Report) -> list[StageRow]:
+    """Return the stages of a chain, the dense network first; nothing where there is one only.
+
+    The last row is the same network in a coded file, where coding makes it smaller.
+    """
+    seen = [row for row in report.history if "finished" in row]
+    if not seen:
+        return []
+    dense, last = report.before, seen[-1]
+    rows = [StageRow("dense", dense.params, dense.bytes, dense.accuracy)]
+    rows += [StageRow(r["finished"], r["params"], r["file"], r["accuracy"]) for r in seen]
+    if last["coded"] < last["file"]:
+        rows.append(StageRow("coded file", last["params"], last["coded"], last["accuracy"]))
+    return rows
+
+
 def _said(before: float | None, after: float | None) -> str:
     return NONE if not before or not after else _sized(before, after, "less", "more")
 
