@@ -125,8 +125,8 @@ def test_samples_of_other_forms_are_refused():
     for wrong in (X[0], X[None, None], [], [[X, X[:2]]]):
         with pytest.raises(DataError):
             pliant.cluster(wrong, 2, Drawn())
-    for groups in (True, 1, 4, 2.0):
-        with pytest.raises(DataError, match="from 2 to the 3 samples"):
+    for groups in (True, 0, 4, 2.0):
+        with pytest.raises(DataError, match="from 1 to the 3 samples"):
             pliant.cluster(X, groups, Drawn())
 
 
@@ -229,3 +229,35 @@ class Careless:
 
 def test_a_network_left_in_another_mode_is_noticed():
     assert {"input_stays_untouched", "model_is_left_alone_after_an_error"} <= failing(Careless())
+
+
+# ---------------------------------------------------------------- scikit-learn
+
+
+@pytest.mark.slow  # 46 checks of scikit-learn
+@pytest.mark.filterwarnings("ignore")
+def test_the_estimator_keeps_the_conventions_of_scikit_learn():
+    from sklearn.utils.estimator_checks import check_estimator
+
+    from pliant.api.estimator import Clusterer
+
+    zero = "whole numbers of the check make vectors of zeros, which span no line"
+    known = {"check_estimators_dtypes": zero}
+    rows = check_estimator(Clusterer(2, random_state=0), expected_failed_checks=known, on_fail=None)
+    wrong = [
+        f"{row['check_name']}: {row['exception']}" for row in rows if row["status"] == "failed"
+    ]
+    assert not wrong, wrong
+
+
+def test_the_estimator_takes_sets_and_views():
+    from pliant.api.estimator import Clusterer
+
+    random = torch.Generator().manual_seed(0)
+    views = [torch.randn(12, 6, 3, generator=random).numpy() for _ in range(2)]
+    spec = "product_grassmann_lrr(size=2)"
+    model = Clusterer(3, method=spec, random_state=0)
+    assert model.fit_predict(views).shape == (12,) and model.n_iter_ == 1
+    again = Clusterer(3, method=spec, random_state=0).fit(views)
+    assert np.array_equal(model.labels_, again.labels_)
+    assert Clusterer(3, method=spec).fit(list(views[0])).solution_.value.max() <= 2

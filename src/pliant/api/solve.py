@@ -63,15 +63,15 @@ def cluster(x: Any, groups: int, method: Any, *, seed: int = 0) -> Solution:
 
     Raises:
         DataError: there are no samples, they are not finite, views differ in their number, or
-            the groups are fewer than 2 or more than the samples.
+            the groups are fewer than 1 or more than the samples.
         MethodError: the method is unknown, does not cluster, or its values are not finite.
     """
     solver = of_verb(method, "cluster")
     views = _views(x)
     samples = len(views[0])
-    if isinstance(groups, bool) or not isinstance(groups, int) or not 2 <= groups <= samples:
+    if isinstance(groups, bool) or not isinstance(groups, int) or not 1 <= groups <= samples:
         raise DataError(
-            f"groups must be a whole number from 2 to the {samples} samples, not {groups!r}."
+            f"groups must be a whole number from 1 to the {samples} samples, not {groups!r}."
         )
     first = x
     while isinstance(first, list | tuple):

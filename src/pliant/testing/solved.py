@@ -248,7 +248,7 @@ def _bad(verb: Verb, x: Any, second: Any) -> dict[str, tuple[Any, Any]]:
             "x with infinity": (torch.full_like(x, math.inf), second),
             "an empty x": (x[:0], second),
             "views of different samples": ([x, x[1:]], second),
-            "one group": (x, 1),
+            "no group": (x, 0),
             "more groups than samples": (x, len(x) + 1),
         }
     known = torch.ones(x.shape, dtype=torch.bool)
