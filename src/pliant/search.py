@@ -57,15 +57,15 @@ class Bilevel:
         Raises:
             MethodError: one of them is out of its range; the message begins with the method.
         """
-        for name, holds, what in (
-            ("lr", self.lr > 0, "above 0"),
-            ("decay", self.decay >= 0, "at least 0"),
-            ("every", self.every >= 1, "at least 1 step"),
-            ("warmup", 0 <= self.warmup < 1, "in 0..1, below 1"),
-            ("batch", self.batch >= 2, "at least 2 samples, for batch norms"),
+        for name, said, holds, what in (
+            ("lr", "the logits' learning rate", self.lr > 0, "above 0"),
+            ("decay", "the logits' weight decay", self.decay >= 0, "at least 0"),
+            ("every", "every", self.every >= 1, "at least 1 step"),
+            ("warmup", "warmup", 0 <= self.warmup < 1, "in 0..1, below 1"),
+            ("batch", "batch", self.batch >= 2, "at least 2 samples, for batch norms"),
         ):
             if not holds:
-                raise MethodError(f"{method}: {name} must be {what}, not {getattr(self, name)}.")
+                raise MethodError(f"{method}: {said} must be {what}, not {getattr(self, name)}.")
 
 
 def mixed(model: nn.Module) -> dict[str, MixedOp]:
