@@ -9,7 +9,7 @@ from pliant.budget import Budget
 from pliant.errors import BudgetError, MethodError, ModelError
 from pliant.math.sharing import draw, kmeans, mask, nearest, representatives
 from pliant.method import Method
-from pliant.methods.code.hac import HAC, NO_GAIN
+from pliant.methods.code.hac import HAC, NO_GAIN, PAPER
 from pliant.ops.coded import Coded
 from pliant.run import Run, start
 from pliant.testing import Case
@@ -67,7 +67,7 @@ def rounding_to_quantiles_is_unbiased() -> None:
 def few_values_are_left_of_many() -> None:
     """At p = 99 % all quantiles but the ends are zero: min, 0 and max, and then a drifted zero."""
     model = linear(noise(60, 60))
-    run = run_of(model, HAC(prune=0.99, values=32, masked=0.0, rate=0.5), steps=4)
+    run = run_of(model, HAC(prune=0.99, zeros=True, masked=0.0, rate=0.5), steps=4)
     step(run, torch.zeros(60, 60))
     assert run.state["levels"]["0"].numel() == 3 and len(model[0].weight.unique()) == 3
     step(run, torch.ones(60, 60))
@@ -170,6 +170,7 @@ CASES = [
     Case(
         "hac",
         variants=(
+            PAPER,
             'hac(share="ws", format="hac", masked=0.0)',
             'hac(format="shac", prune=0.5, values=4)',
         ),

@@ -44,7 +44,7 @@ def check(share: Array) -> None:
 
 def lanes(count: int) -> int:
     """Return how many lanes a stream of so many symbols gets; each costs about 4 bytes."""
-    return min(1024, max(1, math.isqrt(count) // 16))
+    return min(1024, max(1, math.isqrt(count) // 32))
 
 
 def pack(symbols: Array, share: Array, width: int) -> tuple[NDArray[np.uint64], NDArray[np.uint32]]:

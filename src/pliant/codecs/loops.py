@@ -11,7 +11,7 @@ import numpy as np
 
 from pliant.errors import MissingExtraError, require
 
-WORTH = 1 << 15  # symbols from which compiled code pays for the import of numba
+WORTH = 1 << 12  # symbols from which compiled code pays for the import of numba
 
 
 @dataclass(frozen=True)
