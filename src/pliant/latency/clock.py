@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,7 +13,7 @@ from torch import nn
 from pliant.budget import Option
 from pliant.cost import Example, LayerCost
 from pliant.errors import BudgetError
-from pliant.latency.compare import Comparison, Timing, compare, interleaved, measure
+from pliant.latency.compare import Comparison, Timing, compare, interleaved, measure, quiet
 from pliant.latency.table import LatencyTable, input_shape, signature
 from pliant.latency.target import Target
 from pliant.ops.edits import Edit, Factor
@@ -24,7 +23,7 @@ Plan = Callable[[Mapping[str, float]], list[Any]]
 
 WORTH = 0.97  # a replacement must take at most this share of the dense layer's time
 TRIES = 5  # plans that are built and measured whole
-SECONDS, ROUNDS = 1.5, 7  # for layers beside the network, at least
+SECONDS, ROUNDS = 1.5, 21  # for layers beside the network, at least
 CHECKS = 6  # rounds of measuring the layers of one plan before it is built
 AIM = 0.97  # share of the allowed time that a plan aims at: two measurements are never equal
 
@@ -120,8 +119,7 @@ class Clock:
         ]
         whole, *rows = interleaved(samplers, self.target, seconds=SECONDS, least=ROUNDS)
         for key, row in zip(layers, rows, strict=True):
-            share = statistics.median(a / b for a, b in zip(row, whole, strict=True))
-            self.dense_ms[key] = share * self.timing.median_ms
+            self.dense_ms[key] = quiet(row) / quiet(whole) * self.timing.median_ms
 
     def priced(
         self,
@@ -140,21 +138,38 @@ class Clock:
             edited: whether it is no longer the dense one.
 
         Returns:
-            The options, and the milliseconds of everything else in the network. Where layers
-            alone take longer than within the network, they are scaled to leave nothing else.
+            The options, and the milliseconds of everything else in the network.
         """
-        self._calibrate(model, {name: costs[name] for name in options})
-        dense = {name: self.of_layer(model, name, costs[name]) for name in options}
-        whole = self._whole(model) if edited else self.timing.median_ms
-        scale = min(1.0, whole / max(sum(dense.values()), 1e-12))
+        taken = {name: costs[name] for name in options}
+        scale, rest = self.outside(model, taken, edited=edited)
         found = {
             name: [
                 replace(row, cost=replace(row.cost, latency=scale * ms))
-                for row, ms in self._worthy(model, rows, costs[name], dense[name])
+                for row, ms in self._worthy(model, name, rows, costs[name])
             ]
             for name, rows in options.items()
         }
-        return found, max(0.0, whole - scale * sum(dense.values()))
+        return found, rest
+
+    def outside(
+        self, model: nn.Module, taken: Mapping[str, LayerCost], *, edited: bool = False
+    ) -> tuple[float, float]:
+        """Return how much layers count within the network, and what it takes outside of them.
+
+        Args:
+            model: the network as it is now.
+            taken: the costs of some of its layers.
+            edited: whether it is no longer the dense one.
+
+        Returns:
+            A factor up to 1: below it only where the layers alone take longer than all of the
+            network; and milliseconds.
+        """
+        self._calibrate(model, taken)
+        layers = sum(self.of_layer(model, name, cost) for name, cost in taken.items())
+        whole = self._whole(model) if edited else self.timing.median_ms
+        scale = min(1.0, whole / max(layers, 1e-12))
+        return scale, max(0.0, whole - scale * layers)
 
     def _whole(self, model: nn.Module) -> float:
         """Measure a network that was edited before, once."""
@@ -166,11 +181,12 @@ class Clock:
         return compare(self.dense, model, self.example, self.target)
 
     def _worthy(
-        self, model: nn.Module, rows: Sequence[Option], cost: LayerCost, dense: float
+        self, model: nn.Module, name: str, rows: Sequence[Option], cost: LayerCost
     ) -> list[tuple[Option, float]]:
+        """Options with milliseconds: to leave the layer, and those that make it faster."""
+        dense = self.of_layer(model, name, cost)
         edited = [(row, self.of_edit(model, row.edit, cost)) for row in rows if row.edit]
         if edited:
-            name = edited[0][0].edit.layer
             self.layers[name] = (dense, min(ms for _, ms in edited))
         alone = [(row, dense) for row in rows if row.edit is None]
         return alone + [(row, ms) for row, ms in edited if ms <= WORTH * dense]
@@ -211,7 +227,7 @@ class Clock:
                 edits = self._checked(model, costs, {**limits, "latency": allowed}, make)
             if not edits and dense <= limits["latency"]:
                 return edits
-            found = self._against_dense(_built(model, edits))
+            found = self._against_dense(built(model, edits))
             took = dense / found.speedup
             if took <= allowed and found.verdict != "slower":
                 self._note(model, costs, edits)
@@ -305,7 +321,7 @@ def _edited(layer: nn.Module, edit: Edit) -> nn.Module:
     return model.get_submodule(edit.layer)
 
 
-def _built(model: nn.Module, edits: Sequence[Edit]) -> nn.Module:
+def built(model: nn.Module, edits: Sequence[Edit]) -> nn.Module:
     """Build a plan with numbers of no meaning: they do not change the time."""
     network = copy.deepcopy(model).cpu().eval()
     with torch.no_grad():

@@ -18,7 +18,7 @@ from pliant.latency.target import Target
 Verdict = Literal["faster", "not distinguishable", "slower"]
 
 SECONDS = 2.0  # that a comparison takes about
-ROUNDS = (9, 201)  # of measuring each in turn: fewest and most
+ROUNDS = (9, 301)  # of measuring each in turn: fewest and most
 OWN_ROUNDS = 3  # with a function of the user's: a phone is slow and quiet
 SURE = 1.29  # half the normal quantile of 99 %: the spread of a median in units of sqrt(n) ranks
 TICK = 1e-9  # seconds that no clock resolves
@@ -128,6 +128,11 @@ def timing(seconds: Sequence[float]) -> Timing:
     rows = sorted(seconds)
     low, high = rows[len(rows) // 4], rows[(3 * len(rows) - 1) // 4]
     return Timing(1000 * statistics.median(rows), 500 * (high - low), len(rows))
+
+
+def quiet(seconds: Sequence[float]) -> float:
+    """Return the time on a quiet machine: a low quantile, since others only ever add to it."""
+    return sorted(seconds)[len(seconds) // 10]
 
 
 def compared(a: Sequence[float], b: Sequence[float]) -> Comparison:

@@ -26,10 +26,11 @@ Sampler = Callable[[], float]
 """Runs a network for a moment and returns the seconds of one pass."""
 
 BUILT_IN = ("onnxruntime", "torch", "compile")
-BLOCK = 1e-3  # seconds that one sample takes at least: shorter ones drown in the clock
+BLOCK = 2e-4  # seconds that one sample takes at least: long for a clock, short for a scheduler
 WARM_UP = 3  # passes before the first that counts
-COPIES, LARGE_COPIES = 4, 2  # of a layer in a row
-LARGE = 2**20  # bytes of weights from which the second number holds
+COPIES = (4, 8)  # of a layer in a row, where they are small, and at most
+CACHES = 2**24  # bytes: copies with large weights together fill what would keep them near
+LARGE = 2**20  # bytes of weights that are large
 
 
 class Copies(nn.Module):
@@ -53,7 +54,7 @@ class Copies(nn.Module):
 def copies_of(layer: nn.Module) -> list[nn.Module]:
     """Copy a layer with other weights, as often as a measurement needs."""
     size = sum(t.nbytes for t in layer.parameters())
-    count = LARGE_COPIES if size > LARGE else COPIES
+    count = COPIES[0] if size < LARGE else max(2, min(COPIES[1], CACHES // size))
     made = [copy.deepcopy(layer) for _ in range(count)]
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         for parameter in (p for each in made for p in each.parameters()):

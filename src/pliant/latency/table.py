@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pliant.latency.compare import interleaved
+from pliant.latency.compare import interleaved, quiet
 from pliant.latency.target import Target
 from pliant.math.forms import form_params, max_ranks
 from pliant.ops.layers import Factorizable, factorized
@@ -27,7 +27,7 @@ LEAST = 0.05  # of a measured time is the layer's own, however much a call costs
 FREE = 0.01  # rounding up to a step may cost this share of the time
 PROBE = range(17, 49)  # ranks at which the steps of a target are looked for
 POINTS = {1: 4, 2: 3}  # ranks measured on each axis, by the number of axes
-GROUP_SECONDS, GROUP_ROUNDS = 0.5, 7  # for all points of one form together, at least
+GROUP_SECONDS, GROUP_ROUNDS = 0.5, 15  # for all points of one form together, at least
 
 
 @dataclass
@@ -138,7 +138,7 @@ class LatencyTable:
         modules = [layer, *others.values()]
         samplers = [self.target.layer_sampler(module, inputs) for module in modules]
         rows = interleaved(samplers, self.target, seconds=GROUP_SECONDS, least=GROUP_ROUNDS)
-        first, *found = (1000 * each for each in self._without_calls(map(_quiet, rows), inputs))
+        first, *found = (1000 * each for each in self._without_calls(map(quiet, rows), inputs))
         known = self.times.setdefault(signature(layer, shape), first)
         for key, ms in zip(others, found, strict=True):
             self.times[key] = ms * known / first
@@ -149,7 +149,7 @@ class LatencyTable:
         if not self.target.once:
             return list(seconds)
         (nothing,) = interleaved([self.target.layer_sampler(nn.Identity(), inputs)], self.target)
-        return [max(each - _quiet(nothing), LEAST * each) for each in seconds]
+        return [max(each - quiet(nothing), LEAST * each) for each in seconds]
 
     def _write(self) -> None:
         """Replace the file by one with what it held and what is new; without a disk, go on."""
@@ -241,11 +241,6 @@ def _neighbours(axis: Sequence[int], rank: int) -> Iterator[tuple[int, float]]:
     share = max(0.0, share)
     yield axis[below], 1 - share
     yield axis[above], share
-
-
-def _quiet(seconds: Sequence[float]) -> float:
-    """The lower quartile: whatever else a machine does only ever adds to a time."""
-    return sorted(seconds)[len(seconds) // 4]
 
 
 def _step(times: dict[int, float]) -> int:

@@ -1,0 +1,167 @@
+"""Measures single factorized layers against their dense kernels, before and after the choice."""
+
+import statistics
+from collections.abc import Callable, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench.claim import claim
+from bench.experiments import Cell, Cells, Table, pick, values
+from bench.experiments.factorize import DECAYING, kernel
+from bench.stats import median
+from pliant.budget import Option
+from pliant.cost import LayerCost, layer_costs
+from pliant.latency import LatencyTable, Target
+from pliant.latency.compare import compared, interleaved
+from pliant.math.forms import forms_for, max_ranks
+from pliant.ops.edits import Factor
+from pliant.ops.layers import factorized
+from pliant.ops.lowrank import losses, options
+
+Settings = Mapping[str, Any]
+FORMS = ("tucker2", "input", "output", "spatial")
+
+
+def cells(settings: Settings) -> list[Cell]:
+    """List every layer at every batch on every target."""
+    shared = {"share": settings["share"], "finalists": settings["finalists"]}
+    return [
+        Cell({"target": target, "layer": name_of(layer), "batch": batch}, {**layer, **shared})
+        for target in settings["targets"]
+        for layer in settings["layers"]
+        for batch in layer["batches"]
+    ]
+
+
+def measure(cell: Cell, watch: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Choose among all that loses no more than plain Tucker-2, and measure both in turn."""
+    plan, batch = cell.plan, cell.key["batch"]
+    target = Target.parse(f"{cell.key['target']},batch={batch}")
+    table, layer = table_of(target), _layer(plan)
+    shape = (batch, layer.in_channels, plan["input"], plan["input"])
+    cost = layer_costs(nn.Sequential(layer), (torch.zeros(1, *shape[1:]),))["0"]
+    before = _plain(layer, plan["share"])
+    lost = _loss(layer.weight, before)
+    rows = _candidates(table, layer, cost, lost, shape)[: plan["finalists"]]
+    edits = [before, *(row.edit for row in rows)]
+    modules = [layer, *(factorized(layer, edit.form, edit.ranks) for edit in edits)]
+    samplers = [target.layer_sampler(module, (torch.ones(shape),)) for module in modules]
+    times = interleaved(samplers, target)
+    best = min(range(2, len(times)), key=lambda i: statistics.median(times[i]), default=1)
+    return {
+        "dense": round(1000 * statistics.median(times[0]), 4),
+        "step": table.step(),
+        "loss": round(lost, 4),
+        **_side("before", before, cost, times[0], times[1]),
+        **_side("after", edits[best - 1], cost, times[0], times[best]),
+    }
+
+
+def _side(
+    name: str, edit: Factor, cost: LayerCost, dense: list[float], row: list[float]
+) -> dict[str, Any]:
+    speed, ratio = compared(dense, row).speedup, cost.macs / edit.predict(cost).macs
+    return {
+        f"{name}_form": f"{edit.form} {'/'.join(map(str, edit.ranks))}",
+        f"{name}_macs": round(ratio, 3),
+        f"{name}_speed": round(speed, 3),
+        f"{name}_efficiency": round(speed / ratio, 3),
+    }
+
+
+def _candidates(
+    table: LatencyTable, layer: nn.Conv2d, cost: LayerCost, lost: float, shape: tuple[int, ...]
+) -> list[Option]:
+    """Everything that loses no more, the fastest first as far as the table knows."""
+    steps = {form: table.step_for(layer, form) for form in forms_for(layer.weight.shape)}
+    rows = options("0", layer.weight, cost, allowed=FORMS, steps=steps)
+    good = [row for row in rows if row.edit is not None and row.score <= lost + 1e-6]
+    return sorted(good, key=lambda r: table.factor(layer, shape, r.edit.form, r.edit.ranks))
+
+
+def _plain(layer: nn.Conv2d, share: float) -> Factor:
+    shape = layer.weight.shape
+    form = "svd" if shape[2:].numel() == 1 else "tucker2"
+    return Factor("0", form, tuple(max(1, round(share * top)) for top in max_ranks(shape, form)))
+
+
+def _loss(weight: Tensor, edit: Factor) -> float:
+    """The share of energy lost, as `pliant.ops.lowrank.options` scores it."""
+    rows = losses(weight, edit.form)
+    return sum(float(row[rank]) for row, rank in zip(rows, edit.ranks, strict=True))
+
+
+@cache
+def table_of(target: Target) -> LatencyTable:
+    """One table per target and process; nothing measured elsewhere enters."""
+    return LatencyTable(target)
+
+
+def _layer(plan: Mapping[str, Any]) -> nn.Conv2d:
+    out, channels, size, _ = plan["kernel"]
+    layer = nn.Conv2d(
+        channels, out, size, stride=plan.get("stride", 1), padding=size // 2, bias=False
+    )
+    with torch.no_grad():
+        layer.weight.copy_(kernel(plan["kernel"], DECAYING))
+    return layer
+
+
+def name_of(layer: Mapping[str, Any]) -> str:
+    """Name a layer by its network, kernel and input."""
+    size = "×".join(map(str, layer["kernel"]))
+    stride = f" stride {layer['stride']}" if "stride" in layer else ""
+    return f"{layer['of']} {size}{stride} at {layer['input']}"
+
+
+def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
+    """Say how efficient the chosen layers are where there are channels enough."""
+    asked, rows = settings["claims"], []
+    for target in settings["targets"]:
+        wide = [name_of(row) for row in settings["layers"] if min(row["kernel"][:2]) >= 128]
+        found = [
+            value
+            for name in wide
+            for value in values(cells, "after_efficiency", target=target, layer=name)
+        ]
+        text = f"Efficiency of the chosen layers with {asked['channels']} channels and more"
+        for word, value in (("median", median(found)), ("least", min(found, default=None))):
+            rows.append(claim(f"{text}, {word} on {target}", value, ">=", asked["efficiency"], "x"))
+    return rows
+
+
+def summary(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
+    """Give medians of speed-up and efficiency, before and after, for each target."""
+    rows = []
+    for target in settings["targets"]:
+        row: dict[str, Any] = {"target": target, "step": values(cells, "step", target=target)}
+        for side in ("before", "after"):
+            for kind in ("speed", "efficiency"):
+                row[f"{side}_{kind}"] = median(values(cells, f"{side}_{kind}", target=target))
+        rows.append(row)
+    return rows
+
+
+def tables(settings: Settings, cells: Cells) -> list[Table]:
+    """Give one row per layer and batch: dense milliseconds, then both sides."""
+    head = ["layer", "batch", "dense, ms", "before", "MACs", "speed", "efficiency"]
+    head += ["after", "MACs", "speed", "efficiency"]
+    return [
+        Table(
+            f"{target}: before is plain Tucker-2 or SVD, after the measured choice at equal loss",
+            head,
+            [_row(cell["key"], cell["values"]) for cell in pick(cells, target=target)],
+        )
+        for target in settings["targets"]
+    ]
+
+
+def _row(key: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
+    row = [key["layer"], str(key["batch"]), f"{found['dense']:.3g}"]
+    for side in ("before", "after"):
+        row.append(found[f"{side}_form"])
+        row += [f"{found[f'{side}_{kind}']:.2f}" for kind in ("macs", "speed", "efficiency")]
+    return row
