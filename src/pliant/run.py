@@ -156,10 +156,10 @@ class Run:
         """
         mine = [handle for path, handle in self.handles if path.startswith(self.path)]
         self.handles[:] = [pair for pair in self.handles if not pair[0].startswith(self.path)]
-        before = list(self.model.parameters()) if mine else []
+        before = list(self.model.parameters())
         for handle in reversed(mine):
             handle.remove()
-        kept = {id(parameter) for parameter in self.model.parameters()} if mine else set()
+        kept = {id(parameter) for parameter in self.model.parameters()}
         if self.optimizer is not None:
             carry(self.optimizer, Replaced(tuple(p for p in before if id(p) not in kept)))
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
 
+from pliant.compose import chain
 from pliant.cost import layer_costs
 from pliant.errors import EditError
 from pliant.math.filters import RECTIFIED, align
@@ -16,7 +17,9 @@ from pliant.ops.edits import Swap, from_json, replay, to_json
 from pliant.ops.order import order
 from pliant.run import Run, start
 from pliant.testing import Case
+from pliant.testing.compressed import same_tensors
 from pliant.testing.toys import TOYS
+from pliant.testing.trial import walk
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -197,6 +200,14 @@ def gains_and_biases_do_not_decay() -> None:
     assert torch.allclose(raw, before * (1 - 0.05 * 0.1))
 
 
+def what_follows_in_a_chain_resumes() -> None:
+    """Resuming in the second stage, the gains of the first are out of model and optimizer."""
+    method, toy = chain("weightalign", "energy"), TOYS["plain"]
+    whole = walk(method, toy, None)
+    again = walk(method, toy, None, stop=6)
+    same_tensors(whole.run.model, again.run.model, "resumed behind the alignment")
+
+
 def order_sees_through_no_activation() -> None:
     """A norm behind an activation in place reads the activation, not the layer before it."""
     seen = order(normed(), (noise(2, 3, 8, 8).float(),), ["0", "1", "3", "4", "6"])
@@ -247,6 +258,7 @@ CASES = [
             batch_norms_are_swapped_in_the_open,
             folding_leaves_what_was_computed,
             gains_and_biases_do_not_decay,
+            what_follows_in_a_chain_resumes,
             order_sees_through_no_activation,
             swaps_are_refused_in_words,
             swaps_cost_what_they_say,
