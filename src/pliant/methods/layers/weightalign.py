@@ -41,7 +41,9 @@ class WeightAlign(Method):
     centred and of one variance without looking at any sample. So training does not depend on the
     size of the batch, and training and inference compute the same. Batch norms are taken out, and
     layers get biases instead; at the end the filters are folded into plain weights. It is a way
-    to train a network from the start: the scales of trained batch norms are not kept.
+    to train a network from the start: the scales of trained batch norms are not kept. Without
+    norms, clip the gradient (`Train(clip=5)`), and let every residual branch begin at nothing
+    (``zero=("*.conv2",)`` for a ResNet), or its sums grow from block to block.
 
     *Departs from the paper*: its scale is 2, from He's argument for weights that are independent.
     Those of a filter without mean are not: they see the variance of rectified inputs, not their

@@ -60,8 +60,9 @@ class NormLoss(Method):
 
     def penalty(self, run: Run) -> Tensor | None:
         """Return the weighted distance to the oblique manifold."""
-        gaps = [norm_gap(_norms(layer)) for layer in self._layers(run)]
-        return None if self.decoupled or not gaps else self.weight * torch.stack(gaps).sum()
+        layers = [] if self.decoupled else self._layers(run)
+        gaps = [norm_gap(_norms(layer)) for layer in layers]
+        return self.weight * torch.stack(gaps).sum() if gaps else None
 
     def before_step(self, run: Run) -> None:
         """Keep the optimizer's weight decay off the covered weights."""
