@@ -49,13 +49,11 @@ class Alphabet:
     index: Array
 
     @classmethod
-    def of(cls, flat: Array) -> Alphabet | None:
-        """Count the numbers; None where nearly all differ, so that a dictionary saves nothing."""
-        sample = flat[:: max(1, len(flat) // _SAMPLE)]
-        if len(sample) > 64 and len(np.unique(sample)) > 0.75 * len(sample) > 0.75 * 256:
-            return None
-        symbols, index, counts = np.unique(flat, return_inverse=True, return_counts=True)
-        return cls(symbols, counts, index) if len(symbols) <= MOST else None
+    def of(cls, flat: Array) -> Alphabet:
+        """Count the numbers."""
+        symbols = np.unique(flat)
+        index = np.searchsorted(symbols, flat)  # faster than the sort that would give it
+        return cls(symbols, np.bincount(index, minlength=len(symbols)), index)
 
     def of_values(self) -> Alphabet:
         """Leave out the pattern of zero, which stands first if it is there."""
@@ -81,10 +79,11 @@ def smallest(matrix: Array, forms: Sequence[str] = FORMS) -> bytes | None:
         matrix: (rows, columns) of unsigned patterns; a row per output.
         forms: to choose among.
     """
-    if not matrix.size or max(matrix.shape) >= 1 << 32:
+    flat = matrix.reshape(-1)
+    if not matrix.size or max(matrix.shape) >= 1 << 32 or _nearly_all_differ(flat):
         return None
-    alphabet = Alphabet.of(matrix.reshape(-1))
-    if alphabet is None:
+    alphabet = Alphabet.of(flat)
+    if len(alphabet.symbols) > MOST:
         return None
     found = [_ENCODERS[form](matrix, alphabet) for form in forms]
     best = min((data for data in found if data is not None), key=len, default=None)
@@ -97,9 +96,7 @@ def encode(matrix: Array, form: str) -> bytes:
     Raises:
         ArtifactError: it holds too many distinct numbers for a dictionary, or none at all.
     """
-    flat = matrix.reshape(-1)
-    parts = np.unique(flat, return_inverse=True, return_counts=True)
-    alphabet = Alphabet(parts[0], parts[2], parts[1])
+    alphabet = Alphabet.of(matrix.reshape(-1))
     known = matrix.size and len(alphabet.symbols) <= MOST
     data = _ENCODERS[form](matrix, alphabet) if known else None
     if data is None:
@@ -108,6 +105,12 @@ def encode(matrix: Array, form: str) -> bytes:
             f"({ans.MOST:,} for ans), not {len(alphabet.symbols):,}: share values first."
         )
     return data
+
+
+def _nearly_all_differ(flat: Array) -> bool:
+    """Say, from a sample, whether no dictionary could save anything."""
+    sample = flat[:: max(1, len(flat) // _SAMPLE)]
+    return bool(len(sample) > 256 and len(np.unique(sample)) > 0.75 * len(sample))
 
 
 def csc(matrix: Array) -> tuple[Array, Array, Array]:
@@ -332,8 +335,6 @@ def paper_size(matrix: Array, form: str) -> int:
     and a count for each row.
     """
     alphabet = Alphabet.of(matrix.reshape(-1))
-    if alphabet is None:
-        raise ArtifactError("A matrix to be coded must hold few distinct numbers: share them.")
     extra = 0
     if form == "shac":
         alphabet = alphabet.of_values()
