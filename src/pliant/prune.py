@@ -87,11 +87,14 @@ def subjects(run: Run, only: Sequence[str] = (), exclude: Sequence[str] = ()) ->
     """
     chosen, unwanted = readable(run.model, only=only, exclude=exclude)
     groups, reasons = cuttable(run.model, run.example)
-    good = [g for g in groups if all(layer in chosen for layer, _ in g.makers)]
+    good = []
     for group in groups:
-        for layer, side in group.slots if group not in good else ():
+        barred = [unwanted[layer] for layer, _ in group.makers if layer not in chosen]
+        if not barred:
+            good.append(group)
+        for layer, side in group.slots if barred else ():
             if side != "in":
-                reasons[layer] = next(unwanted[n] for n, _ in group.makers if n in unwanted)
+                reasons[layer] = barred[0]
     touched = {layer for group in good for layer, _ in group.slots}
     for layer, reason in reasons.items():
         if layer not in touched:
