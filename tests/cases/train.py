@@ -92,7 +92,7 @@ def too_long_a_step_diverges() -> None:
     run = begun(rows(1.01), NormLoss(weight=10.0), lr=0.105)
     for _ in range(20):
         step(run)
-    gap = float(run.model[0].weight.norm()) - 1  # type: ignore[index]
+    gap = float(run.model[0].weight.detach().norm()) - 1  # type: ignore[index]
     assert gap == pytest.approx(0.01 * 1.1**20, rel=1e-3)
     with pytest.raises(MethodError, match=r"weight must lie in 0\.\.10"):
         begun(rows(1.0), NormLoss(weight=11.0))
@@ -135,7 +135,7 @@ def patterns_choose_and_shared_weights_count_once() -> None:
     only_first = norm_gap(filter_norms(first.weight))
     assert torch.isclose(run.method.penalty(run), only_first)  # type: ignore[arg-type]
     run.after_epoch()
-    norms = first.weight.norm(dim=1)
+    norms = first.weight.detach().norm(dim=1)
     assert run.log[-1]["filter_norms"] == pytest.approx(
         [float(norms.mean()), float(norms.std(correction=0))]
     )
