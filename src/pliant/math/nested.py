@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from pliant.errors import EditError
+from pliant.math.forms import compose, decompose
 from pliant.math.metric import Metric
 from pliant.math.moments import channel_moments, dampen
-from pliant.math.svd import norm_shares, plain_dtype
+from pliant.math.svd import norm_shares
 
 
 def cut(kernels: Sequence[Tensor], ranks: Sequence[int]) -> tuple[Tensor, ...]:
@@ -44,26 +45,59 @@ def cut(kernels: Sequence[Tensor], ranks: Sequence[int]) -> tuple[Tensor, ...]:
     )
 
 
-def order(kernels: Sequence[Tensor], metric: Metric | None) -> tuple[Tensor, ...]:
-    """Turn the components of two factors so that cutting to any rank loses least output.
+def nested(
+    weight: Tensor, form: str, ranks: Iterable[tuple[int, ...]], metric: Metric | None = None
+) -> tuple[Tensor, ...]:
+    """Factorize a kernel so that the cut to each of several ranks is a good factorization.
+
+    Two factors are built from the smallest rank up: the best of that rank, then the best of what
+    it leaves, and so on. The smallest size loses least of all; weights alone, output and svd
+    lose nothing anywhere, since there the components of a factorization are nested themselves.
+    With the metric of inputs that are correlated the other forms are not: a cut through their
+    best factors of full rank loses several times as much. Tucker-2 is taken as it is, its
+    components in order of their energy.
+
+    Args:
+        weight: kernel (T, S, *kernel), or (T, S).
+        form: of `pliant.math.forms`.
+        ranks: at which the factors are to be cut; the largest is the one that is built.
+        metric: what the layer reads and how much its outputs matter.
+    """
+    rising = sorted(set(ranks))
+    if metric is None or form in ("tucker2", "output", "svd"):
+        return _factors(weight, form, rising[-1], metric)
+    parts, rest = [], weight.detach()
+    for less, more in pairwise([(0,), *rising]):
+        parts.append(_factors(rest, form, (more[0] - less[0],), metric))
+        rest = rest - compose(parts[-1], form)
+    first, last = zip(*parts, strict=True)
+    return torch.cat(first), torch.cat(last, 1)
+
+
+def _factors(
+    weight: Tensor, form: str, ranks: tuple[int, ...], metric: Metric | None
+) -> tuple[Tensor, ...]:
+    dense = weight.detach()
+    if metric is None:
+        return decompose(dense, form, ranks)
+    found = metric.decompose(dense, form, ranks)
+    return found if len(found) > 2 else ordered(found, metric)
+
+
+def ordered(kernels: Sequence[Tensor], metric: Metric) -> tuple[Tensor, ...]:
+    """Turn the components of two factors so that those worth most come first.
 
     The product is unchanged. With A (r, ...) reading patches of second moments C and B (T, r,
-    ...), the singular values of G^(1/2) B (A C A^T)^(1/2) are what each component is worth (the
-    argument of PCA, to which nested dropout also leads: Rippel et al., ICML 2014, theorem 2).
-    Three factors come from `pliant.math.forms.decompose` in their order, and stay as they are.
+    ...), the singular values of G^(1/2) B (A C A^T)^(1/2) are what each component is worth, as if
+    the positions of a patch were uncorrelated: the argument of PCA, to which cutting at random
+    leads as well (nested dropout: Rippel, Gelbart and Adams, ICML 2014).
     """
-    if len(kernels) != 2:
-        return tuple(kernels)
-    dtype = plain_dtype(kernels[0].dtype)
-    first, last = (kernel.detach().to(dtype).double() for kernel in kernels)
-    reads, says = first.flatten(1), last if metric is None else metric.enter(last)
-    seen = reads @ reads.T
-    if metric is not None:
-        positions = len(metric.inputs) // reads.shape[1]
-        seen = reads @ channel_moments(metric.inputs.double(), positions) @ reads.T
+    first, last = (kernel.detach().double() for kernel in kernels)
+    reads, rank = first.flatten(1), len(first)
+    positions = len(metric.inputs) // reads.shape[1]
+    seen = reads @ channel_moments(metric.inputs.double(), positions) @ reads.T
     root = torch.linalg.cholesky(dampen(seen, 1e-9))
-    rank = len(first)
-    tall = says.transpose(0, 1).reshape(rank, -1).T  # a column per component
+    tall = metric.enter(last).transpose(0, 1).reshape(rank, -1).T  # a column per component
     turn, sigma, _ = torch.linalg.svd(root.T @ (tall.T @ tall) @ root)
     least = 1e-12 * sigma.max() + torch.finfo(sigma.dtype).tiny
     scale = sigma.clamp_min(least) ** 0.25  # the root of the product's singular values

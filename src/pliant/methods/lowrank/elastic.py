@@ -21,16 +21,16 @@ from pliant.elastic import costs, count, settle, weights_at
 from pliant.errors import BudgetError, MethodError
 from pliant.factorize import Form, Layers, look, subjects
 from pliant.math.distill import divergence
-from pliant.math.forms import FORMS
-from pliant.math.nested import order
+from pliant.math.nested import nested
 from pliant.method import Method
 from pliant.ops.edits import Factor, Nest, Settle
-from pliant.ops.lowrank import options, with_kernels
+from pliant.ops.lowrank import options
 from pliant.ops.outputs import logits
 from pliant.registry import Paper, register
 from pliant.run import Run
 
 Plan = dict[str, Factor]
+NESTING = ("input", "output", "spatial")  # a cut through Tucker-2 on both sides is a poor one
 AXES = ("params", "macs", "bytes")
 MOST = 64  # sizes: each costs a plan, a calibration and a row in every table
 SETTLING, BATCH = 2048, 256  # samples from which batch norms are re-estimated, for each size
@@ -57,7 +57,8 @@ class Elastic(Method):
     from its outputs (in-place distillation). Batch norms are re-estimated for every size at the
     end and kept in a table each. ``pliant.load(path, at=...)`` then cuts a size from the file.
 
-    A layer has factors at every size or at none: whether it has is planned at the smallest.
+    A layer has factors at every size or at none: whether it has is planned at the smallest. The
+    training is that of ``Train(epochs=...)``; a plain fine-tuning afterwards sees one size only.
 
     *Departs from the paper*: ranks of factors are cut, not channels; a size is a plan of ranks
     that makes the damage to the loss least, not one width for all layers. That ordered factors
@@ -71,7 +72,7 @@ class Elastic(Method):
     smallest: float = 0.25  # of the budget; the next that can be reached if it is out of reach
     largest: float = 0.75  # share of the parameters that is the largest size without a budget
     between: int = 1  # random sizes in a step, beside the largest and the smallest
-    form: Form = "auto"  # of the factors; "auto" takes the best per layer
+    form: Form = "auto"  # of the factors; "auto" takes the best of those that nest
     samples: int = 1024  # training inputs to look at; 0 looks at weights only
     only: tuple[str, ...] = ()  # name patterns of the layers to consider
     exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone
@@ -84,10 +85,10 @@ class Elastic(Method):
         run.apply(*(Settle(name, self.sizes) for name in norms))
         seen = look(run, layers, self.samples)
         plans = self._plans(run, layers, seen)
-        for edit in with_kernels(plans[0].values(), layers, seen):
-            ranks = tuple(rank for plan in plans for rank in plan[edit.layer].ranks)
-            kernels = order(edit.kernels, seen.get(edit.layer)) if edit.kernels else None
-            run.apply(Nest(edit.layer, edit.form, ranks, kernels))
+        for name, edit in plans[0].items():
+            ranks = [plan[name].ranks for plan in plans]
+            kernels = nested(layers[name].weight, edit.form, ranks, seen.get(name))
+            run.apply(Nest(name, edit.form, sum(ranks, ()), kernels))
         for name in layers.keys() - plans[0].keys():
             run.keep(name, "no factorized form at the rank it needs is smaller")
         hook = run.model.register_forward_pre_hook(lambda module, given: _note_precision(run))
@@ -130,15 +131,15 @@ class Elastic(Method):
 
     def _plans(self, run: Run, layers: Layers, seen: Any) -> list[Plan]:
         """Plan the smallest size freely; the others keep its choice of layers and forms."""
-        rows = _rows(run, layers, seen, FORMS[:4] if self.form == "auto" else (self.form,))
+        rows = _rows(run, layers, seen, NESTING if self.form == "auto" else (self.form,))
         most = run.limits() or {"params": self.largest * run.cost.params}
         least, share = _smallest(run, rows, most, self.smallest)
-        nested = {
+        kept = {
             name: [row for row in rows[name] if row.edit and row.edit.form == edit.form]
             for name, edit in least.items()
         }
         shares = torch.linspace(1.0, share, self.sizes, dtype=torch.float64).tolist()
-        plans = [_planned(run, nested, _scaled(most, part)) for part in shares[:-1]]
+        plans = [_planned(run, kept, _scaled(most, part)) for part in shares[:-1]]
         return _falling([*plans, least])
 
 
