@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from pliant.api.solve import randomness
 from pliant.data import Data
 from pliant.drivers.devices import own_randomness
 from pliant.drivers.score import device_of
@@ -50,7 +51,7 @@ def analyze(model: nn.Module, data: Any, method: Any, *, seed: int = 0) -> Findi
     shown.check()
     began = time.monotonic()
     with own_randomness(seed, device_of(model)):
-        found = probe.analyze(model, shown, torch.Generator().manual_seed(seed))
+        found = probe.analyze(model, shown, randomness(seed))
     seconds = round(time.monotonic() - began, 4)
     return replace(found, seconds=seconds, seed=seed, method=plain(probe))
 

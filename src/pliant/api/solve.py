@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pliant.data.sources import generator, key_of
 from pliant.drivers.devices import own_randomness
 from pliant.errors import DataError, MethodError
 from pliant.registry import of_verb, plain
@@ -41,9 +42,7 @@ def recover(x: Any, known: Any, method: Any, *, seed: int = 0) -> Solution:
     if mask is not None:
         numbers = torch.where(mask, numbers, 0)
     _check_finite(numbers, "x")
-    return _solve(
-        solver, lambda generator: solver.recover(numbers, mask, generator), x, numbers, seed
-    )
+    return _solve(solver, lambda draw: solver.recover(numbers, mask, draw), x, numbers, seed)
 
 
 def cluster(x: Any, groups: int, method: Any, *, seed: int = 0) -> Solution:
@@ -77,7 +76,7 @@ def cluster(x: Any, groups: int, method: Any, *, seed: int = 0) -> Solution:
     while isinstance(first, list | tuple):
         first = first[0]
     return _solve(
-        solver, lambda generator: solver.cluster(views, groups, generator), first, views[0][0], seed
+        solver, lambda draw: solver.cluster(views, groups, draw), first, views[0][0], seed
     )
 
 
@@ -163,7 +162,7 @@ def _solve(
 ) -> Solution:
     began = time.monotonic()
     with own_randomness(seed, like.device), torch.no_grad():
-        found = solve(torch.Generator().manual_seed(seed))
+        found = solve(randomness(seed))
     for name, value in found.values.items():
         if not torch.isfinite(value).all():
             raise MethodError(
@@ -174,6 +173,14 @@ def _solve(
     values = {name: _given_back(value, like.dtype, arrays) for name, value in found.values.items()}
     seconds = round(time.monotonic() - began, 4)
     return replace(found, values=values, seconds=seconds, seed=seed, method=plain(solver))
+
+
+def randomness(seed: int) -> torch.Generator:
+    """Make the generator of a call: far from `torch.manual_seed(seed)`, which made many a network.
+
+    Noise that is the stream of the weights it is to test would be no noise.
+    """
+    return generator(key_of(seed, 0, 1))
 
 
 def _given_back(value: Tensor, dtype: torch.dtype, arrays: bool) -> Any:
