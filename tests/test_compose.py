@@ -112,7 +112,7 @@ def test_there_must_be_a_method(compose):
 
 
 def test_shares_must_be_positive():
-    with pytest.raises(ChainError, match="positive share"):
+    with pytest.raises(ChainError, match="one must be positive"):
         chain(Stage(Saver(), share=0))
 
 

@@ -24,7 +24,7 @@ class Stage:
     Args:
         method: what is done.
         budget: its own budget; without one it gets the axes of the chain's that only it claims.
-        share: its part of the training steps, relative to the other stages.
+        share: its part of the training steps, relative to the other stages; 0 for none.
     """
 
     method: Method
@@ -227,8 +227,11 @@ def chain(*methods: Method | Stage | str) -> Chain:
         replace(m, method=resolve(m.method)) if isinstance(m, Stage) else Stage(resolve(m))
         for m in methods
     )
-    if any(stage.share <= 0 for stage in stages):
-        raise ChainError("Every stage of a chain needs a positive share of the training.")
+    if min(stage.share for stage in stages) < 0 or not sum(stage.share for stage in stages):
+        raise ChainError(
+            "The stages of a chain share out its training: no share may be negative and one must "
+            f"be positive, not {', '.join(f'{stage.share:g}' for stage in stages)}."
+        )
     return Chain(stages)
 
 
