@@ -26,9 +26,11 @@ from pliant.codecs import address_map, ans, huffman, loops, tensors
 from pliant.codecs.address_map import FORMS, csc, decode, encode, paper_size, predict, smallest
 from pliant.errors import ArtifactError, EditError
 from pliant.math.sharing import draw, mask, representatives
+from pliant.methods.code.hac import HAC, WHOLE
 from pliant.ops import coded
-from pliant.ops.edits import from_json, replay, to_json
+from pliant.ops.edits import Quantize, from_json, replay, to_json
 from pliant.ops.edits.encode import Encode, encoding
+from pliant.run import start
 from tests.test_artifact import refused
 
 HEAD = 16  # bytes
@@ -482,6 +484,27 @@ def test_layers_whose_codes_lie_are_refused(tmp_path: Path) -> None:
     repacked(path, turn)
     with refused(fresh := net(), "cannot be decoded at 4"):
         artifact.load(path, fresh)
+
+
+def test_quantized_layers_are_coded_in_the_file(tmp_path: Path) -> None:
+    """hac leaves them alone and says why; their integers are coded without loss where stored."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(200, 100), nn.ReLU(), nn.Linear(100, 50))
+    quantize = Quantize("0", bits=8, groups=1, indexed=False)
+    quantize.apply(model)
+    run = start(model, HAC(prune=0.9, values=8), example=(x := torch.randn(2, 200),))
+    run.finish()
+    assert run.reasons["0"] == WHOLE and [edit.layer for edit in run.edits] == ["2"]
+    with torch.no_grad():  # as trained weights are: normal, not uniform
+        bell = torch.randn(model[0].integers.shape).mul(12).add(128).round().clamp(0, 255)
+        model[0].integers.copy_(bell)
+    edits = [quantize, *run.edits]
+    plain = artifact.save(tmp_path / "plain.pliant", model, edits)
+    small = artifact.save(tmp_path / "small.pliant", model, edits, encode="auto")
+    assert artifact.inspect(small).coded["0.integers"] < 0.8 * model[0].integers.numel()
+    assert small.stat().st_size < plain.stat().st_size
+    fresh = nn.Sequential(nn.Linear(200, 100), nn.ReLU(), nn.Linear(100, 50))
+    assert torch.equal(artifact.load(small, fresh)(x), model(x))
 
 
 def test_the_smallest_form_is_taken() -> None:
