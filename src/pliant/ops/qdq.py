@@ -54,6 +54,7 @@ class Integers(nn.Module):
         self.register_buffer("weight", layer.levels().to(torch.int8))
         self.register_buffer("scales", scales)
         self.whole = self._bias(layer, scales)
+        self.ends = {side: _ends(layer, side) for side in ("input", "output")}
 
     def forward(self, x: Tensor) -> Tensor:
         """Round, dequantize, apply, round."""
@@ -83,11 +84,19 @@ class Integers(nn.Module):
             return x
         scale, zero = self.layer.range(side)
         if bits < WIDE:  # eight bits are clipped by their type
-            low, high = -float(zero * scale), float((2**bits - 1 - zero) * scale)
-            x = x.clamp(low, high)
+            x = x.clamp(*self.ends[side])
         place = zero.to(torch.uint8)
         level = _operator("QuantizeLinear", (x, scale, place), torch.uint8, x.shape)
         return _operator("DequantizeLinear", (level, scale, place), x.dtype, x.shape)
+
+
+def _ends(layer: Quantized, side: str) -> tuple[float, float]:
+    """The least and the largest number that has a level."""
+    bits = getattr(layer.bits, side)
+    if not bits:
+        return 0.0, 0.0
+    scale, zero = (float(value) for value in layer.range(side))
+    return -zero * scale, (2**bits - 1 - zero) * scale
 
 
 def _dequantized(levels: Tensor, scales: Tensor) -> Tensor:

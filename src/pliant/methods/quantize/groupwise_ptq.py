@@ -32,7 +32,6 @@ from pliant.run import Run
 
 CHOICES = (8, 4, 3, 2)  # bits among which a budget chooses
 LONGEST = 100_000  # steps of one stage
-SLOWER = 0.1  # learning rates of the second stage, in units of the first's
 
 
 @register(
@@ -71,8 +70,9 @@ class GroupwisePTQ(Method):
     independent: int = 200  # steps of stage 1, in which blocks learn by themselves
     joint: int = 200  # steps of stage 2, in which they learn together
     batch: int = 32  # samples of a step
-    lr: float = 1e-4  # of weights in stage 1; a tenth of it in stage 2
-    scale_lr: float = 1e-3  # of scales, likewise
+    lr: float = 1e-4  # of weights in stage 1
+    scale_lr: float = 1e-3  # of the logarithms of scales in stage 1
+    slowdown: float = 0.1  # learning rates of stage 2, in units of those of stage 1
     features: float = 1.0  # mu, weight of each block's error in stage 2
     answers: float = 1.0  # nu, weight of the divergence from the dense answer
     temperature: float = 4.0  # T, softens answers
@@ -130,7 +130,7 @@ class GroupwisePTQ(Method):
             parts,
             batches,
             steps=self.joint,
-            rates=Rates(SLOWER * self.lr, SLOWER * self.scale_lr),
+            rates=Rates(self.slowdown * self.lr, self.slowdown * self.scale_lr),
             features=self.features,
             answers=self.answers,
             temperature=self.temperature,
@@ -239,6 +239,7 @@ class GroupwisePTQ(Method):
             ("joint", 0 <= self.joint <= LONGEST, f"from 0 to {LONGEST:,}"),
             ("lr", 0 <= self.lr <= 1, "from 0 to 1"),
             ("scale_lr", 0 <= self.scale_lr <= 1, "from 0 to 1"),
+            ("slowdown", 0 <= self.slowdown <= 1, "from 0 to 1"),
             ("features", self.features >= 0, "0 or more"),
             ("answers", self.answers >= 0, "0 or more"),
             ("temperature", self.temperature > 0, "above 0"),

@@ -1,0 +1,305 @@
+"""Rounding to few bits after training, beside torchao and onnxruntime: accuracy by bits and images.
+
+Every rival looks at the same training images, augmented alike, and at no label.
+"""
+
+import copy
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from bench import tasks
+from bench.claim import claim
+from bench.compress import scored
+from bench.experiments import Cell, Cells, Table, pick, values
+from bench.stats import mean, plus_minus, spread
+from pliant.data import Data, unpack
+from pliant.errors import require
+from pliant.export import to_onnx
+from pliant.math.quantize import levels
+from pliant.ops.blocks import blocks
+from pliant.ops.edits import replay
+from pliant.ops.fold import foldable
+from pliant.ops.layers import readable
+from pliant.ops.tuning import block_errors
+from pliant.registry import build, plain
+from pliant.run import start
+
+Settings = Mapping[str, Any]
+LIBRARIES = ("onnx", "onnxruntime", "torchao")
+BATCH = 32  # images of a calibration batch
+ROWS = 250  # images of a batch in onnxruntime
+DENSE = "float32"
+
+
+def cells(settings: Settings) -> list[Cell]:
+    """List every rival with every number of images and every seed; the dense networks first."""
+    rows = []
+    for task in settings["tasks"]:
+        shared = tasks.plan({**settings, "task": task})
+        rows.append(Cell({"task": task, "rival": DENSE}, {**shared, "kind": DENSE}))
+        for row in settings["rivals"]:
+            if task not in row["tasks"]:
+                continue
+            spec = row.get("spec", "").format(**settings["steps"])
+            plan = {**shared, "kind": row["kind"], "method": plain(build(spec)) if spec else {}}
+            rows += [
+                Cell(
+                    {"task": task, "rival": row["rival"], "samples": images, "seed": seed},
+                    {**plan, "samples": images, "bits": row.get("bits", 0), "spec": spec},
+                )
+                for images in row["samples"]
+                for seed in row.get("seeds", [0])
+            ]
+    return rows
+
+
+def measure(cell: Cell, watch: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Round one network and score it."""
+    model, data = tasks.base(cell.plan, watch), tasks.data_of(cell.plan)
+    kinds: dict[str, Callable[..., dict[str, Any]]] = {
+        "pliant": _pliant,
+        "exported": _exported,
+        "held out": _held_out,
+        "onnxruntime": _onnxruntime,
+        "torchao kernels": _torchao_kernels,
+        "torchao": _torchao,
+    }
+    if cell.plan["kind"] == DENSE:
+        return scored(model, data)
+    return kinds[cell.plan["kind"]](model.eval(), data, cell.plan, cell.key["seed"])
+
+
+# ---------------------------------------------------------------- pliant
+
+
+def _run(model: nn.Module, data: Data, plan: Mapping[str, Any], seed: int, **changes: Any) -> Any:
+    method = build(plan["spec"])
+    options = {name: getattr(method, name) for name in method.__dataclass_fields__}
+    method = type(method)(**{**options, "samples": plan["samples"], **changes})
+    run = start(model, method, data=data, seed=seed)
+    run.finish()
+    return run
+
+
+def _pliant(model: nn.Module, data: Data, plan: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    began = time.monotonic()
+    run = _run(model, data, plan, seed)
+    seconds = time.monotonic() - began
+    return {**scored(run.model, data), "seconds": round(seconds, 2)}
+
+
+def _exported(model: nn.Module, data: Data, plan: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """The same network, written as ONNX and scored in onnxruntime, which computes in integers."""
+    run = _run(model, data, plan, seed)
+    with tempfile.TemporaryDirectory() as folder:
+        done = to_onnx(run.model, Path(folder) / "network.onnx", data.example(2))
+        return {**scored(run.model, data), "accuracy": _score(done.path, data), "file": done.bytes}
+
+
+def _held_out(model: nn.Module, data: Data, plan: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """By how much stage 1 lowers each block's error on images that it has not seen."""
+    teacher = copy.deepcopy(model)
+    replay(teacher, foldable(teacher, data.example()))
+    names = blocks(teacher, readable(teacher)[0], data.example())
+    batches = [unpack(item)[0] for item in data.subset(test=plan["samples"]).batches("test", 64)]
+    errors = [
+        block_errors(
+            teacher, _run(copy.deepcopy(model), data, plan, seed, **off).model, names, batches
+        )
+        for off in ({"independent": 0}, {})
+    ]
+    ratios = {name: errors[1][name] / errors[0][name] for name in names}
+    return {
+        "largest": max(ratios.values()),
+        "median": statistics.median(ratios.values()),
+        "blocks": {name: round(ratio, 4) for name, ratio in ratios.items()},
+    }
+
+
+# ---------------------------------------------------------------- the others
+
+
+def _onnxruntime(
+    model: nn.Module, data: Data, plan: Mapping[str, Any], seed: int
+) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        source = to_onnx(model, folder / "float.onnx", data.example(2)).path
+        began = time.monotonic()
+        path = quantized_by_onnxruntime(source, folder, data, plan["samples"], seed)
+        seconds = round(time.monotonic() - began, 2)
+        return {"accuracy": _score(path, data), "file": path.stat().st_size, "seconds": seconds}
+
+
+def quantized_by_onnxruntime(source: Path, folder: Path, data: Data, count: int, seed: int) -> Path:
+    """Quantize a network by onnxruntime's own tool: 8 bits, per channel, ranges by the extremes.
+
+    It looks at the images that Pliant's method looks at first, in the same crops.
+    """
+    tools = require("onnxruntime.quantization", "onnx")
+    name = session(source).get_inputs()[0].name
+    few = data.subset(train=count, seed=seed)
+    passed = few.batches("train", BATCH, seed=seed, augment=True, shuffle=True)
+    feed = ({name: unpack(item)[0][0].numpy()} for item in passed)
+
+    class Images(tools.CalibrationDataReader):  # type: ignore[misc,name-defined]
+        def get_next(self) -> Any:
+            return next(feed, None)
+
+    target = folder / "int8.onnx"
+    tools.quantize_static(
+        source,
+        target,
+        Images(),
+        quant_format=tools.QuantFormat.QDQ,
+        per_channel=True,
+        activation_type=tools.QuantType.QUInt8,
+        weight_type=tools.QuantType.QInt8,
+    )
+    return target
+
+
+def _torchao_kernels(
+    model: nn.Module, data: Data, plan: Mapping[str, Any], seed: int
+) -> dict[str, Any]:
+    """Its affine primitives on every kernel: symmetric, one scale for each output channel."""
+    tools = require("torchao.quantization.quant_primitives", "bench")
+    low, high = levels(plan["bits"])
+    replay(model, foldable(model, data.example()))
+    for layer in readable(model)[0].values():
+        weight = layer.weight.detach()
+        block = (1, *weight.shape[1:])
+        scale, zero = tools.choose_qparams_affine(
+            weight, tools.MappingType.SYMMETRIC, block, torch.int8, low, high
+        )
+        found = tools.quantize_affine(weight, block, scale, zero, torch.int8, low, high)
+        layer.weight.data = tools.dequantize_affine(
+            found, block, scale, zero, torch.int8, low, high
+        ).to(weight.dtype)
+    return {"accuracy": scored(model, data)["accuracy"]}
+
+
+def _torchao(model: nn.Module, data: Data, plan: Mapping[str, Any], seed: int) -> dict[str, Any]:
+    """Its `quantize_` as users call it; it changes Linear layers only."""
+    tools = require("torchao.quantization", "bench")
+    tools.quantize_(model, tools.Int8WeightOnlyConfig())
+    layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    changed = [m for m in layers if type(m.weight.data) is not Tensor]
+    accuracy = scored(model, data)["accuracy"]
+    return {"accuracy": accuracy, "changed": len(changed), "layers": len(layers)}
+
+
+def session(path: Path, threads: int = 0) -> Any:
+    """Open a network in onnxruntime; with as many threads as PyTorch if none are named."""
+    runtime = require("onnxruntime", "onnx")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
+    options.log_severity_level = 3
+    return runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+
+def _score(path: Path, data: Data) -> float:
+    running, right, count = session(path), 0, 0
+    name = running.get_inputs()[0].name
+    for item in data.batches("test", ROWS):
+        (images,), labels = unpack(item)
+        scores = torch.as_tensor(running.run(None, {name: images.numpy()})[0])
+        right += int((scores.argmax(1) == labels).sum())
+        count += len(labels)
+    return right / count
+
+
+# ---------------------------------------------------------------- what came out
+
+
+def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
+    """Say what the card demands, and how the others compare."""
+    asked = settings["claims"]
+    task, samples = asked["task"], asked["samples"]
+
+    def points(rival: str, images: int | None = samples) -> float | None:
+        found = mean(_of(cells, task, rival, images))
+        return None if found is None else 100 * found
+
+    def gap(first: str, second: str) -> float | None:
+        one, other = (points(r, None if r == DENSE else samples) for r in (first, second))
+        return None if one is None or other is None else one - other
+
+    rows = [
+        claim(f"{task}: {first} beats {second}", gap(first, second), how, target, "points")
+        for first, second, how, target in asked["beats"]
+    ]
+    rows += [
+        claim(
+            f"{task}: {rival} is within {most} of {DENSE}", gap(DENSE, rival), "<=", most, "points"
+        )
+        for rival, most in asked["within"].items()
+    ]
+    worst = values(cells, "largest", task=task)
+    text = f"{task}: stage 1 lowers every block's error on unseen images, the largest ratio"
+    rows.append(claim(text, worst[0] if worst else None, "<=", asked["held_out"], "x"))
+    return rows
+
+
+def summary(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
+    """Give mean and standard deviation over the seeds, a row per network, rival and images."""
+    keys = [tuple(c["key"].get(k) for k in ("task", "rival", "samples")) for c in cells]
+    rows = []
+    for task, rival, samples in dict.fromkeys(keys):
+        row: dict[str, Any] = {"task": task, "rival": rival, "samples": samples}
+        for name in ("accuracy", "bytes", "file", "seconds", "largest", "median"):
+            found = values(cells, name, task=task, rival=rival, samples=samples)
+            if found:
+                row[name] = {"mean": mean(found), "sd": spread(found), "seeds": len(found)}
+        rows.append(row)
+    return rows
+
+
+def tables(settings: Settings, cells: Cells) -> list[Table]:
+    """Give one table per network, one of the stages and one of the groups."""
+    parts = settings["tables"]
+    return [
+        *(_by_images(settings, cells, task) for task in settings["tasks"]),
+        *(_side_by_side(settings, cells, title, names) for title, names in parts.items()),
+    ]
+
+
+def _of(cells: Cells, task: str, rival: str, samples: int | None) -> list[float]:
+    key = {} if samples is None else {"samples": samples}
+    return values(cells, "accuracy", task=task, rival=rival, **key)
+
+
+def _by_images(settings: Settings, cells: Cells, task: str) -> Table:
+    images = sorted({c["key"]["samples"] for c in pick(cells, task=task) if "samples" in c["key"]})
+    head = ["numbers", "by", "bytes", *(f"{n:,} images" if n else "no data" for n in images)]
+    dense = plus_minus([100 * v for v in _of(cells, task, DENSE, None)])
+    size = values(cells, "bytes", task=task, rival=DENSE)
+    rows = [[DENSE, "", f"{size[0]:,}" if size else "", *[dense] * len(images)]]
+    shown = [row for row in settings["rivals"] if task in row["tasks"] and not row.get("apart")]
+    for rival, by in dict.fromkeys((row["rival"], row["by"]) for row in shown):
+        found = [_of(cells, task, rival, n) for n in images]
+        scores = [plus_minus([100 * v for v in row]) if row else "" for row in found]
+        sizes = values(cells, "file", task=task, rival=rival)
+        sizes = sizes or values(cells, "bytes", task=task, rival=rival)
+        rows.append([rival, by, f"{sizes[0]:,}" if sizes else "", *scores])
+    return Table(f"{task}, accuracy in %", head, rows)
+
+
+def _side_by_side(settings: Settings, cells: Cells, title: str, names: list[str]) -> Table:
+    task, samples = settings["claims"]["task"], settings["claims"]["samples"]
+    rows = []
+    for name in names:
+        scores = plus_minus([100 * v for v in _of(cells, task, name, samples)])
+        sizes = values(cells, "bytes", task=task, rival=name)
+        seconds = values(cells, "seconds", task=task, rival=name, samples=samples)
+        spent = f"{mean(seconds):.0f}" if seconds else ""
+        rows.append([name, scores, f"{sizes[0]:,.0f}" if sizes else "", spent])
+    head = [title, "accuracy, %", "bytes", "seconds"]
+    return Table(f"{title}: {task}, {samples} images", head, rows)
