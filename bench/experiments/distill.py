@@ -181,7 +181,7 @@ def _compressed(cell: Cell) -> Values:
     plan, seed, data = cell.plan, cell.key["seed"], replace(load("mnist5k"), val=None)
     model = seeded(seed, lambda: zoo.build("lenet5"))
     compress(model, data, Method(), {}, Train(**plan["before"]), seed=seed)
-    method = together(plan["method"], _method(plan["teach"]))
+    method = together(_method(plan["teach"]), plan["method"])  # kd copies what it finds
     return compress(model, data, method, plan["budget"], Train(**plan["train"]), seed=seed)
 
 
