@@ -156,35 +156,41 @@ class HAC(Method):
     def _subjects(self, run: Run) -> Layers:
         return {name: run.model.get_submodule(name) for name in run.state["layers"]}  # type: ignore[misc]
 
+    @torch.no_grad()
     def _prune(self, run: Run, level: float) -> None:
-        """Zero the smallest weights, and drop the layers that coding would not make smaller."""
+        """Zero the smallest weights of the layers that coding will make smaller."""
         for name, module in self._subjects(run).items():
-            found = self._shared(module.weight.detach(), level, _twin(run.generator))
-            if self._bytes(found, module.weight) >= module.weight.nbytes:
-                run.keep(name, NO_GAIN)
-                run.state["layers"].remove(name)
-                run.state["masks"].pop(name, None)
-                continue
-            run.state["masks"][name] = found.mask
-            with torch.no_grad():
+            found = self._shared(module.weight, level, _twin(run.generator))
+            if not self._left(run, name, found, module.weight):
+                run.state["masks"][name] = found.mask
                 module.weight.mul_(found.mask)
         run.state["level"] = level
 
     @torch.no_grad()
     def _share(self, run: Run) -> None:
         """Give every weight one of a few values, from now on."""
-        if run.limits():
-            self._prune(run, self._level(run, self._subjects(run), run.state["level"]))
-        for name, module in self._subjects(run).items():
-            found = self._shared(module.weight, run.state["level"], run.generator)
-            run.state["masks"][name] = found.mask
-            run.state["index"][name] = found.index.to(torch.int32)
-            run.state["levels"][name] = found.levels
-            module.weight.copy_(found.weight)
+        layers = self._subjects(run)
+        run.state["level"] = level = self._level(run, layers, run.state["level"])
+        for name, module in layers.items():
+            found = self._shared(module.weight, level, run.generator)
+            if not self._left(run, name, found, module.weight):
+                run.state["masks"][name] = found.mask
+                run.state["index"][name] = found.index.to(torch.int32)
+                run.state["levels"][name] = found.levels
+                module.weight.copy_(found.weight)
         run.state["shared"] = True
 
+    def _left(self, run: Run, name: str, found: Shared, weight: Tensor) -> bool:
+        """Leave a layer alone from now on if coding would not make it smaller."""
+        if self._bytes(found, weight) < weight.nbytes:
+            return False
+        run.keep(name, NO_GAIN)
+        run.state["layers"].remove(name)
+        run.state["masks"].pop(name, None)
+        return True
+
     def _shared(self, weight: Tensor, level: float, generator: torch.Generator) -> Shared:
-        """Prune a weight and share values among all of it, zeros included."""
+        """Prune a weight and share a few values among it."""
         if not torch.isfinite(weight).all():
             raise ModelError("hac: weights must be finite to share values, and some are not.")
         kept = mask(weight, level)
