@@ -162,7 +162,8 @@ def _gap(cells: Cells, network: str, share: str, level: float, count: int) -> fl
     before = pick(cells, share=DENSE, network=network)
     dense = {c["key"]["seed"]: c["values"]["accuracy"] for c in before}
     pairs = [(dense.get(c["key"]["seed"]), c["values"]["accuracy"]) for c in found]
-    return mean([100 * (was - now) for was, now in pairs if was is not None])
+    lost = mean([100 * (was - now) for was, now in pairs if was is not None])
+    return None if lost is None else round(lost, 6)  # whole images: the rest is rounding
 
 
 def summary(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
