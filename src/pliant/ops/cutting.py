@@ -27,7 +27,7 @@ def cuttable(model: nn.Module, example: Example) -> tuple[list[Group], dict[str,
     """Find the groups of channels that are proven to be removable, and why others are not.
 
     Half of the units of all groups are removed from a copy with random weights, at once. Where
-    that fails, the groups are split until those that fail are alone.
+    that fails, the groups are split until those that fail are alone; the others are tried again.
 
     Args:
         model: not touched.
@@ -39,12 +39,13 @@ def cuttable(model: nn.Module, example: Example) -> tuple[list[Group], dict[str,
     """
     random = _randomized(model)
     found, reasons = trace(random, example)
-    failing = _failing(random, example, sorted(found, key=lambda group: len(group.slots)))
-    good = [group for group in found if group.name not in failing]
-    for group in found:
-        for layer, side in group.slots if group.name in failing else ():
-            if side != "in":
-                reasons[layer] = f"without some of its channels {failing[group.name]}"
+    good = found
+    while failing := _failing(random, example, sorted(good, key=lambda g: len(g.slots))):
+        for group in good:
+            for layer, side in group.slots if group.name in failing else ():
+                if side != "in":
+                    reasons[layer] = f"without some of its channels {failing[group.name]}"
+        good = [group for group in good if group.name not in failing]
     changed = {layer for group in good for layer, side in group.slots if side != "in"}
     return good, {layer: why for layer, why in reasons.items() if layer not in changed}
 
