@@ -9,15 +9,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from typer.testing import CliRunner
 
 import pliant
 from pliant.budget import Budget
+from pliant.cli import app
 from pliant.cost import Cost
 from pliant.errors import BudgetError, MethodError, ModelError
 from pliant.latency import LatencyTable, Target, compare, measure
 from pliant.latency.compare import compared, timing
 from pliant.latency.runtimes import batched
 from pliant.latency.table import _between, _spread, _step, input_shape, signature
+from pliant.render.html import html
+from pliant.render.markdown import markdown
+from pliant.result import Report
 
 EXAMPLE = (torch.zeros(1, 3, 6, 6),)
 
@@ -382,7 +387,7 @@ def test_with_size_alone_nothing_is_gated():
 
 
 @pytest.mark.slow  # every example compresses a network
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 10**6), share=st.integers(20, 100), rough=st.floats(0, 3))
 def test_no_network_is_ever_slower(seed, share, rough):
     """Times without any order: of layers, and of whole networks apart from their layers."""
@@ -411,3 +416,42 @@ def test_a_plan_that_is_slower_than_its_layers_is_not_taken():
     assert squeeze(Target.of(treacherous), "latency=100%").edits == ()
     with pytest.raises(BudgetError, match="the fastest network that was measured takes"):
         squeeze(Target.of(treacherous), "latency=80%")
+
+
+# ------------------------------------------------------------ the command line
+
+
+def say(*words):
+    return CliRunner().invoke(app, [*map(str, words)])
+
+
+def test_measure_prints_one_network_or_two():
+    alone = say("measure", "lenet5", "--target", "torch,threads=1", "--json")
+    assert alone.exit_code == 0, alone.output
+    found = json.loads(alone.stdout)
+    assert found["target"]["runtime"] == "torch" and found["model"]["median_ms"] > 0
+    both = say("measure", "lenet5", "lenet5", "--target", "torch", "--threads", 1, "--batch", 2)
+    assert both.exit_code == 0, both.output
+    assert "times the speed" in both.stdout and "batch 2" in both.stdout
+    refused = say("measure", "lenet5", "--target", "tensorrt")
+    assert refused.exit_code == 2 and "onnxruntime, torch, compile" in refused.output
+
+
+def test_a_target_alone_measures_for_the_report(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ("compress", "lenet5", "--data", "mnist5k", "--method", "energy(p=0.5)", "--epochs", 0)
+    done = say(*words, "--target", "torch", "--threads", 1, "--no-onnx", "--out", "run")
+    assert done.exit_code == 0, done.output
+    report = json.loads((tmp_path / "run" / "report.json").read_text())
+    assert report["before"]["latency_ms"] > 0 and report["after"]["latency_spread_ms"] >= 0
+    assert report["target"]["name"] == "torch, 1 thread, batch 1"
+    assert "times the speed" not in done.output or "Latency" in done.output
+
+
+def test_a_report_writes_times_everywhere():
+    report = squeeze(of_arithmetic(), "latency=80%").report
+    again = Report.from_json(report.to_json())
+    assert (again.target, again.layers) == (report.target, report.layers)
+    assert "| ms before | after |" in markdown(again)
+    for text in (markdown(again), html(again)):
+        assert "own function, batch 1" in text and "80 % of dense" in text

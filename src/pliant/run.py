@@ -257,11 +257,7 @@ class Run:
         return self.clock.settle(self.model, rows, limits, make)
 
     def check(self, options: Mapping[str, Sequence[Option]]) -> None:
-        """Refuse a budget that no choice among the options can meet; nothing is built.
-
-        Raises:
-            BudgetError: the message names what is reachable.
-        """
+        """Raise a BudgetError if no choice among the options meets the budget; build nothing."""
         self._plan(options, self.limits(), "max")
 
     def priced(
@@ -370,8 +366,7 @@ def start(
                 "Counting needs the inputs of one forward call: give example=(inputs,) or data."
             )
         example = data.example()
-    target = Target.parse(target) if isinstance(target, str) else target
-    clock = Clock.start(model, example, target) if target is not None else None
+    clock = Clock.start(model, example, target) if target else None
     dense = cost(model, example)
     run = Run(
         model=model,
