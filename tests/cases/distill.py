@@ -191,9 +191,10 @@ def a_stage_is_taught_by_what_it_found() -> None:
     halfway = trained(Method(), steps=2)
     scores = teacher.scores((INPUTS,), torch.device("cpu"))
     assert torch.equal(scores, halfway.model(INPUTS))
-    run = trained(together("kd", "energy"), steps=1)
+    run = trained(together("kd", "energy(p=0.5)"), steps=1)
     dense = held(run.handles, "part0/", Teacher)
     assert torch.equal(dense.scores((INPUTS,), torch.device("cpu")), net()(INPUTS))
+    assert run.edits and type(run.model[0]) is not nn.Linear  # type: ignore[index]
 
 
 CASES = [

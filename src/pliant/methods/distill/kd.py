@@ -31,10 +31,12 @@ from pliant.run import Run
 class KD(Method):
     """Learns from the softened classes of a frozen copy of the network as it was at the beginning.
 
-    It makes nothing smaller itself: in the same loop with a method that does,
-    ``together("energy", "kd")``, the teacher is the dense network. In a chain the teacher is the
-    network as the stage found it. `Train(distill=...)` is the same loss with the dense network
-    as teacher in every phase of a training, also in a fine-tuning after the method.
+    It makes nothing smaller itself. Named before a method that does, as in
+    ``together("kd", "energy")``, its teacher is the dense network; named after it, what the other
+    has made of that. In a chain the teacher is the network as the stage found it.
+    `Train(distill=...)` is the same loss with the dense network as teacher in every phase of a
+    training, also in a fine-tuning afterwards. A student far from its teacher gets gradients up to
+    T times those of the labels: clip them.
 
     >>> KD(temperature=2.0).weight
     0.5
