@@ -136,6 +136,26 @@ def search_ends_in_the_middle() -> None:
     assert edits == [0, 1, 1, 1]
 
 
+def a_layer_leaves_the_search_early() -> None:
+    """Ranks 2 and 2 lose 1.25 of 14.25 on either side; shrunken by 0.8, 0.04 of 6.32."""
+    for alpha, edits in ((0.0, []), (0.5, [Factor("0", "tucker2", (2, 2))])):
+        method = NRMF(
+            alpha=alpha,
+            shrinkage="soft",
+            interval=1,
+            keep_norm=False,
+            search=1.0,
+            p=0.9,
+            form="tucker2",
+            early=True,
+        )
+        run = run_of(conv(DIAGONAL), method, Budget(params=0.7), steps=9, lr=0.8)
+        run.after_step()
+        assert run.edits == edits and not run.state["factorized"]
+        run.after_step()  # what has left is not shrunken again
+        run.finish()
+
+
 def controller_steers_to_the_budget() -> None:
     """alpha rises while ranks at energy p are above the line to the budget, else it falls."""
     full, low = torch.eye(8), torch.zeros(8, 8)
@@ -261,6 +281,7 @@ CASES = [
             'nrmf(alpha=None, interval=1, form="spatial")',
             'nrmf(search=0.0, form="input", samples=8)',
             'nrmf(form="output", samples=0)',
+            "nrmf(early=True, interval=1, search=1.0, p=0.5, alpha=2.0)",
         ),
         own=(
             prox_step_of_a_matrix,
@@ -269,6 +290,7 @@ CASES = [
             gradient_is_alpha_times_the_polar_factor,
             r3_and_r4_by_one_energy,
             search_ends_in_the_middle,
+            a_layer_leaves_the_search_early,
             controller_steers_to_the_budget,
             patterns_choose_the_layers,
         ),

@@ -41,6 +41,12 @@ def losses(weight: Tensor, form: str, metric: Metric | None = None) -> list[Tens
     return [_tail(spectrum(block, mode).double().square()) for mode in modes]
 
 
+def lost_at(weight: Tensor, form: str, ranks: Sequence[int]) -> float:
+    """Return the share of a kernel's energy that a form loses at these ranks, of all sides."""
+    rows = losses(weight, form)
+    return sum(float(row[rank]) for row, rank in zip(rows, ranks, strict=True))
+
+
 def _output_energies(weight: Tensor, metric: Metric | None) -> Tensor:
     if metric is None:
         return spectrum(weight, 0).double().square()

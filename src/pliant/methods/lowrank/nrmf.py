@@ -15,6 +15,7 @@ from pliant.math.prox import shrink
 from pliant.math.rank import energy_rank
 from pliant.math.svd import spectrum
 from pliant.method import Method
+from pliant.ops.lowrank import lost_at
 from pliant.registry import Paper, register
 from pliant.run import Run
 
@@ -39,14 +40,18 @@ PACE = 1.25  # by which the controller changes the strength at one interval
 class NRMF(Method):
     """Shrinks the spectra of both channel unfoldings in training, then factorizes what is left.
 
-    Search: every ``interval`` steps (twice at least) the singular values of every kernel's two channel unfoldings
-    are shrunk, so that weak directions die. Then ranks and forms are read off for the whole
-    network at once, by one energy p or for a budget, layers are factorized, and the rest of the
-    training fine-tunes them. Without training steps it only factorizes, in seconds.
+    Search: every ``interval`` steps (twice at least) the singular values of every kernel's two
+    channel unfoldings are shrunk, so that weak directions die. Then ranks and forms are read off
+    for the whole network at once, by one energy p or for a budget, layers are factorized, and the
+    rest of the training fine-tunes them. Without training steps it only factorizes, in seconds.
 
     Every shrinkage is the proximal step of what ``interval`` steps of the penalty would do: its
     threshold is tau = alpha * lr * k, in the unit of the singular values (``soft``), of the
     largest of them (``relative``) or of their root mean square (``reweighted``).
+
+    With ``early`` a layer is factorized as soon as the ranks that the whole network's plan gives
+    it hold the share p of its energy, and trains on in its factors, with its momentum: a step
+    gets cheaper while the search goes on. The rest is factorized when the search ends.
 
     *Departs from the paper*: its own form is ``PAPER``. The defaults differ where measurements
     on small networks under BatchNorm said so: small singular values shrink more and the norm is
@@ -66,6 +71,7 @@ class NRMF(Method):
     form: Form = "auto"  # of the factors; "auto" takes the best per layer
     samples: int = 1024  # training inputs to look at; 0 looks at weights only
     reconstruct: int = 512  # training inputs to refit layers from, if no training follows
+    early: bool = False  # factorize each layer once its planned ranks hold p, within the search
     only: tuple[str, ...] = ()  # name patterns of the layers to consider
     exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone
 
@@ -100,12 +106,14 @@ class NRMF(Method):
                 self._shrink(run)
             if self.alpha is None:
                 self._steer(run)
+            if self.early:
+                self._factorize_ready(run)
         if run.step >= self._searching(run):
             self._factorize(run)
 
     def after_epoch(self, run: Run) -> None:
         """Write spectra and ranks into the history."""
-        if not run.state["factorized"]:
+        if not run.state["factorized"] and run.state["layers"]:
             note_spectra(run, self._layers(run), self.p)
 
     def finalize(self, run: Run) -> None:
@@ -113,8 +121,28 @@ class NRMF(Method):
         if not run.state["factorized"]:
             self._factorize(run)
 
+    def _factorize_ready(self, run: Run) -> None:
+        """Factorize the layers that lose next to nothing at the ranks they are to have."""
+        layers = self._layers(run)
+        if not layers:
+            return
+        ready = [
+            edit
+            for edit in plan(run, layers, self.form, {}, self.p)
+            if lost_at(layers[edit.layer].weight, edit.form, edit.ranks) <= 1 - self.p
+        ]
+        if ready:
+            names = [edit.layer for edit in ready]
+            own = {name: layers[name] for name in names}
+            factorize(run, ready, own, {}, recalibrate=False)
+            run.state["layers"] = [name for name in layers if name not in names]
+            run.note(factorized=names)
+
     def _factorize(self, run: Run) -> None:
         layers = self._layers(run)
+        if not layers:
+            run.state["factorized"] = True
+            return
         note_spectra(run, layers, self.p)
         seen = look(run, layers, self.samples)
         edits = plan(run, layers, self.form, seen, self.p)
@@ -164,7 +192,7 @@ class NRMF(Method):
             form = "tucker2" if weight[0, 0].numel() > 1 else "svd"
             size = form_params(weight.shape, form, ranks if form == "tucker2" else ranks[:1])
             saved += max(0, weight.numel() - size)
-        return run.cost.params - saved
+        return sum(parameter.numel() for parameter in run.model.parameters()) - saved
 
 
 PAPER = (
