@@ -19,6 +19,7 @@ from bench.claim import claim
 from bench.compress import scored
 from bench.experiments import Cell, Cells, Table, pick, values
 from bench.stats import mean, plus_minus, spread
+from pliant.cost import cost
 from pliant.data import Data, unpack
 from pliant.errors import require
 from pliant.export import to_onnx
@@ -62,7 +63,7 @@ def cells(settings: Settings) -> list[Cell]:
 
 def measure(cell: Cell, watch: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Round one network and score it."""
-    model, data = tasks.base(cell.plan, watch), tasks.data_of(cell.plan)
+    model, data = tasks.base(cell.plan, watch).eval(), tasks.data_of(cell.plan)
     kinds: dict[str, Callable[..., dict[str, Any]]] = {
         "pliant": _pliant,
         "exported": _exported,
@@ -73,7 +74,35 @@ def measure(cell: Cell, watch: Callable[[dict[str, Any]], None]) -> dict[str, An
     }
     if cell.plan["kind"] == DENSE:
         return scored(model, data)
-    return kinds[cell.plan["kind"]](model.eval(), data, cell.plan, cell.key["seed"])
+    found = kinds[cell.plan["kind"]](model, data, cell.plan, cell.key["seed"])
+    if "answers" not in found:
+        return found
+    answers, dense = found.pop("answers"), _dense_answers(cell)
+    return {**_compared(answers, dense, data), **found}
+
+
+_KNOWN: dict[str, Tensor] = {}
+
+
+def _dense_answers(cell: Cell) -> Tensor:
+    """What the float32 network says; computed once in a process."""
+    key = str(tasks.base_path(cell.plan))
+    if key not in _KNOWN:
+        _KNOWN[key] = _answers(tasks.base(cell.plan).eval(), tasks.data_of(cell.plan))
+    return _KNOWN[key]
+
+
+def _compared(answers: Tensor, dense: Tensor, data: Data) -> dict[str, Any]:
+    """Accuracy, and the share of images on which the network says what float32 says."""
+    labels = torch.cat([unpack(item)[1] for item in data.batches("test", ROWS)])
+    right, agreed = (float((answers == other).float().mean()) for other in (labels, dense))
+    return {"accuracy": right, "agreement": agreed}
+
+
+@torch.no_grad()
+def _answers(model: nn.Module, data: Data) -> Tensor:
+    found = [model(*unpack(item)[0]).argmax(1) for item in data.batches("test", ROWS)]
+    return torch.cat(found)
 
 
 # ---------------------------------------------------------------- pliant
@@ -91,8 +120,9 @@ def _run(model: nn.Module, data: Data, plan: Mapping[str, Any], seed: int, **cha
 def _pliant(model: nn.Module, data: Data, plan: Mapping[str, Any], seed: int) -> dict[str, Any]:
     began = time.monotonic()
     run = _run(model, data, plan, seed)
-    seconds = time.monotonic() - began
-    return {**scored(run.model, data), "seconds": round(seconds, 2)}
+    seconds = round(time.monotonic() - began, 2)
+    size = cost(run.model, data.example()).bytes
+    return {"answers": _answers(run.model.eval(), data), "bytes": size, "seconds": seconds}
 
 
 def _exported(model: nn.Module, data: Data, plan: Mapping[str, Any], seed: int) -> dict[str, Any]:
@@ -100,7 +130,7 @@ def _exported(model: nn.Module, data: Data, plan: Mapping[str, Any], seed: int) 
     run = _run(model, data, plan, seed)
     with tempfile.TemporaryDirectory() as folder:
         done = to_onnx(run.model, Path(folder) / "network.onnx", data.example(2))
-        return {**scored(run.model, data), "accuracy": _score(done.path, data), "file": done.bytes}
+        return {"answers": _answers_of(done.path, data), "file": done.bytes}
 
 
 def _held_out(model: nn.Module, data: Data, plan: Mapping[str, Any], seed: int) -> dict[str, Any]:
@@ -135,7 +165,8 @@ def _onnxruntime(
         began = time.monotonic()
         path = quantized_by_onnxruntime(source, folder, data, plan["samples"], seed)
         seconds = round(time.monotonic() - began, 2)
-        return {"accuracy": _score(path, data), "file": path.stat().st_size, "seconds": seconds}
+        size = path.stat().st_size
+        return {"answers": _answers_of(path, data), "file": size, "seconds": seconds}
 
 
 def quantized_by_onnxruntime(source: Path, folder: Path, data: Data, count: int, seed: int) -> Path:
@@ -183,7 +214,7 @@ def _torchao_kernels(
         layer.weight.data = tools.dequantize_affine(
             found, block, scale, zero, torch.int8, low, high
         ).to(weight.dtype)
-    return {"accuracy": scored(model, data)["accuracy"]}
+    return {"answers": _answers(model, data)}
 
 
 def _torchao(model: nn.Module, data: Data, plan: Mapping[str, Any], seed: int) -> dict[str, Any]:
@@ -192,8 +223,8 @@ def _torchao(model: nn.Module, data: Data, plan: Mapping[str, Any], seed: int) -
     tools.quantize_(model, tools.Int8WeightOnlyConfig())
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     changed = [m for m in layers if type(m.weight.data) is not Tensor]
-    accuracy = scored(model, data)["accuracy"]
-    return {"accuracy": accuracy, "changed": len(changed), "layers": len(layers)}
+    answers = _answers(model, data)
+    return {"answers": answers, "changed": len(changed), "layers": len(layers)}
 
 
 def session(path: Path, threads: int = 0) -> Any:
@@ -205,15 +236,12 @@ def session(path: Path, threads: int = 0) -> Any:
     return runtime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
-def _score(path: Path, data: Data) -> float:
-    running, right, count = session(path), 0, 0
+def _answers_of(path: Path, data: Data) -> Tensor:
+    running = session(path)
     name = running.get_inputs()[0].name
-    for item in data.batches("test", ROWS):
-        (images,), labels = unpack(item)
-        scores = torch.as_tensor(running.run(None, {name: images.numpy()})[0])
-        right += int((scores.argmax(1) == labels).sum())
-        count += len(labels)
-    return right / count
+    batches = (unpack(item)[0][0].numpy() for item in data.batches("test", ROWS))
+    found = [torch.as_tensor(running.run(None, {name: images})[0]).argmax(1) for images in batches]
+    return torch.cat(found)
 
 
 # ---------------------------------------------------------------- what came out
@@ -224,17 +252,25 @@ def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
     asked = settings["claims"]
     task, samples = asked["task"], asked["samples"]
 
-    def points(rival: str, images: int | None = samples) -> float | None:
-        found = mean(_of(cells, task, rival, images))
+    def points(rival: str, name: str) -> float | None:
+        images = {} if rival == DENSE else {"samples": samples}
+        found = mean(values(cells, name, task=task, rival=rival, **images))
         return None if found is None else 100 * found
 
-    def gap(first: str, second: str) -> float | None:
-        one, other = (points(r, None if r == DENSE else samples) for r in (first, second))
+    def gap(first: str, second: str, name: str = "accuracy") -> float | None:
+        one, other = (points(rival, name) for rival in (first, second))
         return None if one is None or other is None else one - other
 
     rows = [
-        claim(f"{task}: {first} beats {second}", gap(first, second), how, target, "points")
+        claim(
+            f"{task}, {name}: {first} beats {second}",
+            gap(first, second, name),
+            how,
+            target,
+            "points",
+        )
         for first, second, how, target in asked["beats"]
+        for name in ("accuracy", "agreement")
     ]
     rows += [
         claim(
@@ -254,7 +290,7 @@ def summary(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
     rows = []
     for task, rival, samples in dict.fromkeys(keys):
         row: dict[str, Any] = {"task": task, "rival": rival, "samples": samples}
-        for name in ("accuracy", "bytes", "file", "seconds", "largest", "median"):
+        for name in ("accuracy", "agreement", "bytes", "file", "seconds", "largest", "median"):
             found = values(cells, name, task=task, rival=rival, samples=samples)
             if found:
                 row[name] = {"mean": mean(found), "sd": spread(found), "seeds": len(found)}
@@ -296,10 +332,15 @@ def _side_by_side(settings: Settings, cells: Cells, title: str, names: list[str]
     task, samples = settings["claims"]["task"], settings["claims"]["samples"]
     rows = []
     for name in names:
-        scores = plus_minus([100 * v for v in _of(cells, task, name, samples)])
+        key = {"task": task, "rival": name, "samples": samples}
+        accuracy, agreement = (
+            plus_minus([100 * v for v in values(cells, word, **key)])
+            for word in ("accuracy", "agreement")
+        )
         sizes = values(cells, "bytes", task=task, rival=name)
         seconds = values(cells, "seconds", task=task, rival=name, samples=samples)
         spent = f"{mean(seconds):.0f}" if seconds else ""
-        rows.append([name, scores, f"{sizes[0]:,.0f}" if sizes else "", spent])
-    head = [title, "accuracy, %", "bytes", "seconds"]
+        size = f"{sizes[0]:,}" if sizes else ""
+        rows.append([name, accuracy, agreement, size, spent])
+    head = [title, "accuracy, %", "says what float32 says, %", "bytes", "seconds"]
     return Table(f"{title}: {task}, {samples} images", head, rows)

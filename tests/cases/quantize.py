@@ -146,7 +146,7 @@ def a_layer_that_packing_would_enlarge_stays() -> None:
 CASES = [
     Case(
         "groupwise_ptq",
-        spec="groupwise_ptq(samples=16, independent=2, joint=2, batch=8)",
+        spec="groupwise_ptq(samples=16, independent=1, joint=1, batch=8)",
         variants=(
             "groupwise_ptq(bits=8, activations=8, groups=0, independent=0, joint=1, integer=True)",
             'groupwise_ptq(activations=0, grouping="contiguous", independent=1, joint=0)',

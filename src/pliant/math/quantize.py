@@ -11,6 +11,7 @@ Grouping = Literal["range", "equal", "contiguous"]
 
 FLOOR = 1e-8  # least scale: a channel of zeros has none of its own
 FACTORS = torch.linspace(0.3, 1.0, 71)  # of the scale that clips nothing
+AT_ONCE = 2**22  # numbers that a search for scales holds in memory
 ROUNDS = 30  # of k-means; a cut in sorted order settles in a few
 
 
@@ -90,15 +91,17 @@ def best_scales(
         reach = rows.new_zeros(groups).scatter_reduce(0, index, rows.abs().amax(1), "amax")
         candidates = FACTORS.to(rows)[:, None] * reach / levels(bits)[1]
     candidates = candidates.expand(-1, groups).clamp(min=FLOOR)
-    errors = torch.stack(
-        [
-            rows.new_zeros(groups).index_add(
-                0, index, (rows - rounded(rows, tried[index], bits)).square().sum(1)
-            )
-            for tried in candidates
-        ]
-    )
+    several = max(1, AT_ONCE // rows.numel())
+    errors = torch.cat([_errors(rows, index, bits, some) for some in candidates.split(several)])
     return candidates.gather(0, errors.argmin(0, keepdim=True))[0]
+
+
+def _errors(rows: Tensor, index: Tensor, bits: int, candidates: Tensor) -> Tensor:
+    """Squared error of every group for several scales: (tries, groups)."""
+    scales = candidates[:, index, None]
+    level = (rows * (1 / scales)).round_().clamp_(*levels(bits)).mul_(scales)
+    found = (level - rows).square_().sum(2)
+    return torch.zeros_like(candidates).index_add(1, index, found)
 
 
 def integers(weight: Tensor, scales: Tensor, bits: int) -> Tensor:

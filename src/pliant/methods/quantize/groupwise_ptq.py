@@ -17,14 +17,14 @@ from pliant.budget import Option
 from pliant.cost import Example, layer_costs
 from pliant.data import unpack
 from pliant.errors import DataError, MethodError, ModelError
-from pliant.math.quantize import Grouping, best_scales, grouping, rounded
+from pliant.math.quantize import Grouping
 from pliant.method import Method
 from pliant.ops.blocks import blocks
-from pliant.ops.calibrate import Flow, observe, output_errors, unread
+from pliant.ops.calibrate import begun, harm, observe, unread
 from pliant.ops.edits import Quantize, replay
 from pliant.ops.edits.quantize import LEAST, MOST
 from pliant.ops.fold import foldable
-from pliant.ops.layers import Factorizable, readable
+from pliant.ops.layers import readable
 from pliant.ops.quantized import Values
 from pliant.ops.tuning import Outputs, Rates, Tunable, correct, independent, joint, tunable
 from pliant.registry import Paper, register
@@ -54,8 +54,9 @@ class GroupwisePTQ(Method):
     its own first, then all of them together. It happens after the training, if there is one.
     With a budget every layer gets 8, 4, 3 or 2 bits, so that outputs of layers change least.
 
-    *Departs from the paper*: its abstract names groups and stages, and no formula; quantizers,
-    losses and learning rates are the usual ones of block reconstruction.
+    *Departs from the paper*: its abstract names groups and stages, and no formula; quantizers
+    and losses are the usual ones of block reconstruction. Scales are trained by their logarithms,
+    all blocks of the first stage at the same time, and a block that got worse is taken back.
 
     >>> GroupwisePTQ(bits=8, activations=8).groups
     4
@@ -71,8 +72,8 @@ class GroupwisePTQ(Method):
     joint: int = 200  # steps of stage 2, in which they learn together
     batch: int = 32  # samples of a step
     lr: float = 1e-4  # of weights in stage 1
-    scale_lr: float = 1e-3  # of the logarithms of scales in stage 1
-    slowdown: float = 0.1  # learning rates of stage 2, in units of those of stage 1
+    scale_lr: float = 3e-3  # of the logarithms of scales in stage 1
+    slowdown: float = 0.3  # learning rates of stage 2, in units of those of stage 1
     features: float = 1.0  # mu, weight of each block's error in stage 2
     answers: float = 1.0  # nu, weight of the divergence from the dense answer
     temperature: float = 4.0  # T, softens answers
@@ -83,7 +84,7 @@ class GroupwisePTQ(Method):
     exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone
 
     def prepare(self, run: Run) -> None:
-        """Refuse what cannot work; a budget is tried on a copy, by weights alone."""
+        """Refuse what cannot work; whether a budget can be met is tried on a copy."""
         self._check()
         if self.activations and not _has_data(run):
             raise MethodError(
@@ -92,30 +93,34 @@ class GroupwisePTQ(Method):
             )
         folded = replace(run, model=copy.deepcopy(run.model), reasons={})
         replay(folded.model, foldable(folded.model, run.example))
-        self._plan(folded, [])
+        choices = self._choices(folded)
+        _spent(folded, choices, {name: [0.0] * len(row) for name, row in choices.items()})
 
     def finalize(self, run: Run) -> None:
         """Fold, choose bits, calibrate, distil, and pack."""
         run.apply(*foldable(run.model, run.example))
         look = self._look(run) if _has_data(run) else []
-        plan = self._plan(run, look)
+        choices = self._choices(run)
+        batch = look[0] if look else None
+        scores = harm(run.model, choices, self.grouping, batch) if run.limits() else {}
+        plan = _spent(run, choices, scores)
         teacher = copy.deepcopy(run.model).eval().requires_grad_(False)
-        flows = observe(teacher, plan, look) if look else {}
-        begun = {name: self._values(teacher, edit, flows.get(name)) for name, edit in plan.items()}
+        flows = observe(teacher, plan, look)
+        values = {n: begun(teacher, e, self.grouping, flows.get(n)) for n, e in plan.items()}
         if look:
-            begun = self._distilled(run, teacher, plan, begun, look)
-        run.apply(*(replace(edit, values=begun[name]) for name, edit in plan.items()))
+            values = self._distilled(run, teacher, plan, values, look)
+        run.apply(*(replace(edit, values=values[name]) for name, edit in plan.items()))
 
     def _distilled(
         self,
         run: Run,
         teacher: Any,
         plan: Mapping[str, Quantize],
-        begun: Mapping[str, Values],
+        values: Mapping[str, Values],
         look: Sequence[Example],
     ) -> dict[str, Values]:
         student = copy.deepcopy(teacher)
-        tunable(student, {name: (edit.written, begun[name]) for name, edit in plan.items()})
+        tunable(student, {name: (edit.written, values[name]) for name, edit in plan.items()})
         if self.correct:
             correct(teacher, student, look)
         parts, batches = blocks(teacher, plan, run.example), self._stream(run)
@@ -140,83 +145,40 @@ class GroupwisePTQ(Method):
         found = {name: student.get_submodule(name) for name in plan}
         return {name: part.values() for name, part in found.items() if isinstance(part, Tunable)}
 
-    def _plan(self, run: Run, look: Sequence[Example]) -> dict[str, Quantize]:
-        """Choose how each layer is written, and record why others are left alone."""
+    def _choices(self, run: Run) -> dict[str, list[Quantize]]:
+        """Ways to write each layer that make it smaller; record why others are left alone."""
         layers, reasons = readable(run.model, only=self.only, exclude=self.exclude)
         costs = layer_costs(run.model, run.example)
         order = list(observe(run.model, layers, [run.example]))
         reasons |= {name: "never called in a forward pass" for name in layers if name not in order}
-        rounds = set(unread(run.model, order, run.example)[:-1]) if self.integer else set()
-        rows: dict[str, list[Quantize]] = {}
+        sums = set(unread(run.model, order, run.example)[:-1]) if self.integer else set()
+        found: dict[str, list[Quantize]] = {}
         for name in order:
-            edits = self._edits(run, name, layers[name], order, rounds)
-            rows[name] = [e for e in edits if e.predict(costs[name]).bytes < costs[name].bytes]
-            if not rows[name]:
-                del rows[name]
+            bits = CHOICES if run.limits() else (self.bits,)
+            end, channels = name in (order[0], order[-1]), len(layers[name].weight)
+            edits = self._written(name, channels, (self.ends,) if end else bits, end=end)
+            edits = [replace(edit, outputs=MOST if name in sums else 0) for edit in edits]
+            if smaller := [e for e in edits if e.predict(costs[name]).bytes < costs[name].bytes]:
+                found[name] = smaller
+            else:
                 reasons[name] = "packed it would take more bytes"
         for name, reason in reasons.items():
             run.keep(name, reason)
-        if not rows:
+        if not found:
             why = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
             raise ModelError(
                 "The model has no layer to quantize: it needs a Conv1d/2d/3d or a "
                 f"Linear{f' ({why})' if why else ''}."
             )
-        if not run.limits():
-            return {name: edits[0] for name, edits in rows.items()}
-        scores = self._scores(run, layers, rows, look)
-        options = {
-            name: [Option(scores[name][e.bits], e.predict(costs[name]), e) for e in edits]
-            for name, edits in rows.items()
-        }
-        return {edit.layer: edit for edit in run.allocate(options, rule="sum")}  # type: ignore[misc]
+        return found
 
-    def _edits(
-        self, run: Run, name: str, layer: Factorizable, order: Sequence[str], rounds: set[str]
+    def _written(
+        self, name: str, channels: int, choices: Sequence[int], *, end: bool
     ) -> list[Quantize]:
-        end, channels = name in (order[0], order[-1]), len(layer.weight)
         groups = min(self.groups or channels, channels)
         indexed = self.grouping != "contiguous" and 1 < groups < channels
-        wanted = CHOICES if run.limits() else (self.bits,)
-        activations = self.activations and (self.ends if end else self.activations)
-        outputs = MOST if name in rounds else 0
-        return [
-            Quantize(name, bits, groups, indexed, activations, outputs)
-            for bits in ((self.ends,) if end else wanted)
-        ]
-
-    def _scores(
-        self,
-        run: Run,
-        layers: Mapping[str, Factorizable],
-        rows: Mapping[str, Sequence[Quantize]],
-        look: Sequence[Example],
-    ) -> dict[str, dict[int, float]]:
-        """What each choice of bits does to a layer's output; without inputs, to its weight."""
-        tried = {name: {e.bits: self._rounded(run, e) for e in rows[name]} for name in rows}
-        if look:
-            return output_errors(run.model, {n: layers[n] for n in rows}, tried, look[0])
-        return {
-            name: {bits: _distance(layers[name].weight, weight) for bits, weight in row.items()}
-            for name, row in tried.items()
-        }
-
-    def _rounded(self, run: Run, edit: Quantize) -> Tensor:
-        values = self._values(run.model, edit, None)
-        return rounded(values.weight, values.scales[values.index], edit.bits)
-
-    def _values(self, model: Any, edit: Quantize, flow: Flow | None) -> Values:
-        layer = model.get_submodule(edit.layer)
-        index = grouping(layer.weight, edit.groups, self.grouping)
-        scales = best_scales(layer.weight, index, edit.bits)
-        return Values(
-            layer.weight.detach(),
-            scales,
-            index,
-            None if layer.bias is None else layer.bias.detach(),
-            flow.input.range(edit.inputs) if flow and edit.inputs else None,
-            flow.output.range(edit.outputs) if flow and edit.outputs else None,
-        )
+        inputs = self.activations and (self.ends if end else self.activations)
+        return [Quantize(name, bits, groups, indexed, inputs) for bits in choices]
 
     def _look(self, run: Run) -> list[Example]:
         """One pass over the samples."""
@@ -274,6 +236,18 @@ def _moved(example: Any, device: torch.device) -> Any:
     return tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, example)
 
 
-def _distance(weight: Tensor, other: Tensor) -> float:
-    energy = float(weight.detach().square().sum()) or 1.0
-    return float((weight.detach() - other).square().sum()) / energy
+def _spent(
+    run: Run, choices: Mapping[str, Sequence[Quantize]], scores: Mapping[str, Sequence[float]]
+) -> dict[str, Quantize]:
+    """Take the only choice of each layer, or spend the budget where it does least harm."""
+    if not run.limits():
+        return {name: edits[0] for name, edits in choices.items()}
+    costs = layer_costs(run.model, run.example)
+    options = {
+        name: [
+            Option(score, edit.predict(costs[name]), edit)
+            for score, edit in zip(scores[name], edits, strict=True)
+        ]
+        for name, edits in choices.items()
+    }
+    return {edit.layer: edit for edit in run.allocate(options, rule="sum")}  # type: ignore[misc]
