@@ -38,6 +38,7 @@ def measure(cell: Cell, watch: Callable[[dict[str, Any]], None]) -> dict[str, An
     views, truth = sets(plan, seed)
     chosen = [views[number] for number in plan["views"]]
     means = chosen[0].mean(2) if plan.get("means") else None
+    means = None if means is None else means - means.mean(0)
     if "sklearn" in plan:
         return _scored(_sklearn(plan, chosen, means, seed), truth)
     x = chosen if means is None else means @ means.T
