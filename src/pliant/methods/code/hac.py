@@ -64,20 +64,21 @@ class HAC(Method):
 
     In every layer the smallest weights become zero, and the rest takes values from a short list:
     quantiles drawn without bias (``pq``) or k-means (``ws``). While training goes on, masks and
-    assignments stay; each value moves by the sum of what its weights would have moved, times
-    ``rate``. In the end the kernels stay coded, also in memory: layers decode some of their
-    outputs at a time while they compute. ``hac`` writes all weights into one stream of codewords,
-    ``shac`` codes only those that are not zero and keeps where they stand (smaller below about 5 %
-    of them), ``ans`` is one stream at the entropy, and ``auto`` takes the smallest.
+    assignments stay; each value moves by the mean of what its weights would have moved. In the end
+    the kernels stay coded, also in memory: layers decode some of their outputs at a time while
+    they compute. ``hac`` writes all weights into one stream of codewords, ``shac`` codes only
+    those that are not zero and keeps where they stand (smaller below about 5 % of them), ``ans``
+    is one stream at the entropy, and ``auto`` takes the smallest.
 
     Bytes are those of the coded kernels with dictionaries, and of all other tensors as they are.
     A budget of bytes is met by pruning more, alike in all layers. Layers whose weights are whole
     numbers already keep them; save with ``encode="auto"`` to have these coded in the file.
 
     *Departs from the paper*: values are shared among the weights that survive, not among the zeros
-    too, which leave nearly all quantiles at zero and send survivors there; values move faster;
-    convolutions are coded too, as matrices; codewords are canonical, so that only lengths are
-    stored; ``ans`` is ours; pruning, sharing and both fine-tunings are one training, which ends
+    too, which leave nearly all quantiles at zero and send survivors there; values move by a mean,
+    not by ``rate`` times a sum, which overshoots or lags with the size of a layer; convolutions
+    are coded too, as matrices; codewords are canonical, so that only lengths are stored; ``ans``
+    is ours; pruning, sharing and both fine-tunings are one training, which ends
     when its epochs do and not when accuracy stops rising; k-means is Lloyd's on the sorted line;
     where nothing is trained, batch norms are re-estimated. ``PAPER`` is the published form.
 
@@ -91,7 +92,7 @@ class HAC(Method):
     zeros: bool = False  # share values among the pruned weights too, as the paper does
     format: Literal["auto", "hac", "shac", "ans"] = "auto"  # how kernels are coded
     masked: float = 0.5  # share of the training before values are shared
-    rate: float = 0.1  # eta_c, on what the weights of one value would have moved in sum
+    rate: float | None = None  # eta_c, on the sum of what a value's weights would move; None: mean
     only: tuple[str, ...] = ()  # name patterns of the layers to code
     exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone
 
@@ -146,7 +147,7 @@ class HAC(Method):
     def _check(self) -> None:
         for name, least, most in (("prune", 0, MOST), ("masked", 0, 1), ("rate", 0, 1)):
             value = getattr(self, name)
-            if not least <= value <= most:
+            if value is not None and not least <= value <= most:
                 raise MethodError(f"hac: {name} must lie in {least}..{most:g}, not {value}.")
         if not 2 <= self.values <= address_map.MOST:
             raise MethodError(
@@ -203,11 +204,15 @@ class HAC(Method):
         return Shared(kept, draw(pruned, levels, generator), levels)
 
     def _move(self, run: Run, name: str, module: Factorizable) -> None:
-        """Move each value by the sum of its weights' movements: momentum cannot split them."""
+        """Move each value by what its weights would have moved; they stay together."""
         masks, levels = run.state["masks"][name], run.state["levels"][name]
         now = Shared(masks, run.state["index"][name], levels)
         moved = (module.weight.float() - now.weight) * masks
-        levels.index_add_(0, now.index.flatten().long(), moved.flatten(), alpha=self.rate)
+        places = now.index.flatten().long()
+        step = torch.zeros_like(levels).index_add_(0, places, moved.flatten())
+        if self.rate is None:
+            step /= torch.zeros_like(levels).index_add_(0, places, masks.flatten().float()).clamp(1)
+        levels.add_(step, alpha=1.0 if self.rate is None else self.rate)
         module.weight.copy_(now.weight)
 
     # How many bytes a pruning level costs.
