@@ -113,7 +113,7 @@ def counted(model: nn.Module, example: Example) -> Cost:
 
 def choose(
     sizes: Sequence[Cost],
-    at: Budget | float,
+    budget: Budget,
     dense: Cost,
     latency: Callable[[int], float] | None = None,
 ) -> int:
@@ -121,14 +121,13 @@ def choose(
 
     Args:
         sizes: the cost of each, from the largest.
-        at: a budget, or a share of the dense network's parameters.
+        budget: what the size may cost.
         dense: what its fractions refer to.
         latency: milliseconds of a size, for a budget that bounds them; called a few times only.
 
     Raises:
         BudgetError: even the smallest is too large; the message says what it costs.
     """
-    budget = at if isinstance(at, Budget) else Budget(params=at)
     limits = budget.limits(dense)
     longest = limits.pop("latency", None)
     fits = [size for size, found in enumerate(sizes) if _fits(found, limits)]
