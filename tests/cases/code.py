@@ -76,7 +76,7 @@ def few_values_are_left_of_many() -> None:
 
 
 def a_value_moves_as_its_weights_would() -> None:
-    """Two weights share 2 and move by -0.1 and -0.3: it falls by rate times the sum, or the mean."""
+    """Two weights share 2 and move by -0.1 and -0.3: it falls by rate x sum, or the mean."""
     for rate, fall in ((0.25, 0.1), (None, 0.2)):
         weight = torch.full((2, 40), -1.0)
         weight[0, :2] = 2.0
