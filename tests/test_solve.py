@@ -1,17 +1,21 @@
 """`recover`, `cluster`, `analyze`: what they refuse, what they pass on; and that checks bite."""
 
+import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 import pliant
 from pliant import registry
+from pliant.cli import app
 from pliant.data import Data
 from pliant.errors import DataError, MethodError, ModelError
 from pliant.registry import Paper, register
@@ -261,3 +265,74 @@ def test_the_estimator_takes_sets_and_views():
     again = Clusterer(3, method=spec, random_state=0).fit(views)
     assert np.array_equal(model.labels_, again.labels_)
     assert Clusterer(3, method=spec).fit(list(views[0])).solution_.value.max() <= 2
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def cli(*words: Any, code: int = 0) -> Any:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == code, result.output
+    return result
+
+
+def test_a_tensor_is_recovered_from_files(tmp_path: Path):
+    register("filled", paper=PAPER, verb="recover")(Filled)
+    x, mask, out = tmp_path / "x.npy", tmp_path / "mask.npy", tmp_path / "out.npz"
+    np.save(x, X.numpy())
+    np.save(mask, (X < 6).numpy())
+    words = ("recover", x, "--known", mask, "--method", "filled", "--out", out)
+    said = cli(*words).stdout
+    assert "converged after 1 iterations" in said and "recovered: 3x4" in said
+    assert np.load(out)["recovered"][2, 3] == 2.5
+    plain = json.loads(cli(*words[:-2], "--json").stdout)
+    assert plain["method"]["name"] == "filled" and plain["values"]["recovered"] == {"shape": [3, 4]}
+    cli(*words[:-1], tmp_path / "out.npy")
+    assert np.load(tmp_path / "out.npy").shape == (3, 4)
+
+
+def test_samples_are_clustered_from_files(tmp_path: Path):
+    register("drawn", paper=PAPER, verb="cluster")(Drawn)
+    x = tmp_path / "x.npy"
+    np.save(x, X.numpy())
+    words = ("cluster", x, "--groups", 2, "--method", "drawn", "--seed", 3)
+    assert "Samples in each group" in cli(*words).stdout
+    plain = json.loads(cli(*words, "--view", x, "--json").stdout)
+    assert plain["values"]["labels"] == {"shape": [3]} and plain["seed"] == 3
+
+
+def test_a_network_is_analyzed_from_its_name(tmp_path: Path):
+    out = tmp_path / "finding.json"
+    words = ("analyze", "lenet5", "--data", "mnist5k", "--out", out)
+    said = cli(*words).stdout
+    assert "moves the mean of 10 outputs" in said and "sensitivity" in said
+    plain = json.loads(cli(*words[:-2], "--json").stdout)
+    saved = json.loads(out.read_text())
+    assert plain["values"] == saved["values"] and len(saved["rows"]) == 10
+
+
+def test_bad_files_and_places_are_refused_in_a_sentence(tmp_path: Path):
+    text = tmp_path / "x.npy"
+    text.write_text("no numbers")
+    assert "must be an .npy file" in cli("recover", text, code=2).stderr
+    words = ("recover", text, "--out", tmp_path / "none" / "x.npy")
+    assert "folder that exists" in cli(*words, code=2).stderr
+    assert (
+        "cannot cluster"
+        in cli("cluster", _saved(tmp_path), "--groups", 2, "--method", "nrmf", code=2).stderr
+    )
+
+
+def _saved(folder: Path) -> Path:
+    np.save(folder / "numbers.npy", X.numpy())
+    return folder / "numbers.npy"
+
+
+def test_methods_are_listed_by_verb():
+    names = {
+        row["name"] for row in json.loads(cli("methods", "--verb", "recover", "--json").stdout)
+    }
+    assert "nonconvex_tsvd" in names and "nrmf" not in names
+    said = cli("methods", "--verb", "cluster").stdout
+    assert "cluster" in said and "compress" not in said
+    assert "verb" in cli("methods", "--verb", "cure", code=2).stderr

@@ -9,17 +9,20 @@ from rich.table import Table
 from rich.text import Text
 
 from pliant.cli import console
-from pliant.registry import Entry, entries, get
+from pliant.registry import Entry, Verb, entries, get
 from pliant.render import pages, table, words
 
 
 @console.refusals
 def methods(
     family: Annotated[str | None, typer.Option(help="only this family")] = None,
+    verb: Annotated[
+        Verb | None, typer.Option(help="only what compresses, recovers, clusters or analyzes")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """List the methods: what each does, what it saves, where it was published."""
-    found = entries(family=family)
+    """List the methods by family: verb, what each saves and does, where it was published."""
+    found = entries(family=family, verb=verb)
     if as_json:
         console.print_json([_plain(entry) for entry in found])
     else:

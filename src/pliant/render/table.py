@@ -85,18 +85,23 @@ def _change(row: LayerRow, axis: str) -> str:
 
 
 def methods(entries: Sequence[Entry]) -> Table:
-    """List methods with what they save and where they come from."""
+    """List methods family by family: their verb, what they save and where they come from."""
     table = _table()
-    table.add_column("method", no_wrap=True, style="bold")
-    table.add_column("family", no_wrap=True)
-    table.add_column("saves", overflow="fold", min_width=6)
-    table.add_column("what it does", overflow="fold", ratio=1)
-    table.add_column("paper", overflow="fold", min_width=12)
+    table.add_column("method", overflow="fold", min_width=22, style="bold")
+    table.add_column("verb", no_wrap=True)
+    table.add_column("saves", overflow="fold", min_width=7, max_width=7)
+    table.add_column("what it does", overflow="fold")
+    table.add_column("paper", overflow="fold", min_width=9, max_width=9)
+    family = ""
     for entry in entries:
+        if entry.family != family:
+            family = entry.family
+            table.add_section()
+            table.add_row(Text(family, "bold cyan"))
         paper = Text(f"{entry.paper.venue} {entry.paper.year}", _link(entry.paper.url))
-        family = entry.family if entry.verb == "compress" else f"{entry.family} ({entry.verb})"
         saves = " ".join(entry.saves) or words.NONE
-        table.add_row(Text(entry.name), Text(family), Text(saves), Text(entry.summary), paper)
+        cells = (f" {entry.name}", entry.verb, saves, entry.summary)
+        table.add_row(*map(Text, cells), paper)
     return table
 
 
