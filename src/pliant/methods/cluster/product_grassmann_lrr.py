@@ -71,8 +71,8 @@ class ProductGrassmannLRR:
 
     def cluster(self, views: Views, groups: int, generator: torch.Generator) -> Solution:
         """Represent the samples by one another and cut the graph of their affinities."""
+        self._check()
         gram = self.gram(views)
-        self._check(len(gram))
         rank = min(self.rank or groups, len(gram))
         top = float(torch.linalg.eigvalsh(gram)[-1])
         found, rows, converged = self._represent(gram, self.strength * top, rank)
@@ -114,7 +114,7 @@ class ProductGrassmannLRR:
             )
         return points(view, size)
 
-    def _check(self, samples: int) -> None:
+    def _check(self) -> None:
         if not 0 <= self.strength < 2:
             raise MethodError(
                 "product_grassmann_lrr: strength must lie in 0..2, since from 2 on nothing is left "
