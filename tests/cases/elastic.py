@@ -70,14 +70,19 @@ def the_smallest_size_loses_least() -> None:
     mix = torch.randn(45, 45, generator=noise) * torch.linspace(1, 0.05, 45)
     metric = Metric(mix @ mix.T, torch.eye(6))
 
-    def loss(kernels: Sequence[Tensor]) -> float:
-        return metric.energy(weight - compose(kernels, "spatial")) / metric.energy(weight)
+    def loss(kernels: Sequence[Tensor], form: str) -> float:
+        return metric.energy(weight - compose(kernels, form)) / metric.energy(weight)
 
-    found = nested(weight, "spatial", [(10,), (6,), (3,)], metric)
-    best = [loss(metric.decompose(weight, "spatial", (rank,))) for rank in (10, 3)]
-    through = loss(cut(metric.decompose(weight, "spatial", (10,)), (3,)))
-    assert loss(cut(found, (3,))) < 1.001 * best[1] < 0.8 * through
-    assert best[0] <= loss(found) < loss(cut(found, (6,))) < loss(cut(found, (3,)))
+    for form, ranks in (
+        ("spatial", [(10,), (6,), (3,)]),
+        ("tucker2", [(5, 6), (4, 3), (2, 3), (2, 2)]),  # once only one side grows
+    ):
+        found = nested(weight, form, ranks, metric)
+        least = loss(metric.decompose(weight, form, ranks[-1]), form)
+        through = loss(cut(metric.decompose(weight, form, ranks[0]), ranks[-1]), form)
+        assert loss(cut(found, ranks[-1]), form) < 1.001 * least < 0.8 * through
+        losses = [loss(cut(found, rank), form) for rank in ranks]
+        assert losses == sorted(losses) and losses[0] < losses[-1]
 
 
 def sizes_must_fall() -> None:

@@ -38,11 +38,7 @@ def cut(kernels: Sequence[Tensor], ranks: Sequence[int]) -> tuple[Tensor, ...]:
             f"Ranks from 1 to {tuple(inner)} were expected, not {tuple(ranks)}: cut to fewer "
             "components than there are."
         )
-    ends = [kernels[0].shape[1], *ranks, len(kernels[-1])]
-    return tuple(
-        kernel[:rows, :columns]
-        for kernel, (columns, rows) in zip(kernels, pairwise(ends), strict=True)
-    )
+    return _first(kernels, ranks)
 
 
 def nested(
@@ -50,12 +46,12 @@ def nested(
 ) -> tuple[Tensor, ...]:
     """Factorize a kernel so that the cut to each of several ranks is a good factorization.
 
-    Two factors are built from the smallest rank up: the best of that rank, then the best of what
-    it leaves, and so on. The smallest size loses least of all; weights alone, output and svd
-    lose nothing anywhere, since there the components of a factorization are nested themselves.
-    With the metric of inputs that are correlated the other forms are not: a cut through their
-    best factors of full rank loses several times as much. Tucker-2 is taken as it is, its
-    components in order of their energy.
+    The factors are built from the smallest rank up: the best of that rank, then the best of what
+    it leaves, and so on. The smallest size loses least of all; output and svd lose nothing
+    anywhere, since there the components of a factorization are nested themselves. With the
+    metric of inputs that are correlated the other forms are not: a cut through their best
+    factors of full rank loses several times as much. The parts of Tucker-2 share no core at
+    first: what joins them is zero, and for training to find.
 
     Args:
         weight: kernel (T, S, *kernel), or (T, S).
@@ -64,14 +60,37 @@ def nested(
         metric: what the layer reads and how much its outputs matter.
     """
     rising = sorted(set(ranks))
-    if metric is None or form in ("tucker2", "output", "svd"):
+    if form in ("output", "svd"):
         return _factors(weight, form, rising[-1], metric)
     parts, rest = [], weight.detach()
-    for less, more in pairwise([(0,), *rising]):
-        parts.append(_factors(rest, form, (more[0] - less[0],), metric))
-        rest = rest - compose(parts[-1], form)
-    first, last = zip(*parts, strict=True)
-    return torch.cat(first), torch.cat(last, 1)
+    for less, more in pairwise([(0,) * len(rising[0]), *rising]):
+        grown = tuple(high - low for high, low in zip(more, less, strict=True))
+        # A side that does not grow lends a component, and takes it back with its core.
+        found = _factors(rest, form, tuple(max(1, rank) for rank in grown), metric)
+        parts.append(_first(found, grown))
+        rest = rest - compose(found, form) if all(grown) else rest
+    first, *cores, last = zip(*parts, strict=True)
+    return torch.cat(first), *map(_diagonal, cores), torch.cat(last, 1)
+
+
+def _first(kernels: Sequence[Tensor], ranks: Sequence[int]) -> tuple[Tensor, ...]:
+    """Take the first components of each kernel, also none."""
+    ends = [kernels[0].shape[1], *ranks, len(kernels[-1])]
+    return tuple(
+        kernel[:rows, :columns]
+        for kernel, (columns, rows) in zip(kernels, pairwise(ends), strict=True)
+    )
+
+
+def _diagonal(cores: Sequence[Tensor]) -> Tensor:
+    """Put cores (q, r, ...) on the diagonal of one that is zero elsewhere."""
+    sizes = [sum(core.shape[axis] for core in cores) for axis in (0, 1)]
+    joined = cores[0].new_zeros(*sizes, *cores[0].shape[2:])
+    row = column = 0
+    for core in cores:
+        joined[row : row + len(core), column : column + core.shape[1]] = core
+        row, column = row + len(core), column + core.shape[1]
+    return joined
 
 
 def _factors(

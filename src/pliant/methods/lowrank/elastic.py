@@ -21,6 +21,7 @@ from pliant.elastic import costs, count, settle, weights_at
 from pliant.errors import BudgetError, MethodError
 from pliant.factorize import Form, Layers, look, subjects
 from pliant.math.distill import divergence
+from pliant.math.forms import FORMS
 from pliant.math.nested import nested
 from pliant.method import Method
 from pliant.ops.edits import Factor, Nest, Settle
@@ -30,7 +31,6 @@ from pliant.registry import Paper, register
 from pliant.run import Run
 
 Plan = dict[str, Factor]
-NESTING = ("input", "output", "spatial")  # a cut through Tucker-2 on both sides is a poor one
 AXES = ("params", "macs", "bytes")
 MOST = 64  # sizes: each costs a plan, a calibration and a row in every table
 SETTLING, BATCH = 2048, 256  # samples from which batch norms are re-estimated, for each size
@@ -72,7 +72,7 @@ class Elastic(Method):
     smallest: float = 0.25  # of the budget; the next that can be reached if it is out of reach
     largest: float = 0.75  # share of the parameters that is the largest size without a budget
     between: int = 1  # random sizes in a step, beside the largest and the smallest
-    form: Form = "auto"  # of the factors; "auto" takes the best of those that nest
+    form: Form = "auto"  # of the factors; "auto" takes the best per layer
     samples: int = 1024  # training inputs to look at; 0 looks at weights only
     only: tuple[str, ...] = ()  # name patterns of the layers to consider
     exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone
@@ -131,7 +131,7 @@ class Elastic(Method):
 
     def _plans(self, run: Run, layers: Layers, seen: Any) -> list[Plan]:
         """Plan the smallest size freely; the others keep its choice of layers and forms."""
-        rows = _rows(run, layers, seen, NESTING if self.form == "auto" else (self.form,))
+        rows = _rows(run, layers, seen, FORMS[:4] if self.form == "auto" else (self.form,))
         most = run.limits() or {"params": self.largest * run.cost.params}
         least, share = _smallest(run, rows, most, self.smallest)
         kept = {
