@@ -67,8 +67,10 @@ def predict(
 ) -> float:
     """Predict the milliseconds of a network after edits, without building it."""
     rows = [(edit, costs[edit.layer]) for edit in edits]
-    scale, rest = clock.outside(model, {edit.layer: cost for edit, cost in rows})
-    return rest + scale * sum(clock.of_edit(model, edit, cost) for edit, cost in rows)
+    each, rest = clock.outside(model, {edit.layer: cost for edit, cost in rows})
+    return rest + sum(
+        clock.of_edit(model, edit, cost) + each * edit.predict(cost).params for edit, cost in rows
+    )
 
 
 def draw(clock: Clock, model: nn.Module, seed: int) -> list[Factor]:

@@ -16,7 +16,9 @@ from pliant.errors import BudgetError
 from pliant.latency.compare import Comparison, Timing, compare, interleaved, measure, quiet
 from pliant.latency.table import LatencyTable, input_shape, signature
 from pliant.latency.target import Target
+from pliant.math.forms import forms_for, max_ranks
 from pliant.ops.edits import Edit, Factor
+from pliant.ops.layers import obstacle
 
 Plan = Callable[[Mapping[str, float]], list[Any]]
 """Gives edits for limits, with prices as the clock knows them now."""
@@ -41,6 +43,7 @@ class Clock:
         layers: for each dense layer looked at: milliseconds before, and after or of the best
             replacement that was measured.
         dense_ms: milliseconds of single layers by their signature, beside the dense network.
+        thin: milliseconds of the network with these layers at their lowest ranks.
         begun: milliseconds of the network when it was planned, if it had been edited before.
         final: the dense network against the finished one.
     """
@@ -52,6 +55,7 @@ class Clock:
     timing: Timing
     layers: dict[str, tuple[float, float]] = field(default_factory=dict)
     dense_ms: dict[str, float] = field(default_factory=dict)
+    thin: dict[tuple[str, ...], float] = field(default_factory=dict)
     begun: float | None = None
     final: Comparison | None = None
 
@@ -142,10 +146,10 @@ class Clock:
             The options, and the milliseconds of everything else in the network.
         """
         taken = {name: costs[name] for name in options}
-        scale, rest = self.outside(model, taken, edited=edited)
+        each, rest = self.outside(model, taken, edited=edited)
         found = {
             name: [
-                replace(row, cost=replace(row.cost, latency=scale * ms))
+                replace(row, cost=replace(row.cost, latency=ms + each * row.cost.params))
                 for row, ms in self._worthy(model, name, rows, costs[name])
             ]
             for name, rows in options.items()
@@ -155,7 +159,11 @@ class Clock:
     def outside(
         self, model: nn.Module, taken: Mapping[str, LayerCost], *, edited: bool = False
     ) -> tuple[float, float]:
-        """Return how much layers count within the network, and what it takes outside of them.
+        """Return what a network takes beside the times of its layers alone.
+
+        Two networks tell: the present one, and one with all these layers at the lowest ranks.
+        What both take outside of their layers is fixed; what only the present one does grows with
+        the weights, which come from memory in a large network and from caches in a small one.
 
         Args:
             model: the network as it is now.
@@ -163,14 +171,44 @@ class Clock:
             edited: whether it is no longer the dense one.
 
         Returns:
-            A factor up to 1: below it only where the layers alone take longer than all of the
-            network; and milliseconds.
+            Milliseconds for each parameter of these layers, and for everything else.
         """
         self._calibrate(model, taken)
-        layers = sum(self.of_layer(model, name, cost) for name, cost in taken.items())
         whole = self._whole(model) if edited else self.timing.median_ms
-        scale = min(1.0, whole / max(layers, 1e-12))
-        return scale, max(0.0, whole - scale * layers)
+        excess = whole - sum(self.of_layer(model, name, cost) for name, cost in taken.items())
+        least = {} if self.target.once else self._least(model, taken)
+        if not least:
+            return 0.0, excess
+        key, edits = tuple(least), list(least.values())
+        if key not in self.thin:
+            found = self._against_dense(built(model, edits))
+            self.thin[key] = self.timing.median_ms / found.speedup
+        alone = sum(
+            self.measured(model, least[name], cost)
+            if name in least
+            else self.of_layer(model, name, cost)
+            for name, cost in taken.items()
+        )
+        fewer = sum(
+            cost.params - least[n].predict(cost).params for n, cost in taken.items() if n in least
+        )
+        each = (excess - (self.thin[key] - alone)) / max(1, fewer)
+        return each, excess - each * sum(cost.params for cost in taken.values())
+
+    def _least(self, model: nn.Module, taken: Mapping[str, LayerCost]) -> dict[str, Factor]:
+        """The lowest ranks of every layer that has some, where that is smaller."""
+        found = {}
+        for name in taken:
+            if obstacle(model, name):
+                continue
+            layer: Any = model.get_submodule(name)
+            shape = tuple(layer.weight.shape)
+            form = "svd" if "svd" in forms_for(shape) else "tucker2"
+            step = self.table.step_for(layer, form)
+            edit = Factor(name, form, tuple(min(step, top) for top in max_ranks(shape, form)))
+            if edit.predict(taken[name]).params < taken[name].params:
+                found[name] = edit
+        return found
 
     def _whole(self, model: nn.Module) -> float:
         """Measure a network that was edited before, once."""

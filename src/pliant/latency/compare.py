@@ -19,6 +19,7 @@ Verdict = Literal["faster", "not distinguishable", "slower"]
 
 SECONDS = 2.0  # that a comparison takes about
 ROUNDS = (9, 301)  # of measuring each in turn: fewest and most
+PASSES, TURN = 5, 0.05  # in a row, at most, within about so many seconds
 OWN_ROUNDS = 3  # with a function of the user's: a phone is slow and quiet
 SURE = 1.29  # half the normal quantile of 99 %: the spread of a median in units of sqrt(n) ranks
 TICK = 1e-9  # seconds that no clock resolves
@@ -104,6 +105,8 @@ def interleaved(
 ) -> list[list[float]]:
     """Take samples of all in turn, every second round in the other order.
 
+    A sample is the fastest of a few passes in a row.
+
     Args:
         samplers: what to measure.
         target: functions of the user's are called three times only.
@@ -113,12 +116,16 @@ def interleaved(
     Returns:
         One row of seconds for each sampler, a value per round.
     """
-    first = [_sample(each) for each in samplers]  # warms up, and is thrown away
+    tries = 1 if target.once else PASSES
+    # These warm up, and are thrown away.
+    first = [min(_sample(each) for _ in range(tries)) for each in samplers]
+    passes = [min(tries, _passes(each)) for each in first]
     rows: list[list[float]] = [[] for _ in samplers]
     turn = list(enumerate(samplers))
-    for _ in range(_rounds(first, target, seconds, least)):
+    costs = [max(time, 1.5 * BLOCK) * count for time, count in zip(first, passes, strict=True)]
+    for _ in range(_rounds(sum(costs), target, seconds, least)):
         for index, each in turn:
-            rows[index].append(_sample(each))
+            rows[index].append(min(_sample(each) for _ in range(passes[index])))
         turn.reverse()
     return rows
 
@@ -144,12 +151,17 @@ def compared(a: Sequence[float], b: Sequence[float]) -> Comparison:
     )
 
 
-def _rounds(first: Sequence[float], target: Target, seconds: float, least: int) -> int:
-    if target.once:
-        return OWN_ROUNDS
-    # A sample takes at least a block, however short a pass is.
-    rounds = round(seconds / sum(max(each, 1.5 * BLOCK) for each in first))
-    return min(ROUNDS[1], max(least, rounds))
+def _rounds(cost: float, target: Target, seconds: float, least: int) -> int:
+    return OWN_ROUNDS if target.once else min(ROUNDS[1], max(least, round(seconds / cost)))
+
+
+def _passes(seconds: float) -> int:
+    """How many passes in a row make one sample, of which the fastest counts.
+
+    On a loaded machine the scheduler interrupts a pass of some milliseconds more often than a
+    shorter one, and a comparison of both would flatter the shorter.
+    """
+    return max(1, min(PASSES, int(TURN / seconds)))
 
 
 def _sample(each: Sampler) -> float:
