@@ -27,6 +27,7 @@ WORTH = 0.97  # a replacement must take at most this share of the dense layer's 
 TRIES = 5  # plans that are built and measured whole
 SECONDS, ROUNDS = 1.5, 21  # for layers beside the network, at least
 CHECKS = 6  # rounds of measuring the layers of one plan before it is built
+NEAR = 0.93  # of the allowed time is near enough
 AIM = 0.97  # share of the allowed time that a plan aims at: two measurements are never equal
 
 
@@ -243,7 +244,7 @@ class Clock:
 
         Every layer of a plan is measured at its very ranks first, and the plan is made anew
         until no layer is slower than it was thought to be; then the network is built. If it
-        takes too long the plan aims lower.
+        takes too long the plan aims lower, and higher where much time is left.
 
         Args:
             model: the network as it is now; it stays so.
@@ -258,6 +259,7 @@ class Clock:
         allowed, best = min(limits["latency"], dense), dense
         # The dense network itself would do: no rounding may say otherwise.
         aim = dense * (1 + 1e-6) if limits["latency"] >= dense else AIM * allowed
+        kept: list[Any] | None = None
         for attempt in range(TRIES):
             try:
                 edits = self._checked(model, costs, {**limits, "latency": aim}, make)
@@ -270,10 +272,18 @@ class Clock:
             found = self._against_dense(built(model, edits))
             took = dense / found.speedup
             if took <= allowed and found.verdict != "slower":
-                self._note(model, costs, edits)
-                return edits
+                kept = edits
+                if took >= NEAR * allowed or not edits:
+                    break
+                aim *= AIM * allowed / took  # there is time left: spend it
+                continue
+            if kept is not None:
+                break
             best = min(best, took)
             aim *= min(AIM, allowed / took)
+        if kept is not None:
+            self._note(model, costs, kept)
+            return kept
         raise BudgetError(
             f"The latency {limits['latency']:.3g} ms cannot be met on {self.target}: the fastest "
             f"network that was measured takes {best:.3g} ms, the dense one {dense:.3g} ms; allow "
