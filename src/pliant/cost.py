@@ -7,12 +7,11 @@ are *known* to be zero. Biases count as parameters and not as MACs. Whatever els
 or multiplies matrices is named in `Cost.uncounted`, so a missing number is never a silent 0.
 """
 
-import math
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from pliant.errors import ModelError
+from pliant.macs import Formula, Packed, formula_of
 
 Example = tuple[Any, ...] | Mapping[str, Any]
 
@@ -63,18 +63,6 @@ class LayerCost:
             calls=max(self.calls, other.calls),
             latency=self.latency + other.latency,
         )
-
-
-@runtime_checkable
-class Packed(Protocol):
-    """A layer that keeps its weight in buffers, as packed integers: it counts itself."""
-
-    @property
-    def numbers(self) -> int:
-        """How many parameters it stands for, besides those it owns as parameters."""
-
-    def macs(self, inputs: list[Tensor], outputs: list[Tensor]) -> int:
-        """Count the multiply-accumulates of one call."""
 
 
 @dataclass(frozen=True)
@@ -140,73 +128,6 @@ def layer_costs(model: nn.Module, example: Example) -> dict[str, LayerCost]:
 def call(model: nn.Module, example: Example) -> Any:
     """Call a model with an example: a mapping as keyword arguments, a tuple as positions."""
     return model(**example) if isinstance(example, Mapping) else model(*example)
-
-
-Formula = Callable[[Any, list[Tensor], list[Tensor]], int]
-
-
-def _conv(layer: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
-    return outputs[0].numel() * (layer.in_channels // layer.groups) * math.prod(layer.kernel_size)
-
-
-def _conv_transpose(layer: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
-    return inputs[0].numel() * (layer.out_channels // layer.groups) * math.prod(layer.kernel_size)
-
-
-def _linear(layer: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
-    return outputs[0].numel() * layer.in_features
-
-
-def _bilinear(layer: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
-    return outputs[0].numel() * layer.in1_features * (layer.in2_features + 1)
-
-
-def _attention(layer: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
-    """Four projections, then query times key and weights times value."""
-    query, key, value = inputs[:3]
-    batch = 1 if query.dim() == 2 else query.shape[0 if layer.batch_first else 1]
-    projected = 2 * query.numel() + key.numel() + value.numel()
-    seen = key.numel() // layer.kdim // batch + (layer.bias_k is not None) + layer.add_zero_attn
-    return projected * layer.embed_dim + 2 * query.numel() * seen
-
-
-def _recurrent(layer: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
-    steps = inputs[0].numel() // layer.input_size  # time steps x batch, or batch for a cell
-    return steps * sum(p.numel() for n, p in layer.named_parameters() if n.startswith("weight"))
-
-
-def _own_count(layer: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
-    return int(layer.macs(inputs, outputs))
-
-
-def _zero(layer: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
-    return 0
-
-
-_FORMULAS: tuple[tuple[tuple[type[nn.Module], ...], Formula], ...] = (
-    ((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _conv_transpose),
-    ((nn.Conv1d, nn.Conv2d, nn.Conv3d), _conv),
-    ((nn.Linear,), _linear),
-    ((nn.Bilinear,), _bilinear),
-    ((nn.MultiheadAttention,), _attention),
-    ((nn.RNNBase, nn.RNNCellBase), _recurrent),
-    (
-        (
-            *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
-            *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
-            *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU, nn.Embedding, nn.EmbeddingBag),
-        ),
-        _zero,
-    ),
-)
-
-
-def _formula(layer: nn.Module) -> Formula | None:
-    if getattr(type(layer), "multiplies", True) is False:
-        return _zero
-    if isinstance(layer, Packed):
-        return _own_count
-    return next((formula for kinds, formula in _FORMULAS if isinstance(layer, kinds)), None)
 
 
 @dataclass
@@ -287,7 +208,7 @@ def _measure(model: nn.Module, example: Example) -> tuple[dict[str, LayerCost], 
     watch = _Watch()
     with _measuring(model), ExitStack() as hooks:
         for name, module in _modules(model):
-            formula = _formula(module) if name in layers else None
+            formula = formula_of(module) if name in layers else None
             entered = watch.enter(name, known=formula is not None)
             enter = module.register_forward_pre_hook(entered)
             hooks.callback(enter.remove)
@@ -295,7 +216,7 @@ def _measure(model: nn.Module, example: Example) -> tuple[dict[str, LayerCost], 
             hooks.callback(leave.remove)
         _run(model, example, watch)
         rows = {n: _row(layer, watch.seen.get(n, _Seen(calls=0))) for n, layer in layers.items()}
-    unknown = {name for name, layer in layers.items() if _formula(layer) is None}
+    unknown = {name for name, layer in layers.items() if formula_of(layer) is None}
     named = [name for name, _ in model.named_modules() if name in unknown | watch.strays]
     return rows, tuple(name or type(model).__name__ for name in named)
 

@@ -1,6 +1,7 @@
 """The verbs: one call each, from what a user has to what a user wants."""
 
-from pliant.api.network import CONTROL, MOST_CLASSES, compress, load
+from pliant.api.files import MOST_CLASSES, load
+from pliant.api.network import CONTROL, compress
 from pliant.api.probe import analyze
 from pliant.api.solve import cluster, recover
 

@@ -1,4 +1,4 @@
-"""Picks a size of an elastic network when its file is loaded: no data, no training."""
+"""From a file to a network, and of an elastic one to the size that is asked for."""
 
 from __future__ import annotations
 
@@ -7,17 +7,65 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
-from pliant import artifact, elastic
+from pliant import artifact, elastic, zoo
 from pliant.budget import Budget
 from pliant.cost import Example
 from pliant.errors import ArtifactError, ModelError
 from pliant.latency import Target, measure
 from pliant.ops.edits import Nest
 
+MOST_CLASSES = 100_000  # that a file may ask the zoo for
 
-def load_at(
+
+def load(
+    path: str | Path,
+    model: nn.Module | Callable[[], nn.Module] | None = None,
+    *,
+    at: Budget | str | float | None = None,
+    example: Example | Tensor = (),
+    target: Target | str | None = None,
+) -> nn.Module:
+    """Rebuild a compressed network from its file.
+
+    Nothing in a file can execute anything: without `model` only networks of the zoo are built.
+
+    Args:
+        path: a ``.pliant`` file.
+        model: the dense architecture, freshly built, or a function that builds it; may be left
+            out for a network of the zoo.
+        at: of an elastic network, which size: the largest that this budget allows, or of which
+            the parameters are this share of the dense network's. The largest of all if None.
+        example: inputs of one forward call, where the budget bounds macs or latency; that of the
+            zoo for its networks.
+        target: where a latency is measured; PyTorch here if None.
+
+    Raises:
+        ArtifactError: the file is missing, damaged, foreign, too new, or of another architecture;
+            or a size was asked of a network that has one only.
+        BudgetError: even the smallest size is too large.
+    """
+    dense = model if model is not None else _of_zoo(path)
+    if at is None:
+        return artifact.load(path, dense)
+    given = (example,) if isinstance(example, Tensor) else example
+    if not given and model is None and dense is not None:
+        given = zoo.NETWORKS[str(artifact.inspect(path).source)].example()
+    place = Target.parse(target) if isinstance(target, str) else target
+    return _load_at(path, dense, at, example=given, target=place)
+
+
+def _of_zoo(path: str | Path) -> Callable[[], nn.Module] | None:
+    manifest = artifact.inspect(path)
+    source, classes = manifest.source, manifest.extra.get("classes")
+    if source not in zoo.NETWORKS:
+        return None
+    known = type(classes) is int and 0 < classes <= MOST_CLASSES
+    return lambda: zoo.build(source, classes=classes if known else None)
+
+
+def _load_at(
     path: str | Path,
     model: nn.Module | Callable[[], nn.Module] | None,
     at: Budget | str | float,

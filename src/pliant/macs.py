@@ -1,0 +1,86 @@
+"""Multiply-accumulates of one layer, from what it read and gave in a forward pass."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+Formula = Callable[[Any, list[Tensor], list[Tensor]], int]
+
+
+@runtime_checkable
+class Packed(Protocol):
+    """A layer that keeps its weight in buffers, as packed integers: it counts itself."""
+
+    @property
+    def numbers(self) -> int:
+        """How many parameters it stands for, besides those it owns as parameters."""
+
+    def macs(self, inputs: list[Tensor], outputs: list[Tensor]) -> int:
+        """Count the multiply-accumulates of one call."""
+
+
+def _conv(layer: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
+    return outputs[0].numel() * (layer.in_channels // layer.groups) * math.prod(layer.kernel_size)
+
+
+def _conv_transpose(layer: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
+    return inputs[0].numel() * (layer.out_channels // layer.groups) * math.prod(layer.kernel_size)
+
+
+def _linear(layer: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
+    return outputs[0].numel() * layer.in_features
+
+
+def _bilinear(layer: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
+    return outputs[0].numel() * layer.in1_features * (layer.in2_features + 1)
+
+
+def _attention(layer: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
+    """Four projections, then query times key and weights times value."""
+    query, key, value = inputs[:3]
+    batch = 1 if query.dim() == 2 else query.shape[0 if layer.batch_first else 1]
+    projected = 2 * query.numel() + key.numel() + value.numel()
+    seen = key.numel() // layer.kdim // batch + (layer.bias_k is not None) + layer.add_zero_attn
+    return projected * layer.embed_dim + 2 * query.numel() * seen
+
+
+def _recurrent(layer: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
+    steps = inputs[0].numel() // layer.input_size  # time steps x batch, or batch for a cell
+    return steps * sum(p.numel() for n, p in layer.named_parameters() if n.startswith("weight"))
+
+
+def _own_count(layer: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
+    return int(layer.macs(inputs, outputs))
+
+
+def _zero(layer: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
+    return 0
+
+
+_FORMULAS: tuple[tuple[tuple[type[nn.Module], ...], Formula], ...] = (
+    ((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), _conv_transpose),
+    ((nn.Conv1d, nn.Conv2d, nn.Conv3d), _conv),
+    ((nn.Linear,), _linear),
+    ((nn.Bilinear,), _bilinear),
+    ((nn.MultiheadAttention,), _attention),
+    ((nn.RNNBase, nn.RNNCellBase), _recurrent),
+    (
+        (
+            *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+            *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+            *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.PReLU, nn.Embedding, nn.EmbeddingBag),
+        ),
+        _zero,
+    ),
+)
+
+
+def formula_of(layer: nn.Module) -> Formula | None:
+    """Return what counts the multiply-accumulates of a layer, None where that is not known."""
+    if getattr(type(layer), "multiplies", True) is False:
+        return _zero
+    if isinstance(layer, Packed):
+        return _own_count
+    return next((formula for kinds, formula in _FORMULAS if isinstance(layer, kinds)), None)
