@@ -218,16 +218,18 @@ def _gap(settings: Settings, cells: Cells, budget: float, most: float) -> dict[s
 
 
 def _smaller(settings: Settings, cells: Cells) -> dict[str, Any]:
-    """Compare sizes where the champion is at least as accurate as a rival at its own ranks."""
+    """Compare sizes where the champion is at least as accurate as a rival at its best."""
     champion, other = settings["claims"]["champion"], settings["claims"]["smaller_than"]
-    rival = pick(cells, rival=other, budget=None)
     ratio = None
-    if rival:
-        at = rival[0]["values"]
-        own = [c["values"] for c in pick(cells, rival=champion, seed=rival[0]["key"]["seed"])]
+    if found := [c["values"] for c in pick(cells, rival=other)]:
+        at = max(found, key=lambda row: row["accuracy"])
+        own = [c["values"] for c in pick(cells, rival=champion)]
         good = [row["params"] for row in own if row["accuracy"] >= at["accuracy"]]
         ratio = min(good) / at["params"] if good else None
-    text = f"{champion} has fewer parameters than {other} at no less accuracy: their ratio"
+    text = (
+        f"{champion} has fewer parameters than {other} at its most accurate and is no less "
+        "accurate: their ratio"
+    )
     return claim(text, ratio, "<", 1, "x")
 
 

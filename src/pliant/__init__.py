@@ -10,16 +10,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pliant.api import analyze, cluster, compress, load, recover
 from pliant.budget import Budget
 from pliant.compose import Stage, chain, together
-from pliant.cost import Cost, LayerCost, cost, layer_costs
+from pliant.cost import Cost, cost, layer_costs
 from pliant.data import Data, Train
 from pliant.drivers.loop import evaluate, fit
 from pliant.errors import PliantError
 from pliant.export import to_onnx
 from pliant.method import Method
-from pliant.ops.edits import Factor
 from pliant.registry import Entry, Paper, entries, register
 from pliant.registry import build as method
-from pliant.result import LayerRow, Report, Result
+from pliant.result import Report, Result
 from pliant.run import Run, start
 from pliant.solution import Finding, Solution
 
@@ -33,10 +32,7 @@ __all__ = [
     "Cost",
     "Data",
     "Entry",
-    "Factor",
     "Finding",
-    "LayerCost",
-    "LayerRow",
     "Method",
     "Paper",
     "PliantError",
