@@ -2,10 +2,9 @@
 
 import copy
 from collections.abc import Callable
+from importlib.metadata import version
 
-import tltorch
 import torch_pruning
-from tltorch.factorized_layers import FactorizedConv
 from torch import nn
 
 from pliant.budget import Budget
@@ -20,6 +19,8 @@ Peer = Callable[[nn.Module, Data, float], nn.Module]
 
 def tensorly_torch(model: nn.Module, data: Data, share: float) -> nn.Module:
     """Tucker factorization of every convolution but the first, with a share of its parameters."""
+    from tltorch.factorized_layers import FactorizedConv  # sets TensorLy's backend for all
+
     smaller = copy.deepcopy(model).eval()
     convolutions = [(n, m) for n, m in smaller.named_modules() if isinstance(m, nn.Conv2d)]
     for name, module in convolutions[1:]:
@@ -69,7 +70,7 @@ PEERS: dict[str, Peer] = {
 LEFT_OUT = {
     "fasterai": "needs fastai, which needs torchvision, which does not import beside this torch"
 }
-VERSIONS = {"tensorly-torch": tltorch.__version__, "torch-pruning": torch_pruning.__version__}
+VERSIONS = {name: version(name) for name in ("tensorly-torch", "torch-pruning")}
 
 
 def widest(

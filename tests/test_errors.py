@@ -139,7 +139,7 @@ def test_an_impossible_budget_says_what_is_reachable() -> None:
         ("size=0.3", "axis"),
         ("params=lots", "expected a fraction"),
         ("params=-1", "positive"),
-        ("latency=0.5", "nrmf does not save latency"),
+        ("latency=0.5", "needs a target to measure on"),
         (BAD_BUDGET, "not 0.3"),
     ],
 )

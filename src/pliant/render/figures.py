@@ -22,10 +22,15 @@ CURVES: tuple[tuple[str, dict[str, str]], ...] = (
 
 
 def plots(report: Report) -> dict[str, Plot]:
-    """Return all figures by name; one without data has a caption that says what is missing."""
+    """Return all figures by name; one without data has a caption that says what is missing.
+
+    Only chains have a waterfall.
+    """
     makers: tuple[Callable[[Report], Plot], ...] = (
-        costs, waterfall, spectrum, ranks, training, layers, stages,
+        costs, spectrum, ranks, training, layers, stages,
     )  # fmt: skip
+    if words.stages(report):
+        makers = (*makers, waterfall)
     return {plot.name: plot for plot in (make(report) for make in makers)}
 
 
@@ -227,10 +232,7 @@ def _bar_rows(rows: Sequence[LayerRow]) -> list[LayerRow]:
 
 def waterfall(report: Report) -> Plot:
     """Draw the size of the file and the accuracy after each stage of a chain."""
-    title = "Stage by stage"
     rows = words.stages(report)
-    if not rows:
-        return Plot("waterfall", title, "The method has one stage only.")
     figure = canvas.blank(bargap=0.35)
     sizes = [float(row.bytes) for row in rows]
     labels = [f"{words.size(row.bytes)}{row.said}" for row in rows]
@@ -245,7 +247,10 @@ def waterfall(report: Report) -> Plot:
     narrow = {"height": height, "xaxis.range": [0, 2.0 * top]}
     caption = "The file after each stage of the chain, and what the network scored then."
     return Plot(
-        "waterfall", title, caption, canvas.fit(canvas.style(figure, lying=True), wide, narrow)
+        "waterfall",
+        "Stage by stage",
+        caption,
+        canvas.fit(canvas.style(figure, lying=True), wide, narrow),
     )
 
 

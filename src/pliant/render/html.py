@@ -54,7 +54,7 @@ def html(report: Report) -> str:
 <noscript><section><p>The figures need JavaScript; the tables hold every number.</p></section>
 </noscript>
 {_costs(report, drawn["costs"])}
-{_stages(report, drawn["waterfall"])}
+{_stages(report, drawn.get("waterfall"))}
 {_section(drawn["spectrum"])}
 {_section(drawn["ranks"])}
 {_section(drawn["training"])}
@@ -133,17 +133,18 @@ def _costs(report: Report, plot: Plot) -> str:
     return _section(plot, _table("Scores and costs before and after", names, body), note)
 
 
-def _stages(report: Report, plot: Plot) -> str:
+def _stages(report: Report, plot: Plot | None) -> str:
     """Show the stages of a chain; nothing where there is one stage only."""
-    rows = words.stages(report)
+    if plot is None:
+        return ""
     names = (("", ""), ("params", "number"), ("file", "number"), ("accuracy", "number"))
     body = "".join(
         f'<tr><th scope="row">{escape(row.name)}</th>'
         + "".join(_cell(text, "number") for text in row.cells())
         + "</tr>"
-        for row in rows
+        for row in words.stages(report)
     )
-    return _section(plot, _table("The network after each stage", names, body)) if rows else ""
+    return _section(plot, _table("The network after each stage", names, body))
 
 
 def _layers(report: Report, plot: Plot) -> str:
