@@ -64,7 +64,7 @@ def _sizes(weight: Tensor) -> dict[str, int]:
 
 
 def _constriction(patterns: Any) -> int:
-    stream = require("constriction", "code").stream
+    stream = require("constriction", "bench").stream
     _, index, counts = np.unique(patterns, return_inverse=True, return_counts=True)
     model = stream.model.Categorical(counts / counts.sum(), perfect=False)
     coder = stream.stack.AnsCoder()

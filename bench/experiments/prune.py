@@ -185,7 +185,7 @@ def _right(model: nn.Module, data: Data) -> float:
 
 def _cut(model: nn.Module, data: Data, ratio: float, *, whole: bool = False) -> nn.Module:
     """Let Torch-Pruning remove a share of the channels that stay within a block, or of all."""
-    pruning = require("torch_pruning", "prune")
+    pruning = require("torch_pruning", "bench")
     inner = [m.conv1 for m in model.modules() if hasattr(m, "conv2")]
     layers = [m for m in model.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
     classifier = layers[-1]
