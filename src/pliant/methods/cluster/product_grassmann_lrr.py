@@ -34,7 +34,6 @@ TINY = 1e-12
         "J. Guo, Y. Sun, J. Gao, Y. Hu, B. Yin",
         "ICPR",
         2020,
-        "https://www.icpr2020.it",
     ),
     verb="cluster",
 )
