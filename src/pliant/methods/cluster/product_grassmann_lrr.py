@@ -63,7 +63,7 @@ class ProductGrassmannLRR:
     solver: Literal["spectral", "admm"] = "spectral"  # closed form or iteration
     error: Literal["fro", "l21"] = "fro"  # squared, or robust to single samples (admm only)
     precomputed: bool = False  # x is a Gram matrix of the samples, or one per view
-    mu: float = 1.0  # weight of the constraint at the beginning
+    mu: float = 0.15  # weight of the constraint at first, in units of the largest eigenvalue
     growth: float = 1.01  # rho, of mu in each iteration
     tolerance: float = 1e-6  # of the iteration
     iterations: int = 2000  # at most
@@ -173,6 +173,7 @@ class ProductGrassmannLRR:
         """The sweeps of the tri-factorization; sample j counts with weight j."""
         values, vectors = torch.linalg.eigh(gram)
         values = values.clamp_min(0)[:, None]
+        scale = float(values.max().clamp_min(TINY))
         top, eye = vectors[:, -rank:], torch.eye(rank, dtype=gram.dtype, device=gram.device)
 
         def solve_z(now: Blocks, mu: float) -> Tensor:
@@ -194,7 +195,9 @@ class ProductGrassmannLRR:
                 ),
             },
             {"dual": lambda now: now["z"] - _product(now)},
-            Pace(self.mu, self.growth, 1e6, self.iterations, self.tolerance),
+            # A weight far below the eigenvalues lets Z drift to the identity, and the factors
+            # to a subspace of no meaning.
+            Pace(self.mu * scale, self.growth, 1e6 * scale, self.iterations, self.tolerance),
             watch=("z",),
         )
 
