@@ -22,8 +22,10 @@ def screenshot(page: Page, report: Path) -> bytes:
 
 
 def main(run: Path) -> None:
-    """Write spectrum.svg and report.png beside this file."""
-    report = Report.from_json((run / "report.json").read_text(encoding="utf-8"))
+    """Write demo.json, spectrum.svg and report.png beside this file."""
+    text = (run / "report.json").read_text(encoding="utf-8")
+    (HERE / "demo.json").write_text(text, encoding="utf-8")  # what the pictures were drawn from
+    report = Report.from_json(text)
     (HERE / "spectrum.svg").write_text(spectrum_svg(report), encoding="utf-8")
     browser = find()
     if browser is None:
