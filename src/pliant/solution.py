@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from torch import Tensor
@@ -41,15 +41,7 @@ class Solution:
 
     def plain(self) -> dict[str, Any]:
         """Return all but the tensors as plain data; of those their shapes."""
-        return {
-            "method": dict(self.method),
-            "values": {name: _plain(value) for name, value in self.values.items()},
-            "converged": self.converged,
-            "iterations": self.iterations,
-            "seconds": self.seconds,
-            "seed": self.seed,
-            "history": [dict(row) for row in self.history],
-        }
+        return _described(self)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,14 +71,15 @@ class Finding:
 
     def plain(self) -> dict[str, Any]:
         """Return all but the tensors as plain data; of those their shapes."""
-        return {
-            "method": dict(self.method),
-            "values": {name: _plain(value) for name, value in self.values.items()},
-            "text": self.text,
-            "seconds": self.seconds,
-            "seed": self.seed,
-            "rows": [dict(row) for row in self.rows],
-        }
+        return _described(self)
+
+
+def _described(found: Solution | Finding) -> dict[str, Any]:
+    """Every field as plain data."""
+    plain = {f.name: getattr(found, f.name) for f in fields(found)}
+    shapes = {name: _plain(value) for name, value in found.values.items()}
+    rows = {k: [dict(row) for row in v] for k, v in plain.items() if isinstance(v, tuple)}
+    return {**plain, "values": shapes, "method": dict(found.method), **rows}
 
 
 def _plain(value: Any) -> Any:

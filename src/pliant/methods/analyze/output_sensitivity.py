@@ -123,7 +123,7 @@ def _over(inputs: Example, change: Any) -> Example:
 def _logits(model: nn.Module, inputs: Example) -> Tensor:
     try:
         found: Any = call(model, inputs)
-    except Exception as error:
+    except Exception as error:  # a model may fail in any way
         raise ModelError(
             f"The model fails in forward on these inputs ({type(error).__name__}: {error}); check "
             "that model and data fit."
