@@ -89,14 +89,23 @@ def shrink(model: nn.Module, edits: Sequence[Edit], size: int) -> tuple[Edit, ..
     return tuple(kept)
 
 
+def cuttable(edits: Iterable[Edit]) -> bool:
+    """Say whether sizes can be cut: the network has several, and was not changed since."""
+    rows = list(edits)
+    own = [isinstance(edit, Nest | Settle) for edit in rows]
+    return count(rows) > 1 and all(own[own.index(True) :])
+
+
+def of_size(model: nn.Module, edits: Sequence[Edit], size: int) -> nn.Module:
+    """Return a copy of an elastic network that is cut to one of its sizes."""
+    found = copy.deepcopy(model)
+    shrink(found, edits, size)
+    return found
+
+
 def costs(model: nn.Module, edits: Sequence[Edit], example: Example) -> list[Cost]:
     """Return what each size costs by itself, from the largest; the model stays as it is."""
-    found = []
-    for size in range(count(edits)):
-        smaller = copy.deepcopy(model)
-        shrink(smaller, edits, size)
-        found.append(counted(smaller, example))
-    return found
+    return [counted(of_size(model, edits, size), example) for size in range(count(edits))]
 
 
 def counted(model: nn.Module, example: Example) -> Cost:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from pliant import artifact
+from pliant import artifact, elastic
 from pliant.cost import Cost, LayerCost, layer_costs
 from pliant.errors import PliantError
+from pliant.latency.compare import Timing
 from pliant.latency.target import machine
 from pliant.ops.edits import Edit
 from pliant.run import Run
@@ -75,7 +76,8 @@ class Report:
     ``history`` is the run's log: rows with ``step`` and ``epoch`` and any of ``loss``,
     ``accuracy``, ``lr``, ``phase``, ``ranks`` (by layer) and ``spectra`` (singular values by
     layer and unfolding). ``seconds`` is by stage, ``export`` what was written and how it compares,
-    ``target`` where milliseconds were measured and how sure their comparison is.
+    ``target`` where milliseconds were measured and how sure their comparison is. ``sizes`` are
+    those of an elastic network, each by itself, from the largest; empty for any other.
     """
 
     model: str
@@ -95,6 +97,7 @@ class Report:
     export: dict[str, Any] = field(default_factory=dict)
     train: dict[str, Any] = field(default_factory=dict)
     target: dict[str, Any] = field(default_factory=dict)
+    sizes: tuple[Side, ...] = ()
 
     def to_json(self) -> str:
         """Return the report as JSON; numbers that are not finite become null."""
@@ -110,6 +113,7 @@ class Report:
         try:
             raw = json.loads(text)
             raw["before"], raw["after"] = (Side(**_tuples(raw[s])) for s in ("before", "after"))
+            raw["sizes"] = tuple(Side(**_tuples(row)) for row in raw.get("sizes", ()))
             raw["layers"] = tuple(LayerRow(**_tuples(row)) for row in raw["layers"])
             raw["history"], raw["misses"] = tuple(raw["history"]), tuple(raw["misses"])
             return cls(**raw)
@@ -169,10 +173,27 @@ def timed(run: Run, before: Side, after: Side) -> tuple[Side, Side]:
     if run.clock is None:
         return before, after
     old, new = run.clock.sides(run.model)
-    return (
-        replace(before, latency_ms=old.median_ms, latency_spread_ms=old.spread_ms),
-        replace(after, latency_ms=new.median_ms, latency_spread_ms=new.spread_ms),
-    )
+    return _took(before, old), _took(after, new)
+
+
+def cuts(run: Run, measured: Callable[[nn.Module], Side]) -> tuple[Side, ...]:
+    """Cut an elastic network to each of its sizes and measure it, as it comes out of the file.
+
+    The time of the largest is that of the finished network: they are built alike.
+    """
+    rows = []
+    for size in range(elastic.count(run.edits)):
+        network = elastic.of_size(run.model, run.edits, size)
+        row = measured(network)
+        if run.clock is not None:
+            timing = run.clock.beside(network) if size else run.clock.sides(run.model)[1]
+            row = _took(row, timing)
+        rows.append(row)
+    return tuple(rows)
+
+
+def _took(found: Side, timing: Timing) -> Side:
+    return replace(found, latency_ms=timing.median_ms, latency_spread_ms=timing.spread_ms)
 
 
 def where_timed(run: Run) -> dict[str, Any]:

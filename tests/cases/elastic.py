@@ -3,6 +3,7 @@
 import copy
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,14 +13,17 @@ from pliant import compress, load
 from pliant.budget import Budget
 from pliant.cost import Cost, cost, layer_costs
 from pliant.data import Data, Train
-from pliant.elastic import choose, shrink, weights_at
+from pliant.drivers.loop import evaluate
+from pliant.elastic import choose, cuttable, of_size, shrink, weights_at
 from pliant.errors import BudgetError, EditError
+from pliant.latency import Target
 from pliant.math.forms import compose
 from pliant.math.metric import Metric
 from pliant.math.nested import cut, nested, ordered
 from pliant.methods.lowrank.elastic import Elastic
 from pliant.ops.edits import Edit, Factor, Nest, Settle, replay
 from pliant.ops.edits.settle import MEANS
+from pliant.result import Report
 from pliant.run import start
 from pliant.testing import Case
 
@@ -143,6 +147,33 @@ def every_size_comes_out_of_the_file() -> None:
         assert refused == 2
 
 
+def the_report_measures_every_size() -> None:
+    """Each by itself: the largest as the whole network, with milliseconds of a formula's target."""
+    target = Target.of(lambda module, _: 1e-6 * sum(p.numel() for p in module.parameters()))
+    data = replace(images(), val=images(32).train)
+    spec = "elastic(sizes=3, smallest=0.5, samples=16)"
+    result = compress(network(), data, spec, "params=0.7", target=target)
+    report, sizes = result.report, result.report.sizes
+    assert [size.params for size in sizes] == sorted({size.params for size in sizes}, reverse=True)
+    assert len(sizes) == 3 and sizes[0].bytes < report.after.bytes  # no tables
+    assert replace(sizes[0], bytes=report.after.bytes) == report.after
+    for size, row in enumerate(sizes):
+        found = of_size(result.model, result.edits, size)
+        assert row.loss == evaluate(found, data).loss
+        assert row.latency_ms is not None and row.accuracy is not None
+        assert abs(row.latency_ms - 1e-3 * row.params) < 1e-6
+    assert evaluate(result.model, data).loss == report.after.loss  # cutting left it as it was
+    assert Report.from_json(report.to_json()).sizes == sizes
+    assert "sizes" in report.seconds
+
+
+def sizes_are_cut_before_anything_else_is_done() -> None:
+    nest = (Settle("1", 2), Nest("3", "spatial", (3, 2)))
+    assert cuttable(nest) and cuttable((Factor("0", "spatial", (2,)), *nest))
+    assert not cuttable((*nest, Factor("8", "svd", (2,))))
+    assert not cuttable(nest[:1]) and not cuttable(())
+
+
 def expected(model: nn.Module, edits: Sequence[Edit], size: int, x: Tensor) -> Tensor:
     """Run a network at a size by hand: views of its weights, a row of each table."""
     model = copy.deepcopy(model)
@@ -189,6 +220,8 @@ CASES = [
             sizes_must_fall,
             one_step_teaches_three_sizes,
             every_size_comes_out_of_the_file,
+            the_report_measures_every_size,
+            sizes_are_cut_before_anything_else_is_done,
             a_latency_is_found_by_halving,
             a_table_costs_bytes_only,
         ),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -108,9 +107,7 @@ def _load_at(
     loaded = artifact.load(path, network)
 
     def milliseconds(size: int) -> float:
-        smaller = copy.deepcopy(loaded)
-        elastic.shrink(smaller, edits, size)
-        return measure(smaller, example, place).median_ms
+        return measure(elastic.of_size(loaded, edits, size), example, place).median_ms
 
     sizes = elastic.costs(loaded, edits, example)
     elastic.shrink(loaded, edits, elastic.choose(sizes, budget, dense, milliseconds))

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pliant import artifact
+from pliant import artifact, elastic
 from pliant.budget import Budget
 from pliant.compose import Stage, resolve
 from pliant.cost import Example, cost
@@ -33,7 +33,7 @@ from pliant.method import Method
 from pliant.ops.edits import from_json, to_json
 from pliant.ops.layers import factorizable
 from pliant.registry import entry_of, plain
-from pliant.result import Report, Result, Side, layer_rows, side, timed, versions, where_timed
+from pliant.result import Report, Result, Side, cuts, layer_rows, side, timed, versions, where_timed
 from pliant.run import Run, start
 
 CONTROL = "control"  # folder of the control run's checkpoint, and its phase in the history
@@ -208,7 +208,8 @@ class _Task:
         sides = before, self._side(run.model, run)
         with self._stage("measure"):
             sides = timed(run, *sides)
-        report = self._report(run, name, sides, rows)
+        found = self._sizes(run)
+        report = replace(self._report(run, name, sides, rows), sizes=found)
         edits = tuple(from_json(to_json(run.edits)))  # a plan: without the tensors of factors
         return Result(run.model.to(device_of(self.model)).eval(), edits, report)
 
@@ -276,14 +277,24 @@ class _Task:
         fit(run, self.data, plan, teacher=teacher if plan.distill else None, **asked)
 
     def _side(self, network: nn.Module, run: Run) -> Side:
-        """Measure costs and, if there is a split to measure on, the score."""
         with self._stage("measure"):
-            costs = cost(network, run.example)
-            if self.split is None:
-                return side(costs)
-            score = evaluate(network, self.data, self.split)
-            known = math.isfinite(score.accuracy)
-            return side(costs, accuracy=score.accuracy if known else None, loss=score.loss)
+            return self._measured(network, run)
+
+    def _measured(self, network: nn.Module, run: Run) -> Side:
+        """Measure costs and, if there is a split to measure on, the score."""
+        costs = cost(network, run.example)
+        if self.split is None:
+            return side(costs)
+        score = evaluate(network, self.data, self.split)
+        known = math.isfinite(score.accuracy)
+        return side(costs, accuracy=score.accuracy if known else None, loss=score.loss)
+
+    def _sizes(self, run: Run) -> tuple[Side, ...]:
+        """Measure every size that the file of an elastic network holds."""
+        if not elastic.cuttable(run.edits):
+            return ()
+        with self._stage("sizes"):
+            return cuts(run, lambda network: self._measured(network, run))
 
     def _observe(self, run: Run) -> dict[str, Any]:
         """Measure between the stages of a chain: costs, score, and the size of a file."""

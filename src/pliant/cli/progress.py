@@ -16,6 +16,7 @@ SAID = {
     "finetune": "fine-tuning",
     "factorize": "factorizing",
     "measure": "measuring",
+    "sizes": "measuring every size",
     "onnx": "exporting to ONNX",
     "write": "writing",
 }

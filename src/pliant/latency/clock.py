@@ -347,15 +347,22 @@ class Clock:
         The scale is that of the first measurement, to which the budget refers.
         """
         final = self.finish(model)
-        before, after = self.timing.median_ms, self.timing.median_ms / final.speedup
-        return tuple(  # type: ignore[return-value]
-            Timing(ms, ms * side.spread_ms / side.median_ms, side.repeats)
-            for ms, side in ((before, final.a), (after, final.b))
-        )
+        return _scaled(final.a, self.timing.median_ms), self._of_second(final)
+
+    def beside(self, model: nn.Module) -> Timing:
+        """Return the time of another network, measured in turn with the dense one, on its scale."""
+        return self._of_second(self._against_dense(model))
+
+    def _of_second(self, found: Comparison) -> Timing:
+        return _scaled(found.b, self.timing.median_ms / found.speedup)
 
     def least(self, model: nn.Module) -> float:
         """Return the milliseconds of the finished network at the fast end of what is certain."""
         return self.timing.median_ms / max(self.finish(model).high, self.finish(model).speedup)
+
+
+def _scaled(side: Timing, ms: float) -> Timing:
+    return Timing(ms, ms * side.spread_ms / side.median_ms, side.repeats)
 
 
 def _edited(layer: nn.Module, edit: Edit) -> nn.Module:

@@ -59,6 +59,7 @@ class Elastic(Method):
 
     A layer has factors at every size or at none: whether it has is planned at the smallest. The
     training is that of ``Train(epochs=...)``; a plain fine-tuning afterwards sees one size only.
+    The report scores every size, and times it where a target is named.
 
     *Departs from the paper*: ranks of factors are cut, not channels; a size is a plan of ranks
     that makes the damage to the loss least, not one width for all layers. That ordered factors
