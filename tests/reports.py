@@ -98,6 +98,23 @@ def _norm(name: str, width: int) -> LayerRow:
     return LayerRow(name, "BatchNorm2d", "dense", (), None, cost, cost, why)
 
 
+def elastic(*, count: int = 8, timed: bool = True) -> Report:
+    """Return the report of a network that was compressed to several sizes in one file."""
+    report, rows = resnet20(), []
+    for size in range(count):
+        share, after = 1 - 0.75 * size / (count - 1), report.after
+        rows.append(
+            replace(
+                after,
+                params=round(share * after.params),
+                macs=round(share * after.macs),
+                accuracy=0.9183 - 0.06 * (1 - share) ** 2,
+                latency_ms=2.12 - 0.9 * (1 - share) if timed else None,
+            )
+        )
+    return replace(report, sizes=tuple(rows))
+
+
 def resnet20(*, control: bool = True, **changes: Any) -> Report:
     """Return the report of a run; ``control`` adds the rows of a run without penalty."""
     layers: list[LayerRow] = []

@@ -218,6 +218,8 @@ def _print(written: folder.Written, *, as_json: bool) -> None:
     shown.print(table.before_after(report))
     if "reference" in report.train:
         shown.print(f"Before: {report.train['reference']}.", style="dim")
+    if report.sizes:
+        shown.print(table.sizes(report))
     shown.print(table.layers(report))
     for path in written.files:
         shown.print(f"  {path}", soft_wrap=True, markup=False)

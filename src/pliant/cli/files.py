@@ -25,6 +25,8 @@ def report(
         return
     shown = console.out()
     shown.print(table.before_after(found))
+    if found.sizes:
+        shown.print(table.sizes(found))
     shown.print(table.layers(found))
     for path in files:
         shown.print(f"  {path}", soft_wrap=True, markup=False)

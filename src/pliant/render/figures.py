@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 from pliant.render import canvas, words
 from pliant.render.canvas import AFTER, BUDGET, DENSE, Plot
 from pliant.render.spectra import ranks, spectrum
+from pliant.render.tradeoff import has_tradeoff, tradeoff
 from pliant.result import LayerRow, Report
 
 BARS = 60  # layers in the bar chart
@@ -24,13 +25,16 @@ CURVES: tuple[tuple[str, dict[str, str]], ...] = (
 def plots(report: Report) -> dict[str, Plot]:
     """Return all figures by name; one without data has a caption that says what is missing.
 
-    Only chains have a waterfall.
+    Only chains have a waterfall, and only what was measured in time, in stages or at several
+    sizes has a trade-off to draw.
     """
     makers: tuple[Callable[[Report], Plot], ...] = (
         costs, spectrum, ranks, training, layers, stages,
     )  # fmt: skip
     if words.stages(report):
         makers = (*makers, waterfall)
+    if has_tradeoff(report):
+        makers = (*makers, tradeoff)
     return {plot.name: plot for plot in (make(report) for make in makers)}
 
 

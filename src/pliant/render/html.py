@@ -54,6 +54,7 @@ def html(report: Report) -> str:
 <noscript><section><p>The figures need JavaScript; the tables hold every number.</p></section>
 </noscript>
 {_costs(report, drawn["costs"])}
+{_tradeoff(report, drawn.get("tradeoff"))}
 {_stages(report, drawn.get("waterfall"))}
 {_section(drawn["spectrum"])}
 {_section(drawn["ranks"])}
@@ -131,6 +132,20 @@ def _costs(report: Report, plot: Plot) -> str:
     left_out = ", ".join(report.after.uncounted)
     note = f'<p class="caption">MACs not counted for: {escape(left_out)}.</p>' if left_out else ""
     return _section(plot, _table("Scores and costs before and after", names, body), note)
+
+
+def _tradeoff(report: Report, plot: Plot | None) -> str:
+    """Show what accuracy costs, and the sizes of an elastic network; nothing without either."""
+    if plot is None:
+        return ""
+    body = "".join(
+        f'<tr><th scope="row" class="number">{escape(row[0])}</th>'
+        + "".join(_cell(text, "number") for text in row[1:])
+        + "</tr>"
+        for row in words.sizes(report)
+    )
+    names = [(name, "number") for name in words.SIZE_COLUMNS]
+    return _section(plot, _table("Every size in the file", names, body) if body else "")
 
 
 def _stages(report: Report, plot: Plot | None) -> str:

@@ -16,6 +16,7 @@ def markdown(report: Report) -> str:
                 f"# {_safe(words.headline(report))}",
                 f"{_safe(words.verdict(report))} {_safe(words.summary(report))}",
                 _costs(report),
+                *_sizes(report),
                 *_stages(report),
                 "## Layers",
                 _layers(report.layers),
@@ -50,6 +51,12 @@ def _costs(report: Report) -> str:
     if not report.after.uncounted:
         return table
     return f"{table}\n\nMACs not counted for: {_safe(', '.join(report.after.uncounted))}."
+
+
+def _sizes(report: Report) -> list[str]:
+    """The table of the sizes of an elastic network; nothing where there is one size only."""
+    table = _table(words.SIZE_COLUMNS, words.sizes(report), align="rrrrr")
+    return ["## Every size in the file", table] if report.sizes else []
 
 
 def _stages(report: Report) -> list[str]:

@@ -35,6 +35,16 @@ def before_after(report: Report) -> Table:
     return table
 
 
+def sizes(report: Report) -> Table:
+    """List the sizes of an elastic network, the largest first."""
+    table = _table("Every size in the file")
+    for name in words.SIZE_COLUMNS:
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in words.sizes(report):
+        table.add_row(*row)
+    return table
+
+
 def layers(report: Report) -> Table:
     """List the layers that cost MACs: what each became, or why it was left alone.
 

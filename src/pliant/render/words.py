@@ -104,12 +104,12 @@ def comparisons(report: Report) -> list[Comparison]:
     """Return what was measured on both sides: scores first, then costs."""
     rows = []
     before, after = report.before, report.after
-    if _known(before.accuracy) or _known(after.accuracy):
+    if known(before.accuracy) or known(after.accuracy):
         both = [percent(side.accuracy, 2) for side in (before, after)]
         change = points(before.accuracy, after.accuracy)
         rows.append(Comparison("Accuracy", both[0], both[1], change, change))
-    if _known(before.loss) or _known(after.loss):
-        both = [f"{side.loss:.4g}" if _known(side.loss) else NONE for side in (before, after)]
+    if known(before.loss) or known(after.loss):
+        both = [f"{side.loss:.4g}" if known(side.loss) else NONE for side in (before, after)]
         rows.append(Comparison("Loss", both[0], both[1], _difference(before.loss, after.loss)))
     for axis, label, write in COSTS:
         old, new = getattr(before, axis), getattr(after, axis)
@@ -134,7 +134,7 @@ class StageRow:
     @property
     def said(self) -> str:
         """What stands beside its bar."""
-        return f", {percent(self.accuracy)}" if _known(self.accuracy) else ""
+        return f", {percent(self.accuracy)}" if known(self.accuracy) else ""
 
     def cells(self) -> tuple[str, str, str]:
         """Parameters, bytes and accuracy as text."""
@@ -157,24 +157,44 @@ def stages(report: Report) -> list[StageRow]:
     return rows
 
 
+SIZE_COLUMNS = ("size", "params", "MACs", "accuracy", "ms")
+
+
+def sizes(report: Report) -> list[tuple[str, str, str, str, str]]:
+    """Return a row of cells for every size of an elastic network, from the largest.
+
+    The first is its share of the dense parameters, by which `pliant.load` finds it.
+    """
+    return [
+        (
+            percent(size.params / report.before.params if report.before.params else None),
+            human(size.params),
+            human(size.macs),
+            percent(size.accuracy, 2),
+            human(size.latency_ms),
+        )
+        for size in report.sizes
+    ]
+
+
 def _said(before: float | None, after: float | None) -> str:
     return NONE if not before or not after else _sized(before, after, "less", "more")
 
 
-def _known(value: float | None) -> bool:
+def known(value: float | None) -> bool:
     """Say whether a score is there: it is not a number where labels are not classes."""
     return value is not None and math.isfinite(value)
 
 
 def points(before: float | None, after: float | None) -> str:
     """Write a change of accuracy in points of a percent: −0.2 points."""
-    if before is None or after is None or not _known(after - before):
+    if before is None or after is None or not known(after - before):
         return NONE
     return f"{_signed(100 * (after - before), 2)} points"
 
 
 def _difference(before: float | None, after: float | None) -> str:
-    if before is None or after is None or not _known(after - before):
+    if before is None or after is None or not known(after - before):
         return NONE
     return _signed(after - before, 4)
 
@@ -190,7 +210,7 @@ def headline(report: Report) -> str:
     said = [_sized(report.before.bytes, report.after.bytes, "smaller", "larger")]
     if report.before.latency_ms and report.after.latency_ms:
         said.append(_sized(report.before.latency_ms, report.after.latency_ms, "faster", "slower"))
-    if _known(report.before.accuracy) and _known(report.after.accuracy):
+    if known(report.before.accuracy) and known(report.after.accuracy):
         said.append(f"{percent(report.before.accuracy)} → {percent(report.after.accuracy)}")
     return f"{where}: {', '.join(said)}"
 
