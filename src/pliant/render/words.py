@@ -14,6 +14,7 @@ from pliant.result import LayerRow, Report
 NONE = "–"
 LEFT = "left alone"
 UNCHANGED = 0.005  # a ratio nearer to 1 than this is called unchanged
+CLOSE = 1.25  # below it a tenth is too coarse
 
 
 def human(value: float | None, unit: str = "") -> str:
@@ -75,10 +76,12 @@ def percent(share: float | None, digits: int = 1) -> str:
 
 
 def times(before: float | None, after: float | None) -> str:
-    """Write how often the new number fits into the old one: 4.2×."""
+    """Write how often the new number fits into the old one: 4.2×, and 1.04× where it is close."""
     if not before or not after:
         return NONE
-    return f"{before / after:.{1 if before / after < 99.95 else 0}f}×"
+    ratio = before / after
+    digits = 2 if ratio < CLOSE else 1 if ratio < 99.95 else 0
+    return f"{ratio:.{digits}f}×"
 
 
 @dataclass(frozen=True)
