@@ -43,9 +43,9 @@ def measure(cell: Cell, watch: Callable[[dict[str, Any]], None]) -> dict[str, An
     table, layer = table_of(target), _layer(plan)
     shape = (batch, layer.in_channels, plan["input"], plan["input"])
     cost = layer_costs(nn.Sequential(layer), (torch.zeros(1, *shape[1:]),))["0"]
-    before = _plain(layer, plan["share"])
-    lost = _loss(layer.weight, before)
-    rows = _candidates(table, layer, cost, lost, shape)[: plan["finalists"]]
+    before = plain_edit(layer, plan["share"])
+    lost = loss_of(layer.weight, before)
+    rows = candidates(table, layer, cost, lost, shape)[: plan["finalists"]]
     edits = [before, *(row.edit for row in rows)]
     modules = [layer, *(factorized(layer, edit.form, edit.ranks) for edit in edits)]
     samplers = [target.layer_sampler(module, (torch.ones(shape),)) for module in modules]
@@ -72,7 +72,7 @@ def _side(
     }
 
 
-def _candidates(
+def candidates(
     table: LatencyTable, layer: nn.Conv2d, cost: LayerCost, lost: float, shape: tuple[int, ...]
 ) -> list[Option]:
     """Everything that loses no more, the fastest first as far as the table knows."""
@@ -82,13 +82,13 @@ def _candidates(
     return sorted(good, key=lambda r: table.factor(layer, shape, r.edit.form, r.edit.ranks))
 
 
-def _plain(layer: nn.Conv2d, share: float) -> Factor:
+def plain_edit(layer: nn.Conv2d, share: float) -> Factor:
     shape = layer.weight.shape
     form = "svd" if shape[2:].numel() == 1 else "tucker2"
     return Factor("0", form, tuple(max(1, round(share * top)) for top in max_ranks(shape, form)))
 
 
-def _loss(weight: Tensor, edit: Factor) -> float:
+def loss_of(weight: Tensor, edit: Factor) -> float:
     """The share of energy lost, as `pliant.ops.lowrank.options` scores it."""
     rows = losses(weight, edit.form)
     return sum(float(row[rank]) for row, rank in zip(rows, edit.ranks, strict=True))

@@ -1,0 +1,171 @@
+"""Measures CP rows of four convolutions beside the forms that Pliant chooses from, at equal error.
+
+Kernels are those of a trained network: random ones have no CP structure to find.
+"""
+
+import statistics
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import tensorly
+import torch
+from tensorly.decomposition import parafac
+from torch import Tensor, nn
+
+from bench import tasks
+from bench.claim import claim
+from bench.experiments import Cell, Cells, Table, pick, values
+from bench.experiments.fast_layers import candidates, loss_of, plain_edit, table_of
+from pliant.cost import LayerCost, layer_costs
+from pliant.latency import Target
+from pliant.latency.compare import compared, interleaved
+from pliant.math.forms import compose, decompose, relative_error
+from pliant.ops.edits import Factor
+from pliant.ops.layers import factorized
+
+Settings = Mapping[str, Any]
+LIBRARIES = ("tensorly", "onnxruntime")
+TRIES = 6  # ranks at which CP is computed: a bisection between these shares of the channels
+SHARES = (0.125, 2.0)
+SWEEPS = 60
+
+
+def cells(settings: Settings) -> list[Cell]:
+    """List every layer on every target."""
+    shared = {**tasks.plan(settings), "share": settings["share"]}
+    plan = {**shared, "finalists": settings["finalists"]}
+    return [
+        Cell({"target": target, "layer": layer}, plan)
+        for target in settings["targets"]
+        for layer in settings["layers"]
+    ]
+
+
+def measure(cell: Cell, watch: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Find the CP rank of equal error, then measure it in turn with Tucker-2 and the choice."""
+    plan, name = cell.plan, cell.key["layer"]
+    model, data = tasks.base(plan, watch), tasks.data_of(plan)
+    layer, cost = model.get_submodule(name), layer_costs(model, data.example())[name]
+    assert isinstance(layer, nn.Conv2d)
+    before = plain_edit(layer, plan["share"])
+    error = error_of(layer.weight, before)
+    rank, reached = cp_rank(layer.weight.detach(), error)
+    target = Target.parse(cell.key["target"])
+    shape = (target.batch, *cost.input)
+    rows = candidates(
+        table_of(target), layer, cost, loss_of(layer.weight, before), shape
+    )[: plan["finalists"]]
+    edits = [before, *(row.edit for row in rows)]
+    modules = [layer, cp_row(layer, rank)]
+    modules += [factorized(layer, edit.form, edit.ranks) for edit in edits]
+    times = interleaved([target.layer_sampler(m, (torch.ones(shape),)) for m in modules], target)
+    best = min(range(2, len(times)), key=lambda i: statistics.median(times[i]))
+    chosen = edits[best - 2]
+    return {
+        "dense": round(1000 * statistics.median(times[0]), 4),
+        "error": round(error, 4),
+        "cp_rank": rank,
+        "cp_error": round(reached, 4),
+        "cp_macs": round(cost.macs / cp_macs(layer, rank, cost), 3),
+        "cp_speed": round(compared(times[0], times[1]).speedup, 3),
+        "chosen": f"{chosen.form} {'/'.join(map(str, chosen.ranks))}",
+        "chosen_error": round(error_of(layer.weight, chosen), 4),
+        "chosen_macs": round(cost.macs / chosen.predict(cost).macs, 3),
+        "chosen_speed": round(compared(times[0], times[best]).speedup, 3),
+    }
+
+
+def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
+    """Say that leaving CP out costs no time anywhere."""
+    rows = []
+    for target in settings["targets"]:
+        found = [
+            c["values"]["cp_speed"] / c["values"]["chosen_speed"]
+            for c in pick(cells, target=target)
+        ]
+        whole = max(found) if len(found) == len(settings["layers"]) else None
+        text = f"Speed of CP over that of the chosen form at equal error, the most on {target}"
+        rows.append(claim(text, whole, "<=", 1, "x"))
+    return rows
+
+
+def summary(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
+    """Give the median speeds of each target."""
+    return [
+        {"target": target}
+        | {
+            name: statistics.median(values(cells, name, target=target) or [float("nan")])
+            for name in ("cp_macs", "cp_speed", "chosen_macs", "chosen_speed")
+        }
+        for target in settings["targets"]
+    ]
+
+
+def tables(settings: Settings, cells: Cells) -> list[Table]:
+    """Give one row per layer."""
+    head = ["layer", "dense, ms", "error", "CP rank", "error", "MACs", "speed"]
+    head += ["chosen", "error", "MACs", "speed"]
+    return [
+        Table(f"{target}: CP beside the chosen form, at the error of Tucker-2 at a quarter", head, [
+            _row(cell["key"], cell["values"]) for cell in pick(cells, target=target)
+        ])
+        for target in settings["targets"]
+    ]  # fmt: skip
+
+
+def _row(key: Mapping[str, Any], v: Mapping[str, Any]) -> list[str]:
+    cp = [f"{v['cp_error']:.3f}", f"{v['cp_macs']:.2f}", f"{v['cp_speed']:.2f}"]
+    own = [f"{v['chosen_error']:.3f}", f"{v['chosen_macs']:.2f}", f"{v['chosen_speed']:.2f}"]
+    first = [key["layer"], f"{v['dense']:.3g}", f"{v['error']:.3f}"]
+    return [*first, str(v["cp_rank"]), *cp, v["chosen"], *own]
+
+
+# ---------------------------------------------------------------- CP
+
+
+def error_of(weight: Tensor, edit: Factor) -> float:
+    """Return the squared error of a form, relative to the kernel's energy."""
+    kernels = decompose(weight.detach(), edit.form, edit.ranks)
+    return relative_error(weight.detach(), compose(kernels, edit.form)) ** 2
+
+
+def cp_rank(weight: Tensor, error: float) -> tuple[int, float]:
+    """Return the lowest rank tried at which CP loses no more than ``error``, and what it loses.
+
+    If none of them does, the largest: its error then says by how much it failed.
+    """
+    kernel = weight.double().numpy()
+    low, high = (max(1, round(share * max(kernel.shape))) for share in SHARES)
+    reached = cp_error(kernel, high)
+    for _ in range(TRIES if reached <= error else 0):
+        middle = round((low * high) ** 0.5)
+        if (found := cp_error(kernel, middle)) <= error:
+            high, reached = middle, found
+        else:
+            low = middle
+    return high, reached
+
+
+def cp_error(kernel: np.ndarray, rank: int) -> float:
+    """Return the squared error of alternating least squares, relative to the kernel's energy."""
+    parts = parafac(kernel, rank, n_iter_max=SWEEPS, tol=1e-5, init="random", random_state=0)
+    rest = kernel - tensorly.cp_to_tensor(parts)
+    return float((rest**2).sum() / (kernel**2).sum())
+
+
+def cp_row(layer: nn.Conv2d, rank: int) -> nn.Sequential:
+    """Build the row of a CP kernel: 1x1, two depthwise ones along the axes, 1x1."""
+    (high, wide), (down, right), (top, left) = layer.kernel_size, layer.stride, layer.padding  # type: ignore[misc]
+    return nn.Sequential(
+        nn.Conv2d(layer.in_channels, rank, 1, bias=False),
+        nn.Conv2d(rank, rank, (high, 1), (down, 1), (top, 0), groups=rank, bias=False),
+        nn.Conv2d(rank, rank, (1, wide), (1, right), (0, left), groups=rank, bias=False),
+        nn.Conv2d(rank, layer.out_channels, 1, bias=layer.bias is not None),
+    )
+
+
+def cp_macs(layer: nn.Conv2d, rank: int, cost: LayerCost) -> int:
+    """Count the multiply-accumulates of that row, counted as for every other network."""
+    rows = layer_costs(nn.Sequential(cp_row(layer, rank)), (torch.zeros(1, *cost.input),))
+    return sum(row.macs for row in rows.values())
