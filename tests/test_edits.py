@@ -15,7 +15,7 @@ from pliant.cost import LayerCost, layer_costs
 from pliant.errors import EditError
 from pliant.math import forms
 from pliant.ops import layers
-from pliant.ops.edits import Edit, Factor, from_json, replay, to_json
+from pliant.ops.edits import Edit, Factor, Replaced, from_json, replay, to_json
 from pliant.ops.optim import carry
 
 CONVS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
@@ -359,6 +359,15 @@ def test_adaptive_state_starts_afresh_and_only_for_the_factors() -> None:
     optimizer.zero_grad()
     model(torch.randn(3, 6)).sum().backward()
     optimizer.step()
+
+
+def test_what_stands_for_parameters_of_two_groups_joins_the_first_of_them() -> None:
+    model, optimizer, _ = momentum_model()
+    new = nn.Parameter(torch.zeros(2))
+    carry(optimizer, Replaced((model[2].weight, model[0].weight), (new,)))
+    groups = [[id(p) for p in group["params"]] for group in optimizer.param_groups]
+    assert groups == [[id(new), id(model[0].bias)], [id(model[2].bias)]]
+    assert not {model[0].weight, model[2].weight} & {*optimizer.state}
 
 
 def test_an_optimizer_of_other_parameters_is_left_alone() -> None:

@@ -20,13 +20,14 @@ def carry(optimizer: Optimizer, replaced: Replaced) -> None:
     if replaced.cuts:
         _cut(optimizer, replaced)
         return
-    gone = {id(parameter) for parameter in replaced.removed}
+    gone, added = {id(parameter) for parameter in replaced.removed}, list(replaced.added)
     for group in optimizer.param_groups:
         places = [i for i, parameter in enumerate(group["params"]) if id(parameter) in gone]
         if not places:
             continue
         kept = [parameter for parameter in group["params"] if id(parameter) not in gone]
-        kept[places[0] : places[0]] = list(replaced.added)
+        kept[places[0] : places[0]] = added
+        added = []  # of what was in several groups, the first one takes it
         group["params"][:] = kept
         states = [optimizer.state.pop(parameter, {}) for parameter in replaced.removed]
         momentum = states[0].get("momentum_buffer") if states else None
