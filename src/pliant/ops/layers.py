@@ -189,7 +189,7 @@ def factorized(
                 part.weight.copy_(kernel.reshape(part.weight.shape))
     for part in parts:
         part.weight.requires_grad_(module.weight.requires_grad)
-        part.weight.data = _in_layout_of(module.weight, part.weight.data)
+        part.weight.data = in_layout_of(module.weight, part.weight.data)
     if module.bias is not None:
         parts[-1].bias = module.bias
     _answer_for(new, module)
@@ -208,7 +208,15 @@ def _answer_for(new: nn.Sequential, dense: Factorizable) -> None:
     object.__setattr__(new, "weight", new[0].weight)
 
 
-def _in_layout_of(dense: Tensor, kernel: Tensor) -> Tensor:
+def answer_anew(model: nn.Module, name: str) -> None:
+    """Let the row of factors around a changed layer answer by a weight that it still has."""
+    row = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(row, nn.Sequential) and vars(row).pop("weight", None) is not None:
+        for weight in [part.weight for part in row if hasattr(part, "weight")][:1]:
+            object.__setattr__(row, "weight", weight)
+
+
+def in_layout_of(dense: Tensor, kernel: Tensor) -> Tensor:
     """Keep 2-d kernels in channels_last, where the dense one is: that is faster on many CPUs."""
     if dense.dim() == 4 and not dense.is_contiguous():
         return kernel.contiguous(memory_format=torch.channels_last)

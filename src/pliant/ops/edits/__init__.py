@@ -14,6 +14,7 @@ from pliant.ops.edits.edit import Edit, Replaced, layer_of
 from pliant.ops.edits.encode import Encode
 from pliant.ops.edits.factor import Factor
 from pliant.ops.edits.fold import Fold
+from pliant.ops.edits.merge import Merge
 from pliant.ops.edits.nest import Nest
 from pliant.ops.edits.prune import Prune
 from pliant.ops.edits.quantize import Quantize
@@ -27,6 +28,7 @@ __all__ = [
     "Encode",
     "Factor",
     "Fold",
+    "Merge",
     "Nest",
     "Prune",
     "Quantize",
@@ -43,6 +45,7 @@ EDITS: dict[str, type] = {
     "choose": Choose,
     "encode": Encode,
     "factor": Factor,
+    "merge": Merge,
     "nest": Nest,
     "prune": Prune,
     "fold": Fold,

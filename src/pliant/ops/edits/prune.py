@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from pliant.cost import LayerCost
 from pliant.errors import EditError
+from pliant.ops import layers
 from pliant.ops.edits.edit import Replaced, layer_of
 
 Cut = Callable[[Tensor], Tensor]
@@ -66,7 +67,7 @@ class Prune:
             tensor = getattr(module, name)
             if tensor is None:
                 continue
-            sliced = _in_layout_of(tensor, cut(tensor.detach()))
+            sliced = layers.in_layout_of(tensor, cut(tensor.detach()))
             if isinstance(tensor, nn.Parameter):
                 sliced = nn.Parameter(sliced, requires_grad=tensor.requires_grad)
                 old.append(tensor)
@@ -192,12 +193,6 @@ def _conv(module: nn.Module) -> bool:
 
 def _index(rows: list[int], tensor: Tensor) -> Tensor:
     return torch.tensor(rows, dtype=torch.long, device=tensor.device)
-
-
-def _in_layout_of(tensor: Tensor, sliced: Tensor) -> Tensor:
-    if tensor.dim() == 4 and not tensor.is_contiguous():
-        return sliced.contiguous(memory_format=torch.channels_last)
-    return sliced
 
 
 def _counter(before: LayerCost) -> int:
