@@ -7,9 +7,13 @@ import torch
 
 import pliant
 from pliant import zoo
-from pliant.data import load
+from pliant.data import Data, load
+from pliant.ops.edits import Merge
 from pliant.render.html import html
 from pliant.render.markdown import markdown
+from pliant.testing import check_method
+from pliant.testing.trial import PLAN
+from tests.cases.fold import bottleneck
 
 
 @pytest.fixture(scope="module")
@@ -57,3 +61,15 @@ def test_the_report_draws_the_stages(result: pliant.Result) -> None:
     )
     assert "Stage by stage" not in markdown(only.report)
     assert 'data-figure="figure-waterfall"' not in html(only.report)
+
+
+@pytest.mark.slow  # many trainings, and onnxruntime
+def test_what_was_factorized_is_merged_and_shipped() -> None:
+    """All that holds for one method holds for a chain that ends in fewer layers."""
+    images, labels = torch.randn(48, 3, 8, 8), torch.arange(48) % 4
+    data = Data((images[:32], labels[:32]), (images[32:], labels[32:]), classes=4)
+    first = pliant.Stage(pliant.method("nrmf(only=('3', '5'))"), pliant.Budget(macs=0.8))
+    chain = pliant.chain(first, "fold")
+    result = pliant.compress(bottleneck(), data, chain, train=PLAN)
+    assert any(isinstance(edit, Merge) for edit in result.edits) and result.report.met
+    check_method(chain, bottleneck(), data)
