@@ -53,9 +53,9 @@ def measure(cell: Cell, watch: Callable[[dict[str, Any]], None]) -> dict[str, An
     rank, reached = cp_rank(layer.weight.detach(), error)
     target = Target.parse(cell.key["target"])
     shape = (target.batch, *cost.input)
-    rows = candidates(
-        table_of(target), layer, cost, loss_of(layer.weight, before), shape
-    )[: plan["finalists"]]
+    rows = candidates(table_of(target), layer, cost, loss_of(layer.weight, before), shape)[
+        : plan["finalists"]
+    ]
     edits = [before, *(row.edit for row in rows)]
     modules = [layer, cp_row(layer, rank)]
     modules += [factorized(layer, edit.form, edit.ranks) for edit in edits]
