@@ -96,7 +96,7 @@ def tables(settings: Settings, cells: Cells) -> list[Table]:
     titles = {
         "subclass": "Digits merged in pairs: accuracy of the pairs, and of digits inside a pair",
         "scratch": "From scratch on few images",
-        "compressed": "LeNet-5 at a tenth of its parameters",
+        "compressed": "LeNet-5 at a fifth of its parameters",
     }
     return [_table(settings, cells, study, title) for study, title in titles.items()]
 
