@@ -15,11 +15,12 @@ import pliant
 from pliant.budget import Budget
 from pliant.cli import app
 from pliant.cost import Cost
-from pliant.errors import BudgetError, MethodError, ModelError
+from pliant.errors import BudgetError, ChainError, MethodError, ModelError
 from pliant.latency import LatencyTable, Target, compare, measure
 from pliant.latency.compare import compared, timing
 from pliant.latency.runtimes import batched
 from pliant.latency.table import _between, _spread, _step, input_shape, signature
+from pliant.ops.channels import Place, in_blocks
 from pliant.render.html import html
 from pliant.render.markdown import markdown
 from pliant.result import Report
@@ -387,9 +388,10 @@ def test_with_size_alone_nothing_is_gated():
 
 
 @pytest.mark.slow  # every example compresses a network
+@pytest.mark.parametrize("method", ["energy(form='auto')", "magnitude"])
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 10**6), share=st.integers(20, 100), rough=st.floats(0, 3))
-def test_no_network_is_ever_slower(seed, share, rough):
+def test_no_network_is_ever_slower(method, seed, share, rough):
     """Times without any order: of layers, and of whole networks apart from their layers."""
 
     def adversary(module, example):
@@ -398,7 +400,7 @@ def test_no_network_is_ever_slower(seed, share, rough):
         return arithmetic(module, example) * (1 + rough * luck)
 
     try:
-        report = squeeze(Target.of(adversary), f"latency={share}%").report
+        report = squeeze(Target.of(adversary), f"latency={share}%", method).report
     except BudgetError as error:
         assert "latency" in str(error)
         return
@@ -416,6 +418,92 @@ def test_a_plan_that_is_slower_than_its_layers_is_not_taken():
     assert squeeze(Target.of(treacherous), "latency=100%").edits == ()
     with pytest.raises(BudgetError, match="the fastest network that was measured takes"):
         squeeze(Target.of(treacherous), "latency=80%")
+
+
+# ------------------------------------------------------------ channels
+
+PRUNING = ["magnitude", "random", "asrfp"]
+
+
+@pytest.mark.parametrize("method", PRUNING)
+def test_channels_leave_until_the_network_is_in_time(method):
+    report = squeeze(of_arithmetic(), "latency=80%", method).report
+    assert report.met and report.target["verdict"] == "faster"
+    assert 0.7 * report.before.latency_ms < report.after.latency_ms
+    assert report.after.latency_ms <= 0.8 * report.before.latency_ms
+    assert any(row.form == "pruned" for row in report.layers)
+
+
+def test_channels_leave_for_milliseconds_and_parameters_together():
+    report = squeeze(of_arithmetic(), "latency=95%,params=40%", "magnitude").report
+    assert report.met and report.after.params <= 0.4 * report.before.params
+    report = squeeze(of_arithmetic(), "latency=60%,params=90%", "magnitude").report
+    assert report.met and report.after.latency_ms <= 0.6 * report.before.latency_ms
+
+
+def test_channels_leave_in_rounds_of_milliseconds():
+    inputs = torch.randn(16, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    data = pliant.Data((inputs, torch.arange(16) % 4), classes=4)
+    train = pliant.Train(epochs=3, batch=8, lr=0.01)
+    result = pliant.compress(
+        net(), data, "magnitude(rounds=3)", "latency=60%", train=train, target=of_arithmetic()
+    )
+    sizes = [edit.kept for edit in result.edits if (edit.layer, edit.side) == ("2", "out")]
+    assert result.report.met and len(sizes) > 1
+    assert [before for _, before in sizes] == [12, *(after for after, _ in sizes[:-1])]
+
+
+def test_units_leave_by_blocks():
+    """Of six, two leave first, so that four stay; four more would leave fewer than may."""
+    places = [Place(level, "a", unit) for level, unit in ((0.1, 3), (0.2, 0), (0.8, 1), (0.9, 2))]
+    places += [Place(0.3, "b", 0), Place(0.4, "b", 1)]
+    sizes, steps = {"a": 6, "b": 2}, {"a": 4, "b": 1}
+    assert [[p.unit for p in block] for block in in_blocks(places, sizes, steps)] == [[3, 0], [0], [1]]
+    places += [Place(1.0, "a", 4), Place(1.0, "a", 5)]
+    assert [p.unit for p in in_blocks(places, sizes, steps)[-1]] == [1, 2, 4, 5]
+
+
+def test_channels_stay_in_multiples_of_the_step():
+    """Kernels compute eight channels at once: what is left fills them."""
+
+    def eights(module, example):
+        return 1e-5 * sum(-(-p.shape[0] // 8) * -(-p.shape[1] // 8) for p in weights(module))
+
+    wide = nn.Sequential(nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.Flatten())
+    model = nn.Sequential(*wide, nn.Linear(32 * 4, 4))
+    result = squeeze(Target.of(eights), "latency=70%", "magnitude", model)
+    kept = {edit.layer: edit.kept[0] for edit in result.edits if edit.side == "out"}
+    assert kept and all(count % 8 == 0 for count in kept.values())
+
+
+@pytest.mark.parametrize("method", PRUNING)
+def test_channels_stay_where_fewer_are_slower(method):
+    """The network stays as it was, or the budget is refused."""
+
+    def perverse(module, example):
+        return 1 / (1000 + sum(p.numel() for p in weights(module)))
+
+    assert squeeze(Target.of(perverse), "latency=100%", method).edits == ()
+    for budget in ("latency=90%", "latency=100%,params=50%"):
+        with pytest.raises(BudgetError, match="the fastest network that was measured takes"):
+            squeeze(Target.of(perverse), budget, method)
+
+
+def test_a_latency_goes_to_the_stage_that_saves_it():
+    result = squeeze(of_arithmetic(), "latency=80%", ["norm_loss", "magnitude"])
+    assert result.report.met and result.edits
+    with pytest.raises(ChainError, match="both save latency"):
+        squeeze(of_arithmetic(), "latency=80%", ["magnitude", "energy"])
+
+
+def test_stages_share_milliseconds():
+    stages = [
+        pliant.Stage(pliant.method("magnitude"), Budget(latency="85%")),
+        pliant.Stage(pliant.method("energy(form='auto')"), Budget(latency="70%")),
+    ]
+    result = squeeze(of_arithmetic(), None, stages)
+    assert {edit.form for edit in result.edits} > {"pruned"}
+    assert result.report.after.latency_ms <= 0.7 * result.report.before.latency_ms
 
 
 # ------------------------------------------------------------ the command line

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from pliant.budget import Limits
-from pliant.cost import Cost, Example, cost, layer_costs
+from pliant.cost import Example, cost, layer_costs
 from pliant.errors import BudgetError, MethodError, ModelError
+from pliant.latency.clock import AIM, Clock
 from pliant.ops.batchnorm import absorb, recalibrate
 from pliant.ops.channels import (
     Place,
@@ -19,6 +20,7 @@ from pliant.ops.channels import (
     after,
     fewest,
     floors_of,
+    in_blocks,
     leaving,
     ranking,
     up_to,
@@ -141,29 +143,80 @@ def plan(
 def within(
     run: Run, groups: Sequence[Group], places: Sequence[Place], limits: Limits
 ) -> list[Place]:
-    """Return the fewest of the first places whose leaving meets limits, counted exactly.
+    """Return the first places of a ranking whose leaving meets limits, as few as it takes.
+
+    Numbers are counted exactly. Milliseconds are measured: of the network built whole without the
+    channels, which then leave by blocks, since kernels are fast at multiples of some step.
 
     Raises:
-        BudgetError: even without all of them a limit is missed.
+        BudgetError: even without all of them a limit is missed; or the network takes too long
+            without all of them, or longer than the dense one.
     """
+    clock = run.clock if "latency" in limits else None
+    blocks = _blocks(clock, groups, places) if clock else [[place] for place in places]
+
+    def without(count: int) -> list[Prune]:
+        return edits_of(run.model, groups, leaving(place for b in blocks[:count] for place in b))
+
+    count = _counted(run, without, len(blocks), limits)
+    if clock is not None:
+        count = _measured(run, clock, without, count, len(blocks), limits["latency"])
+    return [place for block in blocks[:count] for place in block]
+
+
+Without = Callable[[int], list[Prune]]
+"""Gives the edits that remove so many of the first places of a ranking."""
+
+
+def _counted(run: Run, without: Without, most: int, limits: Limits) -> int:
+    """Return the fewest places without which all that can be counted is within limits."""
     now, rows = cost(run.model, run.example), layer_costs(run.model, run.example)
+    bounds = {axis: bound for axis, bound in limits.items() if axis != "latency"}
 
-    def without(gone: Sequence[Place]) -> Cost:
-        return after(now, rows, edits_of(run.model, groups, leaving(gone)))
+    def missed(count: int) -> dict[str, float]:
+        left = after(now, rows, without(count))
+        return {a: getattr(left, a) for a, bound in bounds.items() if getattr(left, a) > bound}
 
-    chosen = fewest(places, without, limits)
-    if chosen is None:
-        least = without(places)
+    count = fewest(most, lambda count: not missed(count))
+    if count is None:
         named = " and ".join(
-            f"{axis}={bound:,.0f} (the least reachable is {getattr(least, axis):,})"
-            for axis, bound in limits.items()
-            if getattr(least, axis) > bound
+            f"{axis}={bounds[axis]:,.0f} (the least reachable is {least:,})"
+            for axis, least in missed(most).items()
         )
         raise BudgetError(
             f"The budget {named} cannot be met by the channels that may leave: allow more, lower "
             "the floor of the layers, or let the method touch more of them."
         )
-    return chosen
+    return count
+
+
+def _measured(run: Run, clock: Clock, without: Without, least: int, most: int, limit: float) -> int:
+    """Return the fewest places without which the network, built and measured whole, is in time.
+
+    Times need not fall with the channels: what counts is that the cut returned was measured.
+    """
+    dense, times = clock.timing.median_ms, list[float]()
+    if dense <= limit and not least and not run.edits:
+        return 0
+    allowed = min(limit, dense)
+
+    def fits(count: int) -> bool:
+        ms, slower = clock.weigh(run.model, without(count))
+        times.append(ms)
+        spare = count < most and limit < dense  # more can leave: two measurements are never equal
+        return not slower and ms <= (AIM * allowed if spare else allowed)
+
+    count = fewest(most, fits, least=least)
+    if count is None:
+        raise clock.missed(limit, min(times))
+    return count
+
+
+def _blocks(clock: Clock, groups: Sequence[Group], places: Sequence[Place]) -> list[list[Place]]:
+    """Gather places so that what stays of a group is a multiple of the target's step."""
+    sizes = {group.name: len(group.units) for group in groups}
+    steps = {name: clock.table.step_within(size) for name, size in sizes.items()}
+    return in_blocks(places, sizes, steps)
 
 
 def uniform_shares(
@@ -171,8 +224,8 @@ def uniform_shares(
 ) -> dict[str, float]:
     """Return the share of the units of every group that leaves: ``share``, or for the budget.
 
-    For a budget it is the same for all, but for one unit more or less. Which units leave makes
-    no difference to the cost, so it can be known before they are chosen.
+    For a budget it is the same for all, but for one unit or block more or less. Which units leave
+    makes no difference to the cost, so it can be known before they are chosen.
 
     Raises:
         BudgetError: the budget cannot be met.
@@ -225,10 +278,15 @@ def cut_in_rounds(
 
 def _on_the_way(run: Run, part: float) -> dict[str, float]:
     """The limits of the run, or bounds a part of the way from here to them."""
+    limits = run.limits()
+    if part == 1:
+        return limits
     now = cost(run.model, run.example)
+    if run.clock is not None and "latency" in limits:
+        now = replace(now, latency_ms=run.clock.weigh(run.model, ())[0])
     return {
         axis: bound + max(0.0, getattr(now, axis) - bound) * (1 - part)
-        for axis, bound in run.limits().items()
+        for axis, bound in limits.items()
     }
 
 

@@ -182,8 +182,7 @@ class Clock:
             return 0.0, excess
         key, edits = tuple(least), list(least.values())
         if key not in self.thin:
-            found = self._against_dense(built(model, edits))
-            self.thin[key] = self.timing.median_ms / found.speedup
+            self.thin[key], _ = self.weigh(model, edits)
         alone = sum(
             self.measured(model, least[name], cost)
             if name in least
@@ -214,7 +213,7 @@ class Clock:
     def _whole(self, model: nn.Module) -> float:
         """Measure a network that was edited before, once."""
         if self.begun is None:
-            self.begun = self.timing.median_ms / self._against_dense(model).speedup
+            self.begun, _ = self.weigh(model, ())
         return self.begun
 
     def _against_dense(self, model: nn.Module) -> Comparison:
@@ -232,6 +231,24 @@ class Clock:
         return alone + [(row, ms) for row, ms in edited if ms <= WORTH * dense]
 
     # ------------------------------------------------------------ plans
+
+    def weigh(self, model: nn.Module, edits: Sequence[Edit]) -> tuple[float, bool]:
+        """Build a network with edits and measure it whole, in turn with the dense one.
+
+        Returns:
+            Its milliseconds on the scale of the budget, and whether it is slower than the dense
+            network.
+        """
+        found = self._against_dense(built(model, edits))
+        return self.timing.median_ms / found.speedup, found.verdict == "slower"
+
+    def missed(self, limit: float, best: float) -> BudgetError:
+        """Return the refusal of a latency that the fastest network measured does not keep."""
+        return BudgetError(
+            f"The latency {limit:.3g} ms cannot be met on {self.target}: the fastest network that "
+            f"was measured takes {best:.3g} ms, the dense one {self.timing.median_ms:.3g} ms; "
+            "allow more, or let the method touch more layers."
+        )
 
     def settle(
         self,
@@ -269,9 +286,8 @@ class Clock:
                 edits = self._checked(model, costs, {**limits, "latency": allowed}, make)
             if not edits and dense <= limits["latency"]:
                 return edits
-            found = self._against_dense(built(model, edits))
-            took = dense / found.speedup
-            if took <= allowed and found.verdict != "slower":
+            took, slower = self.weigh(model, edits)
+            if took <= allowed and not slower:
                 kept = edits
                 if took >= NEAR * allowed or not edits:
                     break
@@ -284,11 +300,7 @@ class Clock:
         if kept is not None:
             self._note(model, costs, kept)
             return kept
-        raise BudgetError(
-            f"The latency {limits['latency']:.3g} ms cannot be met on {self.target}: the fastest "
-            f"network that was measured takes {best:.3g} ms, the dense one {dense:.3g} ms; allow "
-            "more, or let the method touch more layers."
-        )
+        raise self.missed(limits["latency"], best)
 
     def _checked(
         self,

@@ -118,7 +118,10 @@ class LatencyTable:
 
     def step_for(self, layer: Factorizable, form: str) -> int:
         """Return the step for one layer: a small one keeps at least four ranks to choose from."""
-        most = min(max_ranks(layer.weight.shape, form))
+        return self.step_within(min(max_ranks(layer.weight.shape, form)))
+
+    def step_within(self, most: int) -> int:
+        """Return the step for so many ranks or channels: it leaves at least four to choose from."""
         return min(self.step(), 1 << max(0, (most // 4).bit_length() - 1))
 
     def _axes(self, layer: Factorizable, form: str) -> list[list[int]]:

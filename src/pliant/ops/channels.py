@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from pliant.budget import Limits
 from pliant.cost import Cost, LayerCost
 from pliant.ops.edits.prune import Prune
 from pliant.ops.graph import Group
@@ -96,6 +96,30 @@ def up_to(places: Sequence[Place], share: float) -> list[Place]:
     return [place for place in places if place.level <= share + 1e-9]
 
 
+def in_blocks(
+    places: Sequence[Place], sizes: Mapping[str, int], steps: Mapping[str, int]
+) -> list[list[Place]]:
+    """Gather places into blocks that leave whole, so that each group keeps multiples of its step.
+
+    Blocks are ordered by the mean level of their units. Units that fill no block stay.
+
+    Args:
+        places: a ranking.
+        sizes: how many units each group has.
+        steps: by group; with steps of 1 every unit is a block, and the ranking stays as it is.
+    """
+    own: dict[str, list[Place]] = {}
+    for place in places:
+        own.setdefault(place.group, []).append(place)
+    blocks = []
+    for name, members in own.items():
+        start, end = 0, sizes[name] % steps[name] or steps[name]
+        while end <= len(members):
+            blocks.append(members[start:end])
+            start, end = end, end + steps[name]
+    return sorted(blocks, key=lambda block: fmean(place.level for place in block))
+
+
 def leaving(places: Iterable[Place]) -> dict[str, list[int]]:
     """Return the units that leave, by group."""
     found: dict[str, list[int]] = {}
@@ -131,25 +155,20 @@ def after(now: Cost, rows: Mapping[str, LayerCost], edits: Iterable[Prune]) -> C
     )
 
 
-def fewest(
-    places: Sequence[Place], cost_without: Callable[[Sequence[Place]], Cost], limits: Limits
-) -> list[Place] | None:
-    """Return the fewest of the first places whose leaving meets all limits, None if all do not.
+def fewest(most: int, fits: Callable[[int], bool], *, least: int = 0) -> int | None:
+    """Return the fewest first places of a ranking that fit, None if not even all of them do.
+
+    By bisection. The number returned was itself tried, so it fits however irregular ``fits`` is.
 
     Args:
-        places: a ranking.
-        cost_without: what the network costs when these leave.
-        limits: bounds by axis.
+        most: how many places there are.
+        fits: whether the network does without so many of them.
+        least: how many leave in any case.
     """
-
-    def fits(count: int) -> bool:
-        cost = cost_without(places[:count])
-        return all(getattr(cost, axis) <= bound for axis, bound in limits.items())
-
-    if not fits(len(places)):
+    if not fits(most):
         return None
-    low, high = 0, len(places)
+    low, high = least, most
     while low < high:
         middle = (low + high) // 2
         low, high = (low, middle) if fits(middle) else (middle + 1, high)
-    return list(places[:high])
+    return high

@@ -35,7 +35,7 @@ VANISHED = 1e-4  # factors below this are 0
         2020,
         "https://arxiv.org/abs/2010.09498",
     ),
-    saves="params macs bytes",
+    saves="params macs bytes latency",
 )
 @dataclass(frozen=True)
 class ASRFP(Method):

@@ -21,7 +21,7 @@ from pliant.run import Run
         2017,
         "https://arxiv.org/abs/1608.08710",
     ),
-    saves="params macs bytes",
+    saves="params macs bytes latency",
 )
 @dataclass(frozen=True)
 class Magnitude(Method):

@@ -20,7 +20,7 @@ from pliant.run import Run
         2018,
         "https://arxiv.org/abs/1801.10447",
     ),
-    saves="params macs bytes",
+    saves="params macs bytes latency",
 )
 @dataclass(frozen=True)
 class Random(Method):
