@@ -302,7 +302,7 @@ def test_a_constant_is_put_into_the_next_bias() -> None:
 
 
 def test_rounds_go_equal_parts_of_the_way() -> None:
-    rounds = Rounds(0.5, "local", 0.0, 4, 0.5)
+    rounds = Rounds(0.5, 0.0, 4, 0.5)
     assert [rounds.due(p) for p in (0, 0.1, 0.125, 0.3, 0.49, 0.5, 1)] == [1, 1, 2, 3, 4, 4, 4]
     left = 1.0
     for done in range(4):

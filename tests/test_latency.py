@@ -458,7 +458,8 @@ def test_units_leave_by_blocks():
     places = [Place(level, "a", unit) for level, unit in ((0.1, 3), (0.2, 0), (0.8, 1), (0.9, 2))]
     places += [Place(0.3, "b", 0), Place(0.4, "b", 1)]
     sizes, steps = {"a": 6, "b": 2}, {"a": 4, "b": 1}
-    assert [[p.unit for p in block] for block in in_blocks(places, sizes, steps)] == [[3, 0], [0], [1]]
+    found = [[p.unit for p in block] for block in in_blocks(places, sizes, steps)]
+    assert found == [[3, 0], [0], [1]]
     places += [Place(1.0, "a", 4), Place(1.0, "a", 5)]
     assert [p.unit for p in in_blocks(places, sizes, steps)[-1]] == [1, 2, 4, 5]
 

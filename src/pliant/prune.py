@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
+from torch import nn
 
 from pliant.budget import Limits
 from pliant.cost import Example, cost, layer_costs
@@ -15,8 +16,6 @@ from pliant.latency.clock import AIM, Clock
 from pliant.ops.batchnorm import absorb, recalibrate
 from pliant.ops.channels import (
     Place,
-    Scope,
-    Scores,
     after,
     fewest,
     floors_of,
@@ -25,7 +24,7 @@ from pliant.ops.channels import (
     ranking,
     up_to,
 )
-from pliant.ops.cutting import cuttable, edits_of, prove
+from pliant.ops.cutting import cuttable, edits_of, ignore, prove
 from pliant.ops.edits import Prune
 from pliant.ops.graph import Group
 from pliant.ops.layers import readable
@@ -38,14 +37,12 @@ class Rounds:
 
     Args:
         share: of the channels that leaves, without a budget.
-        scope: how channels are ranked.
         least: share of each group that stays in any case.
         rounds: number of cuts.
         during: share of the training over which they are spread; the first is at once.
     """
 
     share: float
-    scope: Scope
     least: float
     rounds: int
     during: float
@@ -76,6 +73,7 @@ class Rounds:
 MOST_ROUNDS = 8  # each adds edits to the file
 BATCH = 256  # samples per batch that norms are mended with
 SETTLING = 2048  # samples from which batch norms are re-estimated
+LOOK = 512  # samples for the same in a copy that is only looked at
 
 
 def subjects(run: Run, only: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[Group]:
@@ -111,31 +109,20 @@ def subjects(run: Run, only: Sequence[str] = (), exclude: Sequence[str] = ()) ->
 
 
 def plan(
-    run: Run,
-    groups: Sequence[Group],
-    scores: Scores,
-    scope: Scope,
-    share: float,
-    *,
-    floors: Mapping[str, int] | None = None,
-    limits: Limits | None = None,
+    run: Run, groups: Sequence[Group], places: Sequence[Place], share: float, limits: Limits
 ) -> list[Prune]:
-    """Plan a cut: the least worth leave, as few as the budget allows, or a share without one.
+    """Plan a cut: the first of a ranking leave, as few as the limits allow, or a share without.
 
     Args:
-        run: its model and budget.
+        run: its model is to be cut.
         groups: of channels that may leave.
-        scores: of their units.
-        scope: how they are ranked.
-        share: of the channels that leaves, if there is no budget.
-        floors: how many units of a group stay at least.
-        limits: instead of the run's.
+        places: their units, ranked.
+        share: of the channels that leaves, if there are no limits.
+        limits: of the budget, or a part of the way there.
 
     Raises:
-        BudgetError: the budget cannot be met; the message names what is reachable.
+        BudgetError: the limits cannot be met; the message names what is reachable.
     """
-    places = ranking(scores, scope, floors)
-    limits = run.limits() if limits is None else limits
     chosen = within(run, groups, places, limits) if limits else up_to(places, share)
     return edits_of(run.model, groups, leaving(chosen))
 
@@ -239,9 +226,13 @@ def uniform_shares(
     return {g.name: len(gone.get(g.name, ())) / len(g.units) for g in groups}
 
 
+Rank = Callable[[Run, Sequence[Group], Mapping[str, int]], list[Place]]
+"""Ranks the units of groups, given how many of each stay at least."""
+
+
 def cut_in_rounds(
     run: Run,
-    score: Callable[[Run, Group], Tensor],
+    rank: Rank,
     asked: Rounds,
     *,
     only: Sequence[str] = (),
@@ -251,11 +242,11 @@ def cut_in_rounds(
     """Make the cuts that are due: at once, or in rounds between which the network trains.
 
     Each round goes an equal part of the way, in cost where there is a budget and in channels
-    otherwise. Groups and scores are those of the network as it is then.
+    otherwise. Groups and their ranking are those of the network as it is then.
 
     Args:
         run: keeps in its state how many rounds were made.
-        score: what the units of a group are worth.
+        rank: gives the units that may leave, the least worth first.
         asked: how much leaves, and when.
         only: name patterns of the layers to consider.
         exclude: name patterns of the layers to leave alone.
@@ -267,18 +258,16 @@ def cut_in_rounds(
         final = last or not run.steps or done + 1 == asked.rounds
         groups = subjects(run, only, exclude)
         floors = run.state.setdefault("floors", floors_of(groups, asked.least))
-        scores = {group.name: score(run, group) for group in groups}
-        share = asked.step_share(done, final=final)
-        limits = _on_the_way(run, 1.0 if final else 1 / (asked.rounds - done))
-        edits = plan(run, groups, scores, asked.scope, share, floors=floors, limits=limits)
+        places = rank(run, groups, floors)
+        limits = on_the_way(run, run.limits(), 1.0 if final else 1 / (asked.rounds - done))
+        edits = plan(run, groups, places, asked.step_share(done, final=final), limits)
         cut(run, edits, mend=final)
         run.state["rounds"] = asked.rounds if final else done + 1
         _keep_whole(run, groups, edits)
 
 
-def _on_the_way(run: Run, part: float) -> dict[str, float]:
-    """The limits of the run, or bounds a part of the way from here to them."""
-    limits = run.limits()
+def on_the_way(run: Run, limits: Limits, part: float) -> Limits:
+    """Return bounds that lie a part of the way from what the network costs now to limits."""
     if part == 1:
         return limits
     now = cost(run.model, run.example)
@@ -315,17 +304,37 @@ def cut(run: Run, edits: Sequence[Prune], *, mend: bool = True) -> None:
     prove(run.model, run.example, edits)
     known = mend and run.data is not None and run.data.has("train")
     if known:
-        absorb(run.model, {e.layer: e.removed() for e in edits if e.side == "in"}, _inputs(run, 1))
+        absorb(run.model, _unread(edits), inputs(run, BATCH))
     run.apply(*edits)
     if known:
-        recalibrate(run.model, _inputs(run, SETTLING // BATCH))
+        recalibrate(run.model, inputs(run, SETTLING))
 
 
-def _inputs(run: Run, batches: int) -> Iterator[Example]:
-    """Training inputs, on the device of the network."""
+def silenced(run: Run, edits: Sequence[Prune]) -> nn.Module:
+    """Copy the network so that nothing reads the channels that edits would remove, and mend it.
+
+    The copy computes what `cut` would make of the network, in the shapes of before.
+    """
+    model = copy.deepcopy(run.model)
+    if edits:
+        absorb(model, _unread(edits), inputs(run, BATCH))
+        ignore(model, edits)
+        recalibrate(model, inputs(run, LOOK))
+    return model
+
+
+def _unread(edits: Sequence[Prune]) -> dict[str, tuple[int, ...]]:
+    return {edit.layer: edit.removed() for edit in edits if edit.side == "in"}
+
+
+def inputs(
+    run: Run, samples: int, *, batch: int = BATCH, seed: int | None = None
+) -> Iterator[Example]:
+    """Give training inputs, on the device of the network."""
+    seed = run.seed + 1 if seed is None else seed
     device = next(run.model.parameters()).device
     assert run.data is not None
-    for example in run.data.calibration(batches * BATCH, batch=BATCH, seed=run.seed + 1):
+    for example in run.data.calibration(samples, batch=batch, seed=seed):
         if isinstance(example, Mapping):
             yield {name: value.to(device) for name, value in example.items()}
         else:

@@ -60,6 +60,11 @@ def random_scores(group: Group, generator: torch.Generator) -> Tensor:
     return torch.rand(len(group.units), generator=generator, dtype=torch.float64)
 
 
+def relative(scores: Scores) -> dict[str, Tensor]:
+    """Return scores in units of the mean of their group, to compare layers that differ in scale."""
+    return {name: values / values.mean().clamp_min(1e-12) for name, values in scores.items()}
+
+
 # ---------------------------------------------------------------- rankings
 
 
@@ -69,7 +74,7 @@ def ranking(scores: Scores, scope: Scope, floors: Mapping[str, int] | None = Non
     Args:
         scores: of all units.
         scope: ``local`` takes the same share from every group; ``global`` compares all units, by
-            their scores in units of the mean of their group, since layers differ in scale.
+            their scores as they are.
         floors: how many units of a group stay at least; one always does.
 
     Raises:
@@ -78,16 +83,19 @@ def ranking(scores: Scores, scope: Scope, floors: Mapping[str, int] | None = Non
     places = []
     for name, values in scores.items():
         count = len(values)
-        own = values if scope == "local" else values / values.mean().clamp_min(1e-12)
-        order = weakest(own, count).tolist()
+        order = weakest(values, count).tolist()
         most = count - max(1, (floors or {}).get(name, 1))
         for rank, unit in enumerate(order[: max(0, most)]):
-            level = (rank + 1) / count if scope == "local" else float(own[unit])
+            level = (rank + 1) / count if scope == "local" else float(values[unit])
             places.append(Place(level, name, unit))
     places.sort(key=lambda place: place.level)
     if scope == "local":
         return places
-    total = sum(len(values) for values in scores.values())
+    return numbered(places, sum(len(values) for values in scores.values()))
+
+
+def numbered(places: Iterable[Place], total: int) -> list[Place]:
+    """Return places in this order, with levels as shares of so many units in all."""
     return [Place((i + 1) / total, p.group, p.unit) for i, p in enumerate(places)]
 
 

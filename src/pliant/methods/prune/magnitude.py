@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from pliant.method import Method
-from pliant.ops.channels import Scope, filter_norms
+from pliant.ops.channels import Place, Scope, filter_norms, ranking, relative
+from pliant.ops.graph import Group
 from pliant.prune import Rounds, cut_in_rounds
 from pliant.registry import Paper, register
 from pliant.run import Run
@@ -57,12 +59,10 @@ class Magnitude(Method):
         self._cut(run, last=True)
 
     def _cut(self, run: Run, *, last: bool = False) -> None:
+        asked = Rounds(self.share, self.least, self.rounds, self.during)
+        cut_in_rounds(run, self._rank, asked, only=self.only, exclude=self.exclude, last=last)
+
+    def _rank(self, run: Run, groups: Sequence[Group], floors: Mapping[str, int]) -> list[Place]:
         order = 1.0 if self.norm == "l1" else 2.0
-        cut_in_rounds(
-            run,
-            lambda run, group: filter_norms(run.model, group, order=order),
-            Rounds(self.share, self.scope, self.least, self.rounds, self.during),
-            only=self.only,
-            exclude=self.exclude,
-            last=last,
-        )
+        scores = {group.name: filter_norms(run.model, group, order=order) for group in groups}
+        return ranking(relative(scores), self.scope, floors)

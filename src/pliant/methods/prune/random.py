@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from pliant.method import Method
-from pliant.ops.channels import Scope, random_scores
+from pliant.ops.channels import Place, Scope, random_scores, ranking, relative
+from pliant.ops.graph import Group
 from pliant.prune import Rounds, cut_in_rounds
 from pliant.registry import Paper, register
 from pliant.run import Run
@@ -48,11 +50,9 @@ class Random(Method):
         self._cut(run, last=True)
 
     def _cut(self, run: Run, *, last: bool = False) -> None:
-        cut_in_rounds(
-            run,
-            lambda run, group: random_scores(group, run.generator),
-            Rounds(self.share, self.scope, self.least, self.rounds, self.during),
-            only=self.only,
-            exclude=self.exclude,
-            last=last,
-        )
+        asked = Rounds(self.share, self.least, self.rounds, self.during)
+        cut_in_rounds(run, self._rank, asked, only=self.only, exclude=self.exclude, last=last)
+
+    def _rank(self, run: Run, groups: Sequence[Group], floors: Mapping[str, int]) -> list[Place]:
+        scores = {group.name: random_scores(group, run.generator) for group in groups}
+        return ranking(relative(scores), self.scope, floors)
