@@ -453,6 +453,18 @@ def test_channels_leave_in_rounds_of_milliseconds():
     assert [before for _, before in sizes] == [12, *(after for after, _ in sizes[:-1])]
 
 
+def test_scores_from_data_leave_for_milliseconds():
+    """On the way they are priced by what can be counted; what is refused is the time."""
+    inputs = torch.randn(16, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    data = pliant.Data((inputs, torch.arange(16) % 4), classes=4)
+    result = pliant.compress(
+        net(), data, "group_fisher(samples=16)", "latency=70%", target=of_arithmetic()
+    )
+    assert result.report.met and {edit.form for edit in result.edits} == {"pruned"}
+    with pytest.raises(BudgetError, match="the fastest network that was measured takes"):
+        pliant.compress(net(), data, "group_fisher", "latency=1%", target=of_arithmetic())
+
+
 def test_units_leave_by_blocks():
     """Of six, two leave first, so that four stay; four more would leave fewer than may."""
     places = [Place(level, "a", unit) for level, unit in ((0.1, 3), (0.2, 0), (0.8, 1), (0.9, 2))]

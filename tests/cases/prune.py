@@ -2,6 +2,8 @@
 
 import copy
 import math
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -10,14 +12,17 @@ from torch.optim import SGD
 
 from pliant.budget import Budget
 from pliant.data import Data
-from pliant.errors import BudgetError, MethodError, TrainingError
+from pliant.errors import BudgetError, DataError, MethodError, TrainingError
 from pliant.method import Method
 from pliant.methods.prune.asrfp import ASRFP, alpha_at, ramp_at
+from pliant.methods.prune.group_fisher import GroupFisher, prices
 from pliant.methods.prune.magnitude import Magnitude
 from pliant.methods.prune.random import Random
 from pliant.ops.batchnorm import recalibrate
-from pliant.ops.cutting import silence
+from pliant.ops.channels import Place
+from pliant.ops.cutting import cuttable, silence
 from pliant.ops.edits import Prune
+from pliant.ops.fisher import group_fisher
 from pliant.run import Run, start
 from pliant.testing import Case, toys
 
@@ -94,6 +99,109 @@ def lots_are_of_the_seed() -> None:
         run = start(model, Random(), example=(torch.zeros(2, 2),), seed=seed)
         found.append(kept(run)["0", "out"])
     assert found[0] == found[1] != found[2] and len(found[0]) == 16
+
+
+# ------------------------------------------------------------------ group fisher
+
+
+def mirrored(seen: tuple[float, ...], told: tuple[float, ...]) -> nn.Sequential:
+    """One number goes to all units, ``seen`` times as large; each tells one class from the other.
+
+    What the units say sums to 0: whatever is drawn, a label is a surprise of 1/2.
+    """
+    model = nn.Sequential(nn.Linear(1, len(seen), bias=False), nn.Linear(len(told), 2))
+    assert sum(a * b for a, b in zip(seen, told, strict=True)) == 0
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor(seen)[:, None])
+        model[1].weight.copy_(torch.stack([torch.tensor(told), torch.zeros(len(told))]))
+        model[1].bias.zero_()
+    return model
+
+
+def fisher_of(model: nn.Module, inputs: Tensor) -> dict[str, Tensor]:
+    groups, _ = cuttable(model, (inputs[:1],))
+    return group_fisher(model, groups, [(inputs,)], torch.Generator().manual_seed(0))
+
+
+def fisher_is_half_the_mean_square_of_a_masks_gradient() -> None:
+    """dL/dm = (p - y) a w x with (p - y)^2 = 1/4 and x = -1, 1: the damage is (a w)^2 / 8."""
+    model = mirrored((1.0, 2.0, 3.0), (5.0, -1.0, -1.0))
+    signs = torch.tensor([[1.0], [-1.0]])
+    damage = torch.tensor([25.0, 4.0, 9.0], dtype=torch.float64) / 8
+    assert torch.allclose(fisher_of(model, signs)["0"], damage)
+    assert torch.allclose(fisher_of(model, signs + 3)["0"], damage)  # a mean costs nothing
+    data = Data((signs.repeat(4, 1), torch.zeros(8, dtype=torch.long)), classes=2)
+    run = start(model, GroupFisher(share=0.34, samples=8), data=data)
+    assert kept(run)["0", "out"] == (0, 2)  # the smallest norm is that of the first
+
+
+class Twice(nn.Module):
+    """Two layers read the same units, and their outputs are added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = mirrored((1.0, 2.0, 3.0), (5.0, -1.0, -1.0))
+        self.other = copy.deepcopy(self.one[1])
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.one[0](x)
+        out: Tensor = self.one[1](hidden) + self.other(hidden)
+        return out
+
+
+def readers_of_one_unit_are_summed_before_the_square() -> None:
+    """Readers that say the same make it four times the damage, those that contradict none."""
+    signs, model = torch.tensor([[1.0], [-1.0]]), Twice()
+    (damage,) = fisher_of(model, signs).values()
+    assert torch.allclose(damage, torch.tensor([25.0, 4.0, 9.0], dtype=torch.float64) / 2)
+    with torch.no_grad():
+        model.other.weight.neg_()
+    (damage,) = fisher_of(model, signs).values()
+    assert damage.abs().max() < 1e-9
+
+
+def damage_is_divided_by_what_leaves() -> None:
+    """Of 40 weights, 4 -> 2 -> 8 -> 2, a unit of the first layer has 4 + 8, of the second 2 + 2."""
+    layers = nn.Linear(4, 2, bias=False), nn.Linear(2, 8, bias=False), nn.Linear(8, 2, bias=False)
+    data = Data((torch.randn(8, 4), torch.arange(8) % 2), classes=2)
+    run = start(nn.Sequential(*layers), GroupFisher(share=0.0), data=data)
+    groups, _ = cuttable(run.model, run.example)
+    assert prices(run, groups, [], ("macs",)) == {"0": 12 / 40, "1": 4 / 40}
+    assert prices(run, groups, [], ()) == {"0": 1.0, "1": 1.0}
+    line = [Place(0.1, "1", unit) for unit in range(4)]  # half of the second layer has left
+    assert prices(run, groups, line, ("macs",)) == {"0": 8 / 40, "1": 4 / 40}
+
+
+def what_has_left_is_seen_by_the_next_look() -> None:
+    """Each look is at a copy in which nothing reads the units that have left."""
+    unread = []
+
+    def look(model: nn.Sequential, *others: Any) -> dict[str, Tensor]:
+        unread.append(int((model[1].weight == 0).all(0).sum()))
+        return group_fisher(model, *others)
+
+    inputs = torch.tensor([[1.0], [-1.0]]).repeat(16, 1)
+    data = Data((inputs, torch.arange(32) % 2), classes=2)
+    model = mirrored((1.0, 1.0, 1.0, 1.0), (6.0, -1.0, -2.0, -3.0))
+    with patch("pliant.methods.prune.group_fisher.group_fisher", look):
+        run = start(model, GroupFisher(share=0.75, samples=32, looks=3), data=data)
+    assert unread == [0, 1, 2] and kept(run)["0", "out"] == (0,)
+
+
+def units_worth_nothing_leave_up_to_the_floor() -> None:
+    """Where all scores are 0, those that have left count first."""
+    data = Data((torch.tensor([[1.0], [-1.0]]).repeat(8, 1), torch.arange(16) % 2), classes=2)
+    method = GroupFisher(share=1 - 1e-9, least=0.25, samples=16)
+    run = start(mirrored((1.0,) * 8, (0.0,) * 8), method, data=data)
+    assert len(kept(run)["0", "out"]) == 2
+
+
+def fisher_needs_inputs_and_sound_options() -> None:
+    with pytest.raises(DataError, match="give data, or take magnitude"):
+        run_of(pair(1.0, 2.0), GroupFisher())
+    for options in ({"samples": 0}, {"looks": 0}, {"looks": 1000}):
+        with pytest.raises(MethodError, match="samples must be"):
+            run_of(pair(1.0, 2.0), GroupFisher(**options))
 
 
 # ------------------------------------------------------------------ asrfp
@@ -296,6 +404,20 @@ CASES = [
         refuses=REFUSES,
         variants=('random(scope="global", rounds=2)',),
         own=(lots_are_of_the_seed,),
+    ),
+    Case(
+        "group_fisher",
+        toys=TOYS,
+        refuses=REFUSES,
+        variants=("group_fisher(looks=1, samples=8)", "group_fisher(rounds=2)"),
+        own=(
+            fisher_is_half_the_mean_square_of_a_masks_gradient,
+            readers_of_one_unit_are_summed_before_the_square,
+            damage_is_divided_by_what_leaves,
+            what_has_left_is_seen_by_the_next_look,
+            units_worth_nothing_leave_up_to_the_floor,
+            fisher_needs_inputs_and_sound_options,
+        ),
     ),
     Case(
         "asrfp",

@@ -53,7 +53,7 @@ def metrics(
             outputs.clear()
             result = call(model, batch)
             count += samples(batch)
-            _gather(pulls, outputs, _surprise(result, generator), layers)
+            _gather(pulls, outputs, surprise(result, generator), layers)
     return {
         name: Metric(read / count, pulls[name] / count if name in pulls else None)
         for name, read in reads.items()
@@ -127,8 +127,15 @@ def _gather(
         pulls[name] = pulls.get(name, torch.zeros((), device=rows.device)) + rows.T @ rows
 
 
-def _surprise(result: Any, generator: torch.Generator) -> Tensor:
-    """A scalar whose gradients have the Fisher information as second moments."""
+def surprise(result: Any, generator: torch.Generator) -> Tensor:
+    """Return a scalar whose gradients have the Fisher information as second moments.
+
+    A sum over samples of the loss at a label drawn from the predictions of each, or, where the
+    output is not a row of logits, of the output in a random direction.
+
+    Raises:
+        ModelError: the output is not finite.
+    """
     output: Tensor = _tensor(result).float()
     if not torch.isfinite(output).all():
         raise ModelError(
