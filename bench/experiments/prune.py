@@ -87,6 +87,10 @@ def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
         text = f"{task}: magnitude is no worse than Torch-Pruning's group norms"
         gap = _points(of("accuracy", "magnitude"), of("accuracy", RIVAL))
         rows.append(claim(text, gap, ">=", 0, "points"))
+        if "group_fisher" in asked["rivals"]:
+            text = f"{task}: group_fisher is no worse than Torch-Pruning right after the cut"
+            gap = _points(of("accuracy_before", "group_fisher"), of("accuracy_before", RIVAL))
+            rows.append(claim(text, gap, ">=", 0, "points"))
         text = f"{task}: no rival has more MACs than the budget: the largest share of it"
         rows.append(claim(text, _largest_share(settings, cells, task), "<=", 1, "x"))
     return rows + _soft(settings, cells)
