@@ -210,7 +210,7 @@ def test_a_damaged_file_counts_as_empty(text, tmp_path, monkeypatch):
     table = LatencyTable.of(target)
     assert table.times == {}
     table.time(nn.Linear(3, 3), (1, 3))
-    assert LatencyTable.of(target).times == table.times
+    assert LatencyTable.of(target).past == table.times
 
 
 def test_times_that_make_no_sense_are_not_read(tmp_path, monkeypatch):
@@ -219,7 +219,7 @@ def test_times_that_make_no_sense_are_not_read(tmp_path, monkeypatch):
     path = LatencyTable.of(target).path
     path.parent.mkdir(parents=True)
     path.write_text('{"version": 1, "times": {"a": 1.5, "b": -1, "c": "x", "d": NaN}}')
-    assert LatencyTable.of(target).times == {"a": 1.5}
+    assert LatencyTable.of(target).past == {"a": 1.5}
 
 
 def test_a_table_without_a_disk_stays_in_memory(tmp_path):
@@ -227,6 +227,28 @@ def test_a_table_without_a_disk_stays_in_memory(tmp_path):
     table = LatencyTable(Target.of(arithmetic), tmp_path / "file" / "table.json")
     assert table.time(nn.Linear(3, 3), (1, 3)) == table.time(nn.Linear(3, 3), (1, 3))
     assert LatencyTable.of(Target.of(arithmetic)).path is None
+
+
+def test_what_others_left_in_the_file_changes_no_plan(tmp_path):
+    """A run that finds an exact time asks for it first, as the run did that measured it."""
+
+    def uneven(module, example):
+        return sum(1e-6 * (2 + len(p) % 2) * p.numel() for p in weights(module))
+
+    layer, shape = nn.Conv2d(24, 24, 3, padding=1, bias=False), (1, 24, 6, 6)
+    path = tmp_path / "table.json"
+    first = LatencyTable(Target.of(uneven, "own"), path)
+    before = first.factor(layer, shape, "input", (7,))
+    exact = first.exact(layer, shape, "input", (7,))
+    assert first.factor(layer, shape, "input", (7,)) == exact != before
+    again = LatencyTable(Target.of(fails, "own"), path, past=first.past)
+    assert again.factor(layer, shape, "input", (7,)) == before
+    assert again.exact(layer, shape, "input", (7,)) == exact
+    assert again.factor(layer, shape, "input", (7,)) == exact
+
+
+def fails(module, example):
+    raise AssertionError("measured anew")
 
 
 @pytest.mark.parametrize("form", ["tucker2", "input", "output", "spatial"])

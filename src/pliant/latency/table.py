@@ -39,14 +39,20 @@ class LatencyTable:
     time that was measured at the very ranks goes first. All points of one form are measured in
     turn with the dense layer, so that their ratios hold however the machine is loaded.
 
+    What was measured before is taken only when it is asked for: what a run plans depends on what
+    the run itself has asked so far, not on what others have left in the file.
+
     Args:
         target: where they were measured.
         path: the file, or None to keep them in memory.
+        times: those that this run has asked for.
+        past: those that were measured before it.
     """
 
     target: Target
     path: Path | None = None
     times: dict[str, float] = field(default_factory=dict)
+    past: dict[str, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, target: Target) -> LatencyTable:
@@ -58,7 +64,7 @@ class LatencyTable:
         if target.function is not None and not target.runtime:
             return cls(target)
         path = cache_folder() / "latency" / f"{target.digest()}.json"
-        return cls(target, path, _read(path))
+        return cls(target, path, past=_read(path))
 
     def time(self, layer: nn.Module, shape: Sequence[int]) -> float:
         """Return the milliseconds of a layer on inputs of this shape, batch axis included."""
@@ -136,13 +142,21 @@ class LatencyTable:
     def _measure(
         self, layer: nn.Module, shape: Sequence[int], others: Mapping[str, nn.Module]
     ) -> None:
-        """Measure a layer and what may replace it in turn, on the scale of the layer's own time."""
+        """Measure a layer and what may replace it in turn, on the scale of the layer's own time.
+
+        What was measured before, by this run or another, is not measured again.
+        """
+        name = signature(layer, shape)
+        self.times = {k: self.past[k] for k in (name, *others) if k in self.past} | self.times
+        others = {key: module for key, module in others.items() if key not in self.times}
+        if name in self.times and not others:
+            return
         inputs = (torch.empty(tuple(shape)).uniform_(-1, 1, generator=torch.Generator()),)
         modules = [layer, *others.values()]
         samplers = [self.target.layer_sampler(module, inputs) for module in modules]
         rows = interleaved(samplers, self.target, seconds=GROUP_SECONDS, least=GROUP_ROUNDS)
         first, *found = (1000 * each for each in self._without_calls(map(quiet, rows), inputs))
-        known = self.times.setdefault(signature(layer, shape), first)
+        known = self.times.setdefault(name, first)
         for key, ms in zip(others, found, strict=True):
             self.times[key] = ms * known / first
         self._write()
@@ -158,11 +172,11 @@ class LatencyTable:
         """Replace the file by one with what it held and what is new; without a disk, go on."""
         if self.path is None:
             return
-        self.times = _read(self.path) | self.times
+        self.past = _read(self.path) | self.past | self.times
         held = {
             "version": VERSION,
             "fingerprint": self.target.fingerprint(),
-            "times": dict(sorted(self.times.items())),
+            "times": dict(sorted(self.past.items())),
         }
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
