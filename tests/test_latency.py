@@ -409,6 +409,37 @@ def test_with_size_alone_nothing_is_gated():
     assert report.after.latency_ms > report.before.latency_ms
 
 
+@pytest.mark.parametrize("method", ["energy(form='auto')", "magnitude"])
+def test_a_saved_run_tells_its_times(method):
+    saved = begin(method, of_arithmetic()).state_dict()
+    again = begin(method, Target.of(fails), saved=saved)  # nothing is measured
+    assert pliant.ops.edits.to_json(again.edits) == saved["edits"]
+    assert again.state_dict()["clock"] == saved["clock"]
+    saved["clock"]["machine"] = "another"
+    assert begin(method, Target.of(fails), saved=saved).edits == again.edits
+
+
+def test_times_of_another_network_or_target_are_not_taken():
+    saved = begin("energy", of_arithmetic()).state_dict()
+    with pytest.raises(AssertionError, match="measured anew"):
+        begin("energy", Target.of(fails, batch=2), saved=saved)
+    with pytest.raises(AssertionError, match="measured anew"):
+        begin("energy", Target.of(fails), nn.Sequential(net(), nn.ReLU()), saved=saved)
+    del saved["clock"]  # as in a checkpoint of before
+    assert begin("energy", of_arithmetic(), saved=saved).clock is not None
+
+
+def begin(method, target, model=None, **more):
+    return pliant.start(
+        net() if model is None else model,
+        pliant.method(method),
+        Budget(latency="80%"),
+        example=EXAMPLE,
+        target=target,
+        **more,
+    )
+
+
 @pytest.mark.slow  # every example compresses a network
 @pytest.mark.parametrize("method", ["energy(form='auto')", "magnitude"])
 @settings(max_examples=10, deadline=None)

@@ -1,6 +1,7 @@
 """A training that is killed and resumed ends with the weights of an undisturbed one, exactly."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -14,11 +15,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import pliant
 from pliant.budget import Budget
 from pliant.data import Data, Train
 from pliant.drivers import checkpoint
 from pliant.drivers.loop import fit
 from pliant.errors import ArtifactError, OutputError, TrainingError
+from pliant.latency import Target
 from pliant.method import Method
 from pliant.ops.edits import Factor
 from pliant.run import Run, start
@@ -68,6 +71,21 @@ class Net(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         hidden = self.second(self.norm(self.first(images)).relu()).relu()
         return self.head(self.drop(hidden.mean((2, 3))))
+
+
+class Wide(Net):
+    """Has channels enough for plans that differ by little."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(1, 24, 3, padding=1), nn.BatchNorm2d(24)
+        self.second, self.head = nn.Conv2d(24, 24, 3, padding=1), nn.Linear(24, 4)
+
+
+STAGES = (
+    pliant.Stage(pliant.method("magnitude"), Budget(latency="85%")),
+    pliant.Stage(pliant.method("energy(form='auto')"), Budget(latency="70%")),
+)
 
 
 def begin(method: Method | None = None, *, seed: int = 5, budget: Budget | None = None) -> Run:
@@ -227,6 +245,57 @@ def test_adamw_and_chains_of_epochs_resume(tmp_path: Path) -> None:
     with pytest.raises(Killed):
         train(plan, folder=tmp_path, watch=dying(8, crash))
     assert_same(whole, train(plan, folder=tmp_path, resume=True))
+
+
+# ------------------------------------------------------------------ milliseconds
+
+
+def unsteady(seed: int = 0, call: float = 1e-6) -> Target:
+    """Times that are never the same twice, on a machine that takes so long for one call."""
+    luck = random.Random(seed)
+
+    def seconds(module: nn.Module, example: Any) -> float:
+        sizes = [p.numel() for p in module.parameters() if p.dim() > 1]
+        return (call + sum(1e-7 + 1e-8 * size for size in sizes)) * luck.uniform(0.9, 1.1)
+
+    return Target.of(seconds)
+
+
+@pytest.mark.slow  # every example compresses a network three times
+@pytest.mark.parametrize(
+    ("method", "at"),
+    [
+        *(("energy(form='auto')", 2), ("evbmf", 2), ("nrmf(search=0)", 2), ("nrmf(search=1)", 6)),
+        *(("magnitude", 2), ("magnitude(rounds=2)", 5), ("random", 2), ("group_fisher", 2)),
+        *((STAGES, 3), (STAGES, 6)),
+    ],
+)
+def test_plans_of_unsteady_milliseconds_are_made_again(
+    method: Any, at: int, tmp_path: Path
+) -> None:
+    plan = Train(epochs=1, finetune=1, batch=8, lr=0.01, device="cpu", checkpoint_every=1)
+
+    def compressed(target: Target, **more: Any) -> pliant.Result:
+        torch.manual_seed(0)
+        asked: dict[str, Any] = {"train": plan, "target": target, "strict": False} | more
+        budget = None if method is STAGES else "latency=80%"
+        return pliant.compress(Wide(), data(), method, budget, **asked)
+
+    whole, die = compressed(unsteady()), dying(at, crash)
+    with pytest.raises(Killed):
+        compressed(unsteady(), folder=tmp_path, watch=lambda row: "step" in row and die(row))
+    again = compressed(unsteady(1, call=2e-5), folder=tmp_path, resume=True)
+    assert whole.edits and whole.edits == again.edits
+    assert whole.report.layers == again.report.layers
+    first, second = whole.model.state_dict(), again.model.state_dict()
+    assert [name for name in first if not torch.equal(first[name], second[name])] == []
+
+
+def test_a_damaged_checkpoint_is_refused_before_anything_is_measured(tmp_path: Path) -> None:
+    (tmp_path / checkpoint.NAME).write_bytes(b"no checkpoint")
+    asked: dict[str, Any] = {"train": PLAN, "folder": tmp_path, "resume": True}
+    with pytest.raises(ArtifactError, match="checkpoint"):
+        pliant.compress(Net(), data(), "energy", target=Target.of(lambda *_: 1 / 0), **asked)
 
 
 # ------------------------------------------------------------------ refusals

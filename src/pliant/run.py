@@ -17,6 +17,7 @@ from pliant.data import Data
 from pliant.errors import BudgetError, ModelError, PliantError
 from pliant.latency import Target
 from pliant.latency.clock import Clock
+from pliant.latency.memory import recall_layers, remembered
 from pliant.method import Method
 from pliant.ops.edits import Edit, Replaced, from_json, to_json
 from pliant.ops.optim import carry
@@ -174,6 +175,7 @@ class Run:
             "reasons": dict(self.reasons),
             "generator": self.generator.get_state(),
             "finished": self.finished,
+            "clock": self.clock and remembered(self.clock),
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -200,6 +202,7 @@ class Run:
         self.generator.set_state(saved["generator"])
         self.reasons.clear()
         self.reasons.update(saved["reasons"])
+        recall_layers(self.clock, saved.get("clock"))
 
     def replay(self, edits: Sequence[Edit]) -> None:
         """Apply, with shapes only, those of the edits of a saved run that are still missing.
@@ -211,7 +214,7 @@ class Run:
         if self.edits != list(edits[:done]):
             raise PliantError(
                 "The saved run began with other edits than this one: resume with the same model, "
-                "method, budget, data and seed."
+                "method, budget, data and seed; with a target, the same one, and start(saved=...)."
             )
         for edit in edits[done:]:
             self._edit(edit, weights=False)
@@ -304,8 +307,7 @@ class Run:
 
     def keep(self, layer: str, reason: str) -> None:
         """Record why a layer stays as it is; where times are known, they are the reason."""
-        reason = (self.clock and self.clock.why_not(layer)) or reason
-        self.reasons[layer] = reason
+        self.reasons[layer] = (self.clock and self.clock.why_not(layer)) or reason
 
     def scope(self, key: str, **changes: Any) -> Run:
         """Return a view of this run with a state of its own, for one part of a composed method.
@@ -342,6 +344,7 @@ def start(
     steps: int = 0,
     seed: int = 0,
     target: Target | str | None = None,
+    saved: Mapping[str, Any] | None = None,
 ) -> Run:
     """Begin to compress ``model`` in place, and prepare the method.
 
@@ -355,6 +358,7 @@ def start(
         steps: optimizer steps that your loop will take; methods schedule themselves by it.
         seed: for everything random in the method.
         target: where milliseconds are measured; a latency in the budget needs one.
+        saved: the ``state_dict`` to be loaded next: plans are made of the times measured then.
 
     Raises:
         BudgetError: the budget is malformed, or bounds latency without a target.
@@ -366,7 +370,7 @@ def start(
                 "Counting needs the inputs of one forward call: give example=(inputs,) or data."
             )
         example = data.example()
-    clock = Clock.start(model, example, target) if target else None
+    clock = Clock.start(model, example, target, (saved or {}).get("clock")) if target else None
     dense = cost(model, example)
     run = Run(
         model=model,

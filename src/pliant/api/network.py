@@ -22,6 +22,7 @@ from pliant.compose import Stage, resolve
 from pliant.cost import Example, cost
 from pliant.data import Data, Train, unpack
 from pliant.data.splits import Split
+from pliant.drivers import checkpoint
 from pliant.drivers.check import check_data
 from pliant.drivers.devices import own_randomness
 from pliant.drivers.loop import Watch, evaluate, fit
@@ -239,12 +240,18 @@ class _Task:
             steps=self._steps(train),
             seed=self.seed,
             target=self.target,
+            saved=self._saved() if self.target else None,
         )
         run.observe = self._observe
         entry = entry_of(self.method)
         if entry is not None and entry.family == "lowrank":
             check_reachable(run)
         return run
+
+    def _saved(self) -> dict[str, Any] | None:
+        """Read the run to go on with, if there is one."""
+        found = checkpoint.read(self.folder, {}) if self.resume and self.folder else None
+        return found and found["run"]
 
     def _reference(self, *, control: bool) -> tuple[nn.Module, list[dict[str, Any]]]:
         """The dense network to compare with: as it came, or trained without the method."""

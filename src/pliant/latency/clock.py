@@ -14,6 +14,7 @@ from pliant.budget import Option
 from pliant.cost import Example, LayerCost
 from pliant.errors import BudgetError
 from pliant.latency.compare import Comparison, Timing, compare, interleaved, measure, quiet
+from pliant.latency.memory import name_of, recalled
 from pliant.latency.table import LatencyTable, input_shape, signature
 from pliant.latency.target import Target
 from pliant.math.forms import forms_for, max_ranks
@@ -44,8 +45,7 @@ class Clock:
         layers: for each dense layer looked at: milliseconds before, and after or of the best
             replacement that was measured.
         dense_ms: milliseconds of single layers by their signature, beside the dense network.
-        thin: milliseconds of the network with these layers at their lowest ranks.
-        begun: milliseconds of the network when it was planned, if it had been edited before.
+        weighed: what `weigh` found, by the names of networks and edits; each is measured once.
         final: the dense network against the finished one.
     """
 
@@ -56,16 +56,25 @@ class Clock:
     timing: Timing
     layers: dict[str, tuple[float, float]] = field(default_factory=dict)
     dense_ms: dict[str, float] = field(default_factory=dict)
-    thin: dict[tuple[str, ...], float] = field(default_factory=dict)
-    begun: float | None = None
+    weighed: dict[str, tuple[float, bool]] = field(default_factory=dict)
     final: Comparison | None = None
 
     @classmethod
-    def start(cls, model: nn.Module, example: Example, target: Target | str) -> Clock:
-        """Measure a dense network on a target."""
+    def start(
+        cls,
+        model: nn.Module,
+        example: Example,
+        target: Target | str,
+        saved: Mapping[str, Any] | None = None,
+    ) -> Clock:
+        """Measure a dense network on a target, or recall what was `remembered` of both."""
         target = Target.parse(target) if isinstance(target, str) else target
         dense = copy.deepcopy(model).cpu().eval()
-        return cls(target, dense, example, LatencyTable.of(target), measure(dense, example, target))
+        found = recalled(saved, dense, target) or {
+            "table": LatencyTable.of(target),
+            "timing": measure(dense, example, target),
+        }
+        return cls(target, dense, example, **found)
 
     # ------------------------------------------------------------ prices
 
@@ -175,14 +184,12 @@ class Clock:
             Milliseconds for each parameter of these layers, and for everything else.
         """
         self._calibrate(model, taken)
-        whole = self._whole(model) if edited else self.timing.median_ms
+        whole = self.weigh(model, ())[0] if edited else self.timing.median_ms
         excess = whole - sum(self.of_layer(model, name, cost) for name, cost in taken.items())
         least = {} if self.target.once else self._least(model, taken)
         if not least:
             return 0.0, excess
-        key, edits = tuple(least), list(least.values())
-        if key not in self.thin:
-            self.thin[key], _ = self.weigh(model, edits)
+        thin, _ = self.weigh(model, list(least.values()))
         alone = sum(
             self.measured(model, least[name], cost)
             if name in least
@@ -192,7 +199,7 @@ class Clock:
         fewer = sum(
             cost.params - least[n].predict(cost).params for n, cost in taken.items() if n in least
         )
-        each = (excess - (self.thin[key] - alone)) / max(1, fewer)
+        each = (excess - (thin - alone)) / max(1, fewer)
         return each, excess - each * sum(cost.params for cost in taken.values())
 
     def _least(self, model: nn.Module, taken: Mapping[str, LayerCost]) -> dict[str, Factor]:
@@ -209,12 +216,6 @@ class Clock:
             if edit.predict(taken[name]).params < taken[name].params:
                 found[name] = edit
         return found
-
-    def _whole(self, model: nn.Module) -> float:
-        """Measure a network that was edited before, once."""
-        if self.begun is None:
-            self.begun, _ = self.weigh(model, ())
-        return self.begun
 
     def _against_dense(self, model: nn.Module) -> Comparison:
         return compare(self.dense, model, self.example, self.target)
@@ -233,14 +234,17 @@ class Clock:
     # ------------------------------------------------------------ plans
 
     def weigh(self, model: nn.Module, edits: Sequence[Edit]) -> tuple[float, bool]:
-        """Build a network with edits and measure it whole, in turn with the dense one.
+        """Build a network with edits and measure it whole, in turn with the dense one, once.
 
         Returns:
-            Its milliseconds on the scale of the budget, and whether it is slower than the dense
-            network.
+            Its milliseconds on the scale of the budget, and whether the dense one is faster.
         """
-        found = self._against_dense(built(model, edits))
-        return self.timing.median_ms / found.speedup, found.verdict == "slower"
+        key = name_of(model, edits)
+        if key not in self.weighed:
+            found = self._against_dense(built(model, edits))
+            took = self.timing.median_ms / found.speedup
+            self.weighed[key] = took, found.verdict == "slower"
+        return self.weighed[key]
 
     def missed(self, limit: float, best: float) -> BudgetError:
         """Return the refusal of a latency that the fastest network measured does not keep."""
@@ -359,22 +363,18 @@ class Clock:
         The scale is that of the first measurement, to which the budget refers.
         """
         final = self.finish(model)
-        return _scaled(final.a, self.timing.median_ms), self._of_second(final)
+        return final.a.scaled(self.timing.median_ms), self._of_second(final)
 
     def beside(self, model: nn.Module) -> Timing:
         """Return the time of another network, measured in turn with the dense one, on its scale."""
         return self._of_second(self._against_dense(model))
 
     def _of_second(self, found: Comparison) -> Timing:
-        return _scaled(found.b, self.timing.median_ms / found.speedup)
+        return found.b.scaled(self.timing.median_ms / found.speedup)
 
     def least(self, model: nn.Module) -> float:
         """Return the milliseconds of the finished network at the fast end of what is certain."""
         return self.timing.median_ms / max(self.finish(model).high, self.finish(model).speedup)
-
-
-def _scaled(side: Timing, ms: float) -> Timing:
-    return Timing(ms, ms * side.spread_ms / side.median_ms, side.repeats)
 
 
 def _edited(layer: nn.Module, edit: Edit) -> nn.Module:

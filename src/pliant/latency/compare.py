@@ -43,6 +43,10 @@ class Timing:
     def __str__(self) -> str:
         return f"{self.median_ms:.3g} ± {self.spread_ms:.2g} ms"
 
+    def scaled(self, ms: float) -> Timing:
+        """Return the same with another middle, and a spread in proportion."""
+        return Timing(ms, ms * self.spread_ms / self.median_ms, self.repeats)
+
 
 @dataclass(frozen=True)
 class Comparison:
