@@ -3,7 +3,7 @@
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +22,31 @@ from pliant.run import start
 
 Settings = Mapping[str, Any]
 Watch = Callable[[dict[str, Any]], None]
-BASE, ELASTIC, APART = "base", "elastic", "apart"
+BASE = "base"
+PAIRS = {"elastic": "apart", "elastic, taught": "apart, taught"}  # one training, and eight
 
 
 def cells(settings: Settings) -> list[Cell]:
-    """List the dense network, the elastic one and the separate ones."""
+    """List the dense network, the elastic ones and the separate ones."""
     shared = tasks.plan(settings)
-    train = asdict(Train(epochs=settings["epochs"], **settings["train"]))
-    spec = f"elastic(sizes={settings['sizes']}, smallest={settings['smallest']})"
     rows = [Cell({"rival": BASE}, shared)]
     for seed in settings["seeds"]:
-        plan = {**shared, "train": train, "budget": settings["budget"]}
-        method = {"method": plain(resolve(spec)), "budgets": budgets(settings)}
-        rows.append(Cell({"rival": ELASTIC, "seed": seed}, {**plan, **method}))
-        for budget in budgets(settings):
-            key = {"rival": APART, "budget": budget, "seed": seed}
-            own = {"method": plain(resolve(settings["rival"])), "budget": budget}
-            rows.append(Cell(key, {**plan, **own}))
+        for name, taught in zip(PAIRS, (False, True), strict=True):
+            train = Train(epochs=settings["epochs"], **settings["train"])
+            spec = f"elastic(sizes={settings['sizes']}, smallest={settings['smallest']}"
+            spec += ', learn_from="dense")' if taught else ")"
+            method = {"method": plain(resolve(spec)), "budgets": budgets(settings)}
+            plan = {**shared, "train": asdict(train), "budget": settings["budget"]}
+            rows.append(Cell({"rival": name, "seed": seed}, {**plan, **method}))
+            train = replace(train, distill=settings["distill"] if taught else 0.0)
+            own = {"train": asdict(train), "method": plain(resolve(settings["rival"]))}
+            rows += [
+                Cell(
+                    {"rival": PAIRS[name], "budget": budget, "seed": seed},
+                    {**plan, **own, "budget": budget},
+                )
+                for budget in budgets(settings)
+            ]
     return rows
 
 
@@ -57,9 +65,9 @@ def measure(cell: Cell, watch: Watch) -> dict[str, Any]:
         return scored(model, data)
     train, method = Train(**plan["train"]), construct(**plan["method"])
     seed = cell.key["seed"]
-    if cell.key["rival"] == APART:
-        budget = {"params": plan["budget"]}
-        return compress(model, data, method, budget, train, seed=seed, watch=watch)
+    if cell.key["rival"] not in PAIRS:
+        budget, teacher = {"params": plan["budget"]}, tasks.base(plan) if train.distill else None
+        return compress(model, data, method, budget, train, seed=seed, teacher=teacher, watch=watch)
     began = time.monotonic()
     steps = train.steps(data.steps(train.batch))
     run = start(model, method, Budget(params=plan["budget"]), data=data, steps=steps, seed=seed)
@@ -84,15 +92,15 @@ def _cut(path: Path, plan: Mapping[str, Any], share: float, data: Data) -> dict[
 def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
     """Say how far each size is behind its own training, and what all of them cost."""
     asked, rows = settings["claims"], []
-    for budget in budgets(settings):
-        one, other = _accuracies(settings, cells, budget)
-        gap = 100 * (other - one) if one is not None and other is not None else None
-        text = f"At {budget:.0%} of the parameters, elastic is behind a training of its own by"
-        rows.append(claim(text, gap, "<=", asked["gap"], "points"))
-    for name, what in (("steps", "optimizer steps"), ("seconds", "seconds")):
-        spent = _spent(settings, cells, name)
-        text = f"Share of the {what} of {settings['sizes']} trainings that one elastic one takes"
-        rows.append(claim(text, spent, "<=", asked[name], "x"))
+    for name in PAIRS:
+        for budget in budgets(settings):
+            one, other = _accuracies(cells, name, budget)
+            gap = 100 * (other - one) if one is not None and other is not None else None
+            text = f"{name}: at {budget:.0%} of the parameters behind a training of its own by"
+            rows.append(claim(text, gap, "<=", asked["gap"], "points"))
+        for kind, what in (("steps", "optimizer steps"), ("seconds", "seconds")):
+            text = f"{name}: share of the {what} of {settings['sizes']} trainings that one takes"
+            rows.append(claim(text, _spent(settings, cells, name, kind), "<=", asked[kind], "x"))
     return rows
 
 
@@ -100,48 +108,50 @@ def summary(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
     """Give mean accuracies by size."""
     rows = []
     for budget in budgets(settings):
-        one, other = _accuracies(settings, cells, budget)
-        rows.append({"budget": budget, ELASTIC: one, APART: other})
+        row: dict[str, Any] = {"budget": budget}
+        for name, apart in PAIRS.items():
+            row[name], row[apart] = _accuracies(cells, name, budget)
+        rows.append(row)
     return rows
 
 
 def tables(settings: Settings, cells: Cells) -> list[Table]:
-    """Give the curve of both."""
+    """Give the curves."""
     head = ["parameters allowed", "elastic: parameters", "accuracy, %", "load, ms"]
     head += ["apart: parameters", "accuracy, %"]
-    rows = []
-    for budget in budgets(settings):
-        sizes, apart = _sizes(cells, budget), {"rival": APART, "budget": budget}
-        rows.append(
-            [
-                f"{budget:.0%}",
-                f"{mean([row['params'] for row in sizes]) or 0:,.0f}",
-                plus_minus([100 * row["accuracy"] for row in sizes]),
-                f"{mean([row['load_ms'] for row in sizes]) or 0:.0f}",
-                f"{mean(values(cells, 'params', **apart)) or 0:,.0f}",
-                plus_minus([100 * each for each in values(cells, "accuracy", **apart)]),
-            ]
-        )
     dense = plus_minus([100 * each for each in values(cells, "accuracy", rival=BASE)])
-    took = [mean(values(cells, "seconds", rival=rival)) or 0 for rival in (ELASTIC, APART)]
-    title = f"Dense: {dense}; one elastic training {took[0]:.0f} s, each of the others"
-    return [Table(f"{title} {took[1]:.0f} s", head, rows)]
+    found = []
+    for name, apart in PAIRS.items():
+        rows = [_row(cells, name, apart, budget) for budget in budgets(settings)]
+        took = [mean(values(cells, "seconds", rival=rival)) or 0 for rival in (name, apart)]
+        title = f"{name}: one training {took[0]:.0f} s, each of the others {took[1]:.0f} s"
+        found.append(Table(f"{title} (dense: {dense})", head, rows))
+    return found
 
 
-def _sizes(cells: Cells, budget: float) -> list[dict[str, Any]]:
-    found = [cell["values"]["sizes"] for cell in pick(cells, rival=ELASTIC)]
+def _row(cells: Cells, name: str, apart: str, budget: float) -> list[str]:
+    sizes, own = _sizes(cells, name, budget), {"rival": apart, "budget": budget}
+    return [
+        f"{budget:.0%}",
+        f"{mean([row['params'] for row in sizes]) or 0:,.0f}",
+        plus_minus([100 * row["accuracy"] for row in sizes]),
+        f"{mean([row['load_ms'] for row in sizes]) or 0:.0f}",
+        f"{mean(values(cells, 'params', **own)) or 0:,.0f}",
+        plus_minus([100 * each for each in values(cells, "accuracy", **own)]),
+    ]
+
+
+def _sizes(cells: Cells, name: str, budget: float) -> list[dict[str, Any]]:
+    found = [cell["values"]["sizes"] for cell in pick(cells, rival=name)]
     return [row for rows in found for row in rows if row["budget"] == budget]
 
 
-def _accuracies(
-    settings: Settings, cells: Cells, budget: float
-) -> tuple[float | None, float | None]:
-    one = mean([row["accuracy"] for row in _sizes(cells, budget)])
-    return one, mean(values(cells, "accuracy", rival=APART, budget=budget))
+def _accuracies(cells: Cells, name: str, budget: float) -> tuple[float | None, float | None]:
+    one = mean([row["accuracy"] for row in _sizes(cells, name, budget)])
+    return one, mean(values(cells, "accuracy", rival=PAIRS[name], budget=budget))
 
 
-def _spent(settings: Settings, cells: Cells, name: str) -> float | None:
-    one = values(cells, name, rival=ELASTIC)
-    others = values(cells, name, rival=APART)
+def _spent(settings: Settings, cells: Cells, name: str, kind: str) -> float | None:
+    one, others = (values(cells, kind, rival=rival) for rival in (name, PAIRS[name]))
     whole = len(others) == settings["sizes"] * len(settings["seeds"])
     return sum(one) / sum(others) if one and whole else None

@@ -17,6 +17,7 @@ from pliant.drivers.loop import evaluate
 from pliant.elastic import choose, cuttable, of_size, shrink, weights_at
 from pliant.errors import BudgetError, EditError
 from pliant.latency import Target
+from pliant.math.distill import divergence
 from pliant.math.forms import compose
 from pliant.math.metric import Metric
 from pliant.math.nested import cut, nested, ordered
@@ -113,6 +114,21 @@ def one_step_teaches_three_sizes() -> None:
     edit = next(edit for edit in run.edits if isinstance(edit, Nest))
     gradient = run.model.get_submodule(edit.layer)[0].weight.grad  # type: ignore[index]
     assert gradient[: edit.at(2)[0]].abs().sum() > 0 and not gradient[edit.at(1)[0] :].any()
+
+
+def the_dense_network_can_teach_all_sizes() -> None:
+    """The largest half from the labels, half from the dense network; the smallest from it alone."""
+    model, method = network(), Elastic(sizes=2, samples=0, learn_from="dense")
+    dense = copy.deepcopy(model).eval()
+    run = start(model, method, Budget(params=0.7), data=images(), steps=1)
+    x, y = torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
+    output, aim = run.model(x), dense(x).detach()
+    small = torch.func.functional_call(run.model, weights_at(run.model, run.edits, 1), (x,))
+    task = nn.functional.cross_entropy(output, y)
+    wanted = (task + divergence(output, aim, 4.0)) / 2 + divergence(small, aim, 1.0)
+    assert torch.allclose(run.loss(task, output, (x, y)), wanted)
+    run.close()
+    assert not run.handles
 
 
 def every_size_comes_out_of_the_file() -> None:
@@ -212,13 +228,17 @@ CASES = [
     Case(
         "elastic",
         spec="elastic(sizes=3, samples=16)",
-        variants=('elastic(sizes=2, form="tucker2", samples=0)',),
+        variants=(
+            'elastic(sizes=2, form="tucker2", samples=0)',
+            'elastic(sizes=2, learn_from="dense", samples=16)',
+        ),
         own=(
             first_components_are_the_best_of_their_rank,
             order_is_that_of_the_outputs,
             the_smallest_size_loses_least,
             sizes_must_fall,
             one_step_teaches_three_sizes,
+            the_dense_network_can_teach_all_sizes,
             every_size_comes_out_of_the_file,
             the_report_measures_every_size,
             sizes_are_cut_before_anything_else_is_done,

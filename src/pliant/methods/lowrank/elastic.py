@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -24,15 +24,18 @@ from pliant.math.distill import divergence
 from pliant.math.forms import FORMS
 from pliant.math.nested import nested
 from pliant.method import Method
+from pliant.ops.aside import Teacher, held
 from pliant.ops.edits import Factor, Nest, Settle
 from pliant.ops.lowrank import options
 from pliant.ops.outputs import logits
 from pliant.registry import Paper, register
 from pliant.run import Run
 
+LearnFrom = Literal["largest", "dense"]
 Plan = dict[str, Factor]
 AXES = ("params", "macs", "bytes")
 MOST = 64  # sizes: each costs a plan, a calibration and a row in every table
+SOFT = 4.0  # temperature at which the largest size copies the dense network
 SETTLING, BATCH = 2048, 256  # samples from which batch norms are re-estimated, for each size
 
 
@@ -54,8 +57,10 @@ class Elastic(Method):
     Layers become rows of factors in order of importance, at the ranks of the largest size, which
     is what the budget allows. In every step the largest, the smallest and ``between`` random
     sizes look at the batch (the sandwich rule); the largest learns from the labels, the others
-    from its outputs (in-place distillation). Batch norms are re-estimated for every size at the
-    end and kept in a table each. ``pliant.load(path, at=...)`` then cuts a size from the file.
+    from its outputs (in-place distillation). With ``learn_from="dense"`` all of them learn from
+    the network as it came, the largest from the labels too: for networks that come trained.
+    Batch norms are re-estimated for every size at the end and kept in a table each.
+    ``pliant.load(path, at=...)`` then cuts a size from the file.
 
     A layer has factors at every size or at none: whether it has is planned at the smallest. The
     training is that of ``Train(epochs=...)``; a plain fine-tuning afterwards sees one size only.
@@ -73,6 +78,7 @@ class Elastic(Method):
     smallest: float = 0.25  # of the budget; the next that can be reached if it is out of reach
     largest: float = 0.75  # share of the parameters that is the largest size without a budget
     between: int = 1  # random sizes in a step, beside the largest and the smallest
+    learn_from: LearnFrom = "largest"  # whose outputs are copied; "dense" needs a trained network
     form: Form = "auto"  # of the factors; "auto" takes the best per layer
     samples: int = 1024  # training inputs to look at; 0 looks at weights only
     only: tuple[str, ...] = ()  # name patterns of the layers to consider
@@ -81,6 +87,8 @@ class Elastic(Method):
     def prepare(self, run: Run) -> None:
         """Plan every size and build the largest."""
         self._check()
+        if self.learn_from == "dense":
+            run.hook(Teacher(run.model))
         layers = subjects(run, self.only, self.exclude)
         norms = [name for name, module in run.model.named_modules() if _has_statistics(module)]
         run.apply(*(Settle(name, self.sizes) for name in norms))
@@ -96,8 +104,11 @@ class Elastic(Method):
         run.hook(hook)
 
     def loss(self, run: Run, loss: Tensor, output: Any, batch: Any) -> Tensor:
-        """Add what smaller sizes are away from the largest."""
+        """Add what sizes are away from the largest one, or from the dense network."""
         inputs, target = unpack(batch)[0], logits(output).detach()
+        if self.learn_from == "dense":
+            target = held(run.handles, run.path, Teacher).scores(inputs, target.device)
+            loss = (loss + divergence(logits(output).float(), target.float(), SOFT)) / 2
         args, names = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
         for size in self._sampled(run):
             with _precision(run, target.device.type):
