@@ -33,6 +33,7 @@ def cells(settings: Settings) -> list[Cell]:
         for target in settings["targets"]
         for layer in settings["layers"]
         for batch in layer["batches"]
+        if batch in settings["targets"][target]
     ]
 
 
