@@ -11,7 +11,7 @@ from tests import browser
 from tests.reports import resnet20
 
 CHROMIUM = browser.find()
-FIGURES = 6
+FIGURES = 7
 GRAPHS = "[...document.querySelectorAll('.graph')]"
 SPECTRUM = "document.querySelector('[data-figure=figure-spectrum]')"
 
@@ -116,4 +116,4 @@ def test_a_bare_report_opens(page: browser.Page, tmp_path: Path) -> None:
     path = tmp_path / "bare.html"
     path.write_text(html(resnet20(history=(), seconds={}, layers=(), budget={})), encoding="utf-8")
     page.open(path)
-    assert drawn(page) == 1
+    assert drawn(page) == 2  # costs, and accuracy against them
