@@ -26,10 +26,11 @@ python -m bench list             # the names
 Data is read from the folder named by `PLIANT_DATA`, which holds `cifar10-jpeg/` (train.parquet and
 test.parquet) and `pretrained/`. Means are given with the standard deviation over seeds.
 
-Read with care: the settings of chain (ranks and bits), elastic (the dense teacher), distill (a fifth) and
-train-cheaper (a short search) were changed after their scores on the test images had been seen, so these
-are not held-out results. In elastic the seconds of the labels' row are void: that training was stopped
-while other times were taken. In fast-layers "lose no more" is the planner's bound, loose for Tucker-2.
+Read with care: the settings of chain (ranks and bits), elastic (the dense teacher), distill (a
+fifth) and train-cheaper (a short search) were changed after their scores on the test images had
+been seen, so these are not held-out results. In elastic the seconds of the labels' row are void:
+that training was stopped while other times were taken. In fast-layers "lose no more" is the
+planner's bound, loose for Tucker-2.
 """
 
 
