@@ -112,11 +112,15 @@ def whiten(block: Tensor, metric: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     Returns the block and the metric in the new basis, and the root L (P, P) with which a first
     layer A of the old basis is A L in the new one.
     """
-    columns, positions = block.shape[1:]
-    root = torch.linalg.cholesky(channel_moments(metric, positions))
+    root = whitening(metric, block.shape[2])
     half = _solved(root, metric)
     white = _solved(root, half.T)
     return mix_inputs(block, root), (white + white.T) / 2, root
+
+
+def whitening(metric: Tensor, positions: int) -> Tensor:
+    """Return the root L (P, P) of the moments (P*K, P*K) summed over the K positions."""
+    return torch.linalg.cholesky(channel_moments(metric, positions))
 
 
 def mix_inputs(weight: Tensor, matrix: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from pliant.budget import Option
 from pliant.cost import LayerCost
 from pliant.math import forms
 from pliant.math.metric import Metric
-from pliant.math.moments import dampen, whiten
+from pliant.math.moments import mix_inputs, whitening
 from pliant.math.svd import spectrum
 from pliant.ops.edits import Factor
 from pliant.ops.layers import Factorizable
@@ -36,7 +36,7 @@ def losses(weight: Tensor, form: str, metric: Metric | None = None) -> list[Tens
         return [_tail(_output_energies(weight, metric))]
     block = forms.blocks(weight, form)
     if metric is not None:
-        block = whiten(block.double(), dampen(metric.inputs.double()))[0].float()
+        block = mix_inputs(block.double(), whitening(metric.damped, block.shape[2])).float()
     modes = (1, 0) if form == "tucker2" else (1,)
     return [_tail(spectrum(block, mode).double().square()) for mode in modes]
 
@@ -51,7 +51,7 @@ def _output_energies(weight: Tensor, metric: Metric | None) -> Tensor:
     if metric is None:
         return spectrum(weight, 0).double().square()
     flat = weight.flatten(1).double()
-    seen = flat @ dampen(metric.inputs.double()) @ flat.T
+    seen = flat @ metric.damped @ flat.T
     return torch.linalg.eigvalsh(seen).flip(0).clamp_min(0)
 
 
