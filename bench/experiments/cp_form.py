@@ -1,4 +1,4 @@
-"""Measures CP rows of four convolutions beside the forms that Pliant chooses from, at equal error.
+"""Measures CP rows of three convolutions beside the forms that Pliant chooses from, at equal error.
 
 Kernels are those of a trained network: random ones have no CP structure to find.
 """
@@ -7,7 +7,6 @@ import statistics
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import numpy as np
 import tensorly
 import torch
 from tensorly.decomposition import parafac
@@ -15,8 +14,9 @@ from torch import Tensor, nn
 
 from bench import tasks
 from bench.claim import claim
-from bench.experiments import Cell, Cells, Table, pick, values
+from bench.experiments import Cell, Cells, Table
 from bench.experiments.fast_layers import candidates, loss_of, plain_edit, table_of
+from bench.stats import median
 from pliant.cost import LayerCost, layer_costs
 from pliant.latency import Target
 from pliant.latency.compare import compared, interleaved
@@ -32,18 +32,14 @@ SWEEPS = 60
 
 
 def cells(settings: Settings) -> list[Cell]:
-    """List every layer on every target."""
-    shared = {**tasks.plan(settings), "share": settings["share"]}
-    plan = {**shared, "finalists": settings["finalists"]}
-    return [
-        Cell({"target": target, "layer": layer}, plan)
-        for target in settings["targets"]
-        for layer in settings["layers"]
-    ]
+    """List every layer."""
+    names = ("share", "finalists", "targets")
+    plan = {**tasks.plan(settings), **{name: settings[name] for name in names}}
+    return [Cell({"layer": layer}, plan) for layer in settings["layers"]]
 
 
 def measure(cell: Cell, watch: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
-    """Find the CP rank of equal error, then measure it in turn with Tucker-2 and the choice."""
+    """Find the CP rank of equal error, then measure it in turn with the choice on each target."""
     plan, name = cell.plan, cell.key["layer"]
     model, data = tasks.base(plan, watch), tasks.data_of(plan)
     layer, cost = model.get_submodule(name), layer_costs(model, data.example())[name]
@@ -51,12 +47,23 @@ def measure(cell: Cell, watch: Callable[[dict[str, Any]], None]) -> dict[str, An
     before = plain_edit(layer, plan["share"])
     error = error_of(layer.weight, before)
     rank, reached = cp_rank(layer.weight.detach(), error)
-    target = Target.parse(cell.key["target"])
+    return {
+        "kernel": list(layer.weight.shape),
+        "error": round(error, 4),
+        "cp_rank": rank,
+        "cp_error": round(reached, 4),
+        "cp_macs": round(cost.macs / cp_macs(layer, rank, cost), 3),
+        "times": {text: _timed(text, layer, cost, before, rank, plan) for text in plan["targets"]},
+    }
+
+
+def _timed(
+    text: str, layer: nn.Conv2d, cost: LayerCost, before: Factor, rank: int, plan: Settings
+) -> dict[str, Any]:
+    target = Target.parse(text)
     shape = (target.batch, *cost.input)
-    rows = candidates(table_of(target), layer, cost, loss_of(layer.weight, before), shape)[
-        : plan["finalists"]
-    ]
-    edits = [before, *(row.edit for row in rows)]
+    rows = candidates(table_of(target), layer, cost, loss_of(layer.weight, before), shape)
+    edits = [before, *(row.edit for row in rows[: plan["finalists"]])]
     modules = [layer, cp_row(layer, rank)]
     modules += [factorized(layer, edit.form, edit.ranks) for edit in edits]
     times = interleaved([target.layer_sampler(m, (torch.ones(shape),)) for m in modules], target)
@@ -64,10 +71,6 @@ def measure(cell: Cell, watch: Callable[[dict[str, Any]], None]) -> dict[str, An
     chosen = edits[best - 2]
     return {
         "dense": round(1000 * statistics.median(times[0]), 4),
-        "error": round(error, 4),
-        "cp_rank": rank,
-        "cp_error": round(reached, 4),
-        "cp_macs": round(cost.macs / cp_macs(layer, rank, cost), 3),
         "cp_speed": round(compared(times[0], times[1]).speedup, 3),
         "chosen": f"{chosen.form} {'/'.join(map(str, chosen.ranks))}",
         "chosen_error": round(error_of(layer.weight, chosen), 4),
@@ -80,10 +83,7 @@ def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
     """Say that leaving CP out costs no time anywhere."""
     rows = []
     for target in settings["targets"]:
-        found = [
-            c["values"]["cp_speed"] / c["values"]["chosen_speed"]
-            for c in pick(cells, target=target)
-        ]
+        found = [row["cp_speed"] / row["chosen_speed"] for row in _times(cells, target)]
         whole = max(found) if len(found) == len(settings["layers"]) else None
         text = f"Speed of CP over that of the chosen form at equal error, the most on {target}"
         rows.append(claim(text, whole, "<=", 1, "x"))
@@ -95,8 +95,8 @@ def summary(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
     return [
         {"target": target}
         | {
-            name: statistics.median(values(cells, name, target=target) or [float("nan")])
-            for name in ("cp_macs", "cp_speed", "chosen_macs", "chosen_speed")
+            name: median([row[name] for row in _times(cells, target)])
+            for name in ("cp_speed", "chosen_macs", "chosen_speed")
         }
         for target in settings["targets"]
     ]
@@ -106,19 +106,24 @@ def tables(settings: Settings, cells: Cells) -> list[Table]:
     """Give one row per layer."""
     head = ["layer", "dense, ms", "error", "CP rank", "error", "MACs", "speed"]
     head += ["chosen", "error", "MACs", "speed"]
+    title = "CP beside the chosen form, at the error of Tucker-2 at a quarter"
     return [
-        Table(f"{target}: CP beside the chosen form, at the error of Tucker-2 at a quarter", head, [
-            _row(cell["key"], cell["values"]) for cell in pick(cells, target=target)
-        ])
+        Table(f"{target}: {title}", head, [_row(c, target) for c in cells if c["values"]])
         for target in settings["targets"]
-    ]  # fmt: skip
+    ]
 
 
-def _row(key: Mapping[str, Any], v: Mapping[str, Any]) -> list[str]:
-    cp = [f"{v['cp_error']:.3f}", f"{v['cp_macs']:.2f}", f"{v['cp_speed']:.2f}"]
-    own = [f"{v['chosen_error']:.3f}", f"{v['chosen_macs']:.2f}", f"{v['chosen_speed']:.2f}"]
-    first = [key["layer"], f"{v['dense']:.3g}", f"{v['error']:.3f}"]
-    return [*first, str(v["cp_rank"]), *cp, v["chosen"], *own]
+def _times(cells: Cells, target: str) -> list[dict[str, Any]]:
+    return [c["values"]["times"][target] for c in cells if c["values"]]
+
+
+def _row(cell: Mapping[str, Any], target: str) -> list[str]:
+    v, own = cell["values"], cell["values"]["times"][target]
+    size = "×".join(map(str, v["kernel"]))
+    first = [f"{cell['key']['layer']}, {size}", f"{own['dense']:.3g}", f"{v['error']:.3f}"]
+    cp = [f"{v['cp_error']:.3f}", f"{v['cp_macs']:.2f}", f"{own['cp_speed']:.2f}"]
+    best = [f"{own['chosen_error']:.3f}", f"{own['chosen_macs']:.2f}", f"{own['chosen_speed']:.2f}"]
+    return [*first, str(v["cp_rank"]), *cp, own["chosen"], *best]
 
 
 # ---------------------------------------------------------------- CP
@@ -135,32 +140,32 @@ def cp_rank(weight: Tensor, error: float) -> tuple[int, float]:
 
     If none of them does, the largest: its error then says by how much it failed.
     """
-    kernel = weight.double().numpy()
-    low, high = (max(1, round(share * max(kernel.shape))) for share in SHARES)
-    reached = cp_error(kernel, high)
+    low, high = (max(1, round(share * max(weight.shape))) for share in SHARES)
+    reached = cp_error(weight, high)
     for _ in range(TRIES if reached <= error else 0):
         middle = round((low * high) ** 0.5)
-        if (found := cp_error(kernel, middle)) <= error:
+        if (found := cp_error(weight, middle)) <= error:
             high, reached = middle, found
         else:
             low = middle
     return high, reached
 
 
-def cp_error(kernel: np.ndarray, rank: int) -> float:
+def cp_error(weight: Tensor, rank: int) -> float:
     """Return the squared error of alternating least squares, relative to the kernel's energy."""
-    parts = parafac(kernel, rank, n_iter_max=SWEEPS, tol=1e-5, init="random", random_state=0)
-    rest = kernel - tensorly.cp_to_tensor(parts)
+    kernel = weight.flatten(2).float()
+    with tensorly.backend_context("pytorch"):
+        parts = parafac(kernel, rank, n_iter_max=SWEEPS, tol=1e-5, init="random", random_state=0)
+        rest = kernel - tensorly.cp_to_tensor(parts)
     return float((rest**2).sum() / (kernel**2).sum())
 
 
 def cp_row(layer: nn.Conv2d, rank: int) -> nn.Sequential:
-    """Build the row of a CP kernel: 1x1, two depthwise ones along the axes, 1x1."""
-    (high, wide), (down, right), (top, left) = layer.kernel_size, layer.stride, layer.padding  # type: ignore[misc]
+    """Build the row of a CP kernel: 1x1, depthwise, 1x1."""
+    size, stride, padding = layer.kernel_size, layer.stride, layer.padding
     return nn.Sequential(
         nn.Conv2d(layer.in_channels, rank, 1, bias=False),
-        nn.Conv2d(rank, rank, (high, 1), (down, 1), (top, 0), groups=rank, bias=False),
-        nn.Conv2d(rank, rank, (1, wide), (1, right), (0, left), groups=rank, bias=False),
+        nn.Conv2d(rank, rank, size, stride, padding, groups=rank, bias=False),  # type: ignore[arg-type]
         nn.Conv2d(rank, layer.out_channels, 1, bias=layer.bias is not None),
     )
 
