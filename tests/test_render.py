@@ -2,6 +2,7 @@
 
 import json
 import re
+from base64 import b64decode
 from html.parser import HTMLParser
 from typing import Any
 from xml.etree import ElementTree
@@ -11,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pliant.errors import PliantError
+from pliant.ops.genotype import Genotype
 from pliant.registry import Entry, Paper
 from pliant.render import table, words
 from pliant.render.figures import plots
@@ -232,6 +234,17 @@ def test_page_is_one_accessible_file() -> None:
     identifiers = [a["id"] for _, a in seen.tags if "id" in a]
     assert len(identifiers) == len(set(identifiers))
     assert all(a["aria-labelledby"] in identifiers for _, a in seen.tags if "aria-labelledby" in a)
+
+
+def test_page_draws_the_cells_that_a_search_ended_with() -> None:
+    first, last = (Genotype.of(((op, 0), (op, 1))) for op in ("skip_connect", "sep_conv_3x3"))
+    rows = tuple(
+        {"step": n, "epoch": n, "genotype": g.plain()} for n, g in enumerate((first, last))
+    )
+    images = [a for tag, a in read(html(resnet20(history=rows))).tags if tag == "img"]
+    drawn = b64decode(images[0]["src"].removeprefix("data:image/svg+xml;base64,")).decode()
+    assert len(images) == 1 and images[0]["alt"]
+    assert "sep_conv_3x3" in drawn and "skip_connect" not in drawn
 
 
 def test_page_has_every_layer_and_every_fact() -> None:

@@ -1,5 +1,6 @@
 """A report as one HTML file that opens without a network."""
 
+from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib.resources import files
@@ -7,9 +8,11 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
+from pliant.ops.genotype import Genotype
 from pliant.render import words
 from pliant.render.canvas import Plot
 from pliant.render.figures import plots
+from pliant.render.genotype import genotype_svg
 from pliant.result import LayerRow, Report
 
 # Whatever a report holds, a browser loads and sends nothing for this page.
@@ -59,6 +62,7 @@ def html(report: Report) -> str:
 {_section(drawn["spectrum"])}
 {_section(drawn["ranks"])}
 {_section(drawn["training"])}
+{_cells_found(report)}
 {_layers(report, drawn["layers"])}
 {_method(report)}
 {_run(report, drawn["stages"])}
@@ -160,6 +164,21 @@ def _stages(report: Report, plot: Plot | None) -> str:
         for row in words.stages(report)
     )
     return _section(plot, _table("The network after each stage", names, body))
+
+
+def _cells_found(report: Report) -> str:
+    """Draw the cells that an architecture search ended with; nothing without one."""
+    found = [row["genotype"] for row in report.history if "genotype" in row]
+    if not found:
+        return ""
+    drawn = genotype_svg(Genotype.from_plain(found[-1]), "Cells found by the search")
+    # As an image, so that its styles stay its own.
+    source = f"data:image/svg+xml;base64,{b64encode(drawn.encode()).decode()}"
+    return (
+        '<section aria-labelledby="head-genotype"><h2 id="head-genotype">Architecture</h2>'
+        '<p class="caption">A box per node, a row per edge with its operation.</p>'
+        f'<img class="wide" alt="The cells that were found" src="{source}"></section>'
+    )
 
 
 def _layers(report: Report, plot: Plot) -> str:
