@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,11 +11,13 @@ import torch
 from pliant.errors import MethodError
 from pliant.factorize import Form, Layers, factorize, look, note_spectra, plan, subjects
 from pliant.math.forms import form_params
+from pliant.math.metric import Metric
 from pliant.math.norms import penalty_gradient
 from pliant.math.prox import shrink
 from pliant.math.rank import energy_rank
 from pliant.math.svd import spectrum
 from pliant.method import Method
+from pliant.ops.edits import Factor
 from pliant.ops.lowrank import lost_at
 from pliant.registry import Paper, register
 from pliant.run import Run
@@ -48,6 +51,10 @@ class NRMF(Method):
     Every shrinkage is the proximal step of what ``interval`` steps of the penalty would do: its
     threshold is tau = alpha * lr * k, in the unit of the singular values (``soft``), of the
     largest of them (``relative``) or of their root mean square (``reweighted``).
+
+    A fixed strength adds up: it suits searches of some ten steps. For one of hundreds take
+    ``alpha=None``, which raises and lowers it so that the ranks reach the budget as the search
+    ends.
 
     With ``early`` a layer is factorized as soon as the ranks that the whole network's plan gives
     it hold the share p of its energy, and trains on in its factors, with its momentum: a step
@@ -122,21 +129,29 @@ class NRMF(Method):
             self._factorize(run)
 
     def _factorize_ready(self, run: Run) -> None:
-        """Factorize the layers that lose next to nothing at the ranks they are to have."""
+        """Factorize the layers that lose next to nothing at the ranks they are to have.
+
+        The weights alone say cheaply whether there may be any; then the data's plan decides.
+        """
         layers = self._layers(run)
-        if not layers:
+        if not layers or not self._ready(run, layers, {}):
             return
-        ready = [
-            edit
-            for edit in plan(run, layers, self.form, {}, self.p)
-            if lost_at(layers[edit.layer].weight, edit.form, edit.ranks) <= 1 - self.p
-        ]
+        seen = look(run, layers, self.samples)
+        ready = self._ready(run, layers, seen)
         if ready:
             names = [edit.layer for edit in ready]
             own = {name: layers[name] for name in names}
-            factorize(run, ready, own, {}, recalibrate=False)
+            factorize(run, ready, own, seen, recalibrate=False)
             run.state["layers"] = [name for name in layers if name not in names]
             run.note(factorized=names)
+
+    def _ready(self, run: Run, layers: Layers, seen: Mapping[str, Metric]) -> list[Factor]:
+        """The edits of the plan that keep the share p of their layer's energy."""
+        return [
+            edit
+            for edit in plan(run, layers, self.form, seen, self.p)
+            if lost_at(layers[edit.layer].weight, edit.form, edit.ranks) <= 1 - self.p
+        ]
 
     def _factorize(self, run: Run) -> None:
         layers = self._layers(run)
