@@ -291,11 +291,17 @@ def _soft(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
 
 
 def _drop(cells: Cells, task: str, rival: str) -> float | None:
-    """Accuracy lost at the last fading whose factor was above 0 in softer pruning."""
-    fadings = {c["key"]["rival"]: c["values"].get("fadings", []) for c in pick(cells, task=task)}
-    steps = [row["step"] for row in fadings.get("asrfp", []) if 0 < row["alpha"] < 1]
-    at = [row for row in fadings.get(rival, []) if steps and row["step"] == steps[-1]]
-    return at[0]["before"] - at[0]["after"] if at else None
+    """Accuracy lost at the last fading whose factor was above 0 in softer pruning, on average."""
+    softer = _seen(cells, task, "asrfp")[:1]
+    last = [row["step"] for rows in softer for row in rows if 0 < row["alpha"] < 1][-1:]
+    at = [row for rows in _seen(cells, task, rival) for row in rows if row["step"] in last]
+    return mean([row["before"] - row["after"] for row in at])
+
+
+def _seen(cells: Cells, task: str, rival: str) -> list[list[dict[str, Any]]]:
+    """The fadings of a rival, a list per seed."""
+    found = pick(cells, task=task, rival=rival)
+    return [c["values"]["fadings"] for c in found if c["values"].get("fadings")]
 
 
 def _table(cells: Cells, task: str, asked: Mapping[str, Any]) -> Table:
@@ -310,25 +316,21 @@ def _table(cells: Cells, task: str, asked: Mapping[str, Any]) -> Table:
         for name in ("params", "macs"):
             found = values(cells, name, task=task, rival=rival)
             row.append(f"{found[0]:,.0f}" if found else "")
-        rows.append(
-            [*row, *(f"{v:,.0f}" for v in values(cells, "seconds", task=task, rival=rival))]
-        )
+        seconds = mean(values(cells, "seconds", task=task, rival=rival))
+        rows.append([*row, "" if seconds is None else f"{seconds:,.0f}"])
     return Table(f"{task}, {asked['epochs']:g} epochs in all", [*head, "seconds"], rows)
 
 
 def _fadings(settings: Settings, cells: Cells) -> Table:
     """Accuracy on some test images around every fading of both soft methods."""
     task = next(iter(settings["tasks"]))
-    found = {
-        name: pick(cells, task=task, rival=name)[0]["values"]["fadings"]
-        for name in ("asrfp", "sfp")
-        if pick(cells, task=task, rival=name)
-    }
+    found = [rows for name in ("asrfp", "sfp") for rows in _seen(cells, task, name)[:1]]
     rows = []
-    for soft, hard in islice(zip(*found.values(), strict=False), 100) if len(found) == 2 else ():
+    for soft, hard in islice(zip(*found, strict=False), 100) if len(found) == 2 else ():
         row = [str(soft["step"]), f"{soft['alpha']:.2g}"]
         for one in (soft, hard):
             row += [f"{100 * one['before']:.1f}", f"{100 * one['after']:.1f}"]
         rows.append(row)
     head = ["step", "factor", "asrfp before", "after", "sfp before", "after"]
-    return Table(f"Accuracy around each fading on {LOOKED} test images, %, {task}", head, rows)
+    title = f"Accuracy around each fading on {LOOKED} test images, %, {task}, the first seed"
+    return Table(title, head, rows)
