@@ -316,9 +316,8 @@ def _table(cells: Cells, task: str, asked: Mapping[str, Any]) -> Table:
         for name in ("params", "macs"):
             found = values(cells, name, task=task, rival=rival)
             row.append(f"{found[0]:,.0f}" if found else "")
-        seconds = mean(values(cells, "seconds", task=task, rival=rival))
-        rows.append([*row, "" if seconds is None else f"{seconds:,.0f}"])
-    return Table(f"{task}, {asked['epochs']:g} epochs in all", [*head, "seconds"], rows)
+        rows.append(row)
+    return Table(f"{task}, {asked['epochs']:g} epochs in all", head, rows)
 
 
 def _fadings(settings: Settings, cells: Cells) -> Table:
