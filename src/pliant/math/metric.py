@@ -9,7 +9,6 @@ layer's own output; with both left out the error of its weights.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -36,11 +35,6 @@ class Metric:
 
     inputs: Tensor
     outputs: Tensor | None = None
-
-    @cached_property
-    def damped(self) -> Tensor:
-        """C in float64, safely positive definite."""
-        return dampen(self.inputs.double())
 
     def enter(self, weight: Tensor) -> Tensor:
         """Scale a kernel's outputs so that plain errors of the result are sensitivities."""

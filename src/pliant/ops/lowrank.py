@@ -12,7 +12,7 @@ from pliant.budget import Option
 from pliant.cost import LayerCost
 from pliant.math import forms
 from pliant.math.metric import Metric
-from pliant.math.moments import mix_inputs, whitening
+from pliant.math.moments import dampen, mix_inputs, whitening
 from pliant.math.svd import spectrum
 from pliant.ops.edits import Factor
 from pliant.ops.layers import Factorizable
@@ -29,16 +29,27 @@ def losses(weight: Tensor, form: str, metric: Metric | None = None) -> list[Tens
     Returns:
         One row per rank of the form, (full rank + 1,), falling from 1 to 0.
     """
+    return _losses(weight, form, metric, _moments(metric))
+
+
+def _losses(
+    weight: Tensor, form: str, metric: Metric | None, moments: Tensor | None
+) -> list[Tensor]:
+    """The losses in a metric, whose input moments come made positive definite."""
     weight = weight.detach().float()
     if metric is not None:
         weight = metric.enter(weight)
     if form in ("output", "svd"):
-        return [_tail(_output_energies(weight, metric))]
+        return [_tail(_output_energies(weight, moments))]
     block = forms.blocks(weight, form)
-    if metric is not None:
-        block = mix_inputs(block.double(), whitening(metric.damped, block.shape[2])).float()
+    if moments is not None:
+        block = mix_inputs(block.double(), whitening(moments, block.shape[2])).float()
     modes = (1, 0) if form == "tucker2" else (1,)
     return [_tail(spectrum(block, mode).double().square()) for mode in modes]
+
+
+def _moments(metric: Metric | None) -> Tensor | None:
+    return None if metric is None else dampen(metric.inputs.double())
 
 
 def lost_at(weight: Tensor, form: str, ranks: Sequence[int]) -> float:
@@ -47,12 +58,11 @@ def lost_at(weight: Tensor, form: str, ranks: Sequence[int]) -> float:
     return sum(float(row[rank]) for row, rank in zip(rows, ranks, strict=True))
 
 
-def _output_energies(weight: Tensor, metric: Metric | None) -> Tensor:
-    if metric is None:
+def _output_energies(weight: Tensor, moments: Tensor | None) -> Tensor:
+    if moments is None:
         return spectrum(weight, 0).double().square()
     flat = weight.flatten(1).double()
-    seen = flat @ metric.damped @ flat.T
-    return torch.linalg.eigvalsh(seen).flip(0).clamp_min(0)
+    return torch.linalg.eigvalsh(flat @ moments @ flat.T).flip(0).clamp_min(0)
 
 
 def _tail(energies: Tensor) -> Tensor:
@@ -86,8 +96,9 @@ def options(
     rows = [Option(0.0, cost)]
     paper = metric is None and tuple(allowed) == ("tucker2",)
     combine: Callable[[list[float]], float] = max if paper else sum
+    moments = _moments(metric)
     for form in forms_of(weight.shape, allowed):
-        lost = losses(weight, form, metric)
+        lost = _losses(weight, form, metric, moments)
         most, step = forms.max_ranks(weight.shape, form), (steps or {}).get(form, 1)
         ladder = (_rounded_up(ranks, most, step) for ranks in _ladder(lost, most))
         for ranks in dict.fromkeys(ladder):
