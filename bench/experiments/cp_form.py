@@ -5,6 +5,7 @@ Kernels are those of a trained network: random ones have no CP structure to find
 
 import statistics
 from collections.abc import Callable, Mapping
+from itertools import islice
 from typing import Any
 
 import tensorly
@@ -15,12 +16,11 @@ from torch import Tensor, nn
 from bench import tasks
 from bench.claim import claim
 from bench.experiments import Cell, Cells, Table
-from bench.experiments.fast_layers import candidates, loss_of, plain_edit, table_of
+from bench.experiments.fast_layers import candidates, error_of, plain_edit, table_of
 from bench.stats import median
 from pliant.cost import LayerCost, layer_costs
 from pliant.latency import Target
 from pliant.latency.compare import compared, interleaved
-from pliant.math.forms import compose, decompose, relative_error
 from pliant.ops.edits import Factor
 from pliant.ops.layers import factorized
 
@@ -62,8 +62,10 @@ def _timed(
 ) -> dict[str, Any]:
     target = Target.parse(text)
     shape = (target.batch, *cost.input)
-    rows = candidates(table_of(target), layer, cost, loss_of(layer.weight, before), shape)
-    edits = [before, *(row.edit for row in rows[: plan["finalists"]])]
+    rows = candidates(table_of(target), layer, cost, float("inf"), shape)
+    error = error_of(layer.weight, before) + 1e-6
+    fast = (row.edit for row in rows if error_of(layer.weight, row.edit) <= error)
+    edits = [before, *islice(fast, plan["finalists"])]
     modules = [layer, cp_row(layer, rank)]
     modules += [factorized(layer, edit.form, edit.ranks) for edit in edits]
     times = interleaved([target.layer_sampler(m, (torch.ones(shape),)) for m in modules], target)
@@ -127,12 +129,6 @@ def _row(cell: Mapping[str, Any], target: str) -> list[str]:
 
 
 # ---------------------------------------------------------------- CP
-
-
-def error_of(weight: Tensor, edit: Factor) -> float:
-    """Return the squared error of a form, relative to the kernel's energy."""
-    kernels = decompose(weight.detach(), edit.form, edit.ranks)
-    return relative_error(weight.detach(), compose(kernels, edit.form)) ** 2
 
 
 def cp_rank(weight: Tensor, error: float) -> tuple[int, float]:

@@ -16,12 +16,13 @@ from pliant.budget import Option
 from pliant.cost import LayerCost, layer_costs
 from pliant.latency import LatencyTable, Target
 from pliant.latency.compare import compared, interleaved
-from pliant.math.forms import forms_for, max_ranks
+from pliant.math.forms import compose, decompose, forms_for, max_ranks, relative_error
 from pliant.ops.edits import Factor
 from pliant.ops.layers import factorized
 from pliant.ops.lowrank import losses, options
 
 Settings = Mapping[str, Any]
+KINDS = ("error", "macs", "speed", "efficiency")
 FORMS = ("tucker2", "input", "output", "spatial")
 
 
@@ -56,17 +57,23 @@ def measure(cell: Cell, watch: Callable[[dict[str, Any]], None]) -> dict[str, An
         "dense": round(1000 * statistics.median(times[0]), 4),
         "step": table.step(),
         "loss": round(lost, 4),
-        **_side("before", before, cost, times[0], times[1]),
-        **_side("after", edits[best - 1], cost, times[0], times[best]),
+        **_side("before", before, layer, cost, times[0], times[1]),
+        **_side("after", edits[best - 1], layer, cost, times[0], times[best]),
     }
 
 
 def _side(
-    name: str, edit: Factor, cost: LayerCost, dense: list[float], row: list[float]
+    name: str,
+    edit: Factor,
+    layer: nn.Conv2d,
+    cost: LayerCost,
+    dense: list[float],
+    row: list[float],
 ) -> dict[str, Any]:
     speed, ratio = compared(dense, row).speedup, cost.macs / edit.predict(cost).macs
     return {
         f"{name}_form": f"{edit.form} {'/'.join(map(str, edit.ranks))}",
+        f"{name}_error": round(error_of(layer.weight, edit), 4),
         f"{name}_macs": round(ratio, 3),
         f"{name}_speed": round(speed, 3),
         f"{name}_efficiency": round(speed / ratio, 3),
@@ -93,6 +100,12 @@ def loss_of(weight: Tensor, edit: Factor) -> float:
     """The share of energy lost, as `pliant.ops.lowrank.options` scores it."""
     rows = losses(weight, edit.form)
     return sum(float(row[rank]) for row, rank in zip(rows, edit.ranks, strict=True))
+
+
+def error_of(weight: Tensor, edit: Factor) -> float:
+    """Return the squared error of a form, relative to the kernel's energy."""
+    kernels = decompose(weight.detach(), edit.form, edit.ranks)
+    return relative_error(weight.detach(), compose(kernels, edit.form)) ** 2
 
 
 @cache
@@ -148,11 +161,11 @@ def summary(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
 
 def tables(settings: Settings, cells: Cells) -> list[Table]:
     """Give one row per layer and batch: dense milliseconds, then both sides."""
-    head = ["layer", "batch", "dense, ms", "before", "MACs", "speed", "efficiency"]
-    head += ["after", "MACs", "speed", "efficiency"]
+    side = ["error", "MACs", "speed", "efficiency"]
+    head = ["layer", "batch", "dense, ms", "before", *side, "after", *side]
     return [
         Table(
-            f"{target}: before is plain Tucker-2 or SVD, after the measured choice at equal loss",
+            f"{target}: before is plain Tucker-2 or SVD, after the measured choice",
             head,
             [_row(cell["key"], cell["values"]) for cell in pick(cells, target=target)],
         )
@@ -164,5 +177,5 @@ def _row(key: Mapping[str, Any], found: Mapping[str, Any]) -> list[str]:
     row = [key["layer"], str(key["batch"]), f"{found['dense']:.3g}"]
     for side in ("before", "after"):
         row.append(found[f"{side}_form"])
-        row += [f"{found[f'{side}_{kind}']:.2f}" for kind in ("macs", "speed", "efficiency")]
+        row += [f"{found[f'{side}_{kind}']:.2f}" for kind in KINDS]
     return row
