@@ -58,7 +58,7 @@ def _section(result: Mapping[str, Any]) -> str:
     settings = result["settings"]
     tables: list[Table] = experiments.code(settings).tables(settings, result["cells"])
     parts = [f"## {result['bench']}\n", f"**{result['title']}.** {settings['about']}\n"]
-    parts += [f"![{said}]({path})\n" for path, said in settings.get("pictures", {}).items()]
+    parts += [f"![{said}]({path})\n" for path, said in settings.get("drawings", {}).items()]
     parts += [f"{table.title}:\n\n{_table(table.head, table.rows)}" for table in tables]
     refused = [cell for cell in result["cells"] if "refused" in cell]
     parts += [
