@@ -52,9 +52,9 @@ class NRMF(Method):
     threshold is tau = alpha * lr * k, in the unit of the singular values (``soft``), of the
     largest of them (``relative``) or of their root mean square (``reweighted``).
 
-    A fixed strength adds up: it suits searches of some ten steps. For one of hundreds take
-    ``alpha=None``, which raises and lowers it so that the ranks reach the budget as the search
-    ends.
+    A fixed strength adds up: on a trained network it suits searches of some ten steps. For one of
+    hundreds take ``alpha=None``, which raises and lowers it so that the ranks reach the budget as
+    the search ends.
 
     With ``early`` a layer is factorized as soon as the ranks that the whole network's plan gives
     it hold the share p of its energy, and trains on in its factors, with its momentum: a step
