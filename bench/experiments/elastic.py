@@ -23,31 +23,39 @@ from pliant.run import start
 Settings = Mapping[str, Any]
 Watch = Callable[[dict[str, Any]], None]
 BASE = "base"
-PAIRS = {"elastic": "apart", "elastic, taught": "apart, taught"}  # one training, and eight
+PAIRS = {  # one training, and those beside it
+    "elastic": "apart",
+    "elastic, taught": "apart, taught",
+    "elastic, taught longer": "apart, taught",  # with as many steps as all of those together
+}
 
 
 def cells(settings: Settings) -> list[Cell]:
     """List the dense network, the elastic ones and the separate ones."""
-    shared = tasks.plan(settings)
-    rows = [Cell({"rival": BASE}, shared)]
+    shared, rows = tasks.plan(settings), []
+    train = Train(epochs=settings["epochs"], **settings["train"])
+    rows.append(Cell({"rival": BASE}, shared))
     for seed in settings["seeds"]:
-        for name, taught in zip(PAIRS, (False, True), strict=True):
-            train = Train(epochs=settings["epochs"], **settings["train"])
+        for name in PAIRS:
             spec = f"elastic(sizes={settings['sizes']}, smallest={settings['smallest']}"
-            spec += ', learn_from="dense")' if taught else ")"
-            method = {"method": plain(resolve(spec)), "budgets": budgets(settings)}
-            plan = {**shared, "train": asdict(train), "budget": settings["budget"]}
-            rows.append(Cell({"rival": name, "seed": seed}, {**plan, **method}))
-            train = replace(train, distill=settings["distill"] if taught else 0.0)
-            own = {"train": asdict(train), "method": plain(resolve(settings["rival"]))}
+            spec += ', learn_from="dense")' if "taught" in name else ")"
+            own = replace(train, epochs=_times(settings, name) * train.epochs)
+            plan = {**shared, "train": asdict(own), "method": plain(resolve(spec))}
+            plan |= {"budget": settings["budget"], "budgets": budgets(settings)}
+            rows.append(Cell({"rival": name, "seed": seed}, plan))
+        for name in dict.fromkeys(PAIRS.values()):
+            own = replace(train, distill=settings["distill"] if "taught" in name else 0.0)
+            plan = {**shared, "train": asdict(own), "method": plain(resolve(settings["rival"]))}
             rows += [
-                Cell(
-                    {"rival": PAIRS[name], "budget": budget, "seed": seed},
-                    {**plan, **own, "budget": budget},
-                )
+                Cell({"rival": name, "budget": budget, "seed": seed}, {**plan, "budget": budget})
                 for budget in budgets(settings)
             ]
     return rows
+
+
+def _times(settings: Settings, name: str) -> int:
+    """Say how many times longer than each of the separate ones an elastic training is."""
+    return int(settings["sizes"]) if "longer" in name else 1
 
 
 def budgets(settings: Settings) -> list[float]:
@@ -98,6 +106,8 @@ def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
             gap = 100 * (other - one) if one is not None and other is not None else None
             text = f"{name}: at {budget:.0%} of the parameters behind a training of its own by"
             rows.append(claim(text, gap, "<=", asked["gap"], "points"))
+        if _times(settings, name) > 1:
+            continue
         for kind, what in (("steps", "optimizer steps"), ("seconds", "seconds")):
             text = f"{name}: share of the {what} of {settings['sizes']} trainings that one takes"
             rows.append(claim(text, _spent(settings, cells, name, kind), "<=", asked[kind], "x"))

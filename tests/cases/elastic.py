@@ -22,6 +22,7 @@ from pliant.math.forms import compose
 from pliant.math.metric import Metric
 from pliant.math.nested import cut, nested, ordered
 from pliant.methods.lowrank.elastic import Elastic
+from pliant.methods.lowrank.energy import Energy
 from pliant.ops.edits import Edit, Factor, Nest, Settle, replay
 from pliant.ops.edits.settle import MEANS
 from pliant.result import Report
@@ -90,6 +91,22 @@ def the_smallest_size_loses_least() -> None:
         assert losses == sorted(losses) and losses[0] < losses[-1]
 
 
+def forms_are_those_of_the_middle_size() -> None:
+    """What `energy` takes at its budget, where the smallest size alone would take another."""
+    elastic = Elastic(sizes=5, smallest=0.3, samples=16)
+    run = start(network(), elastic, Budget(params=0.7), data=images())
+    found = {edit.layer: edit.form for edit in run.edits if isinstance(edit, Nest)}
+    middle, least = (forms_at(0.7 * share) for share in (0.65, 0.3))
+    assert found["3"] == middle["3"] != least["3"]
+
+
+def forms_at(share: float) -> dict[str, str]:
+    run = start(
+        network(), Energy(form="auto", samples=16), Budget(params=share), data=images(), steps=0
+    )
+    return {edit.layer: edit.form for edit in run.edits if isinstance(edit, Factor)}
+
+
 def sizes_must_fall() -> None:
     model = network()
     for sizes in ((2, 3), (), (1, 0)):
@@ -117,7 +134,7 @@ def one_step_teaches_three_sizes() -> None:
 
 
 def the_dense_network_can_teach_all_sizes() -> None:
-    """The largest half from the labels, half from the dense network; the smallest from it alone."""
+    """The largest half from the labels, half from the dense network; the others from it alone."""
     model, method = network(), Elastic(sizes=2, samples=0, learn_from="dense")
     dense = copy.deepcopy(model).eval()
     run = start(model, method, Budget(params=0.7), data=images(), steps=1)
@@ -125,7 +142,8 @@ def the_dense_network_can_teach_all_sizes() -> None:
     output, aim = run.model(x), dense(x).detach()
     small = torch.func.functional_call(run.model, weights_at(run.model, run.edits, 1), (x,))
     task = nn.functional.cross_entropy(output, y)
-    wanted = (task + divergence(output, aim, 4.0)) / 2 + divergence(small, aim, 1.0)
+    wanted = task + divergence(output, aim, 4.0) + divergence(small, aim, 1.0)
+    wanted = (wanted + divergence(small, aim, 4.0)) / 2
     assert torch.allclose(run.loss(task, output, (x, y)), wanted)
     run.close()
     assert not run.handles
@@ -236,6 +254,7 @@ CASES = [
             first_components_are_the_best_of_their_rank,
             order_is_that_of_the_outputs,
             the_smallest_size_loses_least,
+            forms_are_those_of_the_middle_size,
             sizes_must_fall,
             one_step_teaches_three_sizes,
             the_dense_network_can_teach_all_sizes,

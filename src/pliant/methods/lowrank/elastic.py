@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, Literal
@@ -35,7 +35,7 @@ LearnFrom = Literal["largest", "dense"]
 Plan = dict[str, Factor]
 AXES = ("params", "macs", "bytes")
 MOST = 64  # sizes: each costs a plan, a calibration and a row in every table
-SOFT = 4.0  # temperature at which the largest size copies the dense network
+HARD, SOFT = 1.0, 4.0  # temperatures at which outputs are copied
 SETTLING, BATCH = 2048, 256  # samples from which batch norms are re-estimated, for each size
 
 
@@ -58,12 +58,14 @@ class Elastic(Method):
     is what the budget allows. In every step the largest, the smallest and ``between`` random
     sizes look at the batch (the sandwich rule); the largest learns from the labels, the others
     from its outputs (in-place distillation). With ``learn_from="dense"`` all of them learn from
-    the network as it came, the largest from the labels too: for networks that come trained.
+    the network as it came, half of it at a temperature of 4; the other half is the labels for the
+    largest, a temperature of 1 for the others: for networks that come trained.
     Batch norms are re-estimated for every size at the end and kept in a table each.
     ``pliant.load(path, at=...)`` then cuts a size from the file.
 
-    A layer has factors at every size or at none: whether it has is planned at the smallest. The
-    training is that of ``Train(epochs=...)``; a plain fine-tuning afterwards sees one size only.
+    A layer has factors of one form at every size, or at none: whether it has is planned at the
+    smallest, of which form at the one in the middle. The training is that of
+    ``Train(epochs=...)``; a plain fine-tuning afterwards sees one size only.
     The report scores every size, and times it where a target is named.
 
     *Departs from the paper*: ranks of factors are cut, not channels; a size is a plan of ranks
@@ -105,16 +107,19 @@ class Elastic(Method):
 
     def loss(self, run: Run, loss: Tensor, output: Any, batch: Any) -> Tensor:
         """Add what sizes are away from the largest one, or from the dense network."""
-        inputs, target = unpack(batch)[0], logits(output).detach()
+        inputs, target = unpack(batch)[0], logits(output).detach().float()
+        temperatures = [HARD]
         if self.learn_from == "dense":
-            target = held(run.handles, run.path, Teacher).scores(inputs, target.device)
-            loss = (loss + divergence(logits(output).float(), target.float(), SOFT)) / 2
+            target = held(run.handles, run.path, Teacher).scores(inputs, target.device).float()
+            loss = (loss + divergence(logits(output).float(), target, SOFT)) / 2
+            temperatures = [HARD, SOFT]
         args, names = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
         for size in self._sampled(run):
             with _precision(run, target.device.type):
                 weights = weights_at(run.model, run.edits, size)
                 found = logits(functional_call(run.model, weights, args, dict(names)))
-            loss = loss + divergence(found.float(), target.float(), 1.0)
+            gaps = [divergence(found.float(), target, each) for each in temperatures]
+            loss = loss + sum(gaps) / len(gaps)
         return loss
 
     def finalize(self, run: Run) -> None:
@@ -142,17 +147,21 @@ class Elastic(Method):
         return [last, *found.tolist()]
 
     def _plans(self, run: Run, layers: Layers, seen: Any) -> list[Plan]:
-        """Plan the smallest size freely; the others keep its choice of layers and forms."""
+        """Plan layers at the smallest size, forms at the middle one, then ranks at all.
+
+        Where the smallest cannot have the forms of the middle one, those of a smaller one serve.
+        """
         rows = _rows(run, layers, seen, FORMS[:4] if self.form == "auto" else (self.form,))
         most = run.limits() or {"params": self.largest * run.cost.params}
         least, share = _smallest(run, rows, most, self.smallest)
-        kept = {
-            name: [row for row in rows[name] if row.edit and row.edit.form == edit.form]
-            for name, edit in least.items()
-        }
+        taken = {name: rows[name] for name in least}
         shares = torch.linspace(1.0, share, self.sizes, dtype=torch.float64).tolist()
-        plans = [_planned(run, kept, _scaled(most, part)) for part in shares[:-1]]
-        return _falling([*plans, least])
+        limits = [_scaled(most, part) for part in shares]
+        for limit in limits[self.sizes // 2 : -1]:
+            with suppress(BudgetError):
+                forms = least | _planned(run, taken, limit)
+                return _falling(_at_all(run, taken, forms, limits))
+        return _falling(_at_all(run, taken, least, limits))
 
 
 def _rows(run: Run, layers: Layers, seen: Any, allowed: Sequence[str]) -> dict[str, list[Option]]:
@@ -169,6 +178,17 @@ def _planned(run: Run, rows: dict[str, list[Option]], limits: dict[str, float]) 
     budget = Budget(**{axis: max(1, int(bound)) for axis, bound in limits.items()})
     found = replace(run, budget=budget).allocate(rows, rule="sum")
     return {edit.layer: edit for edit in found}  # type: ignore[misc]
+
+
+def _at_all(
+    run: Run, rows: Mapping[str, list[Option]], forms: Plan, limits: list[dict[str, float]]
+) -> list[Plan]:
+    """Plan all sizes with the same forms."""
+    kept = {
+        name: [row for row in rows[name] if row.edit and row.edit.form == edit.form]
+        for name, edit in forms.items()
+    }
+    return [_planned(run, kept, each) for each in limits]
 
 
 def _scaled(limits: dict[str, float], share: float) -> dict[str, float]:
