@@ -23,39 +23,32 @@ from pliant.run import start
 Settings = Mapping[str, Any]
 Watch = Callable[[dict[str, Any]], None]
 BASE = "base"
-PAIRS = {  # one training, and those beside it
-    "elastic": "apart",
-    "elastic, taught": "apart, taught",
-    "elastic, taught longer": "apart, taught",  # with as many steps as all of those together
-}
+PAIRS = {"elastic": "apart", "elastic, taught": "apart, taught"}  # one training, and eight
+LONGER = "elastic, taught longer"  # with as many steps as the eight together
+BESIDE = {**PAIRS, LONGER: PAIRS["elastic, taught"]}
 
 
 def cells(settings: Settings) -> list[Cell]:
     """List the dense network, the elastic ones and the separate ones."""
-    shared, rows = tasks.plan(settings), []
-    train = Train(epochs=settings["epochs"], **settings["train"])
-    rows.append(Cell({"rival": BASE}, shared))
-    for seed in settings["seeds"]:
-        for name in PAIRS:
-            spec = f"elastic(sizes={settings['sizes']}, smallest={settings['smallest']}"
-            spec += ', learn_from="dense")' if "taught" in name else ")"
-            own = replace(train, epochs=_times(settings, name) * train.epochs)
-            plan = {**shared, "train": asdict(own), "method": plain(resolve(spec))}
-            plan |= {"budget": settings["budget"], "budgets": budgets(settings)}
-            rows.append(Cell({"rival": name, "seed": seed}, plan))
-        for name in dict.fromkeys(PAIRS.values()):
-            own = replace(train, distill=settings["distill"] if "taught" in name else 0.0)
-            plan = {**shared, "train": asdict(own), "method": plain(resolve(settings["rival"]))}
-            rows += [
-                Cell({"rival": name, "budget": budget, "seed": seed}, {**plan, "budget": budget})
-                for budget in budgets(settings)
-            ]
+    shared, train = tasks.plan(settings), Train(epochs=settings["epochs"], **settings["train"])
+    rows = [Cell({"rival": BASE}, shared)]
+    for name in BESIDE:
+        spec = f"elastic(sizes={settings['sizes']}, smallest={settings['smallest']}"
+        spec += ', learn_from="dense")' if name != "elastic" else ")"
+        times = settings["sizes"] if name == LONGER else 1
+        own = replace(train, epochs=times * train.epochs)
+        plan = {**shared, "train": asdict(own), "method": plain(resolve(spec))}
+        plan |= {"budget": settings["budget"], "budgets": budgets(settings)}
+        rows += [Cell({"rival": name, "seed": seed}, plan) for seed in settings["seeds"][name]]
+    for name, apart in PAIRS.items():
+        own = replace(train, distill=settings["distill"] if name != "elastic" else 0.0)
+        plan = {**shared, "train": asdict(own), "method": plain(resolve(settings["rival"]))}
+        rows += [
+            Cell({"rival": apart, "budget": budget, "seed": seed}, {**plan, "budget": budget})
+            for seed in settings["seeds"][name]
+            for budget in budgets(settings)
+        ]
     return rows
-
-
-def _times(settings: Settings, name: str) -> int:
-    """Say how many times longer than each of the separate ones an elastic training is."""
-    return int(settings["sizes"]) if "longer" in name else 1
 
 
 def budgets(settings: Settings) -> list[float]:
@@ -73,7 +66,7 @@ def measure(cell: Cell, watch: Watch) -> dict[str, Any]:
         return scored(model, data)
     train, method = Train(**plan["train"]), construct(**plan["method"])
     seed = cell.key["seed"]
-    if cell.key["rival"] not in PAIRS:
+    if cell.key["rival"] not in BESIDE:
         budget, teacher = {"params": plan["budget"]}, tasks.base(plan) if train.distill else None
         return compress(model, data, method, budget, train, seed=seed, teacher=teacher, watch=watch)
     began = time.monotonic()
@@ -100,14 +93,13 @@ def _cut(path: Path, plan: Mapping[str, Any], share: float, data: Data) -> dict[
 def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
     """Say how far each size is behind its own training, and what all of them cost."""
     asked, rows = settings["claims"], []
-    for name in PAIRS:
+    for name in BESIDE:
         for budget in budgets(settings):
-            one, other = _accuracies(cells, name, budget)
+            one, other = _accuracies(settings, cells, name, budget)
             gap = 100 * (other - one) if one is not None and other is not None else None
             text = f"{name}: at {budget:.0%} of the parameters behind a training of its own by"
             rows.append(claim(text, gap, "<=", asked["gap"], "points"))
-        if _times(settings, name) > 1:
-            continue
+    for name in PAIRS:
         for kind, what in (("steps", "optimizer steps"), ("seconds", "seconds")):
             text = f"{name}: share of the {what} of {settings['sizes']} trainings that one takes"
             rows.append(claim(text, _spent(settings, cells, name, kind), "<=", asked[kind], "x"))
@@ -119,8 +111,8 @@ def summary(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
     rows = []
     for budget in budgets(settings):
         row: dict[str, Any] = {"budget": budget}
-        for name, apart in PAIRS.items():
-            row[name], row[apart] = _accuracies(cells, name, budget)
+        for name, apart in BESIDE.items():
+            row[name], row[apart] = _accuracies(settings, cells, name, budget)
         rows.append(row)
     return rows
 
@@ -131,24 +123,31 @@ def tables(settings: Settings, cells: Cells) -> list[Table]:
     head += ["apart: parameters", "accuracy, %"]
     dense = plus_minus([100 * each for each in values(cells, "accuracy", rival=BASE)])
     found = []
-    for name, apart in PAIRS.items():
-        rows = [_row(cells, name, apart, budget) for budget in budgets(settings)]
-        took = [mean(values(cells, "seconds", rival=rival)) or 0 for rival in (name, apart)]
-        title = f"{name}: one training {took[0]:.0f} s, each of the others {took[1]:.0f} s"
+    for name in BESIDE:
+        apart = _apart(settings, cells, name)
+        rows = [_row(_sizes(cells, name, share), apart, share) for share in budgets(settings)]
+        took = mean(values(cells, "seconds", rival=name)) or 0
+        each = mean(values(apart, "seconds")) or 0
+        title = f"{name}: one training {took:.0f} s, each of the others {each:.0f} s"
         found.append(Table(f"{title} (dense: {dense})", head, rows))
     return found
 
 
-def _row(cells: Cells, name: str, apart: str, budget: float) -> list[str]:
-    sizes, own = _sizes(cells, name, budget), {"rival": apart, "budget": budget}
+def _row(sizes: list[dict[str, Any]], apart: Cells, budget: float) -> list[str]:
     return [
         f"{budget:.0%}",
         f"{mean([row['params'] for row in sizes]) or 0:,.0f}",
         plus_minus([100 * row["accuracy"] for row in sizes]),
         f"{mean([row['load_ms'] for row in sizes]) or 0:.0f}",
-        f"{mean(values(cells, 'params', **own)) or 0:,.0f}",
-        plus_minus([100 * each for each in values(cells, "accuracy", **own)]),
+        f"{mean(values(apart, 'params', budget=budget)) or 0:,.0f}",
+        plus_minus([100 * each for each in values(apart, "accuracy", budget=budget)]),
     ]
+
+
+def _apart(settings: Settings, cells: Cells, name: str) -> Cells:
+    """Pick the separate networks beside an elastic one, of its own seeds."""
+    seeds = settings["seeds"][name]
+    return [c for c in pick(cells, rival=BESIDE[name]) if c["key"]["seed"] in seeds]
 
 
 def _sizes(cells: Cells, name: str, budget: float) -> list[dict[str, Any]]:
@@ -156,12 +155,14 @@ def _sizes(cells: Cells, name: str, budget: float) -> list[dict[str, Any]]:
     return [row for rows in found for row in rows if row["budget"] == budget]
 
 
-def _accuracies(cells: Cells, name: str, budget: float) -> tuple[float | None, float | None]:
+def _accuracies(
+    settings: Settings, cells: Cells, name: str, budget: float
+) -> tuple[float | None, float | None]:
     one = mean([row["accuracy"] for row in _sizes(cells, name, budget)])
-    return one, mean(values(cells, "accuracy", rival=PAIRS[name], budget=budget))
+    return one, mean(values(_apart(settings, cells, name), "accuracy", budget=budget))
 
 
 def _spent(settings: Settings, cells: Cells, name: str, kind: str) -> float | None:
     one, others = (values(cells, kind, rival=rival) for rival in (name, PAIRS[name]))
-    whole = len(others) == settings["sizes"] * len(settings["seeds"])
+    whole = len(others) == settings["sizes"] * len(settings["seeds"][name])
     return sum(one) / sum(others) if one and whole else None
