@@ -23,32 +23,41 @@ from pliant.run import start
 Settings = Mapping[str, Any]
 Watch = Callable[[dict[str, Any]], None]
 BASE = "base"
-PAIRS = {"elastic": "apart", "elastic, taught": "apart, taught"}  # one training, and eight
-LONGER = "elastic, taught longer"  # with as many steps as the eight together
-BESIDE = {**PAIRS, LONGER: PAIRS["elastic, taught"]}
+TAUGHT = "elastic, taught"
+PAIRS = {"elastic": "apart", TAUGHT: "apart, taught"}  # one training, and eight
 
 
 def cells(settings: Settings) -> list[Cell]:
     """List the dense network, the elastic ones and the separate ones."""
     shared, train = tasks.plan(settings), Train(epochs=settings["epochs"], **settings["train"])
     rows = [Cell({"rival": BASE}, shared)]
-    for name in BESIDE:
+    for name, times in _trainings(settings).items():
         spec = f"elastic(sizes={settings['sizes']}, smallest={settings['smallest']}"
         spec += ', learn_from="dense")' if name != "elastic" else ")"
-        times = settings["sizes"] if name == LONGER else 1
         own = replace(train, epochs=times * train.epochs)
         plan = {**shared, "train": asdict(own), "method": plain(resolve(spec))}
         plan |= {"budget": settings["budget"], "budgets": budgets(settings)}
-        rows += [Cell({"rival": name, "seed": seed}, plan) for seed in settings["seeds"][name]]
+        rows += [Cell({"rival": name, "seed": seed}, plan) for seed in _seeds(settings, name)]
     for name, apart in PAIRS.items():
         own = replace(train, distill=settings["distill"] if name != "elastic" else 0.0)
         plan = {**shared, "train": asdict(own), "method": plain(resolve(settings["rival"]))}
         rows += [
             Cell({"rival": apart, "budget": budget, "seed": seed}, {**plan, "budget": budget})
-            for seed in settings["seeds"][name]
+            for seed in _seeds(settings, name)
             for budget in budgets(settings)
         ]
     return rows
+
+
+def _trainings(settings: Settings) -> dict[str, int]:
+    """Name the elastic trainings, and how many times as long as a separate one each is."""
+    longer = {f"{TAUGHT}, {times} x as long": times for times in settings["longer"]}
+    return {**dict.fromkeys(PAIRS, 1), **longer}
+
+
+def _seeds(settings: Settings, name: str) -> list[int]:
+    """Those of a pair; a longer training has the first only."""
+    return list(settings["seeds"].get(name, settings["seeds"][TAUGHT][:1]))
 
 
 def budgets(settings: Settings) -> list[float]:
@@ -66,7 +75,7 @@ def measure(cell: Cell, watch: Watch) -> dict[str, Any]:
         return scored(model, data)
     train, method = Train(**plan["train"]), construct(**plan["method"])
     seed = cell.key["seed"]
-    if cell.key["rival"] not in BESIDE:
+    if cell.key["rival"] in PAIRS.values():
         budget, teacher = {"params": plan["budget"]}, tasks.base(plan) if train.distill else None
         return compress(model, data, method, budget, train, seed=seed, teacher=teacher, watch=watch)
     began = time.monotonic()
@@ -93,7 +102,7 @@ def _cut(path: Path, plan: Mapping[str, Any], share: float, data: Data) -> dict[
 def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
     """Say how far each size is behind its own training, and what all of them cost."""
     asked, rows = settings["claims"], []
-    for name in BESIDE:
+    for name in _trainings(settings):
         for budget in budgets(settings):
             one, other = _accuracies(settings, cells, name, budget)
             gap = 100 * (other - one) if one is not None and other is not None else None
@@ -111,8 +120,8 @@ def summary(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
     rows = []
     for budget in budgets(settings):
         row: dict[str, Any] = {"budget": budget}
-        for name, apart in BESIDE.items():
-            row[name], row[apart] = _accuracies(settings, cells, name, budget)
+        for name in _trainings(settings):
+            row[name], row[_beside(name)] = _accuracies(settings, cells, name, budget)
         rows.append(row)
     return rows
 
@@ -123,7 +132,7 @@ def tables(settings: Settings, cells: Cells) -> list[Table]:
     head += ["apart: parameters", "accuracy, %"]
     dense = plus_minus([100 * each for each in values(cells, "accuracy", rival=BASE)])
     found = []
-    for name in BESIDE:
+    for name in _trainings(settings):
         apart = _apart(settings, cells, name)
         rows = [_row(_sizes(cells, name, share), apart, share) for share in budgets(settings)]
         took = mean(values(cells, "seconds", rival=name)) or 0
@@ -146,8 +155,12 @@ def _row(sizes: list[dict[str, Any]], apart: Cells, budget: float) -> list[str]:
 
 def _apart(settings: Settings, cells: Cells, name: str) -> Cells:
     """Pick the separate networks beside an elastic one, of its own seeds."""
-    seeds = settings["seeds"][name]
-    return [c for c in pick(cells, rival=BESIDE[name]) if c["key"]["seed"] in seeds]
+    seeds = _seeds(settings, name)
+    return [c for c in pick(cells, rival=_beside(name)) if c["key"]["seed"] in seeds]
+
+
+def _beside(name: str) -> str:
+    return PAIRS.get(name, PAIRS[TAUGHT])
 
 
 def _sizes(cells: Cells, name: str, budget: float) -> list[dict[str, Any]]:
@@ -164,5 +177,5 @@ def _accuracies(
 
 def _spent(settings: Settings, cells: Cells, name: str, kind: str) -> float | None:
     one, others = (values(cells, kind, rival=rival) for rival in (name, PAIRS[name]))
-    whole = len(others) == settings["sizes"] * len(settings["seeds"][name])
+    whole = len(others) == settings["sizes"] * len(_seeds(settings, name))
     return sum(one) / sum(others) if one and whole else None
