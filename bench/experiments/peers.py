@@ -1,10 +1,9 @@
 """Pliant beside its peers: one checkpoint, the same epochs, the same measured milliseconds."""
 
 import copy
-import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 from torch import nn
@@ -25,8 +24,7 @@ from pliant.run import start
 Settings = Mapping[str, Any]
 Watch = Callable[[dict[str, Any]], None]
 DENSE = "dense"
-SLACK = 1.03  # a rival may take this much more than the time asked: the noise of a measurement
-REPEATS, PAUSE = 3, 3.0  # comparisons, and seconds between them
+SLACK = 1.03  # a rival may take this much more than the time asked: the noise of one measurement
 
 
 def cells(settings: Settings) -> list[Cell]:
@@ -104,29 +102,13 @@ def _as_fast(
     dense: nn.Module, rival: str, plan: Mapping[str, Any], data: Data, target: Target
 ) -> tuple[float, nn.Module]:
     def fits(candidate: nn.Module) -> bool:
-        most = plan["share"] * SLACK
-        before, after = _least(dense, candidate, data, target, enough=most)
-        return after <= most * before
+        return _share(dense, candidate, data, target) <= plan["share"] * SLACK
 
     return widest(lambda share: PEERS[rival](dense, data, share), fits, plan["tries"])
 
 
-def _least(
-    dense: nn.Module, other: nn.Module, data: Data, target: Target, enough: float = 0.0
-) -> tuple[float, float]:
-    """Milliseconds of two networks, each the least median of some comparisons.
-
-    There are spells of ten seconds in which a small network takes twice its time, and a large one
-    does not. A share of the dense network's time that is ``enough`` ends the comparisons.
-    """
-    before = after = math.inf
-    for turn in range(REPEATS):
-        time.sleep(PAUSE if turn else 0)
-        found = compare(dense, other, data.example(), target)
-        before, after = min(before, found.a.median_ms), min(after, found.b.median_ms)
-        if after <= enough * before:
-            break
-    return before, after
+def _share(dense: nn.Module, other: nn.Module, data: Data, target: Target) -> float:
+    return 1 / compare(dense, other, data.example(), target).speedup
 
 
 def _trained(
@@ -150,15 +132,14 @@ def _times(
 ) -> dict[str, float]:
     """Milliseconds on the target and in PyTorch, each beside the dense network in one run."""
     target = Target.parse(plan["target"])
-    eager = replace(target, runtime="torch")
-    times = [_least(dense, model, data, place) for place in (target, eager)]
-    (dense_ms, ms), (dense_torch_ms, torch_ms) = times
+    torch = Target("torch", threads=target.threads, batch=target.batch)
+    there, here = (compare(dense, model, data.example(), place) for place in (target, torch))
     return {
-        "ms": round(ms, 4),
-        "dense_ms": round(dense_ms, 4),
-        "share": round(ms / dense_ms, 4),
-        "torch_ms": round(torch_ms, 4),
-        "torch_share": round(torch_ms / dense_torch_ms, 4),
+        "ms": round(there.b.median_ms, 4),
+        "dense_ms": round(there.a.median_ms, 4),
+        "share": round(1 / there.speedup, 4),
+        "torch_ms": round(here.b.median_ms, 4),
+        "torch_share": round(1 / here.speedup, 4),
     }
 
 
