@@ -121,7 +121,8 @@ def summary(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
     for budget in budgets(settings):
         row: dict[str, Any] = {"budget": budget}
         for name in _trainings(settings):
-            row[name], row[_beside(name)] = _accuracies(settings, cells, name, budget)
+            row[name], other = _accuracies(settings, cells, name, budget)
+            row.setdefault(_beside(name), other)  # of all seeds, not of a longer training's one
         rows.append(row)
     return rows
 
