@@ -100,6 +100,14 @@ def forms_are_those_of_the_middle_size() -> None:
     assert found["3"] == middle["3"] != least["3"]
 
 
+def the_smallest_size_may_need_other_forms() -> None:
+    """At the lowest ranks of all not every form is in reach: those of a smaller size are taken."""
+    elastic = Elastic(sizes=4, smallest=0.01, samples=0)
+    run = start(network(), elastic, Budget(params=0.5), data=images())
+    found = [edit for edit in run.edits if isinstance(edit, Nest)]
+    assert found and all(set(edit.at(3)) == {1} for edit in found)
+
+
 def forms_at(share: float) -> dict[str, str]:
     run = start(
         network(), Energy(form="auto", samples=16), Budget(params=share), data=images(), steps=0
@@ -255,6 +263,7 @@ CASES = [
             order_is_that_of_the_outputs,
             the_smallest_size_loses_least,
             forms_are_those_of_the_middle_size,
+            the_smallest_size_may_need_other_forms,
             sizes_must_fall,
             one_step_teaches_three_sizes,
             the_dense_network_can_teach_all_sizes,
