@@ -38,8 +38,9 @@ def cells(settings: Settings) -> list[Cell]:
         plan = {**shared, "train": asdict(own), "method": plain(resolve(spec))}
         plan |= {"budget": settings["budget"], "budgets": budgets(settings)}
         rows += [Cell({"rival": name, "seed": seed}, plan) for seed in _seeds(settings, name)]
-    for name, apart in PAIRS.items():
-        own = replace(train, distill=settings["distill"] if name != "elastic" else 0.0)
+    for apart, name, times in _separate(settings):
+        distill = settings["distill"] if name != "elastic" else 0.0
+        own = replace(train, epochs=times * train.epochs, distill=distill)
         plan = {**shared, "train": asdict(own), "method": plain(resolve(settings["rival"]))}
         rows += [
             Cell({"rival": apart, "budget": budget, "seed": seed}, {**plan, "budget": budget})
@@ -51,8 +52,19 @@ def cells(settings: Settings) -> list[Cell]:
 
 def _trainings(settings: Settings) -> dict[str, int]:
     """Name the elastic trainings, and how many times as long as a separate one each is."""
-    longer = {f"{TAUGHT}, {times} x as long": times for times in settings["longer"]}
+    longer = {_long(TAUGHT, times): times for times in settings["longer"]}
     return {**dict.fromkeys(PAIRS, 1), **longer}
+
+
+def _separate(settings: Settings) -> list[tuple[str, str, int]]:
+    """Name the separate networks, the training that they stand beside, and how long they train."""
+    rows = [(apart, name, 1) for name, apart in PAIRS.items()]
+    longer = [(_long(PAIRS[TAUGHT], times), times) for times in settings["apart_longer"]]
+    return rows + [(apart, _long(TAUGHT, times), times) for apart, times in longer]
+
+
+def _long(name: str, times: int) -> str:
+    return f"{name}, {times} x as long"
 
 
 def _seeds(settings: Settings, name: str) -> list[int]:
@@ -75,7 +87,7 @@ def measure(cell: Cell, watch: Watch) -> dict[str, Any]:
         return scored(model, data)
     train, method = Train(**plan["train"]), construct(**plan["method"])
     seed = cell.key["seed"]
-    if cell.key["rival"] in PAIRS.values():
+    if "budget" in cell.key:
         budget, teacher = {"params": plan["budget"]}, tasks.base(plan) if train.distill else None
         return compress(model, data, method, budget, train, seed=seed, teacher=teacher, watch=watch)
     began = time.monotonic()
@@ -102,11 +114,12 @@ def _cut(path: Path, plan: Mapping[str, Any], share: float, data: Data) -> dict[
 def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
     """Say how far each size is behind its own training, and what all of them cost."""
     asked, rows = settings["claims"], []
-    for name in _trainings(settings):
+    for name, apart in _beside(settings):
         for budget in budgets(settings):
-            one, other = _accuracies(settings, cells, name, budget)
+            one = mean(_elastic(cells, name, budget, "accuracy"))
+            other = mean(values(_apart(settings, cells, name, apart), "accuracy", budget=budget))
             gap = 100 * (other - one) if one is not None and other is not None else None
-            text = f"{name}: at {budget:.0%} of the parameters behind a training of its own by"
+            text = f"{name}: at {budget:.0%} of the parameters behind one trained {apart} by"
             rows.append(claim(text, gap, "<=", asked["gap"], "points"))
     for name in PAIRS:
         for kind, what in (("steps", "optimizer steps"), ("seconds", "seconds")):
@@ -121,8 +134,9 @@ def summary(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
     for budget in budgets(settings):
         row: dict[str, Any] = {"budget": budget}
         for name in _trainings(settings):
-            row[name], other = _accuracies(settings, cells, name, budget)
-            row.setdefault(_beside(name), other)  # of all seeds, not of a longer training's one
+            row[name] = mean(_elastic(cells, name, budget, "accuracy"))
+        for apart, *_ in _separate(settings):
+            row[apart] = mean(values(cells, "accuracy", rival=apart, budget=budget))
         rows.append(row)
     return rows
 
@@ -133,47 +147,42 @@ def tables(settings: Settings, cells: Cells) -> list[Table]:
     head += ["apart: parameters", "accuracy, %"]
     dense = plus_minus([100 * each for each in values(cells, "accuracy", rival=BASE)])
     found = []
-    for name in _trainings(settings):
-        apart = _apart(settings, cells, name)
-        rows = [_row(_sizes(cells, name, share), apart, share) for share in budgets(settings)]
+    for name, apart in _beside(settings):
+        others = _apart(settings, cells, name, apart)
+        rows = [_row(cells, name, others, budget) for budget in budgets(settings)]
         took = mean(values(cells, "seconds", rival=name)) or 0
-        each = mean(values(apart, "seconds")) or 0
-        title = f"{name}: one training {took:.0f} s, each of the others {each:.0f} s"
+        each = mean(values(others, "seconds")) or 0
+        title = f"{name}: one training {took:.0f} s, each {apart} {each:.0f} s"
         found.append(Table(f"{title} (dense: {dense})", head, rows))
     return found
 
 
-def _row(sizes: list[dict[str, Any]], apart: Cells, budget: float) -> list[str]:
+def _row(cells: Cells, name: str, apart: Cells, budget: float) -> list[str]:
     return [
         f"{budget:.0%}",
-        f"{mean([row['params'] for row in sizes]) or 0:,.0f}",
-        plus_minus([100 * row["accuracy"] for row in sizes]),
-        f"{mean([row['load_ms'] for row in sizes]) or 0:.0f}",
+        f"{mean(_elastic(cells, name, budget, 'params')) or 0:,.0f}",
+        plus_minus([100 * each for each in _elastic(cells, name, budget, "accuracy")]),
+        f"{mean(_elastic(cells, name, budget, 'load_ms')) or 0:.0f}",
         f"{mean(values(apart, 'params', budget=budget)) or 0:,.0f}",
         plus_minus([100 * each for each in values(apart, "accuracy", budget=budget)]),
     ]
 
 
-def _apart(settings: Settings, cells: Cells, name: str) -> Cells:
-    """Pick the separate networks beside an elastic one, of its own seeds."""
+def _beside(settings: Settings) -> list[tuple[str, str]]:
+    """Put separate networks beside each elastic training: as long as one of them, or as it is."""
+    rows = [(name, PAIRS.get(name, PAIRS[TAUGHT])) for name in _trainings(settings)]
+    return rows + [(name, apart) for apart, name, times in _separate(settings) if times > 1]
+
+
+def _apart(settings: Settings, cells: Cells, name: str, apart: str) -> Cells:
+    """Pick separate networks beside an elastic one, of its own seeds."""
     seeds = _seeds(settings, name)
-    return [c for c in pick(cells, rival=_beside(name)) if c["key"]["seed"] in seeds]
+    return [c for c in pick(cells, rival=apart) if c["key"]["seed"] in seeds]
 
 
-def _beside(name: str) -> str:
-    return PAIRS.get(name, PAIRS[TAUGHT])
-
-
-def _sizes(cells: Cells, name: str, budget: float) -> list[dict[str, Any]]:
-    found = [cell["values"]["sizes"] for cell in pick(cells, rival=name)]
-    return [row for rows in found for row in rows if row["budget"] == budget]
-
-
-def _accuracies(
-    settings: Settings, cells: Cells, name: str, budget: float
-) -> tuple[float | None, float | None]:
-    one = mean([row["accuracy"] for row in _sizes(cells, name, budget)])
-    return one, mean(values(_apart(settings, cells, name), "accuracy", budget=budget))
+def _elastic(cells: Cells, name: str, budget: float, what: str) -> list[float]:
+    found = [row for cell in pick(cells, rival=name) for row in cell["values"]["sizes"]]
+    return [row[what] for row in found if row["budget"] == budget]
 
 
 def _spent(settings: Settings, cells: Cells, name: str, kind: str) -> float | None:
