@@ -1,7 +1,7 @@
 """How the peers make a network smaller, each by its own public call, with one number to turn."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 import torch_pruning
@@ -15,6 +15,7 @@ from pliant.registry import build
 from pliant.run import start
 
 Peer = Callable[[nn.Module, Data, float], nn.Module]
+LEAST = 0.01  # of the setting
 
 
 def tensorly_torch(model: nn.Module, data: Data, share: float) -> nn.Module:
@@ -73,26 +74,52 @@ LEFT_OUT = {
 VERSIONS = {name: version(name) for name in ("tensorly-torch", "torch-pruning")}
 
 
-def widest(
-    shrink: Callable[[float], nn.Module], fits: Callable[[nn.Module], bool], tries: int
-) -> tuple[float, nn.Module]:
-    """Find the largest share of a network that fits, by bisection on a logarithmic scale.
+def largest(
+    dense: nn.Module,
+    data: Data,
+    shares: Callable[[Sequence[nn.Module]], list[float]],
+    limit: float,
+    rungs: Sequence[int],
+) -> dict[str, tuple[float, nn.Module]]:
+    """Find for every peer its largest network that takes no more than a share of the time.
 
-    Raises:
-        BudgetError: not even the smallest share tried fits.
+    The candidates of all peers are measured together, so that whatever the machine does falls on
+    all of them: first far apart on a logarithmic scale, then between the largest that fits and
+    the next.
+
+    Args:
+        dense: the network as it came.
+        data: what it sees.
+        shares: measures networks together; gives what each takes of the dense network's time.
+        limit: the largest share that fits.
+        rungs: candidates of each peer, a number for every pass.
+
+    Returns:
+        the setting and the network of each; peers of which nothing fits are left out.
     """
-    low, high, best = 0.01, 1.0, None
-    for _ in range(tries):
-        share = (low * high) ** 0.5
-        try:
-            candidate = shrink(share)
-        except BudgetError:
-            low = share
-            continue
-        if fits(candidate):
-            low, best = share, (share, candidate)
-        else:
-            high = share
-    if best is None:
-        raise BudgetError(f"No share from {low:.1%} on fits the time: allow more milliseconds.")
-    return best
+    found: dict[str, tuple[float, nn.Module]] = {}
+    ends = dict.fromkeys(PEERS, (LEAST, 1.0))
+    for count in rungs:
+        tried = [
+            (name, knob, network)
+            for name, (low, high) in ends.items()
+            for knob in (low * (high / low) ** (rung / count) for rung in range(count))
+            if (network := _made(name, dense, data, knob)) is not None
+        ]
+        taken = shares([network for *_, network in tried])
+        for (name, knob, network), share in zip(tried, taken, strict=True):
+            if share <= limit:  # settings rise, so the largest stays
+                found[name] = knob, network
+        knobs = {name: sorted(k for n, k, _ in tried if n == name) for name in found}
+        ends = {
+            name: (knob, next((k for k in knobs[name] if k > knob), ends[name][1]))
+            for name, (knob, _) in found.items()
+        }
+    return found
+
+
+def _made(name: str, dense: nn.Module, data: Data, knob: float) -> nn.Module | None:
+    try:
+        return PEERS[name](dense, data, knob)
+    except BudgetError:
+        return None

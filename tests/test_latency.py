@@ -17,7 +17,7 @@ from pliant.cli import app
 from pliant.cost import Cost
 from pliant.errors import BudgetError, ChainError, MethodError, ModelError
 from pliant.latency import LatencyTable, Target, compare, measure
-from pliant.latency.compare import compared, timing
+from pliant.latency.compare import _rounds, compared, timing
 from pliant.latency.runtimes import batched
 from pliant.latency.table import _between, _spread, _step, input_shape, signature
 from pliant.ops.channels import Place, in_blocks
@@ -60,6 +60,7 @@ def test_a_target_is_read():
     assert target == Target("torch", threads=2, batch=16, dtype="bfloat16")
     assert str(target) == "torch, 2 threads, batch 16, bfloat16"
     assert Target.parse("onnxruntime").threads == torch.get_num_threads()
+    assert Target.parse("torch,seconds=0.5").seconds == 0.5
     assert str(Target.of(arithmetic, "phone")) == "phone, batch 1"
 
 
@@ -72,6 +73,10 @@ def test_a_target_is_read():
         ("torch,threads=2,threads=3", "write a runtime and then"),
         ("torch,threads=0", "at least 1"),
         ("torch,batch=many", "at least 1"),
+        ("torch,batch=1.5", "at least 1"),
+        ("torch,seconds=0", "above 0"),
+        ("torch,seconds=nan", "above 0"),
+        ("torch,seconds=long", "above 0"),
         ("torch,dtype=int8", "float32, bfloat16"),
         ("onnxruntime,dtype=bfloat16", "take torch or compile"),
     ],
@@ -85,6 +90,14 @@ def test_a_table_belongs_to_threads_batch_and_versions():
     targets = [Target("torch", threads=t, batch=b) for t in (1, 2) for b in (1, 8)]
     assert len({target.digest() for target in targets}) == 4
     assert "torch" in targets[0].fingerprint() and "machine" in targets[0].fingerprint()
+
+
+def test_how_long_one_looks_does_not_change_what_is_seen():
+    short, long = (Target("torch", threads=1, seconds=seconds) for seconds in (2.0, 20.0))
+    assert short.digest() == long.digest() and short.plain() == long.plain()
+    assert _rounds(0.1, short, short.seconds, 9) == 20
+    assert _rounds(0.1, long, long.seconds, 9) == 200
+    assert _rounds(1e-3, long, long.seconds, 9) == 10 * _rounds(1e-3, short, short.seconds, 9)
 
 
 # ------------------------------------------------------------ measuring

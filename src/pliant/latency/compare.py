@@ -13,12 +13,11 @@ from torch import nn
 from pliant.cost import Example
 from pliant.errors import ModelError
 from pliant.latency.runtimes import BLOCK, Sampler
-from pliant.latency.target import Target
+from pliant.latency.target import SECONDS, Target
 
 Verdict = Literal["faster", "not distinguishable", "slower"]
 
-SECONDS = 2.0  # that a comparison takes about
-ROUNDS = (9, 301)  # of measuring each in turn: fewest and most
+ROUNDS = (9, 301)  # of measuring each in turn: fewest, and most within two seconds
 PASSES, TURN = 5, 0.05  # in a row, at most, within about so many seconds
 OWN_ROUNDS = 3  # with a function of the user's: a phone is slow and quiet
 SURE = 1.29  # half the normal quantile of 99 %: the spread of a median in units of sqrt(n) ranks
@@ -104,7 +103,7 @@ def interleaved(
     samplers: Sequence[Sampler],
     target: Target,
     *,
-    seconds: float = SECONDS,
+    seconds: float | None = None,
     least: int = ROUNDS[0],
 ) -> list[list[float]]:
     """Take samples of all in turn, every second round in the other order.
@@ -114,7 +113,7 @@ def interleaved(
     Args:
         samplers: what to measure.
         target: functions of the user's are called three times only.
-        seconds: that all of it takes about.
+        seconds: that all of it takes about; the target's if not given.
         least: rounds that are made however long they take.
 
     Returns:
@@ -127,7 +126,7 @@ def interleaved(
     rows: list[list[float]] = [[] for _ in samplers]
     turn = list(enumerate(samplers))
     costs = [max(time, 1.5 * BLOCK) * count for time, count in zip(first, passes, strict=True)]
-    for _ in range(_rounds(sum(costs), target, seconds, least)):
+    for _ in range(_rounds(sum(costs), target, seconds or target.seconds, least)):
         for index, each in turn:
             rows[index].append(min(_sample(each) for _ in range(passes[index])))
         turn.reverse()
@@ -156,7 +155,8 @@ def compared(a: Sequence[float], b: Sequence[float]) -> Comparison:
 
 
 def _rounds(cost: float, target: Target, seconds: float, least: int) -> int:
-    return OWN_ROUNDS if target.once else min(ROUNDS[1], max(least, round(seconds / cost)))
+    most = max(ROUNDS[1], round(ROUNDS[1] * seconds / SECONDS))
+    return OWN_ROUNDS if target.once else min(most, max(least, round(seconds / cost)))
 
 
 def _passes(seconds: float) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import math
 import os
 import platform
 from collections.abc import Callable
@@ -23,7 +24,9 @@ from pliant.latency.runtimes import BUILT_IN, Sampler, batched, copies_of, sampl
 Function = Callable[[nn.Module, Example], float]
 
 DTYPES = ("float32", "bfloat16", "float16")
-_WORDS = ("threads", "batch", "dtype", "device")
+SECONDS = 2.0  # that a comparison takes about
+ASIDE = ("function", "seconds")  # no setting of what is measured
+_WORDS = ("threads", "batch", "dtype", "device", "seconds")
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,8 @@ class Target:
         batch: samples of one inference.
         dtype: of weights and inputs; other than float32 only in PyTorch.
         device: ``cpu``, or ``cuda`` in PyTorch, where events time the work.
+        seconds: that comparing two networks takes about; take more, such as 20, on a machine that
+            is slow for a while and then fast again.
         function: measures instead of a runtime.
 
     Raises:
@@ -51,6 +56,7 @@ class Target:
     batch: int = 1
     dtype: str = "float32"
     device: str = "cpu"
+    seconds: float = SECONDS
     function: Function | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
@@ -63,6 +69,10 @@ class Target:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise MethodError(f"The {name} of a target must be at least 1, not {value!r}.")
+        if not isinstance(self.seconds, int | float) or not 0 < self.seconds < math.inf:
+            raise MethodError(
+                f"The seconds of a target must be a number above 0, not {self.seconds!r}."
+            )
         if self.dtype not in DTYPES:
             raise MethodError(
                 f"The dtype of a target is one of {', '.join(DTYPES)}, not {self.dtype!r}."
@@ -101,7 +111,7 @@ class Target:
                     f"Cannot read {item!r} of the target {text!r}: write a runtime and then any "
                     f"of {', '.join(_WORDS)}, such as torch,threads=2,batch=16."
                 )
-            values[name] = int(value) if value.isdecimal() else value
+            values[name] = _number(value)
         return cls(runtime or "onnxruntime", **values)
 
     def __str__(self) -> str:
@@ -112,8 +122,8 @@ class Target:
         return ", ".join([self.runtime, threads, f"batch {self.batch}", *more])
 
     def plain(self) -> dict[str, Any]:
-        """Return the settings as plain data."""
-        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "function"}
+        """Return the settings that a time depends on, as plain data."""
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in ASIDE}
 
     @property
     def once(self) -> bool:
@@ -161,6 +171,15 @@ class Target:
         assert self.function is not None
         function, network = self.function, copy.deepcopy(model).eval()
         return lambda: float(function(network, inputs))
+
+
+def _number(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text
 
 
 def machine() -> str:
