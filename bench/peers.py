@@ -74,14 +74,14 @@ LEFT_OUT = {
 VERSIONS = {name: version(name) for name in ("tensorly-torch", "torch-pruning")}
 
 
-def largest(
+def widest(
     dense: nn.Module,
     data: Data,
     shares: Callable[[Sequence[nn.Module]], list[float]],
     limit: float,
     rungs: Sequence[int],
-) -> dict[str, tuple[float, nn.Module]]:
-    """Find for every peer its largest network that takes no more than a share of the time.
+) -> dict[str, float]:
+    """Find for every peer the largest setting whose network takes no more than a share of the time.
 
     The candidates of all peers are measured together, so that whatever the machine does falls on
     all of them: first far apart on a logarithmic scale, then between the largest that fits and
@@ -95,9 +95,9 @@ def largest(
         rungs: candidates of each peer, a number for every pass.
 
     Returns:
-        the setting and the network of each; peers of which nothing fits are left out.
+        the settings by peer; peers of which nothing fits are left out.
     """
-    found: dict[str, tuple[float, nn.Module]] = {}
+    found: dict[str, float] = {}
     ends = dict.fromkeys(PEERS, (LEAST, 1.0))
     for count in rungs:
         tried = [
@@ -107,14 +107,14 @@ def largest(
             if (network := _made(name, dense, data, knob)) is not None
         ]
         taken = shares([network for *_, network in tried])
-        for (name, knob, network), share in zip(tried, taken, strict=True):
+        for (name, knob, _), share in zip(tried, taken, strict=True):
             if share <= limit:  # settings rise, so the largest stays
-                found[name] = knob, network
-        knobs = {name: sorted(k for n, k, _ in tried if n == name) for name in found}
-        ends = {
-            name: (knob, next((k for k in knobs[name] if k > knob), ends[name][1]))
-            for name, (knob, _) in found.items()
+                found[name] = knob
+        above = {
+            name: [knob for other, knob, _ in tried if other == name and knob > low]
+            for name, low in found.items()
         }
+        ends = {n: (low, min(above[n], default=ends[n][1])) for n, low in found.items()}
     return found
 
 

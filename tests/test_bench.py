@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from typer.testing import CliRunner
 
 from bench import data as bench_data
-from bench import experiments, page, run, tasks
+from bench import experiments, page, peers, run, tasks
 from bench.cells import Store, measure_all
 from bench.claim import claim, misses_first
 from bench.compress import Observed, compress
@@ -23,7 +24,7 @@ from pliant import zoo
 from pliant.budget import Budget
 from pliant.data import Data, Train
 from pliant.drivers.loop import fit
-from pliant.errors import DataError, PliantError
+from pliant.errors import BudgetError, DataError, PliantError
 from pliant.registry import build
 from pliant.run import start
 
@@ -172,6 +173,19 @@ def test_other_claims() -> None:
         for c in calibration.cells(settings)
     ]
     assert all(row["holds"] for row in calibration.claims(settings, cells))
+
+
+def test_peers_are_made_as_large_as_the_time_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refusing(dense: Any, data: Any, knob: float) -> float:
+        if knob < 0.1:
+            raise BudgetError("too small")
+        return 2 * knob
+
+    made = {"even": lambda *a: a[-1], "refusing": refusing, "slow": lambda *a: 100 * a[-1]}
+    monkeypatch.setattr(peers, "PEERS", made)
+    found = peers.widest(nn.Identity(), None, list, 0.4, [8, 8])  # type: ignore[arg-type]
+    assert found.keys() == {"even", "refusing"}, "nothing of the slow one fits"
+    assert 0.37 < found["even"] <= 0.4 and 0.185 < found["refusing"] <= 0.2
 
 
 # ---------------------------------------------------------------- running and resuming

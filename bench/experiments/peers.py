@@ -12,7 +12,7 @@ from bench import tasks
 from bench.claim import claim
 from bench.compress import scored
 from bench.experiments import Cell, Cells, Table, pick
-from bench.peers import LEFT_OUT, PEERS, VERSIONS, largest
+from bench.peers import LEFT_OUT, PEERS, VERSIONS, widest
 from pliant.budget import Budget
 from pliant.data import Data, Train
 from pliant.drivers.loop import fit
@@ -65,14 +65,16 @@ def measure(cell: Cell, watch: Watch) -> dict[str, Any]:
     def shares(models: Sequence[nn.Module]) -> list[float]:
         return [each["share"] for each in _times(dense, models, data, target, plan["seconds"])]
 
-    peers = largest(dense, data, shares, plan["share"] * SLACK, plan["rungs"])
+    peers = widest(dense, data, shares, plan["share"] * SLACK, plan["rungs"])
     for name in PEERS:
         if name not in peers:
             found[name] = {"refused": "nothing fits the time"}
             continue
-        knob, network = peers[name]
+        began = time.monotonic()
+        network = PEERS[name](dense, data, peers[name])
+        took = round(time.monotonic() - began, 1)
         compete(name, network, Method())
-        found[name]["knob"] = knob
+        found[name] |= {"knob": peers[name], "seconds_to_compress": took}
     torch = Target("torch", threads=target.threads, batch=target.batch)
     for place, head in ((target, ""), (torch, "torch_")):
         rows = _times(dense, list(networks.values()), data, place, plan["seconds"])
@@ -111,10 +113,12 @@ def summary(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
 def tables(settings: Settings, cells: Cells) -> list[Table]:
     """Give one table per task, and the peers that could not be run."""
     head = ["rival", "accuracy, %", "parameters", "MACs", "bytes", "onnxruntime, ms"]
-    head += ["median", "torch, ms", "seconds in all"]
+    head += ["median", "torch, ms", "seconds to compress", "seconds in all"]
     found = []
     for cell in cells:
-        rows = [_row(*rival) for rival in cell["values"].get("rivals", {}).items()]
+        rivals = cell["values"].get("rivals", {})
+        plain = rivals.get(DENSE, {}).get("seconds", 0)  # what training takes by itself
+        rows = [_row(name, row, row.get("seconds", 0) - plain) for name, row in rivals.items()]
         found.append(Table(f"{cell['key']['task']}, {settings['target']}", head, rows))
     left = [[name, reason] for name, reason in LEFT_OUT.items()]
     return [*found, Table("Left out", ["peer", "why"], left)]
@@ -161,9 +165,9 @@ def _rivals(cells: Cells, task: str) -> dict[str, dict[str, Any]]:
     return {n: row for rivals in found for n, row in rivals.items() if "refused" not in row}
 
 
-def _row(name: str, v: Mapping[str, Any]) -> list[str]:
+def _row(name: str, v: Mapping[str, Any], beyond: float) -> list[str]:
     if "refused" in v:
-        return [name, v["refused"], *[""] * 7]
+        return [name, v["refused"], *[""] * 8]
     return [
         name,
         f"{100 * v['accuracy']:.2f}",
@@ -173,5 +177,6 @@ def _row(name: str, v: Mapping[str, Any]) -> list[str]:
         f"{v['ms']:.3g} ({v['share']:.0%} of {v['dense_ms']:.3g})",
         f"{v['median_share']:.0%}",
         f"{v['torch_ms']:.3g} ({v['torch_share']:.0%})",
+        f"{v.get('seconds_to_compress', beyond):.1f}",
         f"{v['seconds']:,.0f}",
     ]
