@@ -13,6 +13,7 @@ from bench.claim import claim
 from bench.compress import scored
 from bench.experiments import Cell, Cells, Table, pick
 from bench.peers import LEFT_OUT, PEERS, VERSIONS, widest
+from bench.stats import mean
 from pliant.budget import Budget
 from pliant.data import Data, Train
 from pliant.drivers.loop import fit
@@ -30,13 +31,14 @@ SLACK = 1.03  # a peer may take this much more than the time asked: the noise of
 
 
 def cells(settings: Settings) -> list[Cell]:
-    """List the tasks: all rivals of one are measured together."""
+    """List tasks and seeds: all rivals of one are measured together."""
     rows = []
-    for task in settings["tasks"]:
+    for task, seeds in settings["seeds"].items():
         shared = tasks.plan({**settings, "task": task})
         train = asdict(Train(**settings["train"], epochs=settings["epochs"]))
         own = {name: settings[name] for name in ("target", "share", "rungs", "seconds", "methods")}
-        rows.append(Cell({"task": task}, {**shared, **own, "train": train, "versions": VERSIONS}))
+        plan = {**shared, **own, "train": train, "versions": VERSIONS}
+        rows += [Cell({"task": task, "seed": seed}, plan) for seed in seeds]
     return rows
 
 
@@ -44,7 +46,7 @@ def measure(cell: Cell, watch: Watch) -> dict[str, Any]:
     """Make every rival as fast as asked, train it, and measure all of them beside the dense one."""
     plan = cell.plan
     dense, data = tasks.base(plan, watch), tasks.data_of(plan)
-    target, train = Target.parse(plan["target"]), Train(**plan["train"])
+    target, train, seed = Target.parse(plan["target"]), Train(**plan["train"]), cell.key["seed"]
     budget = Budget.parse(f"latency={plan['share']:.0%}")
     found: dict[str, dict[str, Any]] = {}
     networks: dict[str, nn.Module] = {}
@@ -52,7 +54,7 @@ def measure(cell: Cell, watch: Watch) -> dict[str, Any]:
     def compete(name: str, model: nn.Module, method: Method, **asked: Any) -> None:
         began = time.monotonic()
         try:
-            networks[name] = _trained(model, method, data, train, watch, **asked)
+            networks[name] = _trained(model, method, data, train, watch, seed=seed, **asked)
             found[name] = scored(networks[name], data)
         except BudgetError as error:
             found[name] = {"refused": str(error)}
@@ -86,14 +88,17 @@ def measure(cell: Cell, watch: Watch) -> dict[str, Any]:
 def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
     """Say who is the most accurate among those that are as fast as asked."""
     rows = []
-    for task in settings["tasks"]:
-        found = _rivals(cells, task)
-        own = [found[name]["accuracy"] for name in settings["methods"] if name in found]
-        others = [found[name]["accuracy"] for name in PEERS if name in found]
-        lead = 100 * (max(own) - max(others)) if own and others else None
+    for task in settings["seeds"]:
+        runs = [rivals for _, rivals in _runs(cells, task)]
+        leads = [_lead(settings, rivals) for rivals in runs]
         text = f"{task}: at equal milliseconds Pliant is more accurate than the best peer, by"
-        rows.append(claim(text, lead, ">", 0, "points"))
-        taken = [row["share"] / settings["share"] for name, row in found.items() if name != DENSE]
+        rows.append(claim(text, mean(leads), ">", 0, "points"))
+        taken = [
+            row["share"] / settings["share"]
+            for rivals in runs
+            for name, row in rivals.items()
+            if name != DENSE
+        ]
         text = f"{task}: every rival takes the time asked: the slowest over it"
         rows.append(claim(text, max(taken, default=None), "<=", 1.05, "x"))
         text = f"{task}: every rival takes the time asked: the fastest over it"
@@ -101,17 +106,26 @@ def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
     return rows
 
 
+def _lead(settings: Settings, rivals: Mapping[str, Mapping[str, Any]]) -> float:
+    own, others = (
+        max(rivals[name]["accuracy"] for name in names if name in rivals)
+        for names in (settings["methods"], PEERS)
+    )
+    return 100 * (own - others)
+
+
 def summary(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
     """Give what was measured, a row per rival."""
     return [
-        {"task": task, "rival": name, **row}
-        for task in settings["tasks"]
-        for name, row in _rivals(cells, task).items()
+        {"task": task, "seed": seed, "rival": name, **row}
+        for task in settings["seeds"]
+        for seed, rivals in _runs(cells, task)
+        for name, row in rivals.items()
     ]
 
 
 def tables(settings: Settings, cells: Cells) -> list[Table]:
-    """Give one table per task, and the peers that could not be run."""
+    """Give one table per task and seed, and the peers that could not be run."""
     head = ["rival", "accuracy, %", "parameters", "MACs", "bytes", "onnxruntime, ms"]
     head += ["median", "torch, ms", "seconds to compress", "seconds in all"]
     found = []
@@ -119,7 +133,8 @@ def tables(settings: Settings, cells: Cells) -> list[Table]:
         rivals = cell["values"].get("rivals", {})
         plain = rivals.get(DENSE, {}).get("seconds", 0)  # what training takes by itself
         rows = [_row(name, row, row.get("seconds", 0) - plain) for name, row in rivals.items()]
-        found.append(Table(f"{cell['key']['task']}, {settings['target']}", head, rows))
+        title = f"{cell['key']['task']}, seed {cell['key']['seed']}, {settings['target']}"
+        found.append(Table(title, head, rows))
     left = [[name, reason] for name, reason in LEFT_OUT.items()]
     return [*found, Table("Left out", ["peer", "why"], left)]
 
@@ -159,10 +174,13 @@ def _times(
     ]
 
 
-def _rivals(cells: Cells, task: str) -> dict[str, dict[str, Any]]:
-    """Pick the rivals of a task that were measured."""
-    found = [cell["values"].get("rivals", {}) for cell in pick(cells, task=task)]
-    return {n: row for rivals in found for n, row in rivals.items() if "refused" not in row}
+def _runs(cells: Cells, task: str) -> list[tuple[int, dict[str, dict[str, Any]]]]:
+    """Pick the seeds of a task, and the rivals of each that were measured."""
+    return [
+        (cell["key"]["seed"], {n: row for n, row in rivals.items() if "refused" not in row})
+        for cell in pick(cells, task=task)
+        if (rivals := cell["values"].get("rivals"))
+    ]
 
 
 def _row(name: str, v: Mapping[str, Any], beyond: float) -> list[str]:
