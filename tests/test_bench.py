@@ -18,6 +18,7 @@ from bench.cells import Store, measure_all
 from bench.claim import claim, misses_first
 from bench.compress import Observed, compress
 from bench.experiments import Cell, Experiment, calibration, factorize, lowrank, step_time
+from bench.experiments import peers as beside
 from bench.result import assemble, read_all
 from bench.tasks import Task
 from pliant import zoo
@@ -186,6 +187,22 @@ def test_peers_are_made_as_large_as_the_time_allows(monkeypatch: pytest.MonkeyPa
     found = peers.widest(nn.Identity(), None, list, 0.4, [8, 8])  # type: ignore[arg-type]
     assert found.keys() == {"even", "refusing"}, "nothing of the slow one fits"
     assert 0.37 < found["even"] <= 0.4 and 0.185 < found["refusing"] <= 0.2
+
+
+def test_who_is_late_has_no_lead() -> None:
+    settings = experiments.load("peers").settings
+    names = [*settings["methods"], *peers.PEERS]
+
+    def leads(share: float) -> list[Any]:
+        rivals = {name: {"accuracy": 0.7, "share": 0.4} for name in names}
+        rivals["nrmf"] = {"accuracy": 0.8, "share": share}
+        cells = [{"key": c.key, "values": {"rivals": rivals}} for c in beside.cells(settings)]
+        return [
+            row["value"] for row in beside.claims(settings, cells) if "accurate" in row["claim"]
+        ]
+
+    assert leads(0.4) == pytest.approx([10.0] * 3)
+    assert leads(0.5) == pytest.approx([0.0] * 3), "the other one of ours kept the time"
 
 
 # ---------------------------------------------------------------- running and resuming

@@ -169,7 +169,7 @@ def _row(cells: Cells, name: str, apart: Cells, budget: float) -> list[str]:
 
 
 def _beside(settings: Settings) -> list[tuple[str, str]]:
-    """Put separate networks beside each elastic training: as long as one of them, or as it is."""
+    """Put the short separate networks beside each elastic training, and the long ones too."""
     rows = [(name, PAIRS.get(name, PAIRS[TAUGHT])) for name in _trainings(settings)]
     return rows + [(name, apart) for apart, name, times in _separate(settings) if times > 1]
 

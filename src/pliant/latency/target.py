@@ -24,7 +24,7 @@ from pliant.latency.runtimes import BUILT_IN, Sampler, batched, copies_of, sampl
 Function = Callable[[nn.Module, Example], float]
 
 DTYPES = ("float32", "bfloat16", "float16")
-SECONDS = 2.0  # that a comparison takes about
+SECONDS = 2.0  # that a comparison may take, about
 ASIDE = ("function", "seconds")  # no setting of what is measured
 _WORDS = ("threads", "batch", "dtype", "device", "seconds")
 
@@ -40,8 +40,8 @@ class Target:
         batch: samples of one inference.
         dtype: of weights and inputs; other than float32 only in PyTorch.
         device: ``cpu``, or ``cuda`` in PyTorch, where events time the work.
-        seconds: that comparing two networks takes about; take more, such as 20, on a machine that
-            is slow for a while and then fast again.
+        seconds: that comparing two networks may take, about; allow more, such as 20, on a machine
+            that is slow for a while and then fast again.
         function: measures instead of a runtime.
 
     Raises:
