@@ -74,14 +74,13 @@ LEFT_OUT = {
 VERSIONS = {name: version(name) for name in ("tensorly-torch", "torch-pruning")}
 
 
-def widest(
+def around(
     dense: nn.Module,
     data: Data,
-    shares: Callable[[Sequence[nn.Module]], list[float]],
-    limit: float,
+    times: Callable[[Sequence[nn.Module]], list[float]],
     rungs: Sequence[int],
-) -> dict[str, float]:
-    """Find for every peer the largest setting whose network takes no more than a share of the time.
+) -> dict[str, tuple[float | None, float | None]]:
+    """Find for every peer the largest setting whose network is fast enough, and the next above it.
 
     The candidates of all peers are measured together, so that whatever the machine does falls on
     all of them: first far apart on a logarithmic scale, then between the largest that fits and
@@ -90,32 +89,31 @@ def widest(
     Args:
         dense: the network as it came.
         data: what it sees.
-        shares: measures networks together; gives what each takes of the dense network's time.
-        limit: the largest share that fits.
+        times: measures networks together; what gives at most 1 is fast enough.
         rungs: candidates of each peer, a number for every pass.
 
     Returns:
-        the settings by peer; peers of which nothing fits are left out.
+        both settings by peer; None where no candidate is fast enough, or none is too slow.
     """
-    found: dict[str, float] = {}
-    ends = dict.fromkeys(PEERS, (LEAST, 1.0))
+    found: dict[str, tuple[float | None, float | None]] = dict.fromkeys(PEERS, (None, None))
     for count in rungs:
         tried = [
             (name, knob, network)
-            for name, (low, high) in ends.items()
-            for knob in (low * (high / low) ** (rung / count) for rung in range(count))
+            for name, (below, above) in found.items()
+            for knob in _ladder(below or LEAST, above or 1.0, count)
             if (network := _made(name, dense, data, knob)) is not None
         ]
-        taken = shares([network for *_, network in tried])
-        for (name, knob, _), share in zip(tried, taken, strict=True):
-            if share <= limit:  # settings rise, so the largest stays
-                found[name] = knob
-        above = {
-            name: [knob for other, knob, _ in tried if other == name and knob > low]
-            for name, low in found.items()
-        }
-        ends = {n: (low, min(above[n], default=ends[n][1])) for n, low in found.items()}
+        taken = times([network for *_, network in tried])
+        for name, (below, above) in found.items():
+            rows = [(knob, t) for (n, knob, _), t in zip(tried, taken, strict=True) if n == name]
+            below = max((knob for knob, t in rows if t <= 1), default=below)
+            slower = [knob for knob, t in rows if t > 1 and knob > (below or 0)]
+            found[name] = below, min(slower, default=above)
     return found
+
+
+def _ladder(low: float, high: float, count: int) -> list[float]:
+    return [low * (high / low) ** (rung / count) for rung in range(count)]
 
 
 def _made(name: str, dense: nn.Module, data: Data, knob: float) -> nn.Module | None:

@@ -176,33 +176,54 @@ def test_other_claims() -> None:
     assert all(row["holds"] for row in calibration.claims(settings, cells))
 
 
-def test_peers_are_made_as_large_as_the_time_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_peers_are_made_just_faster_and_just_slower(monkeypatch: pytest.MonkeyPatch) -> None:
     def refusing(dense: Any, data: Any, knob: float) -> float:
         if knob < 0.1:
             raise BudgetError("too small")
-        return 2 * knob
+        return 5 * knob
 
-    made = {"even": lambda *a: a[-1], "refusing": refusing, "slow": lambda *a: 100 * a[-1]}
+    made = {
+        "even": lambda *a: 2.5 * a[-1],
+        "refusing": refusing,
+        "slow": lambda *a: 200 * a[-1],
+        "fast": lambda *a: a[-1] / 2,
+    }
     monkeypatch.setattr(peers, "PEERS", made)
-    found = peers.widest(nn.Identity(), None, list, 0.4, [8, 8])  # type: ignore[arg-type]
-    assert found.keys() == {"even", "refusing"}, "nothing of the slow one fits"
-    assert 0.37 < found["even"] <= 0.4 and 0.185 < found["refusing"] <= 0.2
+    found = peers.around(nn.Identity(), None, list, [8, 8])  # type: ignore[arg-type]
+    for name, exact in {"even": 0.4, "refusing": 0.2}.items():
+        below, above = found[name]
+        assert below is not None and above is not None
+        assert below <= exact < above < 1.1 * below
+    assert found["slow"] == (None, peers.LEAST)
+    below, above = found["fast"]
+    assert below is not None and below > 0.9 and above is None
 
 
-def test_who_is_late_has_no_lead() -> None:
+def test_ours_lead_peers_that_had_as_much_time() -> None:
     settings = experiments.load("peers").settings
-    names = [*settings["methods"], *peers.PEERS]
+    sides = {"faster": (0.7, 0.38), "slower": (0.72, 0.42)}
 
-    def leads(share: float) -> list[Any]:
-        rivals = {name: {"accuracy": 0.7, "share": 0.4} for name in names}
-        rivals["nrmf"] = {"accuracy": 0.8, "share": share}
-        cells = [{"key": c.key, "values": {"rivals": rivals}} for c in beside.cells(settings)]
+    def values(**changed: dict[str, float]) -> list[list[float | None]]:
+        rivals = {
+            f"{name}, {side}": {"accuracy": accuracy, "share": share}
+            for name in peers.PEERS
+            for side, (accuracy, share) in sides.items()
+        }
+        rivals |= {"nrmf": {"accuracy": 0.8, "share": 0.4}}
+        rivals |= {"group_fisher": {"accuracy": 0.75, "share": 0.3}}
+        rivals = {n: row for n, row in (rivals | changed).items() if row}
+        rows = [{"key": c.key, "values": {"rivals": rivals}} for c in beside.cells(settings)]
+        found = beside.claims(settings, rows)
         return [
-            row["value"] for row in beside.claims(settings, cells) if "accurate" in row["claim"]
+            [row["value"] for row in found if what in row["claim"]]
+            for what in ("leads", "has no more time", "slowest", "fastest")
         ]
 
-    assert leads(0.4) == pytest.approx([10.0] * 3)
-    assert leads(0.5) == pytest.approx([0.0] * 3), "the other one of ours kept the time"
+    assert values() == [[8.0] * 4, [1.05] * 4, [1.0] * 2, [0.75] * 2]
+    late = {"accuracy": 0.8, "share": 0.5}
+    assert values(nrmf=late)[:3] == [[8.0] * 4, [0.84] * 4, [1.25] * 2]
+    assert values(nrmf={})[:2] == [[3.0] * 4, [1.4] * 4], "one of ours was refused"
+    assert values(**{"kim, slower": {}})[1] == [None] * 4, "then equal times are not shown"
 
 
 # ---------------------------------------------------------------- running and resuming
