@@ -128,6 +128,15 @@ def test_verdict_names_budget_and_misses() -> None:
     assert "macs ≤ 12.0M" in words.verdict(resnet20(budget={"macs": 12_000_000}))
 
 
+def test_verdict_says_when_much_of_the_time_is_left() -> None:
+    def said(bounds: dict[str, Any]) -> str:
+        return words.verdict(resnet20(budget=bounds))  # takes 2.12 of 3.4 ms
+
+    assert said({"latency": 2.2}) == "Budget met: latency ≤ 2.2 ms."
+    assert "(2.73 ms), of which 22 % is left" in said({"latency": "80%"})
+    assert "left" not in said({"latency": "80%", "params": 0.4}), "params may be what binds"
+
+
 def test_parts_of_composed_methods_are_listed_with_their_budgets() -> None:
     inner = {"name": "together", "methods": [{"name": "b", "options": {}}, {"name": "c"}]}
     method = {

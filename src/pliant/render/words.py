@@ -15,6 +15,7 @@ NONE = "–"
 LEFT = "left alone"
 UNCHANGED = 0.005  # a ratio nearer to 1 than this is called unchanged
 CLOSE = 1.25  # below it a tenth is too coarse
+SPARE = 0.15  # share of the time allowed: to leave more is worth a word
 
 
 def human(value: float | None, unit: str = "") -> str:
@@ -230,8 +231,23 @@ def verdict(report: Report) -> str:
         return "No budget was set."
     asked = ", ".join(f"{axis} ≤ {bound(report, axis)}" for axis in report.budget)
     if report.met:
-        return f"Budget met: {asked}."
+        return f"Budget met: {asked}{_spare(report)}."
     return f"Budget missed ({asked}): {'; '.join(report.misses) or 'see the costs'}."
+
+
+def _spare(report: Report) -> str:
+    """Say that much of the time allowed is left, as after a plan made while the machine was slow.
+
+    Where something else than time is bounded too, that may be the reason.
+    """
+    took = report.after.latency_ms
+    limit = allowed(report, "latency") if [*report.budget] == ["latency"] else None
+    if not took or not limit or took > (1 - SPARE) * limit:
+        return ""
+    return (
+        f", of which {100 * (1 - took / limit):.0f} % is left; longer comparisons "
+        "(seconds of the target) may leave more of the network"
+    )
 
 
 def bound(report: Report, axis: str) -> str:
