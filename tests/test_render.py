@@ -135,6 +135,7 @@ def test_verdict_says_when_much_of_the_time_is_left() -> None:
     assert said({"latency": 2.2}) == "Budget met: latency ≤ 2.2 ms."
     assert "(2.73 ms), of which 22 % is left" in said({"latency": "80%"})
     assert "left" not in said({"latency": "80%", "params": 0.4}), "params may be what binds"
+    assert "left" not in said({"latency": 10.0}), "the dense network takes less"
 
 
 def test_parts_of_composed_methods_are_listed_with_their_budgets() -> None:

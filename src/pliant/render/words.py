@@ -238,11 +238,12 @@ def verdict(report: Report) -> str:
 def _spare(report: Report) -> str:
     """Say that much of the time allowed is left, as after a plan made while the machine was slow.
 
-    Where something else than time is bounded too, that may be the reason.
+    Where something else than time is bounded too, that may be the reason, and where the dense
+    network takes no longer than allowed, nothing had to be planned.
     """
-    took = report.after.latency_ms
+    took, dense = report.after.latency_ms, report.before.latency_ms
     limit = allowed(report, "latency") if [*report.budget] == ["latency"] else None
-    if not took or not limit or took > (1 - SPARE) * limit:
+    if not (took and dense and limit) or limit >= dense or took > (1 - SPARE) * limit:
         return ""
     return (
         f", of which {100 * (1 - took / limit):.0f} % is left; longer comparisons "
