@@ -64,7 +64,7 @@ class Elastic(Method):
     ``pliant.load(path, at=...)`` then cuts a size from the file.
 
     A layer has factors of one form at every size, or at none: whether it has is planned at the
-    smallest, of which form at the one in the middle. The training is that of
+    smallest, of which form where the damage to all sizes together is least. The training is that of
     ``Train(epochs=...)``; a plain fine-tuning afterwards sees one size only.
     The report scores every size, and times it where a target is named.
 
@@ -147,9 +147,10 @@ class Elastic(Method):
         return [last, *found.tolist()]
 
     def _plans(self, run: Run, layers: Layers, seen: Any) -> list[Plan]:
-        """Plan layers at the smallest size, forms at the middle one, then ranks at all.
+        """Plan layers at the smallest size, then ranks at all sizes with the best forms.
 
-        Where the smallest cannot have the forms of the middle one, those of a smaller one serve.
+        Forms are those that are planned for the size in the middle, for a smaller one or for the
+        smallest: whichever damages all sizes together the least.
         """
         rows = _rows(run, layers, seen, FORMS[:4] if self.form == "auto" else (self.form,))
         most = run.limits() or {"params": self.largest * run.cost.params}
@@ -157,11 +158,13 @@ class Elastic(Method):
         taken = {name: rows[name] for name in least}
         shares = torch.linspace(1.0, share, self.sizes, dtype=torch.float64).tolist()
         limits = [_scaled(most, part) for part in shares]
-        for limit in limits[self.sizes // 2 : -1]:
-            with suppress(BudgetError):
-                forms = least | _planned(run, taken, limit)
-                return _falling(_at_all(run, taken, forms, limits))
-        return _falling(_at_all(run, taken, least, limits))
+        found = [_at_all(run, taken, least, limits)]
+        for size in {self.sizes // 2, 3 * self.sizes // 4}:
+            with suppress(BudgetError):  # the smallest size cannot have the forms of this one
+                forms = least | _planned(run, taken, limits[size])
+                found.append(_at_all(run, taken, forms, limits))
+        scores = {row.edit: row.score for name in taken for row in taken[name]}
+        return _falling(min(found, key=lambda plans: _damage(plans, scores)))
 
 
 def _rows(run: Run, layers: Layers, seen: Any, allowed: Sequence[str]) -> dict[str, list[Option]]:
@@ -189,6 +192,10 @@ def _at_all(
         for name, edit in forms.items()
     }
     return [_planned(run, kept, each) for each in limits]
+
+
+def _damage(plans: Sequence[Plan], scores: Mapping[Any, float]) -> float:
+    return sum(scores[edit] for plan in plans for edit in plan.values())
 
 
 def _scaled(limits: dict[str, float], share: float) -> dict[str, float]:
