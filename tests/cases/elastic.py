@@ -91,13 +91,18 @@ def the_smallest_size_loses_least() -> None:
         assert losses == sorted(losses) and losses[0] < losses[-1]
 
 
-def forms_are_those_of_the_middle_size() -> None:
-    """What `energy` takes at its budget, where the smallest size alone would take another."""
-    elastic = Elastic(sizes=5, smallest=0.3, samples=16)
-    run = start(network(), elastic, Budget(params=0.7), data=images())
-    found = {edit.layer: edit.form for edit in run.edits if isinstance(edit, Nest)}
+def forms_are_those_that_suit_all_sizes() -> None:
+    """Those of the size in the middle while that costs the smallest little, else its own."""
+
+    def found(smallest: float) -> dict[str, str]:
+        elastic = Elastic(sizes=5, smallest=smallest, samples=16)
+        run = start(network(), elastic, Budget(params=0.7), data=images())
+        return {edit.layer: edit.form for edit in run.edits if isinstance(edit, Nest)}
+
     middle, least = (forms_at(0.7 * share) for share in (0.65, 0.3))
-    assert found["3"] == middle["3"] != least["3"]
+    assert found(0.3)["3"] == middle["3"] != least["3"]
+    middle, least = (forms_at(0.7 * share) for share in (0.55, 0.1))
+    assert found(0.1) == least and least["3"] != middle["3"]
 
 
 def the_smallest_size_may_need_other_forms() -> None:
@@ -262,7 +267,7 @@ CASES = [
             first_components_are_the_best_of_their_rank,
             order_is_that_of_the_outputs,
             the_smallest_size_loses_least,
-            forms_are_those_of_the_middle_size,
+            forms_are_those_that_suit_all_sizes,
             the_smallest_size_may_need_other_forms,
             sizes_must_fall,
             one_step_teaches_three_sizes,
