@@ -192,11 +192,10 @@ def test_peers_are_made_just_faster_and_just_slower(monkeypatch: pytest.MonkeyPa
     found = peers.around(nn.Identity(), None, list, [8, 8])  # type: ignore[arg-type]
     for name, exact in {"even": 0.4, "refusing": 0.2}.items():
         below, above = found[name]
-        assert below is not None and above is not None
         assert below <= exact < above < 1.1 * below
     assert found["slow"] == (None, peers.LEAST)
     below, above = found["fast"]
-    assert below is not None and below > 0.9 and above is None
+    assert below > 0.9 and above is None
 
 
 def test_ours_lead_peers_that_had_as_much_time() -> None:

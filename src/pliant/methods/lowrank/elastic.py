@@ -63,9 +63,10 @@ class Elastic(Method):
     Batch norms are re-estimated for every size at the end and kept in a table each.
     ``pliant.load(path, at=...)`` then cuts a size from the file.
 
-    A layer has factors of one form at every size, or at none: whether it has is planned at the
-    smallest, of which form where the damage to all sizes together is least. The training is that of
-    ``Train(epochs=...)``; a plain fine-tuning afterwards sees one size only.
+    A layer has factors of one form at every size, or at none. Whether it has is planned at the
+    smallest; forms are planned at three sizes, and those that damage all sizes together the least
+    are taken. The training is that of ``Train(epochs=...)``; a plain fine-tuning afterwards sees
+    one size only.
     The report scores every size, and times it where a target is named.
 
     *Departs from the paper*: ranks of factors are cut, not channels; a size is a plan of ranks
@@ -149,8 +150,8 @@ class Elastic(Method):
     def _plans(self, run: Run, layers: Layers, seen: Any) -> list[Plan]:
         """Plan layers at the smallest size, then ranks at all sizes with the best forms.
 
-        Forms are those that are planned for the size in the middle, for a smaller one or for the
-        smallest: whichever damages all sizes together the least.
+        Those of the size in the middle can leave the smallest a rank of 1, and those of the
+        smallest cost the others something: both are tried, and those of a size between.
         """
         rows = _rows(run, layers, seen, FORMS[:4] if self.form == "auto" else (self.form,))
         most = run.limits() or {"params": self.largest * run.cost.params}
