@@ -21,10 +21,11 @@ from pliant.math.distill import divergence
 from pliant.math.forms import compose
 from pliant.math.metric import Metric
 from pliant.math.nested import cut, nested, ordered
-from pliant.methods.lowrank.elastic import Elastic
+from pliant.methods.lowrank.elastic import Elastic, _damage
 from pliant.methods.lowrank.energy import Energy
 from pliant.ops.edits import Edit, Factor, Nest, Settle, replay
 from pliant.ops.edits.settle import MEANS
+from pliant.ops.lowrank import losses
 from pliant.result import Report
 from pliant.run import start
 from pliant.testing import Case
@@ -103,6 +104,24 @@ def forms_are_those_that_suit_all_sizes() -> None:
     assert found(0.3)["3"] == middle["3"] != least["3"]
     middle, least = (forms_at(0.7 * share) for share in (0.55, 0.1))
     assert found(0.1) == least and least["3"] != middle["3"]
+
+
+def forms_are_judged_by_their_factors() -> None:
+    """The losses of a plan are true of output, and much too high for others on patches."""
+    noise = torch.Generator().manual_seed(0)
+    layer = nn.Conv2d(5, 6, 3)
+    weight = layer.weight.detach()
+    mix = torch.randn(45, 45, generator=noise) * torch.linspace(1, 0.05, 45)
+    metric = Metric(mix @ mix.T, torch.eye(6))
+
+    def share(form: str, ranks: tuple[int, ...]) -> float:
+        kernels = nested(weight, form, [(rank,) for rank in ranks], metric)
+        found = _damage([Nest("0", form, ranks, kernels)], {"0": layer}, {"0": metric})
+        lost = losses(weight, form, metric)[0]
+        return found / (metric.energy(weight) * sum(float(lost[rank]) for rank in ranks))
+
+    assert abs(share("output", (4, 2)) - 1) < 1e-3
+    assert share("spatial", (6, 3)) < 0.6
 
 
 def the_smallest_size_may_need_other_forms() -> None:
@@ -268,6 +287,7 @@ CASES = [
             order_is_that_of_the_outputs,
             the_smallest_size_loses_least,
             forms_are_those_that_suit_all_sizes,
+            forms_are_judged_by_their_factors,
             the_smallest_size_may_need_other_forms,
             sizes_must_fall,
             one_step_teaches_three_sizes,

@@ -21,8 +21,9 @@ from pliant.elastic import costs, count, settle, weights_at
 from pliant.errors import BudgetError, MethodError
 from pliant.factorize import Form, Layers, look, subjects
 from pliant.math.distill import divergence
-from pliant.math.forms import FORMS
-from pliant.math.nested import nested
+from pliant.math.forms import FORMS, compose, relative_error
+from pliant.math.metric import Metric
+from pliant.math.nested import cut, nested
 from pliant.method import Method
 from pliant.ops.aside import Teacher, held
 from pliant.ops.edits import Factor, Nest, Settle
@@ -64,9 +65,9 @@ class Elastic(Method):
     ``pliant.load(path, at=...)`` then cuts a size from the file.
 
     A layer has factors of one form at every size, or at none. Whether it has is planned at the
-    smallest; forms are planned at three sizes, and those that damage all sizes together the least
-    are taken. The training is that of ``Train(epochs=...)``; a plain fine-tuning afterwards sees
-    one size only.
+    smallest; forms are planned at three sizes, and those whose factors damage all sizes together
+    the least are taken. The training is that of ``Train(epochs=...)``; a plain fine-tuning
+    afterwards sees one size only.
     The report scores every size, and times it where a target is named.
 
     *Departs from the paper*: ranks of factors are cut, not channels; a size is a plan of ranks
@@ -96,12 +97,9 @@ class Elastic(Method):
         norms = [name for name, module in run.model.named_modules() if _has_statistics(module)]
         run.apply(*(Settle(name, self.sizes) for name in norms))
         seen = look(run, layers, self.samples)
-        plans = self._plans(run, layers, seen)
-        for name, edit in plans[0].items():
-            ranks = [plan[name].ranks for plan in plans]
-            kernels = nested(layers[name].weight, edit.form, ranks, seen.get(name))
-            run.apply(Nest(name, edit.form, sum(ranks, ()), kernels))
-        for name in layers.keys() - plans[0].keys():
+        rows = self._factors(run, layers, seen)
+        run.apply(*rows)
+        for name in layers.keys() - {edit.layer for edit in rows}:
             run.keep(name, "no factorized form at the rank it needs is smaller")
         hook = run.model.register_forward_pre_hook(lambda module, given: _note_precision(run))
         run.hook(hook)
@@ -147,11 +145,13 @@ class Elastic(Method):
         found = torch.randint(1, last, (self.between,), generator=run.generator)
         return [last, *found.tolist()]
 
-    def _plans(self, run: Run, layers: Layers, seen: Any) -> list[Plan]:
+    def _factors(self, run: Run, layers: Layers, seen: Any) -> list[Nest]:
         """Plan layers at the smallest size, then ranks at all sizes with the best forms.
 
         Those of the size in the middle can leave the smallest a rank of 1, and those of the
-        smallest cost the others something: both are tried, and those of a size between.
+        smallest cost the others something: both are tried, and those of a size between. They
+        are judged by what their factors lose: the scores of plans are bounds, and those of some
+        forms are twice as far from it as those of others.
         """
         rows = _rows(run, layers, seen, FORMS[:4] if self.form == "auto" else (self.form,))
         most = run.limits() or {"params": self.largest * run.cost.params}
@@ -160,12 +160,13 @@ class Elastic(Method):
         shares = torch.linspace(1.0, share, self.sizes, dtype=torch.float64).tolist()
         limits = [_scaled(most, part) for part in shares]
         found = [_at_all(run, taken, least, limits)]
-        for size in {self.sizes // 2, 3 * self.sizes // 4}:
+        for size in (self.sizes // 2, 3 * self.sizes // 4):
             with suppress(BudgetError):  # the smallest size cannot have the forms of this one
                 forms = least | _planned(run, taken, limits[size])
                 found.append(_at_all(run, taken, forms, limits))
-        scores = {row.edit: row.score for name in taken for row in taken[name]}
-        return _falling(min(found, key=lambda plans: _damage(plans, scores)))
+        different = [plans for at, plans in enumerate(found) if plans not in found[:at]]
+        built = [_built(plans, layers, seen) for plans in different]
+        return min(built, key=lambda edits: _damage(edits, layers, seen))
 
 
 def _rows(run: Run, layers: Layers, seen: Any, allowed: Sequence[str]) -> dict[str, list[Option]]:
@@ -192,11 +193,28 @@ def _at_all(
         name: [row for row in rows[name] if row.edit and row.edit.form == edit.form]
         for name, edit in forms.items()
     }
-    return [_planned(run, kept, each) for each in limits]
+    return _falling([_planned(run, kept, each) for each in limits])
 
 
-def _damage(plans: Sequence[Plan], scores: Mapping[Any, float]) -> float:
-    return sum(scores[edit] for plan in plans for edit in plan.values())
+def _built(plans: Sequence[Plan], layers: Layers, seen: Mapping[str, Metric]) -> list[Nest]:
+    """Compute the factors of all sizes."""
+    edits = []
+    for name, edit in plans[0].items():
+        ranks = [plan[name].ranks for plan in plans]
+        kernels = nested(layers[name].weight, edit.form, ranks, seen.get(name))
+        edits.append(Nest(name, edit.form, sum(ranks, ()), kernels))
+    return edits
+
+
+def _damage(edits: Sequence[Nest], layers: Layers, seen: Mapping[str, Metric]) -> float:
+    """Sum what the factors lose over layers and sizes."""
+    total = 0.0
+    for edit in edits:
+        weight, metric = layers[edit.layer].weight.detach(), seen.get(edit.layer)
+        for size in range(edit.count):
+            near = compose(cut(edit.kernels or (), edit.at(size)), edit.form)
+            total += metric.energy(weight - near) if metric else relative_error(weight, near)
+    return total
 
 
 def _scaled(limits: dict[str, float], share: float) -> dict[str, float]:
