@@ -97,9 +97,9 @@ class Elastic(Method):
         norms = [name for name, module in run.model.named_modules() if _has_statistics(module)]
         run.apply(*(Settle(name, self.sizes) for name in norms))
         seen = look(run, layers, self.samples)
-        rows = self._factors(run, layers, seen)
-        run.apply(*rows)
-        for name in layers.keys() - {edit.layer for edit in rows}:
+        edits = self._factors(run, layers, seen)
+        run.apply(*edits)
+        for name in layers.keys() - {edit.layer for edit in edits}:
             run.keep(name, "no factorized form at the rank it needs is smaller")
         hook = run.model.register_forward_pre_hook(lambda module, given: _note_precision(run))
         run.hook(hook)
