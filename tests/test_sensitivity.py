@@ -1,14 +1,24 @@
 """What data-aware factorization rests on: patches, moments, and the metric made of them."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
+from pliant.budget import Budget
+from pliant.cost import layer_costs
+from pliant.data import Data
+from pliant.factorize import look, subjects
 from pliant.math import forms
+from pliant.math.forms import compose
 from pliant.math.metric import Metric
+from pliant.method import Method
+from pliant.methods.lowrank.energy import Energy
 from pliant.ops.batchnorm import recalibrate
-from pliant.ops.lowrank import losses, options, ranks_at
+from pliant.ops.lowrank import damage, losses, options, ranks_at
 from pliant.ops.sensitivity import metrics, patches
+from pliant.run import start
 
 LAYERS = {
     "plain": (nn.Conv2d(4, 6, 3, padding=1, bias=False), (2, 4, 8, 8)),
@@ -106,8 +116,6 @@ def test_losses_fall_from_all_to_nothing():
 
 def test_tucker2_options_are_those_of_one_energy():
     """Every rung is (R3(p), R4(p)) of one p, and its score is no more than 1 - p."""
-    from pliant.cost import layer_costs
-
     model = nn.Sequential(nn.Conv2d(6, 8, 3))
     cost = layer_costs(model, (torch.randn(1, 6, 5, 5),))["0"]
     weight = model[0].weight
@@ -117,6 +125,45 @@ def test_tucker2_options_are_those_of_one_energy():
     for row in rows[1:]:
         assert row.edit.ranks == ranks_at(lost, row.score, (6, 8))
         assert row.cost.params < cost.params
+
+
+def test_exact_scores_are_what_factors_lose():
+    """Bounds stay where they are exact, else they fall to the truth at all ranks, and no lower."""
+    noise = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 10, 3))
+    cost = layer_costs(model, (torch.randn(1, 8, 5, 5),))["0"]
+    weight = model[0].weight.detach()
+    mix = torch.randn(72, 72, generator=noise) * torch.linspace(1, 0.05, 72)
+    metric = Metric(mix @ mix.T / 72, torch.eye(10))
+    bounds, exact = (
+        options("0", weight, cost, allowed=forms.FORMS, metric=metric, exact=exact)[1:]
+        for exact in (False, True)
+    )
+    assert [row.edit for row in bounds] == [row.edit for row in exact]
+    for bound, row in zip(bounds, exact, strict=True):
+        kernels = metric.decompose(weight, row.edit.form, row.edit.ranks)
+        lost = damage(weight, compose(kernels, row.edit.form), metric) / metric.energy(weight)
+        assert row.score <= bound.score
+        assert row.score == pytest.approx(lost, rel=0.35, abs=1e-4)
+    assert sum(row.score for row in exact) < 0.8 * sum(row.score for row in bounds)
+
+
+def test_exact_scores_plan_a_better_network():
+    """At equal parameters less is lost, of what the metrics say, than with bounds."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3)
+    )
+    smooth = nn.functional.avg_pool2d(torch.randn(64, 3, 14, 14), 5, 1)
+    data = Data((smooth, torch.randn(64, 16, 4, 4)))
+    seen = look(run := start(model, Method(), data=data), layers := subjects(run), 64)
+    lost = []
+    for exact in (False, True):
+        energy = Energy(form="auto", samples=64, exact=exact)
+        edits = start(copy.deepcopy(model), energy, Budget(params=0.1), data=data).edits
+        near = {edit.layer: compose(edit.kernels, edit.form) for edit in edits}
+        lost.append(sum(damage(layers[n].weight.detach(), near[n], seen[n]) for n in near))
+    assert lost[1] < 0.95 * lost[0]
 
 
 def test_recalibration_restores_spoiled_statistics():

@@ -64,16 +64,18 @@ def look(run: Run, layers: Layers, samples: int) -> dict[str, Metric]:
     return metrics(run.model, layers, batches, run.generator)
 
 
-def within_budget(run: Run, layers: Layers, form: Form, seen: Mapping[str, Metric]) -> list[Factor]:
+def within_budget(
+    run: Run, layers: Layers, form: Form, seen: Mapping[str, Metric], *, exact: bool = False
+) -> list[Factor]:
     """Plan ranks and forms for the run's budget.
 
     With metrics the sum of the damages is made least; without them one energy threshold p holds
-    for the whole network.
+    for the whole network. Damages are bounds, or those of computed factors if ``exact``.
 
     Raises:
         BudgetError: the budget cannot be met.
     """
-    rows = _options(run, layers, form, seen, scaled=True)
+    rows = _options(run, layers, form, seen, scaled=True, exact=exact)
     return run.allocate(rows, rule="sum" if seen else "max")  # type: ignore[return-value]
 
 
@@ -97,19 +99,31 @@ def check_reachable(run: Run) -> None:
 
 
 def at_energy(
-    run: Run, layers: Layers, form: Form, seen: Mapping[str, Metric], p: float
+    run: Run,
+    layers: Layers,
+    form: Form,
+    seen: Mapping[str, Metric],
+    p: float,
+    *,
+    exact: bool = False,
 ) -> list[Factor]:
     """Plan the cheapest form and ranks of every layer that keep the share ``p`` of its energy."""
-    return cheapest(_options(run, layers, form, seen, scaled=False), 1 - p)
+    return cheapest(_options(run, layers, form, seen, scaled=False, exact=exact), 1 - p)
 
 
 def plan(
-    run: Run, layers: Layers, form: Form, seen: Mapping[str, Metric], p: float
+    run: Run,
+    layers: Layers,
+    form: Form,
+    seen: Mapping[str, Metric],
+    p: float,
+    *,
+    exact: bool = False,
 ) -> list[Factor]:
     """Plan for the budget if there is one, else for the energy ``p``."""
     if run.limits():
-        return within_budget(run, layers, form, seen)
-    return at_energy(run, layers, form, seen, p)
+        return within_budget(run, layers, form, seen, exact=exact)
+    return at_energy(run, layers, form, seen, p, exact=exact)
 
 
 def factorize(
@@ -174,7 +188,7 @@ def _inputs(run: Run, samples: int, batch: int, seed: int) -> Iterator[Example]:
 
 
 def _options(
-    run: Run, layers: Layers, form: Form, seen: Mapping[str, Metric], *, scaled: bool
+    run: Run, layers: Layers, form: Form, seen: Mapping[str, Metric], *, scaled: bool, exact: bool
 ) -> dict[str, list[Option]]:
     costs = layer_costs(run.model, run.example)
     allowed = FORMS[:4] if form == "auto" else (form,)
@@ -188,7 +202,13 @@ def _options(
                 for kind in forms_of(module.weight.shape, allowed)
             }
         rows = options(
-            name, module.weight, costs[name], allowed=allowed, metric=metric, steps=steps
+            name,
+            module.weight,
+            costs[name],
+            allowed=allowed,
+            metric=metric,
+            steps=steps,
+            exact=exact,
         )
         scale = metric.energy(module.weight.detach()) if metric and scaled else 1.0
         found[name] = [replace(row, score=row.score * scale) for row in rows]

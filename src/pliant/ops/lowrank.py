@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +20,8 @@ from pliant.ops.edits import Factor
 from pliant.ops.layers import Factorizable
 
 LEVELS = 48  # rungs per form that a plan considers
+PROBES = 6  # of them whose factors are computed for exact scores
+CLOSEST = 1e-4  # an exact score is no smaller part of its bound
 
 
 def losses(weight: Tensor, form: str, metric: Metric | None = None) -> list[Tensor]:
@@ -78,12 +82,14 @@ def options(
     allowed: Sequence[str],
     metric: Metric | None = None,
     steps: Mapping[str, int] | None = None,
+    exact: bool = False,
 ) -> list[Option]:
     """Return what can be done with one layer: leave it, or factorize it at a ladder of ranks.
 
     The score of an option is the share of energy it loses. With plain Tucker-2 alone it is 1 - p
     of the rung, R3 and R4 read off at one p as the paper does; otherwise the losses of Tucker-2's
-    unfoldings are added, which bounds its error and compares it with the other forms.
+    unfoldings are added, which bounds its error and compares it with the other forms. With a
+    metric all forms but output and svd have bounds, a fifth to all of which is lost in the end.
 
     Args:
         layer: its name.
@@ -92,6 +98,7 @@ def options(
         allowed: forms to consider; pointwise and Linear kernels always take svd.
         metric: what it reads and how much its outputs matter.
         steps: for a form, the multiple to which its ranks are rounded up; 1 where not named.
+        exact: in a metric, correct the bounds by what factors lose at a few ranks of each form.
     """
     rows = [Option(0.0, cost)]
     paper = metric is None and tuple(allowed) == ("tucker2",)
@@ -101,13 +108,46 @@ def options(
         lost = _losses(weight, form, metric, moments)
         most, step = forms.max_ranks(weight.shape, form), (steps or {}).get(form, 1)
         ladder = (_rounded_up(ranks, most, step) for ranks in _ladder(lost, most))
+        found = []
         for ranks in dict.fromkeys(ladder):
             edit = Factor(layer, form, ranks)
             score = combine([float(row[rank]) for row, rank in zip(lost, ranks, strict=True)])
             after = edit.predict(cost)
             if after.params < cost.params:
-                rows.append(Option(score, after, edit))
+                found.append(Option(score, after, edit))
+        if exact and metric is not None and form not in ("output", "svd"):
+            found = _corrected(found, weight.detach(), metric)
+        rows += found
     return rows
+
+
+def _corrected(rows: Sequence[Option], weight: Tensor, metric: Metric) -> list[Option]:
+    """Scale the bounds of one form, from few ranks to many, to what its factors lose.
+
+    Factors are computed at a few ranks. Between them the logarithm of what is lost, as a part of
+    the bound, changes evenly with the logarithm of the bound.
+    """
+    whole, bounds, parts = metric.energy(weight), [], []
+    places = {round(place) for place in np.linspace(len(rows) - 1, 0, PROBES)} if rows else set()
+    for place in sorted(places, reverse=True):
+        score, edit = rows[place].score, rows[place].edit
+        if score > 0 and whole > 0 and isinstance(edit, Factor):
+            kernels = metric.decompose(weight, edit.form, edit.ranks)
+            lost = damage(weight, forms.compose(kernels, edit.form), metric) / whole
+            bounds.append(math.log(score))
+            parts.append(math.log(min(1.0, max(CLOSEST, lost / score))))
+    if not bounds:
+        return list(rows)
+
+    def corrected(score: float) -> float:
+        return score and score * math.exp(np.interp(math.log(score), bounds, parts))
+
+    return [replace(row, score=corrected(row.score)) for row in rows]
+
+
+def damage(weight: Tensor, near: Tensor, metric: Metric | None) -> float:
+    """Return what a kernel loses that another replaces: in the metric, or a share of its energy."""
+    return metric.energy(weight - near) if metric else forms.relative_error(weight, near)
 
 
 def forms_of(shape: Sequence[int], allowed: Sequence[str]) -> list[str]:

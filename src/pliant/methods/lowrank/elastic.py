@@ -21,13 +21,13 @@ from pliant.elastic import costs, count, settle, weights_at
 from pliant.errors import BudgetError, MethodError
 from pliant.factorize import Form, Layers, look, subjects
 from pliant.math.distill import divergence
-from pliant.math.forms import FORMS, compose, relative_error
+from pliant.math.forms import FORMS, compose
 from pliant.math.metric import Metric
 from pliant.math.nested import cut, nested
 from pliant.method import Method
 from pliant.ops.aside import Teacher, held
 from pliant.ops.edits import Factor, Nest, Settle
-from pliant.ops.lowrank import options
+from pliant.ops.lowrank import damage, options
 from pliant.ops.outputs import logits
 from pliant.registry import Paper, register
 from pliant.run import Run
@@ -213,7 +213,7 @@ def _damage(edits: Sequence[Nest], layers: Layers, seen: Mapping[str, Metric]) -
         weight, metric = layers[edit.layer].weight.detach(), seen.get(edit.layer)
         for size in range(edit.count):
             near = compose(cut(edit.kernels or (), edit.at(size)), edit.form)
-            total += metric.energy(weight - near) if metric else relative_error(weight, near)
+            total += damage(weight, near, metric)
     return total
 
 

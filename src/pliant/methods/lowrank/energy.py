@@ -37,6 +37,7 @@ class Energy(Method):
     p: float = 0.95  # energy kept, if there is no budget
     form: Form = "tucker2"  # of the factors; "auto" takes the best per layer
     samples: int = 0  # training inputs to look at; 0 looks at weights only
+    exact: bool = False  # plan by what factors lose, not by bounds; slower, needs samples
     recalibrate: bool = True  # re-estimate batch norms afterwards
     reconstruct: int = 0  # training inputs from which the layers are refitted in turn
     only: tuple[str, ...] = ()  # name patterns of the layers to consider
@@ -48,7 +49,7 @@ class Energy(Method):
         seen = look(run, layers, self.samples)
         factorize(
             run,
-            plan(run, layers, self.form, seen, self.p),
+            plan(run, layers, self.form, seen, self.p, exact=self.exact),
             layers,
             seen,
             recalibrate=self.recalibrate,

@@ -77,6 +77,7 @@ class NRMF(Method):
     p: float = 0.95  # energy kept, if there is no budget
     form: Form = "auto"  # of the factors; "auto" takes the best per layer
     samples: int = 1024  # training inputs to look at; 0 looks at weights only
+    exact: bool = False  # plan by what factors lose, not by bounds; slower, needs samples
     reconstruct: int = 512  # training inputs to refit layers from, if no training follows
     early: bool = False  # factorize each layer once its planned ranks hold p, within the search
     only: tuple[str, ...] = ()  # name patterns of the layers to consider
@@ -149,7 +150,7 @@ class NRMF(Method):
         """The edits of the plan that keep the share p of their layer's energy."""
         return [
             edit
-            for edit in plan(run, layers, self.form, seen, self.p)
+            for edit in plan(run, layers, self.form, seen, self.p, exact=self.exact)
             if lost_at(layers[edit.layer].weight, edit.form, edit.ranks) <= 1 - self.p
         ]
 
@@ -160,7 +161,7 @@ class NRMF(Method):
             return
         note_spectra(run, layers, self.p)
         seen = look(run, layers, self.samples)
-        edits = plan(run, layers, self.form, seen, self.p)
+        edits = plan(run, layers, self.form, seen, self.p, exact=self.exact)
         follows = run.steps > run.step
         reconstruct = 0 if follows or not self.samples else self.reconstruct
         factorize(run, edits, layers, seen, reconstruct=reconstruct)
