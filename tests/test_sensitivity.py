@@ -9,12 +9,14 @@ from torch import nn
 from pliant.budget import Budget
 from pliant.cost import layer_costs
 from pliant.data import Data
+from pliant.errors import MethodError
 from pliant.factorize import look, subjects
 from pliant.math import forms
 from pliant.math.forms import compose
 from pliant.math.metric import Metric
 from pliant.method import Method
 from pliant.methods.lowrank.energy import Energy
+from pliant.methods.lowrank.nrmf import NRMF
 from pliant.ops.batchnorm import recalibrate
 from pliant.ops.lowrank import damage, losses, options, ranks_at
 from pliant.ops.sensitivity import metrics, patches
@@ -164,6 +166,12 @@ def test_exact_scores_plan_a_better_network():
         near = {edit.layer: compose(edit.kernels, edit.form) for edit in edits}
         lost.append(sum(damage(layers[n].weight.detach(), near[n], seen[n]) for n in near))
     assert lost[1] < 0.95 * lost[0]
+
+
+@pytest.mark.parametrize("method", [Energy(exact=True), NRMF(exact=True, samples=0)])
+def test_exact_scores_need_inputs(method):
+    with pytest.raises(MethodError, match="samples=0 looks at none: set samples=1024"):
+        start(nn.Sequential(nn.Conv2d(3, 4, 3)), method, steps=4)
 
 
 def test_recalibration_restores_spoiled_statistics():

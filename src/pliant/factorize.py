@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pliant.budget import Option, cheapest
 from pliant.cost import Example, layer_costs
-from pliant.errors import ModelError
+from pliant.errors import MethodError, ModelError
 from pliant.math.forms import FORMS, max_ranks
 from pliant.math.metric import Metric
 from pliant.math.rank import energy_rank
@@ -62,6 +62,19 @@ def look(run: Run, layers: Layers, samples: int) -> dict[str, Metric]:
         return {}
     batches = _inputs(run, samples, BATCH, run.seed)
     return metrics(run.model, layers, batches, run.generator)
+
+
+def check_samples(exact: bool, samples: int) -> None:
+    """Refuse exact scores without inputs to look at.
+
+    Raises:
+        MethodError: says what to set.
+    """
+    if exact and not samples:
+        raise MethodError(
+            "exact=True compares ranks by what they do to inputs, but samples=0 looks at none: "
+            "set samples=1024, or exact=False."
+        )
 
 
 def within_budget(

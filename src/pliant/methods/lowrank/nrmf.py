@@ -9,7 +9,16 @@ from typing import Literal
 import torch
 
 from pliant.errors import MethodError
-from pliant.factorize import Form, Layers, factorize, look, note_spectra, plan, subjects
+from pliant.factorize import (
+    Form,
+    Layers,
+    check_samples,
+    factorize,
+    look,
+    note_spectra,
+    plan,
+    subjects,
+)
 from pliant.math.forms import form_params
 from pliant.math.metric import Metric
 from pliant.math.norms import penalty_gradient
@@ -64,6 +73,7 @@ class NRMF(Method):
     on small networks under BatchNorm said so: small singular values shrink more and the norm is
     kept, the search is short, forms are chosen per layer, and energy is what a direction is
     worth to the loss (estimated from inputs without labels), not its share of the weights.
+    ``exact`` plans as in `energy`.
 
     >>> NRMF(alpha=0.1).alpha
     0.1
@@ -87,6 +97,7 @@ class NRMF(Method):
         """Choose the layers."""
         if self.interval < 1:
             raise MethodError(f"nrmf: interval must be at least 1 step, not {self.interval}.")
+        check_samples(self.exact, self.samples)
         layers = subjects(run, self.only, self.exclude)
         run.state.update(
             layers=list(layers), alpha=START if self.alpha is None else self.alpha, factorized=False
