@@ -171,7 +171,9 @@ def test_exact_scores_plan_a_better_network():
 @pytest.mark.parametrize("method", [Energy(exact=True), NRMF(exact=True, samples=0)])
 def test_exact_scores_need_inputs(method):
     with pytest.raises(MethodError, match="samples=0 looks at none: set samples=1024"):
-        start(nn.Sequential(nn.Conv2d(3, 4, 3)), method, steps=4)
+        start(
+            nn.Sequential(nn.Conv2d(3, 4, 3)), method, example=(torch.zeros(1, 3, 8, 8),), steps=4
+        )
 
 
 def test_recalibration_restores_spoiled_statistics():
