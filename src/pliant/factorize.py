@@ -77,21 +77,6 @@ def check_samples(exact: bool, samples: int) -> None:
         )
 
 
-def within_budget(
-    run: Run, layers: Layers, form: Form, seen: Mapping[str, Metric], *, exact: bool = False
-) -> list[Factor]:
-    """Plan ranks and forms for the run's budget.
-
-    With metrics the sum of the damages is made least; without them one energy threshold p holds
-    for the whole network. Damages are bounds, or those of computed factors if ``exact``.
-
-    Raises:
-        BudgetError: the budget cannot be met.
-    """
-    rows = _options(run, layers, form, seen, scaled=True, exact=exact)
-    return run.allocate(rows, rule="sum" if seen else "max")  # type: ignore[return-value]
-
-
 def check_reachable(run: Run) -> None:
     """Refuse a budget that not even factors of rank one would meet, before any training.
 
@@ -111,19 +96,6 @@ def check_reachable(run: Run) -> None:
     run.check(rows)
 
 
-def at_energy(
-    run: Run,
-    layers: Layers,
-    form: Form,
-    seen: Mapping[str, Metric],
-    p: float,
-    *,
-    exact: bool = False,
-) -> list[Factor]:
-    """Plan the cheapest form and ranks of every layer that keep the share ``p`` of its energy."""
-    return cheapest(_options(run, layers, form, seen, scaled=False, exact=exact), 1 - p)
-
-
 def plan(
     run: Run,
     layers: Layers,
@@ -133,10 +105,20 @@ def plan(
     *,
     exact: bool = False,
 ) -> list[Factor]:
-    """Plan for the budget if there is one, else for the energy ``p``."""
-    if run.limits():
-        return within_budget(run, layers, form, seen, exact=exact)
-    return at_energy(run, layers, form, seen, p, exact=exact)
+    """Plan ranks and forms for the run's budget, or without one for the energy ``p``.
+
+    For a budget the sum of the damages is made least; without metrics one energy threshold holds
+    for the whole network. For an energy every layer takes the cheapest form and ranks that keep
+    it. What is lost are bounds, or what computed factors lose if ``exact``.
+
+    Raises:
+        BudgetError: the budget cannot be met.
+    """
+    limited = bool(run.limits())
+    rows = _options(run, layers, form, seen, scaled=limited, exact=exact)
+    if not limited:
+        return cheapest(rows, 1 - p)
+    return run.allocate(rows, rule="sum" if seen else "max")  # type: ignore[return-value]
 
 
 def factorize(

@@ -89,7 +89,7 @@ def options(
     The score of an option is the share of energy it loses. With plain Tucker-2 alone it is 1 - p
     of the rung, R3 and R4 read off at one p as the paper does; otherwise the losses of Tucker-2's
     unfoldings are added, which bounds its error and compares it with the other forms. With a
-    metric all forms but output and svd have bounds, a fifth to all of which is lost in the end.
+    metric all forms but output and svd have bounds, which can be several times too high.
 
     Args:
         layer: its name.
