@@ -118,7 +118,8 @@ def plan(
     rows = _options(run, layers, form, seen, scaled=limited, exact=exact)
     if not limited:
         return cheapest(rows, 1 - p)
-    return run.allocate(rows, rule="sum" if seen else "max")  # type: ignore[return-value]
+    found = run.allocate(rows, rule="sum" if seen else "max")
+    return [edit for edit in found if isinstance(edit, Factor)]  # options hold no other edits
 
 
 def factorize(

@@ -145,7 +145,7 @@ class Elastic(Method):
         found = torch.randint(1, last, (self.between,), generator=run.generator)
         return [last, *found.tolist()]
 
-    def _factors(self, run: Run, layers: Layers, seen: Any) -> list[Nest]:
+    def _factors(self, run: Run, layers: Layers, seen: Mapping[str, Metric]) -> list[Nest]:
         """Plan layers at the smallest size, then ranks at all sizes with the best forms.
 
         Those of the size in the middle can leave the smallest a rank of 1, and those of the
@@ -169,7 +169,9 @@ class Elastic(Method):
         return min(built, key=lambda edits: _damage(edits, layers, seen))
 
 
-def _rows(run: Run, layers: Layers, seen: Any, allowed: Sequence[str]) -> dict[str, list[Option]]:
+def _rows(
+    run: Run, layers: Layers, seen: Mapping[str, Metric], allowed: Sequence[str]
+) -> dict[str, list[Option]]:
     costs, found = layer_costs(run.model, run.example), {}
     for name, module in layers.items():
         metric = seen.get(name)
@@ -182,7 +184,7 @@ def _rows(run: Run, layers: Layers, seen: Any, allowed: Sequence[str]) -> dict[s
 def _planned(run: Run, rows: dict[str, list[Option]], limits: dict[str, float]) -> Plan:
     budget = Budget(**{axis: max(1, int(bound)) for axis, bound in limits.items()})
     found = replace(run, budget=budget).allocate(rows, rule="sum")
-    return {edit.layer: edit for edit in found}  # type: ignore[misc]
+    return {edit.layer: edit for edit in found if isinstance(edit, Factor)}
 
 
 def _at_all(
