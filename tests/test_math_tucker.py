@@ -160,11 +160,11 @@ def test_refining_never_raises_the_error(form):
     weight = seeded(12, 8, 3, 3).double()
     metric = dampen(patch_moments(weight.shape).double())
     block, white, _ = whiten(blocks(weight, form), metric)
-    rank_out = 5 if form == "tucker2" else None
+    size = (4, 5) if form == "tucker2" else (4,)
     start = seeded(4, block.shape[1], seed=9).double()
     errors = []
     for sweeps in range(8):
-        first, *rest = refine(block, white, [start], rank_out, sweeps)
+        first, *rest = refine(block, white, [start], [size], sweeps)
         last = rest[0] if len(rest) == 1 else torch.einsum("qrk,tq->trk", *rest)
         error = (block - torch.einsum("trk,rp->tpk", last, first)).flatten(1)
         errors.append(float((error @ white * error).sum()))

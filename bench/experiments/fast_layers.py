@@ -17,9 +17,10 @@ from pliant.cost import LayerCost, layer_costs
 from pliant.latency import LatencyTable, Target
 from pliant.latency.compare import compared, interleaved
 from pliant.math.forms import compose, decompose, forms_for, max_ranks, relative_error
+from pliant.math.losses import losses
 from pliant.ops.edits import Factor
 from pliant.ops.layers import factorized
-from pliant.ops.lowrank import losses, options
+from pliant.ops.lowrank import options
 
 Settings = Mapping[str, Any]
 KINDS = ("error", "macs", "speed", "efficiency")
@@ -98,14 +99,13 @@ def plain_edit(layer: nn.Conv2d, share: float) -> Factor:
 
 def loss_of(weight: Tensor, edit: Factor) -> float:
     """The share of energy lost, as `pliant.ops.lowrank.options` scores it."""
-    rows = losses(weight, edit.form)
-    return sum(float(row[rank]) for row, rank in zip(rows, edit.ranks, strict=True))
+    return losses(weight, (edit.form,))[edit.form].at(edit.ranks)
 
 
 def error_of(weight: Tensor, edit: Factor) -> float:
     """Return the squared error of a form, relative to the kernel's energy."""
     kernels = decompose(weight.detach(), edit.form, edit.ranks)
-    return relative_error(weight.detach(), compose(kernels, edit.form)) ** 2
+    return relative_error(weight.detach(), compose(kernels, edit.form))
 
 
 @cache

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pliant.budget import Option, cheapest
 from pliant.cost import Example, layer_costs
-from pliant.errors import MethodError, ModelError
+from pliant.errors import ModelError
 from pliant.math.forms import FORMS, max_ranks
 from pliant.math.metric import Metric
 from pliant.math.rank import energy_rank
@@ -64,19 +64,6 @@ def look(run: Run, layers: Layers, samples: int) -> dict[str, Metric]:
     return metrics(run.model, layers, batches, run.generator)
 
 
-def check_samples(exact: bool, samples: int) -> None:
-    """Refuse exact scores without inputs to look at.
-
-    Raises:
-        MethodError: says what to set.
-    """
-    if exact and not samples:
-        raise MethodError(
-            "exact=True compares ranks by what they do to inputs, but samples=0 looks at none: "
-            "set samples=1024, or exact=False."
-        )
-
-
 def check_reachable(run: Run) -> None:
     """Refuse a budget that not even factors of rank one would meet, before any training.
 
@@ -102,20 +89,18 @@ def plan(
     form: Form,
     seen: Mapping[str, Metric],
     p: float,
-    *,
-    exact: bool = False,
 ) -> list[Factor]:
     """Plan ranks and forms for the run's budget, or without one for the energy ``p``.
 
     For a budget the sum of the damages is made least; without metrics one energy threshold holds
     for the whole network. For an energy every layer takes the cheapest form and ranks that keep
-    it. What is lost are bounds, or what computed factors lose if ``exact``.
+    it.
 
     Raises:
         BudgetError: the budget cannot be met.
     """
     limited = bool(run.limits())
-    rows = _options(run, layers, form, seen, scaled=limited, exact=exact)
+    rows = _options(run, layers, form, seen, scaled=limited)
     if not limited:
         return cheapest(rows, 1 - p)
     found = run.allocate(rows, rule="sum" if seen else "max")
@@ -184,7 +169,7 @@ def _inputs(run: Run, samples: int, batch: int, seed: int) -> Iterator[Example]:
 
 
 def _options(
-    run: Run, layers: Layers, form: Form, seen: Mapping[str, Metric], *, scaled: bool, exact: bool
+    run: Run, layers: Layers, form: Form, seen: Mapping[str, Metric], *, scaled: bool
 ) -> dict[str, list[Option]]:
     costs = layer_costs(run.model, run.example)
     allowed = FORMS[:4] if form == "auto" else (form,)
@@ -204,7 +189,6 @@ def _options(
             allowed=allowed,
             metric=metric,
             steps=steps,
-            exact=exact,
         )
         scale = metric.energy(module.weight.detach()) if metric and scaled else 1.0
         found[name] = [replace(row, score=row.score * scale) for row in rows]

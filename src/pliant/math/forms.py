@@ -12,6 +12,7 @@ Input and spatial are one problem: with the first kernel axis counted among the 
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ def decompose(
     *,
     moments: Tensor | None = None,
     sweeps: int = SWEEPS,
+    sizes: Sequence[Sequence[int]] = (),
 ) -> tuple[Tensor, ...]:
     """Factorize a kernel into the kernels of the layers that replace it, in their order.
 
@@ -51,6 +53,8 @@ def decompose(
         moments: (S, S) over channels, or (S*prod(kernel),) * 2 over patches in the order of
             weight.reshape(T, -1) columns; symmetric, positive semi-definite.
         sweeps: most alternating sweeps to make, of Tucker-2 or of the data-aware refinement.
+        sizes: ranks to which the factors will be cut. With patch moments tucker2, input and
+            spatial then lose least in the sum over them, and keep their components in order.
 
     Raises:
         EditError: unknown form, or form, ranks or moments that do not fit the kernel.
@@ -64,8 +68,9 @@ def decompose(
     elif len(metric) == weight.shape[1]:
         kernels = _whitened(dense, form, ranks, metric, sweeps)
     else:
-        kernels = _aware(dense, form, ranks, metric, sweeps)
-    return tuple(kernel.to(weight.dtype).contiguous() for kernel in _balanced(kernels))
+        kernels = _aware(dense, form, ranks, metric, sweeps, [tuple(size) for size in sizes])
+    balanced = _evened(kernels) if sizes else _balanced(kernels)
+    return tuple(kernel.to(weight.dtype).contiguous() for kernel in balanced)
 
 
 def compose(kernels: Sequence[Tensor], form: str) -> Tensor:
@@ -195,7 +200,7 @@ def _whitened(
 
 
 def _aware(
-    dense: Tensor, form: str, ranks: Shape, metric: Tensor, sweeps: int
+    dense: Tensor, form: str, ranks: Shape, metric: Tensor, sweeps: int, sizes: Sequence[Shape]
 ) -> tuple[Tensor, ...]:
     """Best factors for patch moments: closed form, or a whitened start and refinement."""
     shapes = kernel_shapes(dense.shape, form, ranks)
@@ -205,8 +210,7 @@ def _aware(
         block, white, root = whiten(blocks(dense, form), metric)
         plain = _plain(dense, form, ranks, sweeps)[0].flatten(1)
         starts = [_start(block, form, ranks, sweeps), plain @ root]
-        rank_out = ranks[1] if form == "tucker2" else None
-        first, *rest = refine(block, white, starts, rank_out, sweeps)
+        first, *rest = refine(block, white, starts, sizes or [ranks], sweeps)
         factors = (first @ torch.linalg.inv(root), *rest)
     return tuple(factor.reshape(shape) for factor, shape in zip(factors, shapes, strict=True))
 
@@ -226,6 +230,19 @@ def _balanced(kernels: Sequence[Tensor]) -> list[Tensor]:
     rank, others = len(first), last.transpose(0, 1)
     left, right = balance(first.reshape(rank, -1).T, others.reshape(rank, -1))
     return [left.T.reshape(first.shape), right.reshape(others.shape).transpose(0, 1)]
+
+
+def _evened(kernels: Sequence[Tensor]) -> list[Tensor]:
+    """Give every component the same norm in the kernels on either side, and leave their order."""
+    kernels = list(kernels)
+    for left, right in pairwise(range(len(kernels))):
+        near, far = kernels[left].flatten(1), kernels[right].transpose(0, 1).flatten(1)
+        ratio = (far.norm(dim=1) / near.norm(dim=1)).sqrt()
+        scale = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1.0)
+        kernels[left] = (near * scale[:, None]).reshape(kernels[left].shape)
+        mended = (far / scale[:, None]).reshape(kernels[right].transpose(0, 1).shape)
+        kernels[right] = mended.transpose(0, 1)
+    return norm_shares(*kernels)
 
 
 def _ordered(first: Tensor, core: Tensor, last: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,6 +8,7 @@ layer's own output; with both left out the error of its weights.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,9 @@ from pliant.math.svd import norm_shares
 SENSITIVITY_DAMPING = 0.1
 """Share of the mean eigenvalue added to G: it is estimated from few gradients."""
 
-EXACT = 1200  # patch columns up to which forms without a closed solution use whole patches
+SETTLING = 1200  # patch columns up to which forms without a closed solution sweep to the end
+BRIEF = 2  # sweeps beyond
+WHOLE = 5000  # patch columns up to which they use whole patches, and not channels alone
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,16 +52,25 @@ class Metric:
         flat = self.enter(weight).flatten(1).double()
         return float((flat @ self.inputs.double() * flat).sum())
 
-    def decompose(self, weight: Tensor, form: str, ranks: tuple[int, ...]) -> tuple[Tensor, ...]:
+    def decompose(
+        self,
+        weight: Tensor,
+        form: str,
+        ranks: tuple[int, ...],
+        sizes: Sequence[tuple[int, ...]] = (),
+    ) -> tuple[Tensor, ...]:
         """Factorize a kernel so that the damage in this metric is least.
 
-        Over whole patches where that is a matter of seconds or has a closed solution, over
-        channels beyond.
+        By sweeps where there is no closed solution: few of them for large kernels, and over
+        channels instead of whole patches for the largest. ``sizes`` are ranks to which the
+        factors will be cut (`pliant.math.forms.decompose`).
         """
         seen = self.inputs
-        if len(seen) > EXACT and form not in ("output", "svd"):
+        if len(seen) > WHOLE and form not in ("output", "svd"):
             seen = channel_moments(seen, weight[0, 0].numel())
-        *first, last = forms.decompose(self.enter(weight), form, ranks, moments=seen)
+        sweeps = forms.SWEEPS if len(self.inputs) <= SETTLING else BRIEF
+        dense = self.enter(weight)
+        *first, last = forms.decompose(dense, form, ranks, moments=seen, sweeps=sweeps, sizes=sizes)
         return tuple(norm_shares(*first, self.leave(last)))
 
     def _roots(self) -> tuple[Tensor, Tensor]:

@@ -5,13 +5,14 @@ P columns that the first layer mixes, K positions that only the last layer sees,
 approximation is W'[t, p, k] = sum_r B[t, r, k] A[r, p], with C over the P*K columns.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from pliant.errors import PliantError
-from pliant.math.svd import leading
+from pliant.math.svd import leading, unfold
 
 DAMPING = 1e-4
 """Share of the mean eigenvalue added to the moments, which few samples leave singular."""
@@ -69,41 +70,69 @@ def project_outputs(matrix: Tensor, metric: Tensor, rank: int) -> tuple[Tensor, 
 def refine(
     block: Tensor,
     metric: Tensor,
-    starts: list[Tensor],
-    rank_out: int | None,
+    starts: Sequence[Tensor],
+    sizes: Sequence[tuple[int, ...]],
     sweeps: int,
 ) -> tuple[Tensor, ...]:
     """Alternate between the last layers (exactly) and the first (conjugate gradients).
 
-    Given A the best B is a linear regression, and its best cut to `rank_out` output directions
-    an eigen-problem (reduced-rank regression). The error never rises from sweep to sweep, and
-    never exceeds that of the best start.
+    Given A the best B is a linear regression, and its best output directions an eigen-problem
+    (reduced-rank regression). Several sizes, each of the first components of the same factors, are
+    one such problem: a component counts as often as there are sizes that have it. The error,
+    summed over sizes, never rises from sweep to sweep, and never exceeds that of the best start.
 
     Args:
         block: (T, P, K) kernel.
         metric: (P*K, P*K) positive definite moments; best whitened over P.
-        starts: candidates for A, each (r, P).
-        rank_out: rank of the outputs, or None to leave B whole.
+        starts: candidates for A, each (r, P) of the largest size.
+        sizes: the ranks (r,) of each size, or (r, q) to cut B to q output directions.
         sweeps: most sweeps to make.
 
     Returns:
-        (A, B) with B (T, r, K), or with rank_out (A, core, U): core (rank_out, r, K) and
-        orthonormal U (T, rank_out).
+        (A, B) of the largest size with B (T, r, K), or (A, core, U): core (q, r, K) and
+        orthonormal U (T, q).
     """
     weighted = (block.flatten(1) @ metric).reshape(block.shape)
-    total = float((block * weighted).sum())
-    found = [_last_layers(block, metric, start, rank_out) for start in starts]
+    total = len(sizes) * float((block * weighted).sum())
+    found = [_last_layers(block, metric, start, sizes) for start in starts]
     gain, factors = max(found, key=lambda candidate: candidate[0])
     for _ in range(sweeps):
-        last = _multiplied(factors)
-        first = _first_layer(weighted, metric, factors[0], last)
-        after, candidate = _last_layers(block, metric, first, rank_out)
+        first = _first_layer(weighted, metric, factors, sizes)
+        after, candidate = _last_layers(block, metric, first, sizes)
         error, lowered = total - gain, after - gain
         if lowered > 0:
             gain, factors = after, candidate
         if lowered <= _SETTLED * error:
             break
     return factors
+
+
+def explained(block: Tensor, metric: Tensor | None = None) -> Tensor:
+    """Return what a first layer of each rank explains of a kernel, with the best last layers.
+
+    The first layer reads the kernel's leading directions, strongest first, on inputs that are
+    white but for their positions: those of one rank are among those of the next. Its best last
+    layers are a linear regression, and one Cholesky factor solves those of all ranks.
+
+    Args:
+        block: (T, P, K) kernel.
+        metric: (P*K, P*K) positive definite moments; None for the weights themselves.
+
+    Returns:
+        Y (R, K, T) with R = min(P, T*K). With the first r rows as a matrix (r*K, T), Y^T Y is
+        what rank r explains of W C W^T; all rows explain the whole.
+    """
+    out, columns, positions = block.shape
+    most = min(columns, out * positions)
+    if metric is None:
+        first = leading(unfold(block, 1), most).T.to(block)
+        return torch.einsum("rp,tpk->rkt", first, block)
+    root = whitening(metric, positions)
+    first = leading(unfold(mix_inputs(block, root), 1), most).T
+    first = torch.linalg.solve_triangular(root, first, upper=False, left=False)
+    inner, cross = _regression(block, metric, first)
+    found = torch.linalg.solve_triangular(torch.linalg.cholesky(inner), cross, upper=False)
+    return found.reshape(most, positions, out)
 
 
 def whiten(block: Tensor, metric: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -135,47 +164,80 @@ def _solved(root: Tensor, matrix: Tensor) -> Tensor:
 
 
 def _last_layers(
-    block: Tensor, metric: Tensor, first: Tensor, rank_out: int | None
+    block: Tensor, metric: Tensor, first: Tensor, sizes: Sequence[tuple[int, ...]]
 ) -> tuple[float, tuple[Tensor, ...]]:
     """Return how much a first layer explains with its best last layers, and all of them."""
-    out, columns, positions = block.shape
-    # Only the span of A matters: orthonormal rows keep the regression well conditioned.
+    positions = block.shape[2]
+    # Only the spans of A's first rows matter: orthonormal ones keep the regression in condition.
     first = torch.linalg.qr(first.T)[0].T
-    rank = len(first)
-    seen = (first @ metric.reshape(columns, -1)).reshape(rank * positions, columns, positions)
+    inner, cross = _regression(block, metric, first)
+    rest: tuple[Tensor, ...] = ()
+    if len(sizes[0]) > 1:
+        whole = cross.T @ torch.cholesky_solve(cross, torch.linalg.cholesky(inner))
+        vectors = torch.linalg.eigh((whole + whole.T) / 2)[1]
+        rest = (vectors[:, -max(size[1] for size in sizes) :].flip(1),)
+        cross = cross @ rest[0]
+    last, gain = torch.zeros_like(cross), 0.0
+    for rows, uses in _uses(sizes, cross):
+        uses = uses[uses > 0].repeat_interleave(positions)
+        most = len(uses)
+        target = uses[:, None] * cross[:most, rows]
+        root = torch.linalg.cholesky(inner[:most, :most] * _shared(uses))
+        last[:most, rows] = torch.cholesky_solve(target, root)
+        gain += float((last[:most, rows] * target).sum())
+    return gain, (first, last.T.reshape(-1, len(first), positions), *rest)
+
+
+def _uses(sizes: Sequence[tuple[int, ...]], like: Tensor) -> Iterator[tuple[slice, Tensor]]:
+    """Say for ranges of outputs how many sizes read each component there."""
+    outs = [size[1] if len(size) > 1 else like.shape[1] for size in sizes]
+    for start, stop in pairwise([0, *sorted(set(outs))]):
+        ranks = [size[0] for size, out in zip(sizes, outs, strict=True) if out >= stop]
+        count = max(size[0] for size in sizes)
+        uses = [sum(rank > component for rank in ranks) for component in range(count)]
+        yield slice(start, stop), like.new_tensor(uses)
+
+
+def _shared(uses: Tensor) -> Tensor:
+    """How many sizes have both of two components."""
+    return torch.minimum(uses[:, None], uses[None, :])
+
+
+def _regression(block: Tensor, metric: Tensor, first: Tensor) -> tuple[Tensor, Tensor]:
+    """Moments of what a first layer (r, P) gives, (r*K, r*K), and with the outputs, (r*K, T)."""
+    columns, positions = block.shape[1:]
+    seen = (first @ metric.reshape(columns, -1)).reshape(-1, columns, positions)
     inner = torch.einsum("xpk,qp->xqk", seen, first).flatten(1)
-    cross = seen.flatten(1) @ block.flatten(1).T
-    last = torch.cholesky_solve(cross, torch.linalg.cholesky((inner + inner.T) / 2)).T
-    if rank_out is None:
-        return float((last * cross.T).sum()), (first, last.reshape(out, rank, positions))
-    explained = last @ cross
-    values, vectors = torch.linalg.eigh((explained + explained.T) / 2)
-    basis = vectors[:, -rank_out:].flip(1)
-    core = (basis.T @ last).reshape(rank_out, rank, positions)
-    return float(values[-rank_out:].sum()), (first, core, basis)
+    return (inner + inner.T) / 2, seen.flatten(1) @ block.flatten(1).T
 
 
-def _multiplied(factors: tuple[Tensor, ...]) -> Tensor:
-    """The last layers as one; a core alone will do, as its basis is orthonormal."""
-    if len(factors) == 2:
-        return factors[1]
-    return torch.einsum("tq,qrk->trk", factors[2], factors[1])
-
-
-def _first_layer(weighted: Tensor, metric: Tensor, start: Tensor, last: Tensor) -> Tensor:
+def _first_layer(
+    weighted: Tensor,
+    metric: Tensor,
+    factors: tuple[Tensor, ...],
+    sizes: Sequence[tuple[int, ...]],
+) -> Tensor:
     """Improve A for fixed B by preconditioned conjugate gradients, which never raise the error."""
     columns, positions = weighted.shape[1:]
+    start, last, *rest = factors
     rank = len(start)
-    flat = last.flatten(1)
-    overlap = (flat.T @ flat).reshape(rank, positions, rank, positions)
+    for basis in rest:
+        weighted = torch.einsum("tq,tpk->qpk", basis, weighted)
+    overlap = start.new_zeros(rank * positions, rank * positions)
+    target = torch.zeros_like(start)
+    for rows, uses in _uses(sizes, last.transpose(0, 1)):
+        flat = last[rows].flatten(1)
+        overlap += flat.T @ flat * _shared(uses.repeat_interleave(positions))
+        counted = last[rows] * uses[:, None]
+        target += torch.einsum("trk,tpk->rp", counted, weighted[rows])
+    pairs = overlap.reshape(rank, positions, rank, positions)
     wide = metric.reshape(columns, -1)
 
     def normal(matrix: Tensor) -> Tensor:
         seen = (matrix @ wide).reshape(rank, positions, columns, positions)
-        return torch.einsum("qlrk,rksl->qs", overlap, seen)
+        return torch.einsum("qlrk,rksl->qs", pairs, seen)
 
-    target = torch.einsum("tql,tsl->qs", last, weighted)
-    root = _preconditioner(overlap, metric.reshape(columns, positions, columns, positions))
+    root = _preconditioner(pairs, metric.reshape(columns, positions, columns, positions))
     return _conjugate_gradients(normal, target, start, root)
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pliant.errors import EditError
-from pliant.math.forms import compose, decompose
-from pliant.math.metric import Metric
+from pliant.math.forms import decompose
+from pliant.math.metric import WHOLE, Metric
 from pliant.math.moments import channel_moments, dampen
 from pliant.math.svd import norm_shares
 
@@ -38,43 +38,6 @@ def cut(kernels: Sequence[Tensor], ranks: Sequence[int]) -> tuple[Tensor, ...]:
             f"Ranks from 1 to {tuple(inner)} were expected, not {tuple(ranks)}: cut to fewer "
             "components than there are."
         )
-    return _first(kernels, ranks)
-
-
-def nested(
-    weight: Tensor, form: str, ranks: Iterable[tuple[int, ...]], metric: Metric | None = None
-) -> tuple[Tensor, ...]:
-    """Factorize a kernel so that the cut to each of several ranks is a good factorization.
-
-    The factors are built from the smallest rank up: the best of that rank, then the best of what
-    it leaves, and so on. The smallest size loses least of all; output and svd lose nothing
-    anywhere, since there the components of a factorization are nested themselves. With the
-    metric of inputs that are correlated the other forms are not: a cut through their best
-    factors of full rank loses several times as much. The parts of Tucker-2 share no core at
-    first: what joins them is zero, and for training to find.
-
-    Args:
-        weight: kernel (T, S, *kernel), or (T, S).
-        form: of `pliant.math.forms`.
-        ranks: at which the factors are to be cut; the largest is the one that is built.
-        metric: what the layer reads and how much its outputs matter.
-    """
-    rising = sorted(set(ranks))
-    if form in ("output", "svd"):
-        return _factors(weight, form, rising[-1], metric)
-    parts, rest = [], weight.detach()
-    for less, more in pairwise([(0,) * len(rising[0]), *rising]):
-        grown = tuple(high - low for high, low in zip(more, less, strict=True))
-        # A side that does not grow lends a component, and takes it back with its core.
-        found = _factors(rest, form, tuple(max(1, rank) for rank in grown), metric)
-        parts.append(_first(found, grown))
-        rest = rest - compose(found, form) if all(grown) else rest
-    first, *cores, last = zip(*parts, strict=True)
-    return torch.cat(first), *map(_diagonal, cores), torch.cat(last, 1)
-
-
-def _first(kernels: Sequence[Tensor], ranks: Sequence[int]) -> tuple[Tensor, ...]:
-    """Take the first components of each kernel, also none."""
     ends = [kernels[0].shape[1], *ranks, len(kernels[-1])]
     return tuple(
         kernel[:rows, :columns]
@@ -82,25 +45,30 @@ def _first(kernels: Sequence[Tensor], ranks: Sequence[int]) -> tuple[Tensor, ...
     )
 
 
-def _diagonal(cores: Sequence[Tensor]) -> Tensor:
-    """Put cores (q, r, ...) on the diagonal of one that is zero elsewhere."""
-    sizes = [sum(core.shape[axis] for core in cores) for axis in (0, 1)]
-    joined = cores[0].new_zeros(*sizes, *cores[0].shape[2:])
-    row = column = 0
-    for core in cores:
-        joined[row : row + len(core), column : column + core.shape[1]] = core
-        row, column = row + len(core), column + core.shape[1]
-    return joined
-
-
-def _factors(
-    weight: Tensor, form: str, ranks: tuple[int, ...], metric: Metric | None
+def nested(
+    weight: Tensor, form: str, ranks: Iterable[tuple[int, ...]], metric: Metric | None = None
 ) -> tuple[Tensor, ...]:
-    dense = weight.detach()
+    """Factorize a kernel so that the cuts to several ranks are good factorizations, all of them.
+
+    What is least is the damage summed over the sizes. The parts of output and svd are nested
+    themselves, and so are those of all forms where inputs are white: there no size loses anything
+    by sharing factors with the others. In the metric of correlated inputs they are not: a cut
+    through the best factors of full rank loses several times as much.
+
+    Args:
+        weight: kernel (T, S, *kernel), or (T, S).
+        form: of `pliant.math.forms`.
+        ranks: at which the factors are to be cut, one per size; the largest is the one built.
+        metric: what the layer reads and how much its outputs matter.
+    """
+    sizes, dense = list(ranks), weight.detach()
+    top = tuple(map(max, zip(*sizes, strict=True)))
     if metric is None:
-        return decompose(dense, form, ranks)
-    found = metric.decompose(dense, form, ranks)
-    return found if len(found) > 2 else ordered(found, metric)
+        return decompose(dense, form, top)
+    if form in ("output", "svd") or len(metric.inputs) > WHOLE:
+        found = metric.decompose(dense, form, top)
+        return found if len(found) > 2 else ordered(found, metric)
+    return metric.decompose(dense, form, top, sizes=sizes)
 
 
 def ordered(kernels: Sequence[Tensor], metric: Metric) -> tuple[Tensor, ...]:

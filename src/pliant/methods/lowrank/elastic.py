@@ -21,13 +21,13 @@ from pliant.elastic import costs, count, settle, weights_at
 from pliant.errors import BudgetError, MethodError
 from pliant.factorize import Form, Layers, look, subjects
 from pliant.math.distill import divergence
-from pliant.math.forms import FORMS, compose
+from pliant.math.forms import FORMS
 from pliant.math.metric import Metric
-from pliant.math.nested import cut, nested
+from pliant.math.nested import nested
 from pliant.method import Method
 from pliant.ops.aside import Teacher, held
 from pliant.ops.edits import Factor, Nest, Settle
-from pliant.ops.lowrank import damage, options
+from pliant.ops.lowrank import options
 from pliant.ops.outputs import logits
 from pliant.registry import Paper, register
 from pliant.run import Run
@@ -65,8 +65,8 @@ class Elastic(Method):
     ``pliant.load(path, at=...)`` then cuts a size from the file.
 
     A layer has factors of one form at every size, or at none. Whether it has is planned at the
-    smallest; forms are planned at three sizes, and those whose factors damage all sizes together
-    the least are taken. The training is that of ``Train(epochs=...)``; a plain fine-tuning
+    smallest; forms are planned at three sizes, and those that damage all sizes together the least
+    are taken. The training is that of ``Train(epochs=...)``; a plain fine-tuning
     afterwards sees one size only.
     The report scores every size, and times it where a target is named.
 
@@ -149,9 +149,8 @@ class Elastic(Method):
         """Plan layers at the smallest size, then ranks at all sizes with the best forms.
 
         Those of the size in the middle can leave the smallest a rank of 1, and those of the
-        smallest cost the others something: both are tried, and those of a size between. They
-        are judged by what their factors lose: the scores of plans are bounds, and those of some
-        forms are twice as far from it as those of others.
+        smallest cost the others something: both are tried, and those of a size between. Plans
+        are compared by what they lose at all sizes.
         """
         rows = _rows(run, layers, seen, FORMS[:4] if self.form == "auto" else (self.form,))
         most = run.limits() or {"params": self.largest * run.cost.params}
@@ -164,9 +163,9 @@ class Elastic(Method):
             with suppress(BudgetError):  # the smallest size cannot have the forms of this one
                 forms = least | _planned(run, taken, limits[size])
                 found.append(_at_all(run, taken, forms, limits))
-        different = [plans for at, plans in enumerate(found) if plans not in found[:at]]
-        built = [_built(plans, layers, seen) for plans in different]
-        return min(built, key=lambda edits: _damage(edits, layers, seen))
+        scores = {row.edit: row.score for each in taken.values() for row in each if row.edit}
+        best = min(found, key=lambda plans: sum(scores[e] for p in plans for e in p.values()))
+        return _built(_falling(best), layers, seen)
 
 
 def _rows(
@@ -195,7 +194,7 @@ def _at_all(
         name: [row for row in rows[name] if row.edit and row.edit.form == edit.form]
         for name, edit in forms.items()
     }
-    return _falling([_planned(run, kept, each) for each in limits])
+    return [_planned(run, kept, each) for each in limits]
 
 
 def _built(plans: Sequence[Plan], layers: Layers, seen: Mapping[str, Metric]) -> list[Nest]:
@@ -206,17 +205,6 @@ def _built(plans: Sequence[Plan], layers: Layers, seen: Mapping[str, Metric]) ->
         kernels = nested(layers[name].weight, edit.form, ranks, seen.get(name))
         edits.append(Nest(name, edit.form, sum(ranks, ()), kernels))
     return edits
-
-
-def _damage(edits: Sequence[Nest], layers: Layers, seen: Mapping[str, Metric]) -> float:
-    """Sum what the factors lose over layers and sizes."""
-    total = 0.0
-    for edit in edits:
-        weight, metric = layers[edit.layer].weight.detach(), seen.get(edit.layer)
-        for size in range(edit.count):
-            near = compose(cut(edit.kernels or (), edit.at(size)), edit.form)
-            total += damage(weight, near, metric)
-    return total
 
 
 def _scaled(limits: dict[str, float], share: float) -> dict[str, float]:

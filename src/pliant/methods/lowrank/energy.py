@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pliant.factorize import Form, check_samples, factorize, look, plan, subjects
+from pliant.factorize import Form, factorize, look, plan, subjects
 from pliant.method import Method
 from pliant.registry import Paper, register
 from pliant.run import Run
@@ -30,11 +30,6 @@ class Energy(Method):
     becomes data-aware: energy is what a direction is worth to the loss, estimated from inputs
     alone. All training that follows is fine-tuning.
 
-    Forms and ranks are compared by bounds on what they lose, which for most forms are several
-    times too high in the metric of the data. With ``exact`` factors are computed at a few ranks
-    of every form, and the bounds corrected: planning takes minutes on large networks, and is
-    worth most where few parameters may stay.
-
     >>> Energy(p=0.9).p
     0.9
     """
@@ -42,7 +37,6 @@ class Energy(Method):
     p: float = 0.95  # energy kept, if there is no budget
     form: Form = "tucker2"  # of the factors; "auto" takes the best per layer
     samples: int = 0  # training inputs to look at; 0 looks at weights only
-    exact: bool = False  # plan by what factors lose, not by bounds; slower, needs samples
     recalibrate: bool = True  # re-estimate batch norms afterwards
     reconstruct: int = 0  # training inputs from which the layers are refitted in turn
     only: tuple[str, ...] = ()  # name patterns of the layers to consider
@@ -50,12 +44,11 @@ class Energy(Method):
 
     def prepare(self, run: Run) -> None:
         """Factorize at once."""
-        check_samples(self.exact, self.samples)
         layers = subjects(run, self.only, self.exclude)
         seen = look(run, layers, self.samples)
         factorize(
             run,
-            plan(run, layers, self.form, seen, self.p, exact=self.exact),
+            plan(run, layers, self.form, seen, self.p),
             layers,
             seen,
             recalibrate=self.recalibrate,

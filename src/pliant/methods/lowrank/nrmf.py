@@ -12,7 +12,6 @@ from pliant.errors import MethodError
 from pliant.factorize import (
     Form,
     Layers,
-    check_samples,
     factorize,
     look,
     note_spectra,
@@ -20,6 +19,7 @@ from pliant.factorize import (
     subjects,
 )
 from pliant.math.forms import form_params
+from pliant.math.losses import losses
 from pliant.math.metric import Metric
 from pliant.math.norms import penalty_gradient
 from pliant.math.prox import shrink
@@ -27,7 +27,6 @@ from pliant.math.rank import energy_rank
 from pliant.math.svd import spectrum
 from pliant.method import Method
 from pliant.ops.edits import Factor
-from pliant.ops.lowrank import lost_at
 from pliant.registry import Paper, register
 from pliant.run import Run
 
@@ -73,7 +72,6 @@ class NRMF(Method):
     on small networks under BatchNorm said so: small singular values shrink more and the norm is
     kept, the search is short, forms are chosen per layer, and energy is what a direction is
     worth to the loss (estimated from inputs without labels), not its share of the weights.
-    ``exact`` plans as in `energy`.
 
     >>> NRMF(alpha=0.1).alpha
     0.1
@@ -87,7 +85,6 @@ class NRMF(Method):
     p: float = 0.95  # energy kept, if there is no budget
     form: Form = "auto"  # of the factors; "auto" takes the best per layer
     samples: int = 1024  # training inputs to look at; 0 looks at weights only
-    exact: bool = False  # plan by what factors lose, not by bounds; slower, needs samples
     reconstruct: int = 512  # training inputs to refit layers from, if no training follows
     early: bool = False  # factorize each layer once its planned ranks hold p, within the search
     only: tuple[str, ...] = ()  # name patterns of the layers to consider
@@ -97,7 +94,6 @@ class NRMF(Method):
         """Choose the layers."""
         if self.interval < 1:
             raise MethodError(f"nrmf: interval must be at least 1 step, not {self.interval}.")
-        check_samples(self.exact, self.samples)
         layers = subjects(run, self.only, self.exclude)
         run.state.update(
             layers=list(layers), alpha=START if self.alpha is None else self.alpha, factorized=False
@@ -159,11 +155,12 @@ class NRMF(Method):
 
     def _ready(self, run: Run, layers: Layers, seen: Mapping[str, Metric]) -> list[Factor]:
         """The edits of the plan that keep the share p of their layer's energy."""
-        return [
-            edit
-            for edit in plan(run, layers, self.form, seen, self.p, exact=self.exact)
-            if lost_at(layers[edit.layer].weight, edit.form, edit.ranks) <= 1 - self.p
-        ]
+
+        def lost(edit: Factor) -> float:
+            return losses(layers[edit.layer].weight, (edit.form,))[edit.form].at(edit.ranks)
+
+        edits = plan(run, layers, self.form, seen, self.p)
+        return [edit for edit in edits if lost(edit) <= 1 - self.p]
 
     def _factorize(self, run: Run) -> None:
         layers = self._layers(run)
@@ -172,7 +169,7 @@ class NRMF(Method):
             return
         note_spectra(run, layers, self.p)
         seen = look(run, layers, self.samples)
-        edits = plan(run, layers, self.form, seen, self.p, exact=self.exact)
+        edits = plan(run, layers, self.form, seen, self.p)
         follows = run.steps > run.step
         reconstruct = 0 if follows or not self.samples else self.reconstruct
         factorize(run, edits, layers, seen, reconstruct=reconstruct)

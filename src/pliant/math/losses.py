@@ -1,0 +1,90 @@
+"""What each rank of a form loses of a kernel: of its weights, or of what they are worth on data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pliant.math import forms
+from pliant.math.metric import WHOLE, Metric
+from pliant.math.moments import dampen, explained, mix_inputs, whitening
+from pliant.math.svd import small_gram, spectrum
+
+
+@dataclass(frozen=True, eq=False)
+class Losses:
+    """Shares of a kernel's energy that a form loses.
+
+    Args:
+        sides: for each rank of the form, (full rank + 1,): what is lost if that side alone is cut
+            to 0, 1, 2, ... directions; falling from 1 to 0.
+        seen: for a form with two ranks, (r_in, K, T): see `pliant.math.moments.explained`.
+    """
+
+    sides: list[Tensor]
+    seen: Tensor | None = None
+
+    def at(self, ranks: Sequence[int]) -> float:
+        """Return what is lost at these ranks together: that of factors one pass away from best.
+
+        Sweeps over the factors lower it, by 5 to 20 % in the kernels of ResNet-20 and VGG-16.
+        """
+        if self.seen is None:
+            return float(self.sides[0][ranks[0]])
+        into, out = ranks
+        kept = torch.linalg.eigvalsh(small_gram(self.seen[:into].flatten(0, 1)))[-out:].sum()
+        return max(0.0, 1 - float(kept / self.seen.double().square().sum()))
+
+
+def losses(weight: Tensor, kinds: Iterable[str], metric: Metric | None = None) -> dict[str, Losses]:
+    """Return what every rank of these forms loses: of the weights, or in the metric of the data.
+
+    Output and svd are exact, and without a metric all forms of one rank are. For the others the
+    first layer reads the directions that are best if the positions of a patch were uncorrelated,
+    and the last layers are the best for it.
+
+    Raises:
+        EditError: a kernel of this shape cannot take one of the forms.
+    """
+    dense = weight.detach().float()
+    moments = None
+    if metric is not None:
+        dense, moments = metric.enter(dense), dampen(metric.inputs.double())
+    found, passes = {}, {}
+    outputs = _tail(_output_energies(dense, moments))
+    for kind in kinds:
+        forms.max_ranks(dense.shape, kind)
+        if kind in ("output", "svd"):
+            found[kind] = Losses([outputs])
+            continue
+        columns = "spatial" if kind == "spatial" else "input"  # which Tucker-2 begins with
+        if columns not in passes:
+            passes[columns] = _explained(forms.blocks(dense, columns), moments)
+        seen = passes[columns]
+        inputs = _tail(seen.double().square().sum((1, 2)))
+        two = kind == "tucker2"
+        found[kind] = Losses([inputs, outputs], seen) if two else Losses([inputs])
+    return found
+
+
+def _explained(block: Tensor, moments: Tensor | None) -> Tensor:
+    if moments is None:
+        return explained(block)
+    if len(moments) > WHOLE:
+        return explained(mix_inputs(block.double(), whitening(moments, block.shape[2])))
+    return explained(block.double(), moments)
+
+
+def _output_energies(weight: Tensor, moments: Tensor | None) -> Tensor:
+    if moments is None:
+        return spectrum(weight, 0).double().square()
+    flat = weight.flatten(1).double()
+    return torch.linalg.eigvalsh(flat @ moments @ flat.T).flip(0).clamp_min(0)
+
+
+def _tail(energies: Tensor) -> Tensor:
+    kept = energies.cumsum(0) / energies.sum().clamp_min(torch.finfo(energies.dtype).tiny)
+    return torch.cat([kept.new_ones(1), (1 - kept).clamp_min(0)])
