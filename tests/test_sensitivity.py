@@ -142,6 +142,11 @@ def test_scores_are_what_factors_lose(seen):
     assert max(map(median, ratios.values())) < 1.4 * min(map(median, ratios.values()))
 
 
+def test_a_kernel_of_zeros_loses_everything_or_nothing():
+    for lost in losses(torch.zeros(6, 4, 3, 3), forms.FORMS[:4], smooth(6, 4)).values():
+        assert lost.at((2, 2)[: len(lost.sides)]) == 1
+
+
 @pytest.mark.parametrize("form", ["input", "spatial", "tucker2"])
 def test_losses_are_those_of_one_pass(form):
     """Without a sweep the factors lose just that, at every rank."""

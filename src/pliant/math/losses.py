@@ -11,7 +11,7 @@ from torch import Tensor
 from pliant.math import forms
 from pliant.math.metric import WHOLE, Metric
 from pliant.math.moments import dampen, explained, mix_inputs, whitening
-from pliant.math.svd import small_gram, spectrum
+from pliant.math.svd import precise_dtype, small_gram, spectrum
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class Losses:
             return float(self.sides[0][ranks[0]])
         into, out = ranks
         kept = torch.linalg.eigvalsh(small_gram(self.seen[:into].flatten(0, 1)))[-out:].sum()
-        return max(0.0, 1 - float(kept / self.seen.double().square().sum()))
+        return max(0.0, 1 - float(kept / _positive(self.seen.square().sum())))
 
 
 def losses(weight: Tensor, kinds: Iterable[str], metric: Metric | None = None) -> dict[str, Losses]:
@@ -64,7 +64,7 @@ def losses(weight: Tensor, kinds: Iterable[str], metric: Metric | None = None) -
         if columns not in passes:
             passes[columns] = _explained(forms.blocks(dense, columns), moments)
         seen = passes[columns]
-        inputs = _tail(seen.double().square().sum((1, 2)))
+        inputs = _tail(seen.square().sum((1, 2)))
         two = kind == "tucker2"
         found[kind] = Losses([inputs, outputs], seen) if two else Losses([inputs])
     return found
@@ -72,7 +72,7 @@ def losses(weight: Tensor, kinds: Iterable[str], metric: Metric | None = None) -
 
 def _explained(block: Tensor, moments: Tensor | None) -> Tensor:
     if moments is None:
-        return explained(block)
+        return explained(block.to(precise_dtype(block.flatten(1))))
     if len(moments) > WHOLE:
         return explained(mix_inputs(block.double(), whitening(moments, block.shape[2])))
     return explained(block.double(), moments)
@@ -86,5 +86,9 @@ def _output_energies(weight: Tensor, moments: Tensor | None) -> Tensor:
 
 
 def _tail(energies: Tensor) -> Tensor:
-    kept = energies.cumsum(0) / energies.sum().clamp_min(torch.finfo(energies.dtype).tiny)
+    kept = energies.cumsum(0) / _positive(energies.sum())
     return torch.cat([kept.new_ones(1), (1 - kept).clamp_min(0)])
+
+
+def _positive(total: Tensor) -> Tensor:
+    return total.clamp_min(torch.finfo(total.dtype).tiny)
