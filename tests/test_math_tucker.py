@@ -156,18 +156,25 @@ def test_output_form_reaches_the_optimum_of_the_whitened_svd():
 
 
 @pytest.mark.parametrize("form", ["tucker2", "input", "spatial"])
-def test_refining_never_raises_the_error(form):
+@pytest.mark.parametrize("ranks", [(4,), (4, 3, 1)])
+def test_refining_never_raises_the_error(form, ranks):
+    """Neither that of one size nor the sum over several that are cut from the same factors."""
     weight = seeded(12, 8, 3, 3).double()
     metric = dampen(patch_moments(weight.shape).double())
     block, white, _ = whiten(blocks(weight, form), metric)
-    size = (4, 5) if form == "tucker2" else (4,)
+    sizes = [(rank, rank + 1) if form == "tucker2" else (rank,) for rank in ranks]
     start = seeded(4, block.shape[1], seed=9).double()
     errors = []
     for sweeps in range(8):
-        first, *rest = refine(block, white, [start], [size], sweeps)
-        last = rest[0] if len(rest) == 1 else torch.einsum("qrk,tq->trk", *rest)
-        error = (block - torch.einsum("trk,rp->tpk", last, first)).flatten(1)
-        errors.append(float((error @ white * error).sum()))
+        first, last, *rest = refine(block, white, [start], sizes, sweeps)
+        total = 0.0
+        for rank, *out in sizes:
+            near = torch.einsum("trk,rp->tpk", last[:, :rank], first[:rank])
+            if rest:
+                near = torch.einsum("tq,qpk->tpk", rest[0][:, : out[0]], near[: out[0]])
+            error = (block - near).flatten(1)
+            total += float((error @ white * error).sum())
+        errors.append(total)
     assert all(
         after <= before * (1 + 1e-9) for before, after in zip(errors, errors[1:], strict=False)
     )
