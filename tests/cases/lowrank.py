@@ -10,7 +10,7 @@ from pliant.errors import MethodError
 from pliant.method import Method
 from pliant.methods.lowrank.energy import Energy
 from pliant.methods.lowrank.evbmf import EVBMF
-from pliant.methods.lowrank.nrmf import NRMF, PACE, PAPER
+from pliant.methods.lowrank.nrmf import NRMF, PACE, PAPER, PLANS
 from pliant.methods.lowrank.trp import TRP
 from pliant.ops.edits import Factor
 from pliant.run import Run, start
@@ -149,7 +149,7 @@ def a_layer_leaves_the_search_early() -> None:
             form="tucker2",
             early=True,
         )
-        run = run_of(conv(DIAGONAL), method, Budget(params=0.7), steps=9, lr=0.8)
+        run = run_of(conv(DIAGONAL), method, Budget(params=0.7), steps=PLANS, lr=0.8)
         run.after_step()
         assert run.edits == edits and not run.state["factorized"]
         run.after_step()  # what has left is not shrunken again

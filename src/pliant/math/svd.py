@@ -57,7 +57,7 @@ def gram(weight: Tensor, mode: int) -> Tensor:
 def small_gram(matrix: Tensor, cheap: int = CHEAP) -> Tensor:
     """Return M M^T for a wide matrix and M^T M for a tall one, in float64 up to `cheap` rows."""
     matrix = matrix.detach().to(precise_dtype(matrix, cheap))
-    return _self_product(matrix if is_wide(matrix) else matrix.T)
+    return self_product(matrix if is_wide(matrix) else matrix.T)
 
 
 def spectral_map(weight: Tensor, mode: int, scale: Callable[[Tensor], Tensor]) -> Tensor:
@@ -125,7 +125,7 @@ def leading(matrix: Tensor, rank: int, cheap: int = CHEAP) -> Tensor:
     """Return `rank` orthonormal columns spanning the strongest left singular directions."""
     if is_wide(matrix) or rank > matrix.shape[1]:
         precise = matrix.detach().to(precise_dtype(matrix, cheap))
-        return torch.linalg.eigh(_self_product(precise))[1][:, -rank:].flip(1)
+        return torch.linalg.eigh(self_product(precise))[1][:, -rank:].flip(1)
     _, vectors = eigen(matrix, cheap)
     return torch.linalg.qr(matrix.to(vectors.dtype) @ vectors[:, -rank:].flip(1))[0]
 
@@ -165,15 +165,15 @@ def norm_shares(*factors: Tensor) -> list[Tensor]:
     return [factor * (share / norm) for factor, norm in zip(factors, norms, strict=True)]
 
 
-def _self_product(matrix: Tensor) -> Tensor:
+def self_product(matrix: Tensor) -> Tensor:
     """M M^T; large ones by blocks, of which the mirrored ones are not computed twice."""
     half = len(matrix) // 2
     if half < _BLOCK:
         return matrix @ matrix.T
     upper, lower = matrix[:half], matrix[half:]
     cross = upper @ lower.T
-    top = torch.cat([_self_product(upper), cross], 1)
-    return torch.cat([top, torch.cat([cross.T, _self_product(lower)], 1)])
+    top = torch.cat([self_product(upper), cross], 1)
+    return torch.cat([top, torch.cat([cross.T, self_product(lower)], 1)])
 
 
 def _roots(eigenvalues: Tensor) -> Tensor:

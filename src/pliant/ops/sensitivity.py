@@ -14,6 +14,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from pliant.cost import Example, call
 from pliant.errors import ModelError
 from pliant.math.metric import Metric
+from pliant.math.svd import self_product
 from pliant.ops.capture import capture, samples
 from pliant.ops.layers import Factorizable
 
@@ -42,7 +43,7 @@ def metrics(
 
     def see(name: str, inputs: Tensor, output: Tensor) -> None:
         rows = patches(layers[name], inputs.detach().float())
-        moments = rows.T @ rows * (len(inputs) / len(rows))  # a mean over positions
+        moments = self_product(rows.T) * (len(inputs) / len(rows))  # a mean over positions
         reads[name] = reads.get(name, torch.zeros((), device=rows.device)) + moments
         # The edge, not the tensor: an activation in place would change what the tensor is.
         outputs.setdefault(name, []).append(get_gradient_edge(output))

@@ -34,6 +34,7 @@ Shrinkage = Literal["soft", "relative", "reweighted", "gradient"]
 
 START = 0.1  # strength with which the controller begins
 PACE = 1.25  # by which the controller changes the strength at one interval
+PLANS = 6  # in a search whose layers may leave early, the one at its end included
 
 
 @register(
@@ -66,7 +67,8 @@ class NRMF(Method):
 
     With ``early`` a layer is factorized as soon as the ranks that the whole network's plan gives
     it hold the share p of its energy, and trains on in its factors, with its momentum: a step
-    gets cheaper while the search goes on. The rest is factorized when the search ends.
+    gets cheaper while the search goes on. Five times in the search it is planned anew; at its end
+    the rest is factorized.
 
     *Departs from the paper*: its own form is ``PAPER``. The defaults differ where measurements
     on small networks under BatchNorm said so: small singular values shrink more and the norm is
@@ -121,10 +123,10 @@ class NRMF(Method):
                 self._shrink(run)
             if self.alpha is None:
                 self._steer(run)
-            if self.early:
-                self._factorize_ready(run)
         if run.step >= self._searching(run):
             self._factorize(run)
+        elif self.early and self._due(run):
+            self._factorize_ready(run)
 
     def after_epoch(self, run: Run) -> None:
         """Write spectra and ranks into the history."""
@@ -178,6 +180,12 @@ class NRMF(Method):
     def _pace(self, run: Run) -> int:
         """Steps between two shrinkages: every search has room for two of them."""
         return max(1, min(self.interval, self._searching(run) // 2))
+
+    def _due(self, run: Run) -> bool:
+        """Whether to plan again, after a shrinkage: a plan takes as long as dozens of steps."""
+        pace, search = self._pace(run), self._searching(run)
+        before, now = ((run.step - less) * PLANS // search for less in (pace, 0))
+        return run.step % pace == 0 and before < now
 
     def _searching(self, run: Run) -> int:
         """Steps of the search."""
