@@ -1,6 +1,7 @@
 """What all tests share: where the optional data lies, and a cache that outlives a session."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,12 @@ def needs_data(part: str) -> Path:
 def decoded_images_stay(request: pytest.FixtureRequest) -> None:
     """Keep decoded images beside pytest's own cache, not in the user's."""
     os.environ["XDG_CACHE_HOME"] = str(request.config.cache.mkdir("pliant"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def ctrl_c_is_heard() -> None:
+    """Let SIGINT interrupt as ever: a job that a shell began in the background ignores it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
