@@ -156,6 +156,17 @@ def a_layer_leaves_the_search_early() -> None:
         run.finish()
 
 
+def an_early_search_plans_as_often_however_long_it_is() -> None:
+    """Five times before its end, and only after a shrinkage."""
+    for steps, interval in ((60, 1), (600, 7)):
+        method = NRMF(interval=interval, search=1.0, early=True)
+        run = run_of(conv(DIAGONAL), method, Budget(params=0.7), steps=steps, lr=0.8)
+        due = []
+        for run.step in range(1, steps):
+            due += [run.step] if method._due(run) else []
+        assert len(due) == PLANS - 1 and not any(step % interval for step in due)
+
+
 def controller_steers_to_the_budget() -> None:
     """alpha rises while ranks at energy p are above the line to the budget, else it falls."""
     full, low = torch.eye(8), torch.zeros(8, 8)
@@ -291,6 +302,7 @@ CASES = [
             r3_and_r4_by_one_energy,
             search_ends_in_the_middle,
             a_layer_leaves_the_search_early,
+            an_early_search_plans_as_often_however_long_it_is,
             controller_steers_to_the_budget,
             patterns_choose_the_layers,
         ),
