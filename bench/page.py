@@ -28,9 +28,8 @@ test.parquet) and `pretrained/`. Means are given with the standard deviation ove
 
 Read with care: the settings of chain (ranks and bits), elastic (the dense teacher, the rule for
 forms), distill (a fifth) and train-cheaper (a short search) were changed after their scores on the
-test images had been seen, so these are not held-out results. In fast-layers "lose no more" is the
-planner's bound, loose for Tucker-2. Seconds of searches in edarts and of trainings in prune were
-taken while other work ran beside them.
+test images had been seen, so these are not held-out results. Seconds of searches in edarts and of
+trainings in prune were taken while other work ran beside them.
 """
 
 

@@ -99,7 +99,7 @@ def plain_edit(layer: nn.Conv2d, share: float) -> Factor:
 
 def loss_of(weight: Tensor, edit: Factor) -> float:
     """The share of energy lost, as `pliant.ops.lowrank.options` scores it."""
-    return losses(weight, (edit.form,))[edit.form].at(edit.ranks)
+    return losses(weight, (edit.form,))[edit.form].at([edit.ranks])[0]
 
 
 def error_of(weight: Tensor, edit: Factor) -> float:

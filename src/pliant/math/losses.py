@@ -11,7 +11,7 @@ from torch import Tensor
 from pliant.math import forms
 from pliant.math.metric import WHOLE, Metric
 from pliant.math.moments import dampen, explained, mix_inputs, whitening
-from pliant.math.svd import precise_dtype, small_gram, spectrum
+from pliant.math.svd import precise_dtype, self_product, spectrum
 
 
 @dataclass(frozen=True, eq=False)
@@ -19,25 +19,30 @@ class Losses:
     """Shares of a kernel's energy that a form loses.
 
     Args:
-        sides: for each rank of the form, (full rank + 1,): what is lost if that side alone is cut
-            to 0, 1, 2, ... directions; falling from 1 to 0.
+        sides: for each rank of the form, what is lost if that side alone is cut to 0, 1, 2, ...
+            directions: falling from 1, to 0 at full rank. The one side of input and spatial may
+            end earlier, at the last rank that makes the kernel smaller.
         seen: for a form with two ranks, (r_in, K, T): see `pliant.math.moments.explained`.
     """
 
     sides: list[Tensor]
     seen: Tensor | None = None
 
-    def at(self, ranks: Sequence[int]) -> float:
-        """Return what is lost at these ranks together: that of factors one pass away from best.
+    def at(self, ladder: Sequence[Sequence[int]]) -> list[float]:
+        """Return what is lost at each of these ranks: that of factors one pass away from best.
 
         Sweeps over the factors lower it: mostly by a few to 20 %, by more for kernels of few
         channels near full rank, where little is lost.
         """
         if self.seen is None:
-            return float(self.sides[0][ranks[0]])
-        into, out = ranks
-        kept = torch.linalg.eigvalsh(small_gram(self.seen[:into].flatten(0, 1)))[-out:].sum()
-        return max(0.0, 1 - float(kept / _positive(self.seen.square().sum())))
+            return [float(self.sides[0][ranks[0]]) for ranks in ladder]
+        kept, before = {}, 0
+        outputs = self.seen.new_zeros(self.seen.shape[2], self.seen.shape[2])
+        for into in sorted({ranks[0] for ranks in ladder}):
+            outputs += self_product(self.seen[before:into].flatten(0, 1).T)
+            kept[into], before = torch.linalg.eigvalsh(outputs).flip(0).cumsum(0), into
+        whole = _positive(self.seen.square().sum())
+        return [max(0.0, 1 - float(kept[into][out - 1] / whole)) for into, out in ladder]
 
 
 def losses(weight: Tensor, kinds: Iterable[str], metric: Metric | None = None) -> dict[str, Losses]:
@@ -54,8 +59,9 @@ def losses(weight: Tensor, kinds: Iterable[str], metric: Metric | None = None) -
     moments = None
     if metric is not None:
         dense, moments = metric.enter(dense), dampen(metric.inputs.double())
-    found, passes = {}, {}
-    outputs = _tail(_output_energies(dense, moments))
+    kinds, found, passes = list(kinds), {}, {}
+    energies = _output_energies(dense, moments)
+    outputs = _tail(energies, energies.sum())
     for kind in kinds:
         forms.max_ranks(dense.shape, kind)
         if kind in ("output", "svd"):
@@ -63,20 +69,29 @@ def losses(weight: Tensor, kinds: Iterable[str], metric: Metric | None = None) -
             continue
         columns = "spatial" if kind == "spatial" else "input"  # which Tucker-2 begins with
         if columns not in passes:
-            passes[columns] = _explained(forms.blocks(dense, columns), moments)
-        seen = passes[columns]
-        inputs = _tail(seen.square().sum((1, 2)))
+            both = columns == "input" and "tucker2" in kinds
+            passes[columns] = _explained(forms.blocks(dense, columns), moments, all_ranks=both)
+        seen, inputs = passes[columns]
         two = kind == "tucker2"
         found[kind] = Losses([inputs, outputs], seen) if two else Losses([inputs])
     return found
 
 
-def _explained(block: Tensor, moments: Tensor | None) -> Tensor:
+def _explained(block: Tensor, moments: Tensor | None, *, all_ranks: bool) -> tuple[Tensor, Tensor]:
+    """What the ranks of a first layer explain, and what is lost with each of them alone."""
+    metric, positions = None, block.shape[2]
     if moments is None:
-        return explained(block.to(precise_dtype(block.flatten(1))))
-    if len(moments) > WHOLE:
-        return explained(mix_inputs(block.double(), whitening(moments, block.shape[2])))
-    return explained(block.double(), moments)
+        block = block.to(precise_dtype(block.flatten(1)))
+    elif len(moments) > WHOLE:
+        block = mix_inputs(block.double(), whitening(moments, positions))
+    else:
+        block, metric = block.double(), moments
+    flat = block.flatten(1)
+    whole = (flat if metric is None else flat @ metric).mul(flat).sum()
+    # Beyond this rank, half of all for a square kernel, the form is no smaller than the layer.
+    last = (block.numel() - 1) // (block.shape[1] + len(block) * positions)
+    seen = explained(block, metric, None if all_ranks else max(1, last))
+    return seen, _tail(seen.square().sum((1, 2)), whole)
 
 
 def _output_energies(weight: Tensor, moments: Tensor | None) -> Tensor:
@@ -86,8 +101,8 @@ def _output_energies(weight: Tensor, moments: Tensor | None) -> Tensor:
     return torch.linalg.eigvalsh(flat @ moments @ flat.T).flip(0).clamp_min(0)
 
 
-def _tail(energies: Tensor) -> Tensor:
-    kept = energies.cumsum(0) / _positive(energies.sum())
+def _tail(energies: Tensor, whole: Tensor) -> Tensor:
+    kept = energies.cumsum(0) / _positive(whole)
     return torch.cat([kept.new_ones(1), (1 - kept).clamp_min(0)])
 
 

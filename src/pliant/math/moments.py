@@ -107,7 +107,7 @@ def refine(
     return factors
 
 
-def explained(block: Tensor, metric: Tensor | None = None) -> Tensor:
+def explained(block: Tensor, metric: Tensor | None = None, most: int | None = None) -> Tensor:
     """Return what a first layer of each rank explains of a kernel, with the best last layers.
 
     The first layer reads the kernel's leading directions, strongest first, on inputs that are
@@ -117,13 +117,14 @@ def explained(block: Tensor, metric: Tensor | None = None) -> Tensor:
     Args:
         block: (T, P, K) kernel.
         metric: (P*K, P*K) positive definite moments; None for the weights themselves.
+        most: largest rank to look at; None for all.
 
     Returns:
-        Y (R, K, T) with R = min(P, T*K). With the first r rows as a matrix (r*K, T), Y^T Y is
-        what rank r explains of W C W^T; all rows explain the whole.
+        Y (R, K, T) with R = min(P, T*K, most). With the first r rows as a matrix (r*K, T), Y^T Y
+        is what rank r explains of W C W^T; min(P, T*K) rows explain the whole.
     """
     out, columns, positions = block.shape
-    most = min(columns, out * positions)
+    most = min(columns, out * positions, most or columns)
     if metric is None:
         first = leading(unfold(block, 1), most).T.to(block)
         return torch.einsum("rp,tpk->rkt", first, block)

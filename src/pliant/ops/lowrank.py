@@ -47,11 +47,12 @@ def options(
     for form, lost in found.items():
         most, step = forms.max_ranks(weight.shape, form), (steps or {}).get(form, 1)
         ladder = (_rounded_up(ranks, most, step) for ranks in _ladder(lost.sides, most))
-        for ranks in dict.fromkeys(ladder):
-            edit = Factor(layer, form, ranks)
-            after = edit.predict(cost)
-            if after.params < cost.params:
-                rows.append(Option(_worst(lost, ranks) if paper else lost.at(ranks), after, edit))
+        edits = [Factor(layer, form, ranks) for ranks in dict.fromkeys(ladder)]
+        costs = [(edit.predict(cost), edit) for edit in edits]
+        smaller = [(after, edit) for after, edit in costs if after.params < cost.params]
+        ranks = [edit.ranks for _, edit in smaller]
+        scores = [_worst(lost, each) for each in ranks] if paper else lost.at(ranks)
+        rows += [Option(score, *row) for score, row in zip(scores, smaller, strict=True)]
     return rows
 
 

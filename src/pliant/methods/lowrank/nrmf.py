@@ -159,7 +159,8 @@ class NRMF(Method):
         """The edits of the plan that keep the share p of their layer's energy."""
 
         def lost(edit: Factor) -> float:
-            return losses(layers[edit.layer].weight, (edit.form,))[edit.form].at(edit.ranks)
+            found = losses(layers[edit.layer].weight, (edit.form,))[edit.form]
+            return found.at([edit.ranks])[0]
 
         edits = plan(run, layers, self.form, seen, self.p)
         return [edit for edit in edits if lost(edit) <= 1 - self.p]
