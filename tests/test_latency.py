@@ -176,6 +176,22 @@ def test_runtimes_measure(spec):
     assert found.median_ms > 0 and found.repeats >= 9
 
 
+@pytest.mark.parametrize("make", ["sampler", "layer_sampler"])
+def test_however_many_networks_are_compiled(make, monkeypatch):
+    """Dynamo gives up on code that it has compiled eight times; networks share their forward."""
+    compiled, compile_ = [], torch.compile
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda network: compile_(network, backend=backend))
+    for width in range(1, 11):
+        model = Windows(width)
+        getattr(Target("compile", threads=1), make)(model, (torch.zeros(1, 24),))
+    assert len(compiled) == 10
+
+
 def test_a_network_that_fails_on_the_target_is_refused():
     with pytest.raises(ModelError, match="must run on torch"):
         measure(net(), (torch.zeros(1, 5, 6, 6),), Target("torch", threads=1))
@@ -321,9 +337,9 @@ def test_signatures_tell_layers_apart():
 class Windows(nn.Module):
     """Cuts a sample into four rows before its layer sees them."""
 
-    def __init__(self):
+    def __init__(self, width=5):
         super().__init__()
-        self.inner = nn.Linear(6, 5)
+        self.inner = nn.Linear(6, width)
 
     def forward(self, sample):
         return self.inner(sample.reshape(-1, 6))
