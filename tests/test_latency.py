@@ -228,7 +228,7 @@ def test_every_time_is_measured_once_and_kept_on_disk(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", '{"version": 0, "times": {"a": 1}}', '{"version": 1, "times": 3}']
+    "text", ["", "{", "[]", '{"version": 1, "times": {"a": 1}}', '{"version": 2, "times": 3}']
 )
 def test_a_damaged_file_counts_as_empty(text, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
@@ -247,7 +247,7 @@ def test_times_that_make_no_sense_are_not_read(tmp_path, monkeypatch):
     target = Target.of(arithmetic, "own")
     path = LatencyTable.of(target).path
     path.parent.mkdir(parents=True)
-    path.write_text('{"version": 1, "times": {"a": 1.5, "b": -1, "c": "x", "d": NaN}}')
+    path.write_text('{"version": 2, "times": {"a": 1.5, "b": -1, "c": "x", "d": NaN}}')
     assert LatencyTable.of(target).past == {"a": 1.5}
 
 
@@ -274,6 +274,39 @@ def test_what_others_left_in_the_file_changes_no_plan(tmp_path):
     assert again.factor(layer, shape, "input", (7,)) == before
     assert again.exact(layer, shape, "input", (7,)) == exact
     assert again.factor(layer, shape, "input", (7,)) == exact
+
+
+class Machine:
+    """Arithmetic on a machine that takes `slow` times as long, as a loaded one does."""
+
+    slow = 1.0
+
+    def __call__(self, module, example):
+        return self.slow * arithmetic(module, example)
+
+
+def test_runs_at_other_speeds_write_one_file_and_every_share_holds(tmp_path):
+    layer, shape = nn.Conv2d(24, 24, 3, padding=1, bias=False), (1, 24, 6, 6)
+    path, machine = tmp_path / "table.json", Machine()
+    first, other = (LatencyTable(Target.of(machine, "own"), path) for _ in range(2))
+    share = first.exact(layer, shape, "input", (7,)) / first.time(layer, shape)
+    machine.slow = 2.0
+    other.time(layer, shape)
+    held = json.loads(path.read_text())["times"]
+    again = LatencyTable(Target.of(fails, "own"), path, past=held)
+    found = again.exact(layer, shape, "input", (7,)) / again.time(layer, shape)
+    assert found == pytest.approx(share) and share < 0.5
+
+
+def test_what_replaces_two_layers_is_measured_beside_both():
+    machine = Machine()
+    table, shape = LatencyTable(Target.of(machine)), (1, 24, 6, 6)
+    narrow, wide, other = (nn.Conv2d(24, width, 3, bias=False) for width in (24, 48, 12))
+    table.replaced(narrow, other, shape)
+    machine.slow = 2.0
+    half, quarter = (table.replaced(each, other, shape) for each in (narrow, wide))
+    assert half / table.time(narrow, shape) == pytest.approx(0.5, rel=0.05)
+    assert quarter / table.time(wide, shape) == pytest.approx(0.25, rel=0.05)
 
 
 def fails(module, example):
@@ -454,6 +487,9 @@ def test_times_of_another_network_or_target_are_not_taken():
         begin("energy", Target.of(fails, batch=2), saved=saved)
     with pytest.raises(AssertionError, match="measured anew"):
         begin("energy", Target.of(fails), nn.Sequential(net(), nn.ReLU()), saved=saved)
+    saved["clock"]["version"] = 1  # times that meant something else
+    with pytest.raises(AssertionError, match="measured anew"):
+        begin("energy", Target.of(fails), saved=saved)
     del saved["clock"]  # as in a checkpoint of before
     assert begin("energy", of_arithmetic(), saved=saved).clock is not None
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from pliant.latency.compare import Timing
-from pliant.latency.table import LatencyTable
+from pliant.latency.table import VERSION, LatencyTable
 from pliant.latency.target import Target
 from pliant.ops.edits import Edit, to_json
 
@@ -32,6 +32,7 @@ def name_of(network: nn.Module, edits: Sequence[Edit] = ()) -> str:
 def remembered(clock: Clock) -> dict[str, Any]:
     """Return all that a clock has measured, but for the finished network, as plain data."""
     return {
+        "version": VERSION,
         "network": name_of(clock.dense),
         "target": clock.target.plain(),
         "machine": clock.target.digest(),
@@ -64,4 +65,5 @@ def recall_layers(clock: Clock | None, saved: Mapping[str, Any] | None) -> None:
 
 
 def _belongs(saved: Mapping[str, Any], dense: nn.Module, target: Target) -> bool:
-    return (saved["network"], saved["target"]) == (name_of(dense), target.plain())
+    asked = (VERSION, name_of(dense), target.plain())
+    return (saved.get("version"), saved["network"], saved["target"]) == asked

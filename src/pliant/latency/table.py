@@ -21,7 +21,7 @@ from pliant.latency.target import Target
 from pliant.math.forms import form_params, max_ranks
 from pliant.ops.layers import Factorizable, factorized
 
-VERSION = 1  # of what a file holds: another one is not read
+VERSION = 2  # of what times mean: those of another one are not read
 STEPS = (1, 2, 4, 8, 16)  # multiples to which ranks may be rounded up
 LEAST = 0.05  # of a measured time is the layer's own, however much a call costs
 FREE = 0.01  # rounding up to a step may cost this share of the time
@@ -37,7 +37,8 @@ class LatencyTable:
     A layer is known by its signature: kind, shapes, stride, padding and so on, its input and the
     batch. Times of a factorized layer are measured at a few ranks and interpolated between; a
     time that was measured at the very ranks goes first. All points of one form are measured in
-    turn with the dense layer, so that their ratios hold however the machine is loaded.
+    turn with the dense layer, and kept as shares of its time: those hold however the machine is
+    loaded, also beside what another run has measured.
 
     What was measured before is taken only when it is asked for: what a run plans depends on what
     the run itself has asked so far, not on what others have left in the file.
@@ -45,7 +46,8 @@ class LatencyTable:
     Args:
         target: where they were measured.
         path: the file, or None to keep them in memory.
-        times: those that this run has asked for.
+        times: those that this run has asked for: milliseconds of layers, and of what replaces one
+            the share of its time.
         past: those that were measured before it.
     """
 
@@ -75,27 +77,29 @@ class LatencyTable:
 
     def replaced(self, layer: nn.Module, other: nn.Module, shape: Sequence[int]) -> float:
         """Return the milliseconds of what would replace a layer, measured in turn with it."""
-        key = signature(other, shape)
+        dense = signature(layer, shape)
+        key = f"{dense} as {signature(other, shape)}"
         if key not in self.times:
             self._measure(layer, shape, {key: other})
-        return self.times[key]
+        return self.times[key] * self.times[dense]
 
     def exact(
         self, layer: Factorizable, shape: Sequence[int], form: str, ranks: Sequence[int]
     ) -> float:
         """Return the milliseconds of a factorized layer, measured at these very ranks."""
-        key = _factored(signature(layer, shape), form, ranks)
+        dense = signature(layer, shape)
+        key = _factored(dense, form, ranks)
         if key not in self.times:
             self._measure(layer, shape, {key: factorized(layer, form, ranks)})
-        return self.times[key]
+        return self.times[key] * self.times[dense]
 
     def factor(
         self, layer: Factorizable, shape: Sequence[int], form: str, ranks: Sequence[int]
     ) -> float:
         """Return the milliseconds of a factorized layer, interpolated where it was not measured."""
         dense = signature(layer, shape)
-        if (ms := self.times.get(_factored(dense, form, ranks))) is not None:
-            return ms
+        if (share := self.times.get(_factored(dense, form, ranks))) is not None:
+            return share * self.times[dense]
         axes = self._axes(layer, form)
         keys = {point: _factored(dense, form, point) for point in itertools.product(*axes)}
         missing = {
@@ -105,7 +109,8 @@ class LatencyTable:
         }
         if missing:
             self._measure(layer, shape, missing)
-        return _between(axes, ranks, {point: self.times[key] for point, key in keys.items()})
+        shares = {point: self.times[key] for point, key in keys.items()}
+        return _between(axes, ranks, shares) * self.times[dense]
 
     def step(self) -> int:
         """Return the multiple to which ranks can be rounded up at no cost, found by measuring."""
@@ -142,7 +147,7 @@ class LatencyTable:
     def _measure(
         self, layer: nn.Module, shape: Sequence[int], others: Mapping[str, nn.Module]
     ) -> None:
-        """Measure a layer and what may replace it in turn, on the scale of the layer's own time.
+        """Measure a layer and what may replace it in turn, as shares of the layer's own time.
 
         What was measured before, by this run or another, is not measured again.
         """
@@ -155,10 +160,9 @@ class LatencyTable:
         modules = [layer, *others.values()]
         samplers = [self.target.layer_sampler(module, inputs) for module in modules]
         rows = interleaved(samplers, self.target, seconds=GROUP_SECONDS, least=GROUP_ROUNDS)
-        first, *found = (1000 * each for each in self._without_calls(map(quiet, rows), inputs))
-        known = self.times.setdefault(name, first)
-        for key, ms in zip(others, found, strict=True):
-            self.times[key] = ms * known / first
+        first, *found = self._without_calls(map(quiet, rows), inputs)
+        self.times.setdefault(name, 1000 * first)
+        self.times |= {key: each / first for key, each in zip(others, found, strict=True)}
         self._write()
 
     def _without_calls(self, seconds: Iterable[float], inputs: tuple[Tensor, ...]) -> list[float]:
@@ -278,9 +282,9 @@ def _read(path: Path) -> dict[str, float]:
         if held["version"] != VERSION:
             return {}
         return {
-            str(key): float(ms)
-            for key, ms in held["times"].items()
-            if isinstance(ms, int | float) and math.isfinite(ms) and ms > 0
+            str(key): float(value)
+            for key, value in held["times"].items()
+            if isinstance(value, int | float) and math.isfinite(value) and value > 0
         }
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         return {}
