@@ -258,6 +258,16 @@ def test_a_table_without_a_disk_stays_in_memory(tmp_path):
     assert LatencyTable.of(Target.of(arithmetic)).path is None
 
 
+def test_a_write_that_fails_leaves_nothing_behind(tmp_path, monkeypatch):
+    def full(*paths):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    table = LatencyTable(Target.of(arithmetic, "own"), tmp_path / "table.json")
+    assert table.time(nn.Linear(3, 3), (1, 3)) > 0 and table.path is None
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_what_others_left_in_the_file_changes_no_plan(tmp_path):
     """A run that finds an exact time asks for it first, as the run did that measured it."""
 

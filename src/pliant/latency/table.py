@@ -7,7 +7,6 @@ import json
 import math
 import os
 import statistics
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pliant.codecs.container import replacing
+from pliant.errors import OutputError
 from pliant.latency.compare import interleaved, quiet
 from pliant.latency.target import Target
 from pliant.math.forms import form_params, max_ranks
@@ -184,11 +185,9 @@ class LatencyTable:
         }
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=self.path.parent, suffix=".part")
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(held, file, indent=1)
-            os.replace(name, self.path)
-        except OSError:
+            with replacing(self.path) as file:
+                file.write_text(json.dumps(held, indent=1), encoding="utf-8")
+        except (OSError, OutputError):
             self.path = None  # times stay in memory
 
 
