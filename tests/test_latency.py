@@ -3,6 +3,8 @@
 import itertools
 import json
 import zlib
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from pliant.budget import Budget
 from pliant.cli import app
 from pliant.cost import Cost
 from pliant.errors import BudgetError, ChainError, MethodError, ModelError
-from pliant.latency import LatencyTable, Target, compare, measure
+from pliant.latency import LatencyTable, Target, compare, measure, runtimes
 from pliant.latency.compare import _rounds, compared, timing
 from pliant.latency.runtimes import batched
 from pliant.latency.table import _between, _spread, _step, input_shape, signature
@@ -90,6 +92,17 @@ def test_a_table_belongs_to_threads_batch_and_versions():
     targets = [Target("torch", threads=t, batch=b) for t in (1, 2) for b in (1, 8)]
     assert len({target.digest() for target in targets}) == 4
     assert "torch" in targets[0].fingerprint() and "machine" in targets[0].fingerprint()
+
+
+def test_a_table_belongs_to_a_graphics_card(monkeypatch):
+    target = Target("torch", threads=1, device="cuda:1")
+    assert target.digest() == target.digest()  # also where there is no such card
+    named = {"cuda:0": "A", "cuda:1": "B"}
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: named[device])
+    assert target.fingerprint()["card"] == "B"
+    before = target.digest()
+    named["cuda:1"] = "C"
+    assert target.digest() != before
 
 
 def test_how_long_one_looks_does_not_change_what_is_seen():
@@ -190,6 +203,42 @@ def test_however_many_networks_are_compiled(make, monkeypatch):
         model = Windows(width)
         getattr(Target("compile", threads=1), make)(model, (torch.zeros(1, 24),))
     assert len(compiled) == 10
+
+
+def test_a_graphics_card_is_timed_by_its_own_events(monkeypatch):
+    current, seen = ["cuda:0"], []
+
+    @contextmanager
+    def device(name):
+        current.append(name)
+        yield
+        current.pop()
+
+    def look(*_, **__):
+        seen.append(current[-1])
+
+    event = SimpleNamespace(record=look, elapsed_time=lambda other: 3.0)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: (look(), event)[1])
+    monkeypatch.setattr(torch.cuda, "synchronize", look)
+    monkeypatch.setattr(runtimes, "_torch", lambda *_: (look(), look)[1])
+    assert Target("torch", threads=1, device="cuda:1").sampler(net(), EXAMPLE)() > 0
+    assert set(seen) == {"cuda:1"} and len(seen) > 8 and current == ["cuda:0"]
+
+
+def test_a_function_gets_everything_on_the_cpu(monkeypatch):
+    """The device without memory stands for any other one: moving from it gives zeros here."""
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: torch.zeros(self.shape))
+    seen = []
+
+    def look(module, example):
+        seen.extend([*module.parameters(), *example])
+        return 1.0
+
+    target, model = Target.of(look), net().to("meta")
+    target.sampler(model, (torch.zeros(1, 3, 6, 6, device="meta"),))()
+    target.layer_sampler(model[0], EXAMPLE)()
+    assert {str(tensor.device) for tensor in seen} == {"cpu"}
 
 
 def test_a_network_that_fails_on_the_target_is_refused():

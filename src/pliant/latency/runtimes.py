@@ -10,7 +10,13 @@ import time
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import (
+    AbstractContextManager,
+    contextmanager,
+    nullcontext,
+    redirect_stderr,
+    redirect_stdout,
+)
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -73,9 +79,10 @@ def sampler(models: Sequence[nn.Module], inputs: Example, target: Target) -> Sam
     single = models[0] if len(models) == 1 else None
     model = single or Copies(models, added=target.runtime == "onnxruntime")
     try:
-        go = _onnx(model, inputs, target) if target.runtime == "onnxruntime" else None
-        go = go or _torch(model, inputs, target)
-        inner = _warm_up(go)
+        with _current(target.device):
+            go = _onnx(model, inputs, target) if target.runtime == "onnxruntime" else None
+            go = go or _torch(model, inputs, target)
+            inner = _warm_up(go)
     except (ImportError, ModelError):
         raise
     except Exception as error:  # runtimes have dozens of kinds of their own
@@ -86,7 +93,7 @@ def sampler(models: Sequence[nn.Module], inputs: Example, target: Target) -> Sam
         ) from error
     passes = inner * len(models)
     if target.device.startswith("cuda"):
-        return lambda: _on_cuda(go, inner) / passes
+        return lambda: _on_cuda(go, inner, target.device) / passes
     return lambda: _seconds(go, inner) / passes
 
 
@@ -110,14 +117,20 @@ def _seconds(go: Callable[[], Any], times: int) -> float:
     return time.perf_counter() - began
 
 
-def _on_cuda(go: Callable[[], Any], times: int) -> float:
+def _current(device: str) -> AbstractContextManager[Any]:
+    """Make a CUDA device the current one: events, and waiting for them, name no device."""
+    return torch.cuda.device(device) if device.startswith("cuda") else nullcontext()
+
+
+def _on_cuda(go: Callable[[], Any], times: int, device: str) -> float:
     """Time work on a CUDA device between two events of its own clock."""
-    first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    first.record()
-    for _ in range(times):
-        go()
-    last.record()
-    torch.cuda.synchronize()
+    with _current(device):
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first.record()
+        for _ in range(times):
+            go()
+        last.record()
+        torch.cuda.synchronize()
     return first.elapsed_time(last) / 1000
 
 
@@ -185,7 +198,7 @@ def _onnx(model: nn.Module, inputs: Example, target: Target) -> Callable[[], Any
     options.intra_op_num_threads, options.inter_op_num_threads = target.threads, 1
     # The idle threads of one session must not take cores from the one that is measured.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    network, given = copy.deepcopy(model).cpu().float().eval(), _on_cpu(inputs)
+    network, given = copy.deepcopy(model).cpu().float().eval(), on_cpu(inputs)
     graph = _graph(network, given)
     session = runtime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
     leaves = [leaf.numpy() for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
@@ -195,7 +208,8 @@ def _onnx(model: nn.Module, inputs: Example, target: Target) -> Callable[[], Any
     return lambda: session.run(None, feed)
 
 
-def _on_cpu(inputs: Example) -> Any:
+def on_cpu(inputs: Example) -> Any:
+    """Bring the tensors of an example to the CPU."""
     return tree_map(lambda v: v.cpu().contiguous() if isinstance(v, Tensor) else v, inputs)
 
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from pliant.cost import Example
 from pliant.errors import MethodError
-from pliant.latency.runtimes import BUILT_IN, Sampler, batched, copies_of, sampler
+from pliant.latency.runtimes import BUILT_IN, Sampler, batched, copies_of, on_cpu, sampler
 
 Function = Callable[[nn.Module, Example], float]
 
@@ -89,7 +89,7 @@ class Target:
 
         Args:
             function: called with a module and its example inputs; returns the seconds of one
-                forward pass. It is given whole networks and single layers.
+                forward pass. It is given whole networks and single layers, all on the CPU.
             name: what reports call it; times of a named one are kept on disk.
             batch: samples in the example inputs.
         """
@@ -154,10 +154,12 @@ class Target:
 
     def fingerprint(self) -> dict[str, Any]:
         """Return all that a time depends on beside the layer: settings, machine, versions."""
+        card = {"card": _card(self.device)} if self.device.startswith("cuda") else {}
         libraries = ("torch", "onnxruntime") if self.runtime == "onnxruntime" else ("torch",)
         return {
             **self.plain(),
             "machine": machine(),
+            **card,
             "cores": os.cpu_count() or 1,
             **{name: _version(name) for name in libraries},
         }
@@ -169,8 +171,8 @@ class Target:
 
     def _own(self, model: nn.Module, inputs: Example) -> Sampler:
         assert self.function is not None
-        function, network = self.function, copy.deepcopy(model).eval()
-        return lambda: float(function(network, inputs))
+        function, network, given = self.function, copy.deepcopy(model).cpu().eval(), on_cpu(inputs)
+        return lambda: float(function(network, given))
 
 
 def _number(text: str) -> int | float | str:
@@ -190,6 +192,14 @@ def machine() -> str:
             if "model name" in line:
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+def _card(device: str) -> str:
+    """Name a graphics card; empty where there is none, as when a run is resumed elsewhere."""
+    try:
+        return torch.cuda.get_device_name(device)
+    except (AssertionError, RuntimeError):
+        return ""
 
 
 def _version(library: str) -> str:
