@@ -564,6 +564,29 @@ def begin(method, target, model=None, **more):
     )
 
 
+@pytest.mark.parametrize("method", ["energy(form='auto')", "magnitude"])
+def test_measuring_leaves_the_callers_random_state_alone(method):
+    before = torch.get_rng_state()
+    begin(method, of_arithmetic())
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_copies_of_a_layer_leave_the_random_state_of_its_device_alone(monkeypatch):
+    class Elsewhere(nn.Parameter):
+        is_cuda, device = True, torch.device("cuda", 1)
+
+    @contextmanager
+    def fork(devices):
+        forked.append([*devices])
+        yield
+
+    forked, layer = [], nn.Linear(3, 3)
+    layer.weight = Elsewhere(layer.weight.data)
+    monkeypatch.setattr(torch.random, "fork_rng", fork)
+    runtimes.copies_of(layer)
+    assert forked == [[1]]
+
+
 @pytest.mark.slow  # every example compresses a network
 @pytest.mark.parametrize("method", ["energy(form='auto')", "magnitude"])
 @settings(max_examples=10, deadline=None)

@@ -393,7 +393,7 @@ def _edited(layer: nn.Module, edit: Edit) -> nn.Module:
 def built(model: nn.Module, edits: Sequence[Edit]) -> nn.Module:
     """Build a plan with numbers of no meaning: they do not change the time."""
     network = copy.deepcopy(model).cpu().eval()
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
         for edit in edits:
             for parameter in edit.apply(network, weights=False).added:
                 parameter.uniform_(-0.05, 0.05)

@@ -63,7 +63,8 @@ def copies_of(layer: nn.Module) -> list[nn.Module]:
     size = sum(t.nbytes for t in layer.parameters())
     count = COPIES[0] if size < LARGE else max(2, min(COPIES[1], CACHES // size))
     made = [copy.deepcopy(layer) for _ in range(count)]
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    devices = sorted({p.device.index for p in layer.parameters() if p.is_cuda})
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):
         for parameter in (p for each in made for p in each.parameters()):
             parameter.uniform_(-0.05, 0.05)
     return made
