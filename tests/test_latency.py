@@ -2,6 +2,8 @@
 
 import itertools
 import json
+import math
+import random
 import zlib
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -108,9 +110,9 @@ def test_a_table_belongs_to_a_graphics_card(monkeypatch):
 def test_how_long_one_looks_does_not_change_what_is_seen():
     short, long = (Target("torch", threads=1, seconds=seconds) for seconds in (2.0, 20.0))
     assert short.digest() == long.digest() and short.plain() == long.plain()
-    assert _rounds(0.1, short, short.seconds, 9) == 20
-    assert _rounds(0.1, long, long.seconds, 9) == 200
-    assert _rounds(1e-3, long, long.seconds, 9) == 10 * _rounds(1e-3, short, short.seconds, 9)
+    assert _rounds(0.1, short.seconds, 9) == 20
+    assert _rounds(0.1, long.seconds, 9) == 200
+    assert _rounds(1e-3, long.seconds, 9) == 10 * _rounds(1e-3, short.seconds, 9)
 
 
 # ------------------------------------------------------------ measuring
@@ -136,7 +138,7 @@ def test_networks_are_measured_in_turn_and_the_order_changes():
         return 1e-3
 
     compare(nn.Sequential(nn.ReLU()), nn.Sequential(nn.ReLU(), nn.ReLU()), (), Target.of(look))
-    assert seen == [1, 2, 1, 2, 2, 1, 1, 2]
+    assert seen == [1, 2, *4 * [1, 2, 2, 1]]
 
 
 def test_verdicts():
@@ -152,6 +154,29 @@ def test_what_the_spread_hides_is_not_called_faster():
     fast = [1.1, 0.9, 1.9, 1.0, 1.0, 1.9, 1.0, 1.0, 1.5]
     assert compared(slow, fast).verdict == "not distinguishable"
     assert compared(slow, [s / 2 for s in slow]).verdict == "faster"
+
+
+@given(st.integers(8, 400))
+def test_the_interval_holds_the_median_as_often_as_it_says(rounds):
+    """Each ratio lies below the true median as often as a coin shows heads."""
+    found = compared(range(1, rounds + 1), [1.0] * rounds)
+    outside = sum(math.comb(rounds, below) for below in range(int(found.low)))
+    assert found.low + found.high == rounds + 1
+    assert 200 * outside <= 2**rounds
+
+
+@pytest.mark.parametrize("rounds", [1, 3, 7])
+def test_of_too_few_rounds_there_is_no_verdict(rounds):
+    found = compared([2.0] * rounds, [1.0] * rounds)
+    assert (found.speedup, found.low, found.high) == (2, 0, math.inf)
+    assert found.verdict == "not distinguishable"
+
+
+def test_equal_networks_are_hardly_ever_told_apart():
+    luck = random.Random(0)
+    target = Target.of(lambda module, example: luck.uniform(1.0, 2.0))
+    found = [compare(nn.ReLU(), nn.ReLU(), (), target).verdict for _ in range(300)]
+    assert found.count("not distinguishable") >= 0.98 * len(found)
 
 
 @given(st.lists(st.floats(1e-4, 1.0), min_size=3, max_size=40))

@@ -20,7 +20,8 @@ Verdict = Literal["faster", "not distinguishable", "slower"]
 ROUNDS = (9, 301)  # of measuring each in turn: fewest, and most within two seconds
 PASSES, TURN = 5, 0.05  # in a row, at most, within about so many seconds
 OWN_ROUNDS = 3  # with a function of the user's: a phone is slow and quiet
-SURE = 1.29  # half the normal quantile of 99 %: the spread of a median in units of sqrt(n) ranks
+OWN_SURE = 8  # of comparing two networks with it: the fewest that have an interval
+SURE = 1.36  # ranks by sqrt(n) around a median: the normal 1.29 of 99 % fails for some small n
 TICK = 1e-9  # seconds that no clock resolves
 SAME = 0.01  # two builds of one network can differ by as much
 
@@ -55,8 +56,9 @@ class Comparison:
         a: times of the first.
         b: times of the second.
         speedup: how many times faster the second is: the median of the ratios of each round.
-        low: lower end of the interval that holds the true median at 99 %.
-        high: upper end.
+        low: lower end of the interval that holds the true median at 99 %; 0 where fewer than
+            eight rounds have none.
+        high: upper end; infinite where there is none.
     """
 
     a: Timing
@@ -96,7 +98,7 @@ def compare(a: nn.Module, b: nn.Module, example: Example, target: Target) -> Com
         ModelError: one of them cannot be run there, or a function's seconds make no sense.
     """
     samplers = [target.sampler(model, example) for model in (a, b)]
-    return compared(*interleaved(samplers, target))
+    return compared(*interleaved(samplers, target, own=OWN_SURE))
 
 
 def interleaved(
@@ -105,6 +107,7 @@ def interleaved(
     *,
     seconds: float | None = None,
     least: int = ROUNDS[0],
+    own: int = OWN_ROUNDS,
 ) -> list[list[float]]:
     """Take samples of all in turn, every second round in the other order.
 
@@ -112,9 +115,10 @@ def interleaved(
 
     Args:
         samplers: what to measure.
-        target: functions of the user's are called three times only.
+        target: where it runs; a function of the user's is called once for a sample.
         seconds: that all of it takes about; the target's if not given.
         least: rounds that are made however long they take.
+        own: rounds with a function of the user's, whatever the other two say.
 
     Returns:
         One row of seconds for each sampler, a value per round.
@@ -126,7 +130,8 @@ def interleaved(
     rows: list[list[float]] = [[] for _ in samplers]
     turn = list(enumerate(samplers))
     costs = [max(time, 1.5 * BLOCK) * count for time, count in zip(first, passes, strict=True)]
-    for _ in range(_rounds(sum(costs), target, seconds or target.seconds, least)):
+    rounds = own if target.once else _rounds(sum(costs), seconds or target.seconds, least)
+    for _ in range(rounds):
         for index, each in turn:
             rows[index].append(min(_sample(each) for _ in range(passes[index])))
         turn.reverse()
@@ -148,15 +153,14 @@ def quiet(seconds: Sequence[float]) -> float:
 def compared(a: Sequence[float], b: Sequence[float]) -> Comparison:
     """Compare the samples of the same rounds."""
     ratios = sorted(one / other for one, other in zip(a, b, strict=True))
-    edge = max(0, math.floor(len(ratios) / 2 - SURE * math.sqrt(len(ratios))))
-    return Comparison(
-        timing(a), timing(b), statistics.median(ratios), ratios[edge], ratios[-1 - edge]
-    )
+    edge = math.floor(len(ratios) / 2 - SURE * math.sqrt(len(ratios)))
+    low, high = (ratios[edge], ratios[-1 - edge]) if edge >= 0 else (0.0, math.inf)
+    return Comparison(timing(a), timing(b), statistics.median(ratios), low, high)
 
 
-def _rounds(cost: float, target: Target, seconds: float, least: int) -> int:
+def _rounds(cost: float, seconds: float, least: int) -> int:
     most = max(ROUNDS[1], round(ROUNDS[1] * seconds / SECONDS))
-    return OWN_ROUNDS if target.once else min(most, max(least, round(seconds / cost)))
+    return min(most, max(least, round(seconds / cost)))
 
 
 def _passes(seconds: float) -> int:

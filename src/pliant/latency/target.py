@@ -90,6 +90,8 @@ class Target:
         Args:
             function: called with a module and its example inputs; returns the seconds of one
                 forward pass. It is given whole networks and single layers, all on the CPU.
+                For one time it is called four times, to compare two networks nine times with
+                each; the first call warms up.
             name: what reports call it; times of a named one are kept on disk.
             batch: samples in the example inputs.
         """
