@@ -234,6 +234,14 @@ def test_two_runs_never_share_a_state():
     assert not first.log and not first.reasons
 
 
+def test_a_saved_run_stays_as_it_was_saved():
+    run = start(net(), Keeps(), example=EXAMPLE)
+    saved = run.state_dict()
+    run.after_step()
+    assert not saved["state"]["sum"].any() and saved["state"]["rows"] == [[0, "a"]]
+    assert saved["step"] == 0 and not saved["log"] and not saved["reasons"]
+
+
 def test_another_run_is_refused():
     saved = start(net(), Keeps(), example=EXAMPLE, seed=0).state_dict()
     with pytest.raises(PliantError, match="same model, method, budget, data and seed"):

@@ -165,11 +165,11 @@ class Run:
             carry(self.optimizer, Replaced(tuple(p for p in before if id(p) not in kept)))
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what is needed to resume: tensors and plain values only."""
+        """Return what is needed to resume, as it is now: tensors and plain values only."""
         return {
             "step": self.step,
             "epoch": self.epoch,
-            "state": self.state,
+            "state": _copied(self.state),
             "edits": to_json(self.edits),
             "log": list(self.log),
             "reasons": dict(self.reasons),
@@ -395,6 +395,6 @@ def start(
     return run
 
 
-def _copied(state: Any, device: torch.device) -> Any:
-    """Copy a state, so that two runs never share one; its tensors go to the device."""
+def _copied(state: Any, device: torch.device | None = None) -> Any:
+    """Copy a state, so that two never share one; its tensors go to the device, if one is named."""
     return tree_map(lambda v: v.clone().to(device) if isinstance(v, Tensor) else v, state)
