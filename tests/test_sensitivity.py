@@ -298,3 +298,62 @@ def test_reconstruction_of_a_full_rank_layer_changes_nothing():
     inputs = torch.randn(64, 6)
     reconstruct(dense, model, ["0"], [(inputs,)])
     assert torch.allclose(model(inputs), dense(inputs), atol=1e-4)
+
+
+class Keyed(nn.Module):
+    """Calls its layers by keyword, and not in the order in which they are defined."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.second = nn.Linear(12, 4)
+        self.first = nn.Linear(12, 12)
+        self.never = nn.Linear(12, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(input=self.first(input=x).relu())
+
+
+def test_layers_called_by_keyword_are_seen():
+    from pliant.ops.order import order
+
+    model, x = Keyed(), torch.randn(8, 12)
+    layers = {"second": model.second, "first": model.first}
+    assert order(model, (x,), list(layers)).called == ("first", "second")
+    seen = metrics(model, layers, [(x,)], torch.Generator())
+    assert torch.allclose(seen["first"].inputs, x.T @ x / 8, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_reconstruction_keeps_the_precision_of_the_network(dtype):
+    import copy
+
+    from pliant.ops.edits import Factor
+    from pliant.ops.reconstruct import reconstruct
+
+    torch.manual_seed(0)
+    dense = nn.Sequential(nn.Linear(12, 8)).to(dtype)
+    model = copy.deepcopy(dense)
+    inputs = (torch.randn(256, 12) * torch.arange(12)).to(dtype)
+    Factor("0", "svd", (3,)).apply(model)
+    before = (model(inputs) - dense(inputs)).square().mean()
+    reconstruct(dense, model, ["0"], [(inputs,)])
+    assert (model(inputs) - dense(inputs)).square().mean() < 0.9 * before
+    assert all(parameter.dtype == dtype for parameter in model.parameters())
+
+
+def test_reconstruction_goes_by_the_order_of_calls():
+    import copy
+
+    from pliant.ops.edits import Factor
+    from pliant.ops.reconstruct import reconstruct
+
+    torch.manual_seed(0)
+    dense = Keyed()
+    one = copy.deepcopy(dense)
+    for name in ("first", "second", "never"):
+        Factor(name, "svd", (3,)).apply(one)
+    other, batches = copy.deepcopy(one), [(torch.randn(64, 12),)]
+    reconstruct(dense, one, ["first", "second"], batches)
+    reconstruct(dense, other, ["second", "first", "never"], batches)
+    for name, tensor in one.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name

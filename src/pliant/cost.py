@@ -160,7 +160,7 @@ class _Watch:
         def hook(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
             self.stack.pop()
             self.inside -= formula is not None
-            inputs, outputs = list(_tensors((args, kwargs))), list(_tensors(result))
+            inputs, outputs = list(tensors((args, kwargs))), list(tensors(result))
             seen = self.seen.setdefault(name, _Seen())
             seen.calls += 1
             if inputs and outputs:
@@ -228,7 +228,7 @@ def _run(model: nn.Module, example: Example, watch: _Watch) -> None:
         with _Operations(watch):
             call(model, sample)
     except Exception as error:
-        shapes = ", ".join(str(tuple(t.shape)) for t in _tensors(sample)) or "no tensor"
+        shapes = ", ".join(str(tuple(t.shape)) for t in tensors(sample)) or "no tensor"
         raise ModelError(
             f"{type(model).__name__} must run on one sample, but fails on input {shapes} "
             f"({type(error).__name__}: {error}); pass an example that the model accepts."
@@ -350,9 +350,10 @@ def _first(value: Any, device: torch.device | None) -> Any:
     return value
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Go through the tensors of a nested value, in order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping | list | tuple):
         for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors(item)
+            yield from tensors(item)

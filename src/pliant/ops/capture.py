@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pliant.cost import Example
+from pliant.cost import Example, tensors
 
 
 @contextmanager
@@ -26,16 +27,24 @@ def capture(
 
     Args:
         model: any module.
-        layers: names of submodules that read one tensor and return one.
-        see: gets the tensors as they are, part of the autograd graph if there is one.
+        layers: names of submodules that read one tensor, however it is passed, and return one.
+        see: gets the tensors as they are, part of the autograd graph if there is one; of several
+            inputs the first, None where there is none.
         gradients: whether the block records gradients.
     """
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        return lambda module, inputs, output: see(name, inputs[0], output)
+    def hook(name: str) -> Callable[..., None]:
+        def look(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+            given: Any = next(tensors((args, kwargs)), None)
+            see(name, given, output)
+
+        return look
 
     flags = {module: module.training for module in model.modules()}
-    handles = [model.get_submodule(name).register_forward_hook(hook(name)) for name in layers]
+    handles = [
+        model.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True)
+        for name in layers
+    ]
     try:
         with torch.set_grad_enabled(gradients):
             model.eval()

@@ -22,7 +22,7 @@ def reconstruct(
     layers: Sequence[str],
     batches: Iterable[Example],
 ) -> None:
-    """Refit the last kernel of every factorized layer, in order, by linear regression.
+    """Refit the last kernel of every factorized layer, in order of calls, by linear regression.
 
     The target is the layer's output in the dense network, the regressors what the layer reads in
     the compressed one: each layer also mends what the layers before it have spoiled (He, Zhang
@@ -31,27 +31,26 @@ def reconstruct(
     Args:
         dense: the network before.
         model: the network after; its ``layers`` are rows of plain layers.
-        layers: names of the factorized layers, in the order of the forward pass.
+        layers: names of the factorized layers; those that are never called stay as they are.
         batches: inputs of forward calls.
     """
     batches = list(batches)
-    targets = _outputs(dense, layers, batches)
-    for name in layers:
+    for name, targets in _outputs(dense, layers, batches).items():
         row = model.get_submodule(name)
         last: Factorizable = row[-1]  # type: ignore[index]
         child = f"{name}.{[key for key, _ in row.named_children()][-1]}"
-        gram, cross = _products(model, child, last, targets[name], batches)
+        gram, cross = _products(model, child, last, targets, batches)
         _refit(last, gram, cross)
 
 
 def _outputs(
     model: nn.Module, layers: Sequence[str], batches: Sequence[Example]
 ) -> dict[str, list[Tensor]]:
-    """What the layers of the dense network say, thinned out as patches are."""
-    found: dict[str, list[Tensor]] = {name: [] for name in layers}
+    """What the layers say, thinned out as patches are, in the order of their first calls."""
+    found: dict[str, list[Tensor]] = {}
 
     def see(name: str, inputs: Tensor, output: Tensor) -> None:
-        found[name].append(thinned(model.get_submodule(name), output))
+        found.setdefault(name, []).append(thinned(model.get_submodule(name), output))
 
     with capture(model, layers, see):
         for batch in batches:
@@ -73,7 +72,7 @@ def _products(
         rows = patches(last, inputs.float())
         if last.bias is not None:
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
-        sums.append((rows.T @ rows, rows.T @ next(queue)))
+        sums.append((rows.T @ rows, rows.T @ next(queue).to(rows)))
 
     with capture(model, [child], see):
         for batch in batches:
