@@ -235,9 +235,3 @@ def test_compiled_model_costs_what_it_is_made_of() -> None:
 def test_lazy_parameters_are_refused() -> None:
     with pytest.raises(ModelError, match="lazy"):
         cost(nn.LazyLinear(3), (torch.zeros(1, 4),))
-
-
-def test_sum_of_factors() -> None:
-    first = LayerCost("Conv2d", 8, 80, 32, (2, 4, 1, 1), (4, 5, 5), (2, 5, 5))
-    second = LayerCost("Conv2d", 6, 60, 24, (3, 2, 1, 1), (2, 5, 5), (3, 5, 5))
-    assert first + second == LayerCost("Conv2d", 14, 140, 56, (), (4, 5, 5), (3, 5, 5))

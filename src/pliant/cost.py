@@ -51,19 +51,6 @@ class LayerCost:
     calls: int = 1
     latency: float = 0.0
 
-    def __add__(self, other: "LayerCost") -> "LayerCost":
-        """Add the cost of a layer that runs after this one, as factors of one kernel do."""
-        return LayerCost(
-            kind=self.kind if self.kind == other.kind else f"{self.kind}+{other.kind}",
-            params=self.params + other.params,
-            macs=self.macs + other.macs,
-            bytes=self.bytes + other.bytes,
-            input=self.input,
-            output=other.output,
-            calls=max(self.calls, other.calls),
-            latency=self.latency + other.latency,
-        )
-
 
 @dataclass(frozen=True)
 class Cost:
