@@ -1,5 +1,6 @@
 """Two processes on one CPU train one network: same weights on both, as one process would."""
 
+import copy
 import os
 import socket
 from dataclasses import dataclass, replace
@@ -11,10 +12,12 @@ import torch
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
+from pliant.budget import Budget
 from pliant.data import Data, Train
 from pliant.drivers.loop import fit
 from pliant.errors import TrainingError
 from pliant.method import Method
+from pliant.methods.lowrank.nrmf import NRMF
 from pliant.ops.edits import Factor
 from pliant.run import Run, start
 
@@ -59,6 +62,22 @@ def train(plan: Train, count: int, *, norm: bool, **more: Any) -> Run:
     return run
 
 
+def planned() -> list[dict[str, Tensor]]:
+    """Give the network after every step of a training that plans from data midway.
+
+    What a layer reads, and so the plan, depends on the statistics of BatchNorm, which every
+    process gathers from batches of its own.
+    """
+    torch.manual_seed(0)
+    wide = [nn.Conv2d(2, 12, 3), nn.BatchNorm2d(12), nn.ReLU(), nn.Conv2d(12, 12, 3)]
+    model = nn.Sequential(*wide, nn.BatchNorm2d(12), nn.ReLU(), nn.Flatten(), nn.Linear(48, 3))
+    seen, method = data(22), NRMF(search=0.5, samples=16)
+    run = start(model, method, Budget(params=0.5), data=seen, steps=STEPS, seed=2)
+    steps: list[dict[str, Tensor]] = []
+    fit(run, seen, PLAN, watch=lambda row: steps.append(copy.deepcopy(model.state_dict())))
+    return steps
+
+
 class Killed(Exception):
     pass
 
@@ -72,7 +91,7 @@ def die_at(step: int) -> Any:
 
 
 def worker(rank: int, port: int, folder: str) -> None:
-    """Train with and without BatchNorm, then once more across a crash."""
+    """Train with and without BatchNorm, by a plan from data, then once more across a crash."""
     world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": 0}
     os.environ |= {name: str(value) for name, value in (world | address).items()}
@@ -81,6 +100,7 @@ def worker(rank: int, port: int, folder: str) -> None:
     for norm, count in ((True, 22), (False, 24)):
         run = train(PLAN, count, norm=norm)
         found[f"norm={norm}"] = {"model": run.model.state_dict(), "loss": run.log[-1]["loss"]}
+    found["planned"] = planned()
     try:
         train(PLAN, 22, norm=True, folder=Path(folder) / "run", watch=die_at(5))
     except Killed:
@@ -116,6 +136,16 @@ def test_two_ranks_equal_one_process_with_their_batches(ranks: list[dict[str, An
     for name, tensor in alone.model.state_dict().items():
         assert torch.allclose(tensor, zero["model"][name], atol=1e-5), name
     assert alone.log[-1]["loss"] == pytest.approx(zero["loss"], rel=1e-4)
+
+
+@pytest.mark.slow
+def test_all_ranks_make_the_same_plan(ranks: list[dict[str, Any]]) -> None:
+    zero, one = (found["planned"] for found in ranks)
+    assert len(zero[0]) < len(zero[STEPS // 2]) and len(zero) == len(one)
+    for step, (mine, other) in enumerate(zip(zero, one, strict=True)):
+        weights = [name for name in mine if "running" not in name]
+        assert weights == [name for name in other if "running" not in name], step
+        assert [n for n in weights if not torch.equal(mine[n], other[n])] == [], step
 
 
 @pytest.mark.slow

@@ -333,6 +333,34 @@ def test_standalone_pytorch_lightning_agrees() -> None:
     assert_same(plain(Midway(), SGD), lightning(Midway(), SGD, package="pytorch_lightning"))
 
 
+@pytest.mark.parametrize("package", ["lightning", "hf"])
+def test_processes_agree_on_statistics_before_the_method_acts(
+    package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip({"lightning": "lightning.pytorch", "hf": "transformers"}[package])
+    driver = importlib.import_module(f"pliant.drivers.{package}")
+    run = begin(Nothing(), nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)))
+    told: list[Any] = []
+
+    def tell(tensor: Tensor, source: int) -> None:
+        told.append(tensor.data_ptr())
+
+    monkeypatch.setattr(torch.distributed, "broadcast", tell)
+    for hook in ("after_step", "after_epoch", "finish"):
+        monkeypatch.setattr(run, hook, lambda hook=hook, **_: told.append(hook))
+    callback, world = driver.PliantCallback(run), SimpleNamespace(world_size=2, global_step=1)
+    if package == "lightning":
+        callback.on_train_batch_end(world, None, None, None, 0)
+        callback.on_train_epoch_end(world, None)
+        callback.on_train_end(world, None)
+    else:
+        callback.on_optimizer_step(world, None, None)
+        callback.on_epoch_end(world, None, None)
+        callback.on_train_end(world, None, None)
+    statistics = [buffer.data_ptr() for buffer in run.model.buffers()]
+    assert told == [*statistics, "after_step", *statistics, "after_epoch", *statistics, "finish"]
+
+
 def test_memory_layout_is_the_loops_own_affair() -> None:
     """A contiguous model comes back contiguous, with the same weights up to rounding."""
     run = begin(Midway(), contiguous())

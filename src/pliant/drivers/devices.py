@@ -66,10 +66,14 @@ def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def agree(fabric: "Fabric", model: nn.Module) -> None:
-    """Give all processes the weights and statistics of process 0."""
-    if fabric.world_size > 1:
-        for tensor in (*model.parameters(), *model.buffers()):
+def agree(model: nn.Module, world: int, *, weights: bool = True) -> None:
+    """Give all processes the statistics of process 0 and, unless told not to, its weights.
+
+    Between two forward passes of DDP only the weights are equal: every process has gathered the
+    statistics of its own batches. What a method plans from them must be the same everywhere.
+    """
+    if world > 1:
+        for tensor in (*(model.parameters() if weights else ()), *model.buffers()):
             torch.distributed.broadcast(tensor.detach(), 0)
 
 

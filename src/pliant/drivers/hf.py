@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pliant.data import IGNORED
 from pliant.drivers.check import check_one_device, check_steps
+from pliant.drivers.devices import agree
 from pliant.drivers.score import task_loss
 from pliant.errors import TrainingError, require
 from pliant.run import Run
@@ -90,11 +91,13 @@ class PliantCallback(_Callback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Weights have moved."""
+        agree(self.run.model, args.world_size, weights=False)
         self.run.after_step()
         self._check_edits(args)
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """One pass over the data is over."""
+        agree(self.run.model, args.world_size, weights=False)
         self.run.after_epoch()
         self._check_edits(args)
 
@@ -106,6 +109,7 @@ class PliantCallback(_Callback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Finish the run; whether the budget is met is for the caller to see."""
+        agree(self.run.model, args.world_size, weights=False)
         self.run.finish(strict=False)
 
     def _check_edits(self, args: Any) -> None:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from torch.utils.hooks import RemovableHandle
 
 from pliant.drivers.check import check_one_device, check_steps
+from pliant.drivers.devices import agree
 from pliant.errors import TrainingError, require
 from pliant.run import Run
 
@@ -112,16 +113,19 @@ class PliantCallback(_Callback):
         if trainer.global_step == self._steps:
             return
         self._steps = trainer.global_step
+        agree(self.run.model, trainer.world_size, weights=False)
         self.run.after_step()
         self._check_edits(trainer)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         """One pass over the data is over."""
+        agree(self.run.model, trainer.world_size, weights=False)
         self.run.after_epoch()
         self._check_edits(trainer)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         """Finish the run; whether the budget is met is for the caller to see."""
+        agree(self.run.model, trainer.world_size, weights=False)
         self.run.finish(strict=False)
 
     def on_exception(self, trainer: Any, pl_module: Any, exception: BaseException) -> None:

@@ -64,7 +64,8 @@ def fit(
     The gradient is clipped before the method adds its own, so a penalty is never clipped.
 
     With `train.devices` above 1, start this in every process (torchrun): batches are divided,
-    gradients averaged, and after each epoch all take the weights and statistics of rank 0.
+    gradients averaged; all take the statistics of rank 0 before the method acts on a step, and
+    its weights after each epoch.
 
     Args:
         run: from `start(..., steps=...)` with the steps of `train.epochs`.
@@ -177,14 +178,14 @@ class _Training:
         if self.place.phase == SEARCH:
             self._epochs()
             self.clean = False
-            agree(self.fabric, self.run.model)
+            agree(self.run.model, self.fabric.world_size)
             self.run.finish(strict=False)
             self.place = _Place(FINETUNE)
             self._set_up()
             self.save()
         if self.place.phase == FINETUNE:
             self._epochs()
-            agree(self.fabric, self.run.model)
+            agree(self.run.model, self.fabric.world_size)
             self.place = _Place(DONE)
             self.save()
 
@@ -289,6 +290,7 @@ class _Training:
             self.run.before_step()
         self.fabric.strategy.optimizer_step(optimizer)
         if self.hooks:
+            agree(self.run.model, self.fabric.world_size, weights=False)
             self.run.after_step()
         return float(task.detach())
 
@@ -320,7 +322,7 @@ class _Training:
         place, run = self.place, self.run
         if not place.ended:
             with self._whole():
-                agree(self.fabric, self.run.model)
+                agree(self.run.model, self.fabric.world_size)
                 if self.hooks:
                     run.after_epoch()
                 place.ended = True
