@@ -7,8 +7,12 @@ from torch.nn.utils.parametrizations import weight_norm
 from torch.utils.flop_counter import FlopCounterMode
 
 from pliant import zoo
-from pliant.cost import Cost, LayerCost, cost, layer_costs
+from pliant.cost import Cost, LayerCost, call, cost, layer_costs
 from pliant.errors import ModelError
+from pliant.method import Method
+from pliant.ops.blocks import blocks
+from pliant.ops.order import order
+from pliant.run import start
 
 
 def flops(model: nn.Module, *inputs: Tensor) -> int:
@@ -235,3 +239,14 @@ def test_compiled_model_costs_what_it_is_made_of() -> None:
 def test_lazy_parameters_are_refused() -> None:
     with pytest.raises(ModelError, match="lazy"):
         cost(nn.LazyLinear(3), (torch.zeros(1, 4),))
+
+
+def test_a_model_is_called_on_its_own_device() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 3))
+    run = start(model, Method(), example=(torch.zeros(2, 3, 6, 6),))
+    run.model.to("meta")  # as a training moves it, after the run has begun
+    assert call(run.model, run.example).device.type == "meta"
+    assert call(nn.Identity(), {"input": torch.ones(2)}).tolist() == [1, 1]
+    assert order(run.model, run.example, ["0", "3"]).called == ("0", "3")
+    assert blocks(run.model, ["0", "3"], run.example) == ["0", "3"]
+    assert run.finish() == run.cost

@@ -11,12 +11,14 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
 from pliant.errors import ModelError
@@ -113,8 +115,18 @@ def layer_costs(model: nn.Module, example: Example) -> dict[str, LayerCost]:
 
 
 def call(model: nn.Module, example: Example) -> Any:
-    """Call a model with an example: a mapping as keyword arguments, a tuple as positions."""
-    return model(**example) if isinstance(example, Mapping) else model(*example)
+    """Call a model with an example: a mapping as keyword arguments, a tuple as positions.
+
+    Its tensors go to the device of the model, which may have moved since the example was made.
+    """
+    device = next((t.device for t in chain(model.parameters(), model.buffers())), None)
+
+    def move(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    if isinstance(example, Mapping):
+        return model(**tree_map(move, dict(example)))
+    return model(*tree_map(move, tuple(example)))
 
 
 @dataclass
@@ -209,8 +221,7 @@ def _measure(model: nn.Module, example: Example) -> tuple[dict[str, LayerCost], 
 
 
 def _run(model: nn.Module, example: Example, watch: _Watch) -> None:
-    device = next((t.device for t in (*model.parameters(), *model.buffers())), None)
-    sample = _first(example, device)
+    sample = _first(example)
     try:
         with _Operations(watch):
             call(model, sample)
@@ -325,14 +336,14 @@ def _refuse_lazy(model: nn.Module) -> None:
             )
 
 
-def _first(value: Any, device: torch.device | None) -> Any:
-    """The first row of every tensor in a nested value, on a device."""
+def _first(value: Any) -> Any:
+    """The first row of every tensor in a nested value."""
     if isinstance(value, Tensor):
-        return (value[:1] if value.dim() else value).to(device)
+        return value[:1] if value.dim() else value
     if isinstance(value, Mapping):
-        return {key: _first(item, device) for key, item in value.items()}
+        return {key: _first(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        rows = [_first(item, device) for item in value]
+        rows = [_first(item) for item in value]
         return rows if isinstance(value, list) else tuple(rows)
     return value
 
