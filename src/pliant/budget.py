@@ -179,16 +179,22 @@ def allocate(
         is to stay as they are contribute nothing.
 
     Raises:
-        BudgetError: even the cheapest options exceed a limit; the message names what is reachable.
+        BudgetError: even the cheapest options exceed a limit, or no plan was found that keeps
+            several limits at once; the message names what is reachable.
     """
     fits = _Bounds(limits, fixed or Cost(0, 0, 0))
     search = _least_sum if rule == "sum" else _least_worst
-    found = []
+    found, near = [], []
     for weight in _weighers(limits):
         pruned = {layer: _undominated(rows, weight) for layer, rows in options.items()}
         least = {layer: rows[-1] for layer, rows in pruned.items()}
         if fits(least):
             found.append(_spend_rest(search(pruned, weight, fits), pruned, fits))
+        near.append(least)
+    if not found and not fits.missed(options):  # each limit alone can be kept
+        rising = {layer: sorted(rows, key=lambda r: r.score) for layer, rows in options.items()}
+        mended = (_mended(least, options, fits) for least in near)
+        found = [_spend_rest(chosen, rising, fits) for chosen in mended if chosen is not None]
     if not found:
         raise BudgetError(fits.unreachable(options))
     best = min(found, key=lambda chosen: _loss(chosen, rule))
@@ -261,22 +267,37 @@ class _Bounds:
     def __call__(self, chosen: Mapping[str, Option]) -> bool:
         return all(self.total(chosen, axis) <= bound for axis, bound in self.limits.items())
 
+    def excess(self, totals: Limits) -> float:
+        """Return by how much totals exceed the limits, in units of each."""
+        return sum(
+            max(0.0, totals[axis] / max(bound, 1e-9) - 1) for axis, bound in self.limits.items()
+        )
+
+    def least(self, options: Mapping[str, Sequence[Option]], axis: str) -> float:
+        """Return the least of an axis, whatever the others come to."""
+        lowest = (min(getattr(row.cost, axis) for row in rows) for rows in options.values())
+        return float(getattr(self.fixed, axis) + sum(lowest))
+
+    def missed(self, options: Mapping[str, Sequence[Option]]) -> list[str]:
+        """Name the axes whose limit nothing can keep."""
+        return [axis for axis, bound in self.limits.items() if self.least(options, axis) > bound]
+
     def unreachable(self, options: Mapping[str, Sequence[Option]]) -> str:
         """Say what is the least of every axis on its own."""
-        least = {
-            axis: getattr(self.fixed, axis)
-            + sum(min(getattr(row.cost, axis) for row in rows) for rows in options.values())
-            for axis in self.limits
-        }
-        missed = [axis for axis, bound in self.limits.items() if least[axis] > bound]
+        missed = self.missed(options)
         named = " and ".join(
             f"{axis}={shown(axis, self.limits[axis])} "
-            f"(the least reachable is {shown(axis, least[axis])})"
+            f"(the least reachable is {shown(axis, self.least(options, axis))})"
             for axis in missed or self.limits
         )
+        said = (
+            f"The budget {named} cannot be met by"
+            if missed
+            else f"No plan was found that meets the budget {named} on all axes at once with"
+        )
         return (
-            f"The budget {named} cannot be met{'' if missed else ' on all axes at once'} by the "
-            "layers that may be changed: allow more, or let the method touch more layers."
+            f"{said} the layers that may be changed: allow more, or let the method touch more "
+            "layers."
         )
 
 
@@ -321,6 +342,32 @@ def _least_sum(options: Rows, weight: Weigh, fits: _Bounds) -> dict[str, Option]
         middle = (low + high) / 2
         low, high = (low, middle) if fits(at(middle)) else (middle, high)
     return at(high)
+
+
+def _mended(
+    chosen: Mapping[str, Option], options: Mapping[str, Sequence[Option]], fits: _Bounds
+) -> dict[str, Option] | None:
+    """Exchange one option at a time, the one that helps most, until all limits are kept.
+
+    An option between two others may be the cheapest in no mixture of the axes, and yet the only
+    one that keeps all limits.
+    """
+    chosen = dict(chosen)
+
+    def left(layer: str, row: Option) -> float:
+        """What still exceeds the limits if the layer takes this option."""
+        now = chosen[layer].cost
+        more = {axis: getattr(row.cost, axis) - getattr(now, axis) for axis in totals}
+        return fits.excess({axis: total + more[axis] for axis, total in totals.items()})
+
+    while not fits(chosen):
+        totals = {axis: fits.total(chosen, axis) for axis in fits.limits}
+        exchanges = ((layer, row) for layer, rows in options.items() for row in rows)
+        layer, row = min(exchanges, key=lambda pair: left(*pair))
+        if left(layer, row) > fits.excess(totals) - 1e-12:
+            return None
+        chosen[layer] = row
+    return chosen
 
 
 def _spend_rest(chosen: dict[str, Option], options: Rows, fits: _Bounds) -> dict[str, Option]:
