@@ -12,14 +12,17 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from pliant import registry
+from pliant.api import compress
 from pliant.budget import Budget
 from pliant.compose import Chain, Stage, chain, resolve, together
 from pliant.data import Data, Train
 from pliant.drivers.loop import fit
-from pliant.errors import ChainError, MethodError
+from pliant.errors import BudgetError, ChainError, MethodError
+from pliant.latency import Target
 from pliant.method import HOOKS, Method, uses
 from pliant.ops.edits import Factor
 from pliant.registry import Paper, plain, register
+from pliant.render.words import verdict
 from pliant.run import Run, start
 
 EXAMPLE = (torch.zeros(1, 3, 6, 6),)
@@ -74,7 +77,19 @@ class Saver(Method):
 
 @dataclass(frozen=True)
 class Coder(Method):
-    """Claims bytes and parameters."""
+    """Claims bytes, parameters and milliseconds."""
+
+
+@dataclass(frozen=True)
+class Cuts(Method):
+    """Makes the network smaller, and promises nothing."""
+
+    def finalize(self, run: Run) -> None:
+        run.apply(Factor("2", "output", (1,)))
+
+
+def whole(method: Method) -> Run:
+    return start(net(), method, example=EXAMPLE)
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +98,7 @@ def registered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(registry, "_ENTRIES", dict(registry._ENTRIES))
     paper = Paper("T", "A", "V", 2020)
     register("saver", paper=paper, saves="params")(Saver)
-    register("coder", paper=paper, saves="params bytes")(Coder)
+    register("coder", paper=paper, saves="params bytes latency")(Coder)
 
 
 def calls(run: Run) -> list[str]:
@@ -173,6 +188,60 @@ def test_an_axis_that_nobody_saves_is_refused():
     own = chain(Stage(Coder(), Budget(params=0.5)), Notes())
     with pytest.raises(ChainError, match="coder could save bytes but has a budget of its own"):
         start(net(), own, Budget(bytes=0.5), example=EXAMPLE)
+
+
+def test_a_stage_is_refused_an_axis_that_it_does_not_save():
+    own = Stage(Saver(), Budget(macs=0.5))
+    for method in (chain(own), chain(Notes(), own), chain(Notes(), [Notes(), own])):
+        with pytest.raises(BudgetError, match="saver does not save macs: it saves params; drop"):
+            start(net(), method, example=EXAMPLE, steps=4)
+    with pytest.raises(ChainError, match="None of notes says that it saves params"):
+        start(net(), chain(Notes(), Stage(chain(Notes()), Budget(params=9))), example=EXAMPLE)
+
+
+def test_a_stage_that_misses_its_own_budget_is_named():
+    own = Stage(Saver(), Budget(params=0.5))
+    run = start(net(), chain(own, Notes()), example=EXAMPLE, steps=2)
+    assert run.misses(run.cost) == []
+    run.after_step()
+    assert calls(run) == ["a.prepare"]
+    other = start(net(), chain(own, Notes()), example=EXAMPLE, steps=2)
+    other.load_state_dict(stored(run.state_dict()))
+    said = "after saver, params is 598 where 299 was allowed"
+    for each in (run, other):
+        assert each.misses(each.finish(strict=False)) == [said]
+        with pytest.raises(BudgetError, match=said):
+            each.finish()
+
+
+def test_a_stage_is_measured_as_it_is_left():
+    """What comes later neither mends what a stage missed nor spoils what it kept."""
+    early = chain(Stage(Saver(), Budget(params=0.9)), Cuts())
+    late = chain(Cuts(), Stage(Saver(), Budget(params=0.9)))
+    missed = [len(run.misses(run.finish(strict=False))) for run in map(whole, (early, late))]
+    assert missed == [1, 0]
+
+
+def test_a_stage_that_is_not_fast_enough_is_named():
+    def by_size(module: nn.Module, example: Any) -> float:
+        return 1e-6 * sum(parameter.numel() for parameter in module.parameters())
+
+    slow = chain(Stage(Coder(), Budget(latency="60%")), Cuts())
+    run = start(net(), slow, example=EXAMPLE, target=Target.of(by_size))
+    (said,) = run.misses(run.finish(strict=False))
+    assert said.startswith("after coder, latency is 0.598 ms where 0.359 ms was allowed")
+    assert run.clock is not None and run.measured().latency < 0.598  # of the finished network
+
+
+def test_the_report_tells_what_a_stage_missed():
+    asked = chain(Stage(Saver(), Budget(params=0.5)))
+    missed = compress(net(), None, asked, example=EXAMPLE, strict=False)
+    assert not missed.report.met and missed.report.budget == {"params": 0.5}
+    assert missed.report.misses == ("after saver, params is 598 where 299 was allowed",)
+    assert verdict(missed.report).startswith("Budget missed (params")
+    asked = chain(Cuts(), Stage(Saver(), Budget(params=0.9)))
+    met = compress(net(), None, asked, example=EXAMPLE)
+    assert met.report.met and verdict(met.report).startswith("Budget met: params")
 
 
 def test_an_unregistered_method_is_given_its_budget():

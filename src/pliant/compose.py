@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from pliant.budget import Budget
-from pliant.errors import ChainError, MethodError
+from pliant.errors import BudgetError, ChainError, MethodError
 from pliant.method import Method, uses
 from pliant.ops.edits import Edit
 from pliant.registry import build, entry_of, other_verb, plain
@@ -23,7 +23,8 @@ class Stage:
 
     Args:
         method: what is done.
-        budget: its own budget; without one it gets the axes of the chain's that only it claims.
+        budget: its own budget, checked when the stage is over; without one it gets the axes of
+            the chain's that only it claims.
         share: its part of the training steps, relative to the other stages; 0 for none.
     """
 
@@ -45,7 +46,7 @@ class Chain(Method):
 
     def prepare(self, run: Run) -> None:
         """Check the budgets and prepare the first stage."""
-        _budgets(self.stages, run.budget)
+        check_axes(self, run.budget)
         self._enter(run, 0, self._end(run, 0))
         if run.steps:
             self._advance(run)
@@ -133,8 +134,20 @@ class Chain(Method):
         part = self._now(run)
         part.method.finalize(part)
         part.close()
+        self._check(run, part)
         if run.observe is not None:
             run.note(finished=plain(part.method)["name"], **run.observe(run))
+
+    def _check(self, run: Run, part: Run) -> None:
+        """Note what a stage missed of its own budget; the chain's is checked at the end."""
+        if (budget := self.stages[run.state["stage"]].budget) is None:
+            return
+        timed = part.clock is not None and "latency" in budget.given()
+        # A clock of its own: the run's measures the finished network, and only once.
+        clock = replace(part.clock, final=None) if timed and part.clock else None
+        own = replace(part, budget=budget, clock=clock)
+        name = _name(part.method)
+        run.missed.extend(f"after {name}, {miss}" for miss in own.exceeded(own.measured()))
 
     def _end(self, run: Run, stage: int) -> int:
         """The step at which the share of a stage is over."""
@@ -264,6 +277,36 @@ def resolve(method: Method | Stage | str | Sequence[Any]) -> Method:
             f"not {type(method).__name__}."
         )
     return method
+
+
+def check_axes(method: Method, budget: Budget | None) -> None:
+    """Refuse bounds on what a method, or a stage with a budget of its own, does not save.
+
+    Raises:
+        BudgetError: a bound on what a method does not save.
+        ChainError: no stage saves what is bounded, or several without budgets of their own.
+    """
+    if (parts := getattr(method, "parts", None)) is not None:
+        stages = getattr(method, "stages", [Stage(part) for part in parts])
+        for stage, given in zip(stages, _budgets(stages, budget), strict=True):
+            check_axes(stage.method, given)
+        return
+    entry = entry_of(method)
+    for axis in budget.given() if budget and entry else ():
+        assert entry is not None
+        if axis not in entry.saves:
+            raise BudgetError(
+                f"{entry.name} does not save {axis}: it saves {', '.join(entry.saves) or 'none'}; "
+                f"drop {axis} from the budget, or add a method that saves it."
+            )
+
+
+def bounds(method: Method, budget: Budget | None) -> dict[str, Any]:
+    """Return all bounds on the result: the budget's and, on other axes, those of the last stage."""
+    found: dict[str, Any] = {}
+    for stage in getattr(method, "stages", ()):
+        found |= bounds(stage.method, stage.budget)
+    return found | (budget.given() if budget else {})
 
 
 def _budgets(stages: Sequence[Stage], budget: Budget | None) -> list[Budget | None]:

@@ -52,6 +52,7 @@ class Run:
         edits: what has been done to the model, in order.
         log: the history that the report draws.
         reasons: for every layer left alone, why.
+        missed: what stages of a chain missed of budgets of their own.
         handles: what to take out of the model at the end, each with the path of its owner.
         finished: whether the compression has been made permanent.
         path: of a view, the scopes it lies in; empty for the whole run.
@@ -77,6 +78,7 @@ class Run:
     edits: list[Edit] = field(default_factory=list)
     log: list[dict[str, Any]] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
+    missed: list[str] = field(default_factory=list)
     handles: list[tuple[str, Removable]] = field(default_factory=list)
     finished: bool = False
     path: str = ""
@@ -121,7 +123,7 @@ class Run:
             strict: raise where the budget is missed.
 
         Raises:
-            BudgetError: the result misses the budget.
+            BudgetError: the result misses the budget, or a stage missed its own.
         """
         if not self.finished:
             try:
@@ -129,14 +131,23 @@ class Run:
             finally:
                 self.close()
             self.finished = True
-        after = cost(self.model, self.example)
-        if self.clock is not None:
-            after = replace(after, latency_ms=self.clock.sides(self.model)[1].median_ms)
+        after = self.measured()
         if strict and (misses := self.misses(after)):
             raise BudgetError(f"The result misses the budget: {'; '.join(misses)}.")
         return after
 
     def misses(self, after: Cost) -> list[str]:
+        """Say what stages missed, and which axes of the budget a cost exceeds, and by how much."""
+        return [*self.missed, *self.exceeded(after)]
+
+    def measured(self) -> Cost:
+        """Return what the network costs now; milliseconds, where there is a clock, are final."""
+        now = cost(self.model, self.example)
+        if self.clock is None:
+            return now
+        return replace(now, latency_ms=self.clock.sides(self.model)[1].median_ms)
+
+    def exceeded(self, after: Cost) -> list[str]:
         """Say which axes of the budget a cost exceeds, and by how much.
 
         A latency exceeds its bound when even the fast end of its spread does.
@@ -173,6 +184,7 @@ class Run:
             "edits": to_json(self.edits),
             "log": list(self.log),
             "reasons": dict(self.reasons),
+            "missed": list(self.missed),
             "generator": self.generator.get_state(),
             "finished": self.finished,
             "clock": self.clock and remembered(self.clock),
@@ -202,6 +214,7 @@ class Run:
         self.generator.set_state(saved["generator"])
         self.reasons.clear()
         self.reasons.update(saved["reasons"])
+        self.missed[:] = saved.get("missed", ())
         recall_layers(self.clock, saved.get("clock"))
 
     def replay(self, edits: Sequence[Edit]) -> None:
@@ -312,7 +325,8 @@ class Run:
     def scope(self, key: str, **changes: Any) -> Run:
         """Return a view of this run with a state of its own, for one part of a composed method.
 
-        Model, edits, log and reasons are shared; ``changes`` replaces fields such as budget.
+        Model, edits, log, reasons and what was missed are shared; ``changes`` replaces fields
+        such as budget.
         """
         state = self.state.setdefault(key, {})
         return replace(self, state=state, path=f"{self.path}{key}/", **changes)

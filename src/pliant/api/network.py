@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pliant import artifact, elastic
 from pliant.budget import Budget
-from pliant.compose import Stage, resolve
+from pliant.compose import Stage, bounds, check_axes, resolve
 from pliant.cost import Example, cost
 from pliant.data import Data, Train, unpack
 from pliant.data.splits import Split
@@ -127,18 +127,6 @@ def _place(model: Any) -> torch.device:
     return device_of(model)
 
 
-def _check_axes(method: Method, budget: Budget | None) -> None:
-    """Refuse a bound on what the method does not save."""
-    entry = entry_of(method)
-    for axis in budget.given() if budget and entry else ():
-        assert entry is not None
-        if axis not in entry.saves:
-            raise BudgetError(
-                f"{entry.name} does not save {axis}: it saves {', '.join(entry.saves) or 'none'}; "
-                f"drop {axis} from the budget, or add a method that saves it."
-            )
-
-
 def _patterns(method: Method) -> tuple[tuple[str, ...], tuple[str, ...]]:
     return getattr(method, "only", ()), getattr(method, "exclude", ())
 
@@ -219,7 +207,7 @@ class _Task:
         train, data = self.train, self.data
         if train is not None and not isinstance(train, Train):
             raise DataError(f"train must be a Train or None, not {type(train).__name__}.")
-        _check_axes(self.method, self.budget)
+        check_axes(self.method, self.budget)
         network = _copied(self.model).to(self._device())
         if self.target and train and train.devices > 1:
             raise BudgetError(
@@ -325,7 +313,7 @@ class _Task:
             model=name,
             data=self.data.name if self.data.has("train") or self.split else "",
             method=plain(self.method),
-            budget=self.budget.given() if self.budget else {},
+            budget=bounds(self.method, self.budget),
             before=sides[0],
             after=sides[1],
             layers=layer_rows(run),
