@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
@@ -31,13 +33,13 @@ from pliant.testing.toys import TOYS
 class Net(nn.Module):
     """Layers by name, and a forward that is given."""
 
-    def __init__(self, run: Callable[..., Tensor], **layers: nn.Module) -> None:
+    def __init__(self, run: Callable[..., Any], **layers: nn.Module) -> None:
         super().__init__()
         self.run = run
         for name, layer in layers.items():
             self.add_module(name, layer)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         return self.run(self, x)
 
 
@@ -205,6 +207,22 @@ def test_zeroed_channels_leave_without_a_trace(name: str) -> None:
         assert {len(g.units) for g in groups if g.name == "conv1"} == {16}
         assert sum(g.name.endswith("conv1") for g in groups) == 10 == len(groups)
         assert set(reasons) == {"linear"}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a network may give."""
+
+    scores: Tensor
+
+
+def test_outputs_in_an_object_of_any_kind_stay() -> None:
+    """Scores in a dataclass are outputs; where no number comes out, nothing is known."""
+    layers = nn.Sequential(conv(3, 6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 64, 10))
+    groups, reasons = cuttable(Net(lambda net, x: Answer(net.all(x)), all=layers), IMAGE)
+    assert len(groups) == 1 and reasons["all.3"] == "its channels are outputs of the network"
+    with pytest.raises(ModelError, match="no tensor of floating point in its Answer: wrap it"):
+        cuttable(Net(lambda net, x: Answer(net.all(x).argmax(1)), all=layers), IMAGE)
 
 
 def test_a_cut_that_breaks_the_network_is_refused() -> None:

@@ -13,7 +13,7 @@ from pliant.api import compress
 from pliant.budget import Budget
 from pliant.compose import Stage, chain, resolve
 from pliant.cost import layer_costs
-from pliant.errors import EditError
+from pliant.errors import EditError, ModelError
 from pliant.ops.edits import Fold, Merge, from_json, to_json
 from pliant.ops.fold import mergeable
 from pliant.ops.optim import carry
@@ -98,6 +98,35 @@ def what_else_is_read_stays() -> None:
     assert mergeable(Branches(between=False), example) == [Merge("first", "second", 4, True)]
     both = nn.Sequential(Branches(between=True), *pointwise(4, 6, 2))
     assert mergeable(both, example) == [Merge("1", "2", 2, True)]
+
+
+class Answer:
+    """What a network may give: an object that only it knows."""
+
+    def __init__(self, scores: Tensor) -> None:
+        self.scores = scores
+
+
+class Answering(nn.Module):
+    """Gives what another network does in an object, or only which of its numbers is largest."""
+
+    def __init__(self, inner: nn.Module, *, largest: bool = False) -> None:
+        super().__init__()
+        self.inner, self.largest = inner, largest
+
+    def forward(self, images: Tensor) -> Answer:
+        scores = self.inner(images)
+        return Answer(scores.argmax(1) if self.largest else scores)
+
+
+def outputs_of_any_kind_are_compared() -> None:
+    """A wrong merge is seen through an object; where there are no numbers, nothing is proven."""
+    example = (noise(2, 4, 5, 5),)
+    assert mergeable(Answering(Branches(between=True)), example) == []
+    merge = Merge("inner.first", "inner.second", 4, True)
+    assert mergeable(Answering(Branches(between=False)), example) == [merge]
+    with pytest.raises(ModelError, match="no tensor of floating point in its Answer: wrap it"):
+        mergeable(Answering(Branches(between=True), largest=True), example)
 
 
 def pointwise(*widths: int) -> nn.Sequential:
@@ -262,6 +291,7 @@ CASES = [
             a_batch_norm_is_folded_by_hand,
             two_pointwise_layers_with_a_norm_are_one_by_hand,
             what_else_is_read_stays,
+            outputs_of_any_kind_are_compared,
             only_what_gets_cheaper_is_merged,
             what_is_not_one_product_stays,
             merged_layers_compute_and_cost_what_they_should,

@@ -7,15 +7,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves
 
 from pliant.cost import Example, call
 from pliant.errors import EditError
 from pliant.ops.edits import replay
 from pliant.ops.edits.prune import Prune, sides
 from pliant.ops.graph import Group, Slot, first_sample, slow_attention, trace
+from pliant.ops.outputs import alike, tensors
 
 Leaving = Mapping[str, Sequence[int]]
 """For every group by name, the units that leave."""
@@ -36,6 +36,9 @@ def cuttable(model: nn.Module, example: Example) -> tuple[list[Group], dict[str,
     Returns:
         The groups in the order of the model, and a reason for every layer with channels all of
         which stay.
+
+    Raises:
+        ModelError: the network answers with no tensor that could be compared.
     """
     random = _randomized(model)
     found, reasons = trace(random, example)
@@ -135,27 +138,14 @@ def _problem(random: nn.Module, example: Example, edits: Sequence[Prune]) -> str
     replay(small, edits)
     sample = first_sample(example, random)
     with torch.no_grad(), slow_attention():
-        wanted = _outputs(whole, sample)
+        wanted = tensors(call(whole, sample))
         try:
-            found = _outputs(small, sample)
+            found = tensors(call(small, sample))
         except Exception as error:  # a model may fail in any way
             line = str(error).strip().splitlines()[0] if str(error).strip() else ""
             return f"the forward pass fails ({type(error).__name__}: {line[:120]})"
-    same = len(wanted) == len(found) and all(map(_close, wanted, found))
+    same = alike(wanted, found, CLOSE)
     return "" if same else "the rest of the network computes something else"
-
-
-def _outputs(model: nn.Module, example: Example) -> list[Tensor]:
-    output = call(model, example)
-    leaves = tree_leaves(dict(output) if hasattr(output, "keys") else output)
-    return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-
-def _close(one: Tensor, other: Tensor) -> bool:
-    if one.shape != other.shape:
-        return False
-    one, other = one.double(), other.double()
-    return bool((one - other).abs().max() <= CLOSE * one.abs().max()) if one.numel() else True
 
 
 def _randomized(model: nn.Module) -> nn.Module:

@@ -9,13 +9,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from pliant.cost import Example, call
 from pliant.ops.capture import capture
 from pliant.ops.edits import Edit, Fold, Merge, replay
 from pliant.ops.edits.merge import fits
 from pliant.ops.layers import readable
+from pliant.ops.outputs import alike, tensors
 
 TOLERANCE = 1e-3  # of the largest output: rounding stays far below, a wrong fold far above
 
@@ -33,6 +34,9 @@ def foldable(model: nn.Module, example: Example) -> list[Fold]:
     Args:
         model: any module; it stays as it is.
         example: inputs of one forward call.
+
+    Raises:
+        ModelError: the network answers with no tensor that could be compared.
     """
     found = _folds(model, example)
     return _proven(model, found, _known(model, example)) if found else []
@@ -48,6 +52,9 @@ def mergeable(model: nn.Module, example: Example) -> list[Merge]:
     Args:
         model: any module; it stays as it is.
         example: inputs of one forward call.
+
+    Raises:
+        ModelError: the network answers with no tensor that could be compared.
     """
     merged, known = copy.deepcopy(model), _known(model, example)
     found: list[Merge] = []
@@ -181,20 +188,11 @@ def _same(model: nn.Module, edits: Sequence[Edit], known: Known) -> bool:
     edited = copy.deepcopy(model)
     replay(edited, edits)
     try:
-        return all(_close(answer, _outputs(edited, inputs)) for inputs, answer in known)
+        return all(alike(had, _outputs(edited, inputs), TOLERANCE) for inputs, had in known)
     except Exception:  # something else reads the layer too, and fails on its new shape
         return False
 
 
-def _close(before: Sequence[Tensor], after: Sequence[Tensor]) -> bool:
-    return len(before) == len(after) and all(
-        one.shape == other.shape
-        and torch.allclose(one, other, rtol=0, atol=TOLERANCE * float(one.abs().max()))
-        for one, other in zip(before, after, strict=True)
-    )
-
-
 def _outputs(model: nn.Module, example: Example) -> list[Tensor]:
     with capture(model, [], lambda *_: None):  # eval mode, no gradients
-        found = tree_leaves(call(model, example))
-    return [t for t in found if isinstance(t, Tensor) and t.is_floating_point() and t.numel()]
+        return tensors(call(model, example))

@@ -20,11 +20,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from pliant.cost import Example, call
 from pliant.ops.edits.prune import sides
 from pliant.ops.layers import readable
+from pliant.ops.outputs import tensors
 
 Slot = tuple[str, str]
 """A layer and one of its sides."""
@@ -74,6 +75,9 @@ def trace(model: nn.Module, example: Example) -> tuple[list[Group], dict[str, st
     Returns:
         The groups in the order of the model, not proven yet, and for every layer none of whose
         outputs are in a group the reason.
+
+    Raises:
+        ModelError: the network answers with no tensor that marks could arrive in.
     """
     probe = _Probe(copy.deepcopy(model).eval(), example)
     for slot in [slot for slot in probe.sizes if slot[1] == "out"]:
@@ -135,9 +139,9 @@ class _Probe:
         with torch.no_grad(), slow_attention():
             output = call(self.model, first_sample(self.example, self.model, len(self.codes)))
         arrived = torch.zeros(len(self.codes), dtype=torch.bool)
-        for leaf in tree_leaves(dict(output) if hasattr(output, "keys") else output):
-            if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.dim():
-                arrived |= self._by_sample(leaf)
+        for tensor in tensors(output):
+            if tensor.dim():
+                arrived |= self._by_sample(tensor)
         self.pin(source, _covered(self.codes, arrived), OUTPUT)
         if source not in self.marked:
             self.pin(source, range(self.sizes[source]), UNSEEN)

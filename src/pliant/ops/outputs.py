@@ -1,11 +1,13 @@
-"""Takes the class scores out of what a model gives."""
+"""Takes tensors out of what a model gives: the class scores, or all there are."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from pliant.errors import ModelError
 
@@ -25,3 +27,55 @@ def logits(output: Any) -> Tensor:
         f"The model must give a tensor or something with logits, not {type(output).__name__}; "
         "wrap it, or train it with your own loop."
     )
+
+
+def tensors(output: Any) -> list[Tensor]:
+    """Take all tensors of floating point out of what a model gives, however deep they lie.
+
+    They are looked for in mappings, sequences, dataclasses, and the attributes of anything else,
+    ``logits`` among them if it is a property.
+
+    Raises:
+        ModelError: there are none, so that nothing can be compared.
+    """
+    found = [t for t in _held(output, set()) if t.is_floating_point() and t.numel()]
+    if not found:
+        raise ModelError(
+            "What becomes of a network is seen in the numbers it gives, but there is no tensor of "
+            f"floating point in its {type(output).__name__}: wrap it so that it returns them."
+        )
+    return found
+
+
+def alike(wanted: Sequence[Tensor], found: Sequence[Tensor], tolerance: float) -> bool:
+    """Say whether tensors are the same, but for a share of the largest number of each."""
+    return len(wanted) == len(found) and all(
+        _close(one, other, tolerance) for one, other in zip(wanted, found, strict=True)
+    )
+
+
+def _held(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif id(value) not in seen and not isinstance(value, str | bytes | type | nn.Module):
+        seen.add(id(value))
+        for part in _parts(value):
+            yield from _held(part, seen)
+
+
+def _parts(value: Any) -> list[Any]:
+    if isinstance(value, Mapping):
+        return list(value.values())
+    if isinstance(value, Sequence):
+        return list(value)
+    known = [field.name for field in fields(value)] if is_dataclass(value) else []
+    names = known or getattr(value, "__dict__", {})
+    return [getattr(value, name, None) for name in dict.fromkeys((*names, "logits"))]
+
+
+def _close(one: Tensor, other: Tensor, tolerance: float) -> bool:
+    """Compare two tensors; where there is no finite number, there is nothing to compare."""
+    finite = one[one.isfinite()]
+    if one.shape != other.shape or one.dtype != other.dtype or not finite.numel():
+        return False
+    return torch.allclose(one, other, rtol=0, atol=tolerance * float(finite.abs().max()))
