@@ -213,6 +213,16 @@ def what_is_kept_of_a_layer() -> None:
     assert model[1].training and not any(p.requires_grad for p in model.parameters())
 
 
+def a_fold_learns_and_trains_as_what_it_was() -> None:
+    """The bias of a frozen layer is frozen; the identity has the mode of the batch norm."""
+    for frozen, mode in ((True, False), (False, True)):
+        model: Any = nn.Sequential(nn.Conv2d(2, 3, 1, bias=False), nn.BatchNorm2d(3)).train(mode)
+        model.requires_grad_(not frozen)
+        Fold("1", "0").apply(model)
+        assert [p.requires_grad for p in model.parameters()] == [not frozen] * 2
+        assert [part.training for part in model.modules()] == [mode] * 3
+
+
 def merges_are_refused_in_words() -> None:
     model = nn.Sequential(
         *(nn.Conv2d(4, 6, 3), nn.Conv2d(6, 2, 1), nn.Conv2d(2, 2, 1, padding=1)),
@@ -296,6 +306,7 @@ CASES = [
             what_is_not_one_product_stays,
             merged_layers_compute_and_cost_what_they_should,
             what_is_kept_of_a_layer,
+            a_fold_learns_and_trains_as_what_it_was,
             merges_are_refused_in_words,
             merged_parameters_are_trained_once,
             a_factorized_bottleneck_shrinks_further,

@@ -42,11 +42,12 @@ class Fold:
         self._check(model, norm, target)
         added: tuple[nn.Parameter, ...] = ()
         if target.bias is None:
-            target.bias = nn.Parameter(target.weight.detach().new_zeros(norm.num_features))
+            zeros = target.weight.detach().new_zeros(norm.num_features)
+            target.bias = nn.Parameter(zeros, requires_grad=target.weight.requires_grad)
             added = (target.bias,)
         if weights:
             _multiply(norm, target)
-        layers.replace(model, self.layer, nn.Identity())
+        layers.replace(model, self.layer, nn.Identity().train(norm.training))
         return Replaced(tuple(norm.parameters()), added)
 
     def predict(self, before: LayerCost) -> LayerCost:
