@@ -76,6 +76,8 @@ def check_reachable(run: Run) -> None:
     form, costs = getattr(run.method, "form", "auto"), layer_costs(run.model, run.example)
     rows = {}
     for layer, module in factorizable(run.model, only=only, exclude=exclude)[0].items():
+        if not costs[layer].calls:  # left alone, and without inputs whose size would count
+            continue
         shape, rows[layer] = module.weight.shape, [Option(0.0, costs[layer])]
         for kind in forms_of(shape, FORMS if form == "auto" else (form,)):
             edit = Factor(layer, kind, (1,) * len(max_ranks(shape, kind)))
@@ -99,10 +101,9 @@ def plan(
     Raises:
         BudgetError: the budget cannot be met.
     """
-    limited = bool(run.limits())
-    rows = _options(run, layers, form, seen, scaled=limited)
-    if not limited:
-        return cheapest(rows, 1 - p)
+    if not run.limits():
+        return cheapest(_options(run, layers, form, seen, level=1 - p), 1 - p)
+    rows = _options(run, layers, form, seen)
     found = run.allocate(rows, rule="sum" if seen else "max")
     return [edit for edit in found if isinstance(edit, Factor)]  # options hold no other edits
 
@@ -169,8 +170,9 @@ def _inputs(run: Run, samples: int, batch: int, seed: int) -> Iterator[Example]:
 
 
 def _options(
-    run: Run, layers: Layers, form: Form, seen: Mapping[str, Metric], *, scaled: bool
+    run: Run, layers: Layers, form: Form, seen: Mapping[str, Metric], level: float | None = None
 ) -> dict[str, list[Option]]:
+    """Scores are shares of a layer's energy for a level of it, else damages to the loss."""
     costs = layer_costs(run.model, run.example)
     allowed = FORMS[:4] if form == "auto" else (form,)
     timed = run.clock is not None and "latency" in run.limits()
@@ -189,7 +191,9 @@ def _options(
             allowed=allowed,
             metric=metric,
             steps=steps,
+            level=level,
         )
-        scale = metric.energy(module.weight.detach()) if metric and scaled else 1.0
+        damage = metric is not None and level is None
+        scale = metric.energy(module.weight.detach()) if damage else 1.0
         found[name] = [replace(row, score=row.score * scale) for row in rows]
     return found

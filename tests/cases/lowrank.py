@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
+from pliant.api import compress
 from pliant.budget import Budget
 from pliant.errors import MethodError
 from pliant.method import Method
@@ -273,6 +274,36 @@ def energy_reads_r3_and_r4() -> None:
         run_of(conv(PLANTED), Energy(p=95))
 
 
+def wide_layers_have_the_very_ranks_of_p() -> None:
+    """Also where a plan for a budget would skip some: both sides as the report names them."""
+    noise = torch.randn(96, 128, 3, 3, generator=torch.Generator().manual_seed(0))
+    steep = 0.95 ** (torch.arange(96.0)[:, None] + torch.arange(128.0))
+    for p in (0.8, 0.9, 0.95):
+        model = nn.Sequential(nn.Conv2d(128, 96, 3, bias=False))
+        model[0].weight.data = noise * steep[:, :, None, None]
+        run = run_of(model, NRMF(p=p, form="tucker2", samples=0))
+        ranks = run.log[0]["ranks"]["0"]
+        run.finish()
+        assert run.edits == [Factor("0", "tucker2", tuple(ranks))]
+
+
+def a_layer_that_is_never_called_stays() -> None:
+    """With a budget and a training too, which is refused beforehand if it is out of reach."""
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.never = nn.Linear(8, 8), nn.Conv2d(8, 8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    result = compress(Odd(), None, "nrmf", "params=97%", example=torch.zeros(1, 8))
+    assert [edit.layer for edit in result.edits] == ["used"]
+    reasons = {row.layer: row.reason for row in result.report.layers}
+    assert reasons["never"] == "never called in a forward pass"
+
+
 def one_energy_for_all_layers() -> None:
     """A budget is met by one p: the layer with the flatter spectrum keeps the higher rank."""
     steep, flat = linear(*[0.4**i for i in range(12)]), linear(*[0.8**i for i in range(12)])
@@ -322,6 +353,11 @@ CASES = [
     Case(
         "energy",
         variants=("energy(samples=16)", 'energy(form="auto", p=0.5)'),
-        own=(energy_reads_r3_and_r4, one_energy_for_all_layers),
+        own=(
+            energy_reads_r3_and_r4,
+            wide_layers_have_the_very_ranks_of_p,
+            a_layer_that_is_never_called_stays,
+            one_energy_for_all_layers,
+        ),
     ),
 ]

@@ -26,6 +26,7 @@ def options(
     allowed: Sequence[str],
     metric: Metric | None = None,
     steps: Mapping[str, int] | None = None,
+    level: float | None = None,
 ) -> list[Option]:
     """Return what can be done with one layer: leave it, or factorize it at a ladder of ranks.
 
@@ -40,13 +41,17 @@ def options(
         allowed: forms to consider; pointwise and Linear kernels always take svd.
         metric: what it reads and how much its outputs matter.
         steps: for a form, the multiple to which its ranks are rounded up; 1 where not named.
+        level: a share of energy to lose at whose very ranks there is an option, between rungs too.
     """
     rows = [Option(0.0, cost)]
     paper = metric is None and tuple(allowed) == ("tucker2",)
     found = losses(weight, forms_of(weight.shape, allowed), metric)
     for form, lost in found.items():
         most, step = forms.max_ranks(weight.shape, form), (steps or {}).get(form, 1)
-        ladder = (_rounded_up(ranks, most, step) for ranks in _ladder(lost.sides, most))
+        rungs = _ladder(lost.sides, most)
+        if level is not None:
+            rungs.append(ranks_at(lost.sides, level, most))
+        ladder = (_rounded_up(ranks, most, step) for ranks in rungs)
         edits = [Factor(layer, form, ranks) for ranks in dict.fromkeys(ladder)]
         costs = [(edit.predict(cost), edit) for edit in edits]
         smaller = [(after, edit) for after, edit in costs if after.params < cost.params]
