@@ -193,7 +193,6 @@ def _options(
             steps=steps,
             level=level,
         )
-        damage = metric is not None and level is None
-        scale = metric.energy(module.weight.detach()) if damage else 1.0
+        scale = metric.energy(module.weight.detach()) if metric and level is None else 1.0
         found[name] = [replace(row, score=row.score * scale) for row in rows]
     return found

@@ -8,6 +8,7 @@ from torch.optim import SGD
 from pliant.api import compress
 from pliant.budget import Budget
 from pliant.errors import MethodError
+from pliant.latency import Target
 from pliant.method import Method
 from pliant.methods.lowrank.energy import Energy
 from pliant.methods.lowrank.evbmf import EVBMF
@@ -173,15 +174,30 @@ def controller_steers_to_the_budget() -> None:
     full, low = torch.eye(8), torch.zeros(8, 8)
     low[0, 0] = 1.0
     for matrix, factor in ((full, PACE), (low, 1 / PACE)):
-        model = linear(*[1.0] * 8)
-        with torch.no_grad():
-            model[0].weight.copy_(matrix)
-        method = NRMF(alpha=None, interval=1, search=1.0)
-        run = run_of(model, method, Budget(params=0.5), steps=100, lr=1e-6)
-        before = run.state["alpha"]
-        run.after_step()
-        assert run.state["alpha"] == pytest.approx(before * factor)
-        assert run.log[-1]["alpha"] == run.state["alpha"]
+        for budget in (Budget(params=0.5), Budget(macs=0.5), Budget(bytes=0.5, params=0.9)):
+            model = linear(*[1.0] * 8)
+            with torch.no_grad():
+                model[0].weight.copy_(matrix)
+            method = NRMF(alpha=None, interval=1, search=1.0)
+            run = run_of(model, method, budget, steps=100, lr=1e-6)
+            before = run.state["alpha"]
+            run.after_step()
+            assert run.state["alpha"] == pytest.approx(before * factor)
+            assert run.log[-1]["alpha"] == run.state["alpha"]
+
+
+def what_cannot_be_steered_to_is_refused() -> None:
+    target = Target.of(lambda module, _: 1e-6 * sum(p.numel() for p in module.parameters()))
+    for budget in (None, Budget(latency=1.0)):
+        with pytest.raises(MethodError, match="budget of params, macs or bytes, and there is none"):
+            start(
+                linear(3.0, 2.0),
+                NRMF(alpha=None),
+                budget,
+                example=(torch.zeros(1, 2),),
+                steps=9,
+                target=target,
+            )
 
 
 def patterns_choose_the_layers() -> None:
@@ -335,6 +351,7 @@ CASES = [
             a_layer_leaves_the_search_early,
             an_early_search_plans_as_often_however_long_it_is,
             controller_steers_to_the_budget,
+            what_cannot_be_steered_to_is_refused,
             patterns_choose_the_layers,
         ),
     ),

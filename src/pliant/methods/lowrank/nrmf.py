@@ -8,6 +8,7 @@ from typing import Literal
 
 import torch
 
+from pliant.cost import cost, layer_costs
 from pliant.errors import MethodError
 from pliant.factorize import (
     Form,
@@ -18,7 +19,6 @@ from pliant.factorize import (
     plan,
     subjects,
 )
-from pliant.math.forms import form_params
 from pliant.math.losses import losses
 from pliant.math.metric import Metric
 from pliant.math.norms import penalty_gradient
@@ -63,7 +63,7 @@ class NRMF(Method):
 
     A fixed strength adds up: on a trained network it suits searches of some ten steps. For one of
     hundreds take ``alpha=None``, which raises and lowers it so that the ranks reach the budget as
-    the search ends.
+    the search ends; the budget must bound params, macs or bytes then.
 
     With ``early`` a layer is factorized as soon as the ranks that the whole network's plan gives
     it hold the share p of its energy, and trains on in its factors, with its momentum: a step
@@ -96,6 +96,11 @@ class NRMF(Method):
         """Choose the layers."""
         if self.interval < 1:
             raise MethodError(f"nrmf: interval must be at least 1 step, not {self.interval}.")
+        if self.alpha is None and run.steps and not _counted(run):
+            raise MethodError(
+                "nrmf(alpha=None) finds its strength for a budget of params, macs or bytes, and "
+                "there is none: bound one of them, or give alpha a number."
+            )
         layers = subjects(run, self.only, self.exclude)
         run.state.update(
             layers=list(layers), alpha=START if self.alpha is None else self.alpha, factorized=False
@@ -208,24 +213,33 @@ class NRMF(Method):
 
     def _steer(self, run: Run) -> None:
         """Raise the strength while ranks at energy p lag behind a straight line to the budget."""
-        bound = run.limits().get("params")
-        if bound is None:
-            return
         left = 1 - min(1.0, run.step / max(1, self._searching(run)))
-        aim = bound + left * (run.cost.params - bound)
-        run.state["alpha"] *= PACE if self._reach(run) > aim else 1 / PACE
+        reach = self._reach(run)
+        lags = any(
+            reach[axis] > bound + left * (getattr(run.cost, axis) - bound)
+            for axis, bound in _counted(run).items()
+        )
+        run.state["alpha"] *= PACE if lags else 1 / PACE
         run.note(alpha=run.state["alpha"])
 
-    def _reach(self, run: Run) -> float:
-        """Parameters of the whole network if it were factorized at energy p now."""
-        saved = 0
-        for module in self._layers(run).values():
+    def _reach(self, run: Run) -> dict[str, int]:
+        """What the whole network would cost if it were factorized at energy p now, by axis."""
+        now, rows = cost(run.model, run.example), layer_costs(run.model, run.example)
+        reach = {axis: getattr(now, axis) for axis in _counted(run)}
+        for name, module in self._layers(run).items():
             weight = module.weight.detach()
             ranks = [energy_rank(spectrum(weight, mode), self.p) for mode in (1, 0)]
             form = "tucker2" if weight[0, 0].numel() > 1 else "svd"
-            size = form_params(weight.shape, form, ranks if form == "tucker2" else ranks[:1])
-            saved += max(0, weight.numel() - size)
-        return sum(parameter.numel() for parameter in run.model.parameters()) - saved
+            edit = Factor(name, form, tuple(ranks if form == "tucker2" else ranks[:1]))
+            after = edit.predict(rows[name])
+            for axis in reach:
+                reach[axis] -= max(0, getattr(rows[name], axis) - getattr(after, axis))
+        return reach
+
+
+def _counted(run: Run) -> dict[str, float]:
+    """The bounds that can be followed in training: all but milliseconds, which are measured."""
+    return {axis: bound for axis, bound in run.limits().items() if axis != "latency"}
 
 
 PAPER = (
