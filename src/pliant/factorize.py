@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
 from torch import Tensor
 
 from pliant.budget import Option, cheapest
-from pliant.cost import Example, layer_costs
+from pliant.cost import layer_costs
 from pliant.errors import ModelError
 from pliant.math.forms import FORMS, max_ranks
 from pliant.math.metric import Metric
@@ -22,6 +22,7 @@ from pliant.ops.layers import Factorizable, factorizable
 from pliant.ops.lowrank import forms_of, options, with_kernels
 from pliant.ops.reconstruct import reconstruct as refit
 from pliant.ops.sensitivity import metrics
+from pliant.prune import inputs
 from pliant.run import Run
 
 Layers = Mapping[str, Factorizable]
@@ -60,7 +61,7 @@ def look(run: Run, layers: Layers, samples: int) -> dict[str, Metric]:
     """Return the metric of every layer from training inputs, without labels; none without data."""
     if run.data is None or not run.data.has("train") or not samples:
         return {}
-    batches = _inputs(run, samples, BATCH, run.seed)
+    batches = inputs(run, samples, batch=BATCH, seed=run.seed)
     return metrics(run.model, layers, batches, run.generator)
 
 
@@ -102,10 +103,43 @@ def plan(
         BudgetError: the budget cannot be met.
     """
     if not run.limits():
-        return cheapest(_options(run, layers, form, seen, level=1 - p), 1 - p)
-    rows = _options(run, layers, form, seen)
+        return cheapest(choices(run, layers, form, seen, level=1 - p), 1 - p)
+    rows = choices(run, layers, form, seen)
     found = run.allocate(rows, rule="sum" if seen else "max")
     return [edit for edit in found if isinstance(edit, Factor)]  # options hold no other edits
+
+
+def choices(
+    run: Run, layers: Layers, form: Form, seen: Mapping[str, Metric], level: float | None = None
+) -> dict[str, list[Option]]:
+    """Return what can be done with every layer: see `pliant.ops.lowrank.options`.
+
+    With metrics scores are damages to the loss, which can be summed over layers; for a ``level``,
+    at whose very ranks there is an option then, they are shares of a layer's own energy.
+    """
+    costs = layer_costs(run.model, run.example)
+    allowed = FORMS[:4] if form == "auto" else (form,)
+    timed = run.clock is not None and "latency" in run.limits()
+    found = {}
+    for name, module in layers.items():
+        metric, steps = seen.get(name), {}
+        if timed and run.clock is not None:
+            steps = {
+                kind: run.clock.table.step_for(module, kind)
+                for kind in forms_of(module.weight.shape, allowed)
+            }
+        rows = options(
+            name,
+            module.weight,
+            costs[name],
+            allowed=allowed,
+            metric=metric,
+            steps=steps,
+            level=level,
+        )
+        scale = metric.energy(module.weight.detach()) if metric and level is None else 1.0
+        found[name] = [replace(row, score=row.score * scale) for row in rows]
+    return found
 
 
 def factorize(
@@ -136,10 +170,10 @@ def factorize(
         if name not in changed:
             run.keep(name, "no factorized form at the rank it needs is smaller")
     if known and recalibrate:
-        mend(run.model, _inputs(run, SETTLING, 2 * BATCH, run.seed + 1))
+        mend(run.model, inputs(run, SETTLING))
     if dense is not None:
-        inputs = _inputs(run, reconstruct, BATCH, run.seed + 2)
-        refit(dense, run.model, [edit.layer for edit in edits], inputs)
+        batches = inputs(run, reconstruct, batch=BATCH, seed=run.seed + 2)
+        refit(dense, run.model, [edit.layer for edit in edits], batches)
 
 
 def note_spectra(run: Run, layers: Layers, p: float) -> None:
@@ -156,43 +190,3 @@ def note_spectra(run: Run, layers: Layers, p: float) -> None:
 def spectra(weight: Tensor) -> dict[str, Tensor]:
     """Return the singular values of the input and the output unfolding of a kernel."""
     return {"in": spectrum(weight.detach(), 1), "out": spectrum(weight.detach(), 0)}
-
-
-def _inputs(run: Run, samples: int, batch: int, seed: int) -> Iterator[Example]:
-    """Training inputs, on the device of the network."""
-    device = next(run.model.parameters()).device
-    assert run.data is not None
-    for example in run.data.calibration(samples, batch=batch, seed=seed):
-        if isinstance(example, Mapping):
-            yield {name: value.to(device) for name, value in example.items()}
-        else:
-            yield tuple(value.to(device) for value in example)
-
-
-def _options(
-    run: Run, layers: Layers, form: Form, seen: Mapping[str, Metric], level: float | None = None
-) -> dict[str, list[Option]]:
-    """Scores are shares of a layer's energy for a level of it, else damages to the loss."""
-    costs = layer_costs(run.model, run.example)
-    allowed = FORMS[:4] if form == "auto" else (form,)
-    timed = run.clock is not None and "latency" in run.limits()
-    found = {}
-    for name, module in layers.items():
-        metric, steps = seen.get(name), {}
-        if timed and run.clock is not None:
-            steps = {
-                kind: run.clock.table.step_for(module, kind)
-                for kind in forms_of(module.weight.shape, allowed)
-            }
-        rows = options(
-            name,
-            module.weight,
-            costs[name],
-            allowed=allowed,
-            metric=metric,
-            steps=steps,
-            level=level,
-        )
-        scale = metric.energy(module.weight.detach()) if metric and level is None else 1.0
-        found[name] = [replace(row, score=row.score * scale) for row in rows]
-    return found
