@@ -6,16 +6,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from pliant import compress, load
 from pliant.budget import Budget
+from pliant.compose import chain
 from pliant.cost import Cost, cost, layer_costs
 from pliant.data import Data, Train
 from pliant.drivers.loop import evaluate
 from pliant.elastic import choose, cuttable, of_size, shrink, weights_at
-from pliant.errors import BudgetError, EditError
+from pliant.errors import BudgetError, EditError, MethodError
 from pliant.factorize import Form, look, subjects
 from pliant.latency import Target
 from pliant.math.distill import divergence
@@ -23,11 +25,12 @@ from pliant.math.forms import compose
 from pliant.math.metric import Metric
 from pliant.math.nested import cut, nested, ordered
 from pliant.method import Method
-from pliant.methods.lowrank.elastic import Elastic
+from pliant.methods.lowrank.elastic import Elastic, Precision
+from pliant.ops.aside import held
 from pliant.ops.edits import Edit, Factor, Nest, Settle, replay
 from pliant.ops.edits.settle import MEANS
 from pliant.result import Report
-from pliant.run import start
+from pliant.run import Run, start
 from pliant.testing import Case
 from tests.metrics import smooth
 
@@ -163,6 +166,55 @@ def the_dense_network_can_teach_all_sizes() -> None:
     assert not run.handles
 
 
+def precision_is_that_of_the_training_after_resuming() -> None:
+    """A stage that resumes behind a validation runs its sizes as the loop runs the network."""
+    method = chain("norm_loss", "elastic(sizes=2, samples=0)")
+    x, y = torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
+
+    def begun() -> Run:
+        bound = Budget(params=0.7)
+        return start(network(), method, bound, data=images(), steps=2)
+
+    def loss(run: Run) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            output = run.model.train()(x)
+        return run.loss(output.float().sum(), output, (x, y))
+
+    run, again = begun(), begun()
+    run.after_step()
+    loss(run)
+    with torch.no_grad():
+        run.model.eval()(x)
+    again.load_state_dict(copy.deepcopy(run.state_dict()))
+    again.model.load_state_dict(run.model.state_dict())
+    assert torch.equal(loss(again), loss(run))
+    assert held(again.handles, "stage1/", Precision).kind == torch.bfloat16
+    again.close()
+    assert not again.model._forward_pre_hooks
+
+
+def what_elastic_cannot_do_is_refused_before_training() -> None:
+    """Milliseconds as a bound, and the statistics of batch norms without inputs."""
+    target = Target.of(lambda module, _: 1e-6 * sum(p.numel() for p in module.parameters()))
+    x, val = torch.zeros(1, 3, 8, 8), Data(images().train, images(32).train, classes=4)
+    with pytest.raises(BudgetError, match="not by milliseconds: bound one of these"):
+        start(network(), Elastic(), Budget(latency=0.5), example=(x,), data=val, target=target)
+    with pytest.raises(MethodError, match="batch norms, such as 1, .* pass data"):
+        start(network(), Elastic(), Budget(params=0.7), example=(x,))
+    plain = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    run = start(plain, Elastic(sizes=2), Budget(params=0.7), example=(torch.zeros(1, 16),))
+    run.finish()  # nothing to re-estimate, nothing to refuse
+
+
+def a_budget_that_is_met_leaves_the_network_as_it_is() -> None:
+    """No tables without sizes: nothing is added to the file, and the reason is said."""
+    result = compress(network(), images(), "elastic(sizes=3, samples=0)", "params=100000")
+    assert result.edits == () and result.report.after.bytes == result.report.before.bytes
+    assert {row.reason for row in result.report.layers if row.layer in "038"} == {
+        "the budget is met without it, even at the smallest size"
+    }
+
+
 def every_size_comes_out_of_the_file() -> None:
     """Outputs of a size cut from the file are those of the same ranks within the network."""
     data = images()
@@ -273,6 +325,9 @@ CASES = [
             sizes_must_fall,
             one_step_teaches_three_sizes,
             the_dense_network_can_teach_all_sizes,
+            precision_is_that_of_the_training_after_resuming,
+            what_elastic_cannot_do_is_refused_before_training,
+            a_budget_that_is_met_leaves_the_network_as_it_is,
             every_size_comes_out_of_the_file,
             the_report_measures_every_size,
             sizes_are_cut_before_anything_else_is_done,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
@@ -12,23 +13,20 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map
 
 from pliant.budget import Budget, Option
-from pliant.cost import layer_costs
 from pliant.data import unpack
 from pliant.elastic import costs, count, settle, weights_at
 from pliant.errors import BudgetError, MethodError
-from pliant.factorize import Form, Layers, look, subjects
+from pliant.factorize import Form, Layers, choices, look, subjects
 from pliant.math.distill import divergence
-from pliant.math.forms import FORMS
 from pliant.math.metric import Metric
 from pliant.math.nested import nested
 from pliant.method import Method
 from pliant.ops.aside import Teacher, held
-from pliant.ops.edits import Factor, Nest, Settle
-from pliant.ops.lowrank import options
+from pliant.ops.edits import Factor, Nest, Settle, replay
 from pliant.ops.outputs import logits
+from pliant.prune import inputs
 from pliant.registry import Paper, register
 from pliant.run import Run
 
@@ -37,7 +35,30 @@ Plan = dict[str, Factor]
 AXES = ("params", "macs", "bytes")
 MOST = 64  # sizes: each costs a plan, a calibration and a row in every table
 HARD, SOFT = 1.0, 4.0  # temperatures at which outputs are copied
-SETTLING, BATCH = 2048, 256  # samples from which batch norms are re-estimated, for each size
+SETTLING = 2048  # samples from which batch norms are re-estimated, for each size
+MET = "the budget is met without it, even at the smallest size"
+
+
+class Precision:
+    """Remembers in what precision the loop trains a network, to run its other sizes in it too."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.kind: torch.dtype | None = None
+        self._handle = model.register_forward_pre_hook(self._see)
+
+    def again(self, device: str) -> AbstractContextManager[Any]:
+        """Return a context with this precision."""
+        return torch.autocast(device, self.kind, enabled=self.kind is not None)
+
+    def remove(self) -> None:
+        """Take the hook out of the network."""
+        self._handle.remove()
+
+    def _see(self, model: nn.Module, given: Any) -> None:
+        if torch.is_grad_enabled():  # a validation may have another precision
+            device = next(model.parameters()).device.type
+            on = torch.is_autocast_enabled(device)
+            self.kind = torch.get_autocast_dtype(device) if on else None
 
 
 @register(
@@ -61,7 +82,8 @@ class Elastic(Method):
     from its outputs (in-place distillation). With ``learn_from="dense"`` all of them learn from
     the network as it came, half of it at a temperature of 4; the other half is the labels for the
     largest, a temperature of 1 for the others: for networks that come trained.
-    Batch norms are re-estimated for every size at the end and kept in a table each.
+    Batch norms are re-estimated from training inputs for every size at the end and kept in a table
+    each: a network that has them needs data, in a loop of your own too.
     ``pliant.load(path, at=...)`` then cuts a size from the file.
 
     A layer has factors of one form at every size, or at none. Whether it has is planned at the
@@ -90,19 +112,22 @@ class Elastic(Method):
 
     def prepare(self, run: Run) -> None:
         """Plan every size and build the largest."""
-        self._check()
+        norms = [name for name, module in run.model.named_modules() if _has_statistics(module)]
+        self._check(run, norms)
         if self.learn_from == "dense":
             run.hook(Teacher(run.model))
         layers = subjects(run, self.only, self.exclude)
-        norms = [name for name, module in run.model.named_modules() if _has_statistics(module)]
-        run.apply(*(Settle(name, self.sizes) for name in norms))
         seen = look(run, layers, self.samples)
-        edits = self._factors(run, layers, seen)
-        run.apply(*edits)
+        tables = [Settle(name, self.sizes) for name in norms]
+        planned = replace(run, model=copy.deepcopy(run.model))
+        replay(planned.model, tables)  # their bytes count
+        edits = self._factors(planned, layers, seen)
+        if edits:
+            run.apply(*tables, *edits)
+        why = "no factorized form at the rank it needs is smaller" if edits else MET
         for name in layers.keys() - {edit.layer for edit in edits}:
-            run.keep(name, "no factorized form at the rank it needs is smaller")
-        hook = run.model.register_forward_pre_hook(lambda module, given: _note_precision(run))
-        run.hook(hook)
+            run.keep(name, why)
+        run.hook(Precision(run.model))
 
     def loss(self, run: Run, loss: Tensor, output: Any, batch: Any) -> Tensor:
         """Add what sizes are away from the largest one, or from the dense network."""
@@ -114,7 +139,7 @@ class Elastic(Method):
             temperatures = [HARD, SOFT]
         args, names = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
         for size in self._sampled(run):
-            with _precision(run, target.device.type):
+            with held(run.handles, run.path, Precision).again(target.device.type):
                 weights = weights_at(run.model, run.edits, size)
                 found = logits(functional_call(run.model, weights, args, dict(names)))
             gaps = [divergence(found.float(), target, each) for each in temperatures]
@@ -123,18 +148,29 @@ class Elastic(Method):
 
     def finalize(self, run: Run) -> None:
         """Re-estimate the batch norms of every size."""
-        if run.data is not None and run.data.has("train"):
-            settle(run.model, run.edits, _batches(run))
+        if any(isinstance(edit, Settle) for edit in run.edits):
+            settle(run.model, run.edits, list(inputs(run, SETTLING)))
         found = costs(run.model, run.edits, run.example)
         run.note(sizes=[{axis: getattr(each, axis) for axis in AXES} for each in found])
 
-    def _check(self) -> None:
+    def _check(self, run: Run, norms: Sequence[str]) -> None:
         known = 2 <= self.sizes <= MOST and 0 <= self.between <= MOST
         if not known or not 0 < self.smallest < 1 or not 0 < self.largest <= 1:
             raise MethodError(
                 f"elastic takes 2 to {MOST} sizes, at most {MOST} of them between, and shares from "
                 f"0 to 1, not sizes={self.sizes}, between={self.between}, smallest="
                 f"{self.smallest}, largest={self.largest}."
+            )
+        if "latency" in run.limits():
+            raise BudgetError(
+                "elastic plans its sizes by params, macs or bytes, not by milliseconds: bound one "
+                'of these, and pick a size by its latency with pliant.load(path, at="latency=...").'
+            )
+        if norms and (run.data is None or not run.data.has("train")):
+            raise MethodError(
+                f"elastic re-estimates batch norms, such as {norms[0]}, for every size when the "
+                "training is over, and there are no training inputs: pass data, in a loop of "
+                "your own too: pliant.start(..., data=pliant.Data(train=loader))."
             )
 
     def _sampled(self, run: Run) -> list[int]:
@@ -152,7 +188,7 @@ class Elastic(Method):
         smallest cost the others something: both are tried, and those of a size between. Plans
         are compared by what they lose at all sizes.
         """
-        rows = _rows(run, layers, seen, FORMS[:4] if self.form == "auto" else (self.form,))
+        rows = choices(run, layers, self.form, seen)
         most = run.limits() or {"params": self.largest * run.cost.params}
         least, share = _smallest(run, rows, most, self.smallest)
         taken = {name: rows[name] for name in least}
@@ -168,19 +204,8 @@ class Elastic(Method):
         return _built(_falling(best), layers, seen)
 
 
-def _rows(
-    run: Run, layers: Layers, seen: Mapping[str, Metric], allowed: Sequence[str]
-) -> dict[str, list[Option]]:
-    costs, found = layer_costs(run.model, run.example), {}
-    for name, module in layers.items():
-        metric = seen.get(name)
-        scale = metric.energy(module.weight.detach()) if metric else 1.0
-        rows = options(name, module.weight, costs[name], allowed=allowed, metric=metric)
-        found[name] = [replace(row, score=row.score * scale) for row in rows]
-    return found
-
-
 def _planned(run: Run, rows: dict[str, list[Option]], limits: dict[str, float]) -> Plan:
+    # All of these are counts, so a whole number bounds them as well.
     budget = Budget(**{axis: max(1, int(bound)) for axis, bound in limits.items()})
     found = replace(run, budget=budget).allocate(rows, rule="sum")
     return {edit.layer: edit for edit in found if isinstance(edit, Factor)}
@@ -237,23 +262,3 @@ def _falling(plans: list[Plan]) -> list[Plan]:
 
 def _has_statistics(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) and module.track_running_stats
-
-
-def _note_precision(run: Run) -> None:
-    """Remember in what precision the loop runs the network, to run the other sizes in it too."""
-    kind = next(run.model.parameters()).device.type
-    on = torch.is_autocast_enabled(kind)
-    run.state["autocast"] = str(torch.get_autocast_dtype(kind))[6:] if on else ""
-
-
-def _precision(run: Run, kind: str) -> AbstractContextManager[Any]:
-    name = run.state.get("autocast", "")
-    return torch.autocast(kind, getattr(torch, name) if name else None, enabled=bool(name))
-
-
-def _batches(run: Run) -> list[Any]:
-    """Training inputs, on the device of the network."""
-    assert run.data is not None
-    device = next(run.model.parameters()).device
-    found = run.data.calibration(SETTLING, batch=BATCH, seed=run.seed + 1)
-    return tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, found)
