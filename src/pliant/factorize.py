@@ -22,7 +22,6 @@ from pliant.ops.layers import Factorizable, factorizable
 from pliant.ops.lowrank import forms_of, options, with_kernels
 from pliant.ops.reconstruct import reconstruct as refit
 from pliant.ops.sensitivity import metrics
-from pliant.prune import inputs
 from pliant.run import Run
 
 Layers = Mapping[str, Factorizable]
@@ -61,7 +60,7 @@ def look(run: Run, layers: Layers, samples: int) -> dict[str, Metric]:
     """Return the metric of every layer from training inputs, without labels; none without data."""
     if run.data is None or not run.data.has("train") or not samples:
         return {}
-    batches = inputs(run, samples, batch=BATCH, seed=run.seed)
+    batches = run.inputs(samples, batch=BATCH, seed=0)
     return metrics(run.model, layers, batches, run.generator)
 
 
@@ -170,9 +169,9 @@ def factorize(
         if name not in changed:
             run.keep(name, "no factorized form at the rank it needs is smaller")
     if known and recalibrate:
-        mend(run.model, inputs(run, SETTLING))
+        mend(run.model, run.inputs(SETTLING))
     if dense is not None:
-        batches = inputs(run, reconstruct, batch=BATCH, seed=run.seed + 2)
+        batches = run.inputs(reconstruct, batch=BATCH, seed=2)
         refit(dense, run.model, [edit.layer for edit in edits], batches)
 
 

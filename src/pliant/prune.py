@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
 
 from pliant.budget import Limits
-from pliant.cost import Example, cost, layer_costs
+from pliant.cost import cost, layer_costs
 from pliant.errors import BudgetError, MethodError, ModelError
 from pliant.latency.clock import AIM, Clock
 from pliant.ops.batchnorm import absorb, recalibrate
@@ -71,7 +71,7 @@ class Rounds:
 
 
 MOST_ROUNDS = 8  # each adds edits to the file
-BATCH = 256  # samples per batch that norms are mended with
+LEAVING = 256  # samples that say what leaving channels give on average
 SETTLING = 2048  # samples from which batch norms are re-estimated
 LOOK = 512  # samples for the same in a copy that is only looked at
 
@@ -304,10 +304,10 @@ def cut(run: Run, edits: Sequence[Prune], *, mend: bool = True) -> None:
     prove(run.model, run.example, edits)
     known = mend and run.data is not None and run.data.has("train")
     if known:
-        absorb(run.model, _unread(edits), inputs(run, BATCH))
+        absorb(run.model, _unread(edits), run.inputs(LEAVING))
     run.apply(*edits)
     if known:
-        recalibrate(run.model, inputs(run, SETTLING))
+        recalibrate(run.model, run.inputs(SETTLING))
 
 
 def silenced(run: Run, edits: Sequence[Prune]) -> nn.Module:
@@ -317,25 +317,11 @@ def silenced(run: Run, edits: Sequence[Prune]) -> nn.Module:
     """
     model = copy.deepcopy(run.model)
     if edits:
-        absorb(model, _unread(edits), inputs(run, BATCH))
+        absorb(model, _unread(edits), run.inputs(LEAVING))
         ignore(model, edits)
-        recalibrate(model, inputs(run, LOOK))
+        recalibrate(model, run.inputs(LOOK))
     return model
 
 
 def _unread(edits: Sequence[Prune]) -> dict[str, tuple[int, ...]]:
     return {edit.layer: edit.removed() for edit in edits if edit.side == "in"}
-
-
-def inputs(
-    run: Run, samples: int, *, batch: int = BATCH, seed: int | None = None
-) -> Iterator[Example]:
-    """Give training inputs, on the device of the network."""
-    seed = run.seed + 1 if seed is None else seed
-    device = next(run.model.parameters()).device
-    assert run.data is not None
-    for example in run.data.calibration(samples, batch=batch, seed=seed):
-        if isinstance(example, Mapping):
-            yield {name: value.to(device) for name, value in example.items()}
-        else:
-            yield tuple(value.to(device) for value in example)

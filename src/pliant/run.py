@@ -217,6 +217,17 @@ class Run:
         self.missed[:] = saved.get("missed", ())
         recall_layers(self.clock, saved.get("clock"))
 
+    def inputs(self, samples: int, *, batch: int = 256, seed: int = 1) -> list[Example]:
+        """Return training inputs for statistics: see `pliant.data.Data.calibration`.
+
+        Args:
+            samples: how many at least; the run must have data.
+            batch: samples per batch.
+            seed: added to the run's own, so that looks for different ends differ.
+        """
+        assert self.data is not None
+        return self.data.calibration(samples, batch=batch, seed=self.seed + seed)
+
     def replay(self, edits: Sequence[Edit]) -> None:
         """Apply, with shapes only, those of the edits of a saved run that are still missing.
 

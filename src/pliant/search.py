@@ -246,8 +246,7 @@ def _adam(
 def mend(run: Run, count: int = 512) -> None:
     """Re-estimate batch norms, which saw mixtures of operations, for what is left of them."""
     if run.data is not None and run.data.has("train"):
-        batches = run.data.calibration(count, seed=run.seed)
-        recalibrate(run.model, (_to(batch, run.model) for batch in batches))
+        recalibrate(run.model, run.inputs(count, batch=128, seed=0))
 
 
 def _batch(run: Run, plan: Bilevel, split: Split) -> tuple[Any, Tensor]:

@@ -8,7 +8,6 @@ from typing import Literal
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from pliant.codecs import address_map, tensors
 from pliant.cost import Packed, cost, layer_costs
@@ -142,7 +141,7 @@ class HAC(Method):
                 edits.append(edit)
         run.apply(*edits)
         if not run.step and run.data is not None and run.data.has("train"):
-            recalibrate(run.model, _inputs(run))
+            recalibrate(run.model, run.inputs(SETTLING))
 
     def _check(self) -> None:
         for name, least, most in (("prune", 0, MOST), ("masked", 0, 1), ("rate", 0, 1)):
@@ -266,11 +265,3 @@ class HAC(Method):
 def _twin(generator: torch.Generator) -> torch.Generator:
     """Return a generator that will draw the same numbers, and leave this one as it is."""
     return torch.Generator().set_state(generator.get_state())
-
-
-def _inputs(run: Run) -> list[tuple[Tensor, ...]]:
-    """Training inputs, on the device of the network."""
-    assert run.data is not None
-    device = next(tensor.device for tensor in run.model.state_dict().values())
-    batches = run.data.calibration(SETTLING, batch=256, seed=run.seed + 1)
-    return tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, list(batches))

@@ -26,7 +26,6 @@ from pliant.method import Method
 from pliant.ops.aside import Teacher, held
 from pliant.ops.edits import Factor, Nest, Settle, replay
 from pliant.ops.outputs import logits
-from pliant.prune import inputs
 from pliant.registry import Paper, register
 from pliant.run import Run
 
@@ -149,7 +148,7 @@ class Elastic(Method):
     def finalize(self, run: Run) -> None:
         """Re-estimate the batch norms of every size."""
         if any(isinstance(edit, Settle) for edit in run.edits):
-            settle(run.model, run.edits, list(inputs(run, SETTLING)))
+            settle(run.model, run.edits, run.inputs(SETTLING))
         found = costs(run.model, run.edits, run.example)
         run.note(sizes=[{axis: getattr(each, axis) for axis in AXES} for each in found])
 

@@ -14,7 +14,7 @@ from pliant.ops.channels import Place, after, leaving, numbered, ranking, up_to
 from pliant.ops.cutting import edits_of
 from pliant.ops.fisher import group_fisher
 from pliant.ops.graph import Group
-from pliant.prune import Rounds, cut_in_rounds, inputs, on_the_way, silenced, within
+from pliant.prune import Rounds, cut_in_rounds, on_the_way, silenced, within
 from pliant.registry import Paper, register
 from pliant.run import Run
 
@@ -109,7 +109,7 @@ class GroupFisher(Method):
     ) -> dict[str, Tensor]:
         """Return what each unit is worth beside those that are left, for what leaves with it."""
         model = silenced(run, edits_of(run.model, groups, leaving(line)))
-        seen = inputs(run, self.samples, batch=BATCH, seed=run.seed + 10 * look)
+        seen = run.inputs(self.samples, batch=BATCH, seed=10 * look)
         damages = group_fisher(model, groups, seen, run.generator)
         costs = prices(run, groups, line, tuple(counted(run)))
         worth = {name: damage / costs[name] for name, damage in damages.items()}
