@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -80,7 +81,8 @@ def full(layer: str, weight: Tensor, form: str) -> Factor:
 def measured(model: nn.Module, layer: str, x: Tensor) -> LayerCost:
     """The cost of all layers that stand for one, added up."""
     rows = [row for name, row in layer_costs(model, (x,)).items() if name.startswith(layer + ".")]
-    return sum(rows[1:], start=rows[0])
+    totals = {axis: sum(getattr(row, axis) for row in rows) for axis in ("params", "macs", "bytes")}
+    return replace(rows[0], **totals, output=rows[-1].output)
 
 
 # ---------------------------------------------------------------- what is computed
