@@ -215,6 +215,26 @@ def test_runtimes_measure(spec):
     assert found.median_ms > 0 and found.repeats >= 9
 
 
+def test_volumes_and_images_have_their_channels_last():
+    """Kernels of both ranks in one network, in the layout that each rank has."""
+
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.volume, self.image = nn.Conv3d(3, 4, 3), nn.Conv2d(4, 2, 3)
+
+        def forward(self, x):
+            seen.extend([x, self.volume.weight, self.image.weight])
+            return self.image(self.volume(x).mean(2))
+
+    seen = []
+    measure(Both(), (torch.zeros(1, 3, 6, 6, 6),), Target("torch", threads=1, seconds=0.01))
+    x, volume, image = seen[:3]
+    assert x.is_contiguous(memory_format=torch.channels_last_3d)
+    assert volume.is_contiguous(memory_format=torch.channels_last_3d)
+    assert image.is_contiguous(memory_format=torch.channels_last)
+
+
 @pytest.mark.parametrize("make", ["sampler", "layer_sampler"])
 def test_however_many_networks_are_compiled(make, monkeypatch):
     """Dynamo gives up on code that it has compiled eight times; networks share their forward."""

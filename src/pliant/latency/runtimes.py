@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import itertools
 import logging
 import math
 import time
@@ -38,6 +39,7 @@ WARM_UP = 3  # passes before the first that counts
 COPIES = (4, 8)  # of a layer in a row, where they are small, and at most
 CACHES = 2**24  # bytes: copies with large weights together fill what would keep them near
 LARGE = 2**20  # bytes of weights that are large
+CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by number of axes
 
 
 class Copies(nn.Module):
@@ -141,6 +143,12 @@ def _warm_up(go: Callable[[], Any]) -> int:
     return max(1, math.ceil(BLOCK / max(went, 1e-9)))
 
 
+def channels_last(tensor: Tensor) -> Tensor:
+    """Put the channels of images and volumes, and of kernels for them, last in memory."""
+    layout = CHANNELS_LAST.get(tensor.dim())
+    return tensor if layout is None else tensor.contiguous(memory_format=layout)
+
+
 def _torch(model: nn.Module, inputs: Example, target: Target) -> Callable[[], Any]:
     dtype = getattr(torch, target.dtype)
 
@@ -148,10 +156,11 @@ def _torch(model: nn.Module, inputs: Example, target: Target) -> Callable[[], An
         if not isinstance(value, Tensor):
             return value
         value = value.to(target.device, dtype if value.is_floating_point() else None)
-        return value.to(memory_format=torch.channels_last) if value.dim() == 4 else value
+        return channels_last(value)
 
     network: Any = copy.deepcopy(model).to(target.device, dtype).eval()
-    network = network.to(memory_format=torch.channels_last)
+    for tensor in itertools.chain(network.parameters(), network.buffers()):
+        tensor.data = channels_last(tensor.data)
     given = tree_map(put, inputs)
     if target.runtime == "compile":
         network = _compiled(network)
