@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from pliant.cost import Example, call
+from pliant.cost import Example
 from pliant.errors import ModelError, require
 
 if TYPE_CHECKING:
@@ -167,9 +167,14 @@ def _torch(model: nn.Module, inputs: Example, target: Target) -> Callable[[], An
 
     def go() -> None:
         with _threads(target.threads), torch.inference_mode():
-            call(network, given)
+            _run(network, given)
 
     return go
+
+
+def _run(network: Callable[..., Any], given: Any) -> Any:
+    """Call what may be no module, with inputs that are where they belong."""
+    return network(**given) if isinstance(given, Mapping) else network(*given)
 
 
 def _compiled(network: nn.Module) -> Callable[..., Any]:
