@@ -316,6 +316,23 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         assert run.step == 0
 
 
+@pytest.mark.parametrize("first", [None, Target.of(lambda module, example: 1.0, "phone")])
+def test_a_checkpoint_of_another_target_is_refused(first: Target | None, tmp_path: Path) -> None:
+    """Milliseconds of two places, or of none and one, make no report together."""
+    asked: dict[str, Any] = {
+        "train": PLAN,
+        "folder": tmp_path,
+        "example": (torch.zeros(1, 1, 8, 8),),
+    }
+    pliant.compress(Net(), data(), Busy(), target=first, **asked)
+    for other in (Target.of(lambda module, example: 1.0, "phone", batch=2), None):
+        if other != first:
+            with pytest.raises(TrainingError, match="another run: its target is .*, here it is "):
+                pliant.compress(Net(), data(), Busy(), target=other, resume=True, **asked)
+    again = replace(first, seconds=9.0) if first else None  # how long one looks changes nothing
+    pliant.compress(Net(), data(), Busy(), target=again, resume=True, **asked)
+
+
 @pytest.mark.parametrize("damage", [b"", b"no checkpoint", "half"])
 def test_a_damaged_checkpoint_is_refused(damage: Any, tmp_path: Path) -> None:
     train(folder=tmp_path)

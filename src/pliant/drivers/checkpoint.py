@@ -21,6 +21,7 @@ _FREE = ("device", "devices", "checkpoint_every")  # what a resumed training may
 def identity(run: Run, data: Data, train: Train) -> dict[str, str]:
     """Describe a training, so that a checkpoint of another one is not taken for it."""
     plan = {name: value for name, value in asdict(train).items() if name not in _FREE}
+    place = run.clock.target.plain() if run.clock else {}
     example = data.example()
     values = example.values() if isinstance(example, Mapping) else example
     first = [round(float(v.double().sum()), 3) for v in values if isinstance(v, Tensor)]
@@ -31,8 +32,13 @@ def identity(run: Run, data: Data, train: Train) -> dict[str, str]:
         "budget": repr(run.budget.given() if run.budget else {}),
         "data": f"{data.name} with {sizes[0]} and {sizes[1]} samples, the first being {first}",
         "seed": str(run.seed),
-        "train": ", ".join(f"{name}={value}" for name, value in plan.items()),
+        "train": _listed(plan),
+        "target": _listed(place) or "none",
     }
+
+
+def _listed(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in values.items())
 
 
 def write(folder: Path, content: dict[str, Any]) -> Path:
