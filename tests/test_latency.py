@@ -288,8 +288,96 @@ def test_a_function_gets_everything_on_the_cpu(monkeypatch):
 
 
 def test_a_network_that_fails_on_the_target_is_refused():
-    with pytest.raises(ModelError, match="must run on torch"):
-        measure(net(), (torch.zeros(1, 5, 6, 6),), Target("torch", threads=1))
+    class Odd(nn.Linear):
+        def forward(self, x):
+            return super().forward(x.double().float() if x.dtype == torch.float32 else x[:, :3])
+
+    with pytest.raises(ModelError, match="Odd must run on torch.* but fails .RuntimeError: "):
+        measure(Odd(6, 5), EXAMPLE[0][0, 0], Target("torch", threads=1, dtype="bfloat16"))
+
+
+class Scaled(nn.Module):
+    """Has a default that is a number, which is no input of its graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, 5)
+
+    def forward(self, x, offset=None, scale=2):
+        return {"sum": self.inner(x) * scale + (0 if offset is None else offset), "x": x[:, :scale]}
+
+
+class Differences(nn.Module):
+    """Calls what the older exporter to ONNX cannot write."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(6, 5)
+
+    def forward(self, x):
+        return torch.diff(self.inner(x), prepend=x[:, :1] * 0)
+
+
+@pytest.mark.parametrize(
+    "example",
+    [
+        (torch.zeros(1, 6),),
+        (torch.zeros(1, 6), torch.zeros(1, 5), 3),
+        {"x": torch.zeros(1, 6)},
+        {"offset": torch.zeros(1, 5), "x": torch.zeros(1, 6)},
+        {"scale": 3, "x": torch.zeros(1, 6, dtype=torch.float64)},
+    ],
+)
+def test_defaults_are_no_inputs_of_a_graph(example):
+    place = Target("onnxruntime", threads=1, seconds=0.01)
+    assert measure(Scaled(), example, place).median_ms > 0
+
+
+def test_a_graph_of_another_network_is_not_measured(monkeypatch):
+    """The older exporter is made to write one; its successor is asked then, and writes it well."""
+    asked, export = [], torch.onnx.export
+
+    def wrong(network, *args, dynamo, **more):
+        asked.append(dynamo)
+        if not dynamo:
+            network = nn.Sequential(network, nn.Flatten(0))
+        return export(network, *args, dynamo=dynamo, **more)
+
+    monkeypatch.setattr(torch.onnx, "export", wrong)
+    place = Target("onnxruntime", threads=1, seconds=0.01)
+    assert measure(nn.Linear(6, 5), (torch.zeros(1, 6),), place).median_ms > 0
+    assert asked == [False, True]
+
+
+def test_exporters_print_nothing(capfd):
+    measure(Differences(), (torch.zeros(1, 6),), Target("onnxruntime", threads=1, seconds=0.01))
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "torch"])
+def test_a_network_that_does_not_take_the_inputs_is_told_so(runtime, capfd):
+    place = Target(runtime, threads=1, seconds=0.01)
+    with pytest.raises(
+        ModelError, match=r"Linear does not run on inputs of shapes \(1, 6\)"
+    ) as seen:
+        compare(nn.Identity(), nn.Linear(5, 4), (torch.zeros(1, 6),), place)
+    assert "same inputs" in str(seen.value) and "target" not in str(seen.value)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_why_an_exporter_fails_is_told_in_one_line():
+    class Own(nn.Linear):
+        def forward(self, x):
+            return SimpleNamespace(scores=super().forward(x))
+
+    with pytest.raises(ModelError, match="must run on onnxruntime") as seen:
+        measure(Own(6, 5), (torch.zeros(1, 6),), Target("onnxruntime", threads=1))
+    said = str(seen.value)
+    assert "\x1b" not in said and "\n" not in said and "step 1/3" not in said
+
+
+def test_a_tensor_alone_is_an_example():
+    assert measure(nn.Linear(6, 5), torch.zeros(1, 6), of_arithmetic()).median_ms > 0
 
 
 def test_rows_are_repeated_up_to_the_batch():

@@ -7,6 +7,8 @@ import io
 import itertools
 import logging
 import math
+import os
+import re
 import time
 import types
 import warnings
@@ -22,9 +24,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from pliant.cost import Example
+from pliant.cost import Example, tensors
 from pliant.errors import ModelError, require
 
 if TYPE_CHECKING:
@@ -40,6 +42,7 @@ COPIES = (4, 8)  # of a layer in a row, where they are small, and at most
 CACHES = 2**24  # bytes: copies with large weights together fill what would keep them near
 LARGE = 2**20  # bytes of weights that are large
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by number of axes
+ESCAPES = re.compile(r"\x1b\[[0-9;]*m")  # colours of a terminal
 
 
 class Copies(nn.Module):
@@ -89,10 +92,10 @@ def sampler(models: Sequence[nn.Module], inputs: Example, target: Target) -> Sam
     except (ImportError, ModelError):
         raise
     except Exception as error:  # runtimes have dozens of kinds of their own
-        said = str(error).strip().splitlines()
+        _check_runs(models[0], inputs)
         raise ModelError(
-            f"{type(single or models[0]).__name__} must run on {target} to be measured, but fails "
-            f"({type(error).__name__}: {said[0] if said else ''}): choose another target."
+            f"{type(models[0]).__name__} must run on {target} to be measured, but fails "
+            f"({_cause(error)}): choose another target."
         ) from error
     passes = inner * len(models)
     if target.device.startswith("cuda"):
@@ -100,10 +103,36 @@ def sampler(models: Sequence[nn.Module], inputs: Example, target: Target) -> Sam
     return lambda: _seconds(go, inner) / passes
 
 
-def batched(example: Example, rows: int) -> Any:
+def _check_runs(model: nn.Module, inputs: Example) -> None:
+    """Refuse a network that PyTorch itself cannot run: no target is at fault.
+
+    Raises:
+        ModelError: it does not run on these inputs.
+    """
+    try:
+        with torch.inference_mode():
+            _run(*_in_float32(model, inputs))
+    except Exception as error:  # a network may raise anything
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in tensors(inputs))
+        raise ModelError(
+            f"{type(model).__name__} does not run on inputs of shapes {shapes} ({_cause(error)}): "
+            "give an example that it takes; networks are compared on the same inputs."
+        ) from error
+
+
+def _cause(error: BaseException) -> str:
+    """Say in one line what was first to fail; exporters wrap it into pages."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in ESCAPES.sub("", str(error)).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0].rstrip('.:')}" if lines else type(error).__name__
+
+
+def batched(example: Example | Tensor, rows: int) -> Any:
     """Repeat the first row of every tensor that has a batch axis."""
-    tensors = [leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor) and leaf.dim()]
-    size = len(tensors[0]) if tensors else 0
+    example = (example,) if isinstance(example, Tensor) else example
+    found = [leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor) and leaf.dim()]
+    size = len(found[0]) if found else 0
 
     def resize(value: Any) -> Any:
         if not isinstance(value, Tensor) or not value.dim() or len(value) != size:
@@ -213,14 +242,29 @@ def _onnx(model: nn.Module, inputs: Example, target: Target) -> Callable[[], Any
     options.intra_op_num_threads, options.inter_op_num_threads = target.threads, 1
     # The idle threads of one session must not take cores from the one that is measured.
     options.add_session_config_entry("session.force_spinning_stop", "1")
-    network, given = copy.deepcopy(model).cpu().float().eval(), on_cpu(inputs)
-    graph = _graph(network, given)
-    session = runtime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    leaves = [leaf.numpy() for leaf in tree_leaves(given) if isinstance(leaf, Tensor)]
-    feed = dict(zip([each.name for each in session.get_inputs()], leaves, strict=False))
-    if isinstance(given, Mapping):
-        feed = {each.name: given[each.name].numpy() for each in session.get_inputs()}
-    return lambda: session.run(None, feed)
+    network, given = _in_float32(model, inputs)
+    with torch.no_grad():
+        wanted = [tuple(tensor.shape) for tensor in tensors(_run(network, given))]
+    flat = _Flat(network, given)
+    feed = {name: tensor.numpy() for name, tensor in zip(flat.names, flat.inputs, strict=True)}
+
+    def ready(graph: bytes) -> Callable[[], Any]:
+        session = runtime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        taken = {each.name: feed[each.name] for each in session.get_inputs()}
+        found = [value.shape for value in session.run(None, taken)]
+        if found[: len(wanted)] != wanted:  # behind them may come what only exporters unpack
+            raise ModelError(
+                f"The ONNX graph of {type(network).__name__} must give outputs of shapes {wanted} "
+                f"as the network does, not {found}: choose another target."
+            )
+        return lambda: session.run(None, taken)
+
+    # The exporter from TorchScript takes a tenth of the time of its successor, and onnxruntime
+    # runs both graphs equally fast; what it cannot write, or writes wrongly, the successor may.
+    try:
+        return ready(_scripted(flat))
+    except Exception:  # anything at all: the other way is tried, and speaks for itself
+        return ready(_traced(flat))
 
 
 def on_cpu(inputs: Example) -> Any:
@@ -228,37 +272,58 @@ def on_cpu(inputs: Example) -> Any:
     return tree_map(lambda v: v.cpu().contiguous() if isinstance(v, Tensor) else v, inputs)
 
 
-def _graph(network: nn.Module, inputs: Any) -> bytes:
-    """Write a network as ONNX, for nothing but its time.
+def _in_float32(model: nn.Module, inputs: Example) -> tuple[nn.Module, Any]:
+    """Copy a network and its inputs to the CPU."""
 
-    The exporter from TorchScript takes a tenth of the time of its successor, and onnxruntime runs
-    both graphs equally fast; what it cannot write, the successor may.
+    def put(value: Any) -> Any:
+        return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return copy.deepcopy(model).cpu().float().eval(), tree_map(put, on_cpu(inputs))
+
+
+class _Flat(nn.Module):
+    """Takes the tensors of an example by position, and nothing else.
+
+    An exporter that sees the network's own signature makes inputs of its defaults as well.
     """
-    args, kwargs = ((), dict(inputs)) if isinstance(inputs, Mapping) else (inputs, None)
-    names = list(kwargs) if kwargs else None
+
+    def __init__(self, network: nn.Module, given: Any) -> None:
+        super().__init__()
+        self.network = network
+        self.leaves, self.spec = tree_flatten(given)
+        self.places = [i for i, leaf in enumerate(self.leaves) if isinstance(leaf, Tensor)]
+        self.inputs = tuple(self.leaves[place] for place in self.places)
+        self.names = [f"input_{place}" for place in self.places]
+
+    def forward(self, *inputs: Tensor) -> Any:
+        """Run the network."""
+        leaves = list(self.leaves)
+        for place, tensor in zip(self.places, inputs, strict=True):
+            leaves[place] = tensor
+        return _run(self.network, tree_unflatten(leaves, self.spec))
+
+
+def _scripted(flat: _Flat) -> bytes:
+    buffer: Any = io.BytesIO()
+    with _quiet(), _muted(), torch.no_grad():
+        torch.onnx.export(flat, flat.inputs, buffer, input_names=flat.names, dynamo=False)
+    return bytes(buffer.getvalue())
+
+
+def _traced(flat: _Flat) -> bytes:
     with _quiet(), torch.no_grad():
-        try:
-            buffer = io.BytesIO()
-            torch.onnx.export(
-                network,
-                args,
-                buffer,  # type: ignore[arg-type]
-                kwargs=kwargs,
-                input_names=names,
-                dynamo=False,
-            )
-            return buffer.getvalue()
-        except Exception:  # anything at all: the other way is tried, and speaks for itself
-            program = torch.onnx.export(network, args, kwargs=kwargs, dynamo=True, verbose=False)
-            assert program is not None
-            return bytes(program.model_proto.SerializeToString())
+        program = torch.onnx.export(
+            flat, flat.inputs, input_names=flat.names, dynamo=True, verbose=False
+        )
+    assert program is not None
+    return bytes(program.model_proto.SerializeToString())
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the exporters' progress and warnings to themselves."""
     before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(logging.CRITICAL)  # what fails is told by the exception
     try:
         with (
             warnings.catch_warnings(action="ignore"),
@@ -268,3 +333,20 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+@contextmanager
+def _muted() -> Iterator[None]:
+    """Drop what is written to the process's own output: the older exporter prints below Python."""
+    try:
+        kept = os.dup(1)
+    except OSError:  # there is none, as in a service
+        yield
+        return
+    try:
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
