@@ -91,6 +91,34 @@ def test_what_is_no_target_is_refused(text, message):
         Target.parse(text)
 
 
+NOT_ONE = [5, {"runtime": "torch"}, lambda module: 1.0, lambda: 1.0, True]
+
+
+@pytest.mark.parametrize("target", NOT_ONE)
+def test_only_a_target_text_or_a_function_is_a_target(target):
+    """Wherever one is taken, with the same words."""
+    takes = [
+        Target.of,
+        lambda place: Target("", function=place),
+        lambda place: measure(net(), EXAMPLE, place),
+        lambda place: compare(net(), net(), EXAMPLE, place),
+        lambda place: begin("energy", place),
+        lambda place: squeeze(place, "latency=80%"),
+        lambda place: pliant.load("missing.pliant", net(), at=0.5, target=place),
+    ]
+    for take in takes:
+        with pytest.raises(MethodError, match="A target is a Target, text such as .* returns sec"):
+            take(target)
+
+
+def test_a_plain_function_and_text_are_targets():
+    assert squeeze(arithmetic, "latency=80%").report.met
+    assert begin("energy", arithmetic).clock.target.function is arithmetic
+    assert measure(net(), EXAMPLE, arithmetic).repeats == 3
+    assert measure(net(), EXAMPLE, "torch,threads=1,seconds=0.01").median_ms > 0
+    assert compare(net(), net(), EXAMPLE, lambda *both: max(1.0, 0.5)).speedup == 1
+
+
 def test_a_table_belongs_to_threads_batch_and_versions():
     targets = [Target("torch", threads=t, batch=b) for t in (1, 2) for b in (1, 8)]
     assert len({target.digest() for target in targets}) == 4
@@ -191,7 +219,7 @@ def test_comparing_is_fair(seconds):
     assert timing(seconds).median_ms >= 1000 * min(seconds)
 
 
-@pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("seconds", [-1.0, float("nan"), float("inf"), None, "soon", [1.0, 2.0]])
 def test_a_function_must_return_seconds(seconds):
     with pytest.raises(ModelError, match="must return seconds"):
         measure(net(), EXAMPLE, Target.of(lambda module, example: seconds))

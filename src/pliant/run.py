@@ -15,7 +15,7 @@ from pliant.budget import Budget, Limits, Option, allocate, shown
 from pliant.cost import Cost, Example, LayerCost, cost, layer_costs
 from pliant.data import Data
 from pliant.errors import BudgetError, ModelError, PliantError
-from pliant.latency import Target
+from pliant.latency import Where
 from pliant.latency.clock import Clock
 from pliant.latency.memory import recall_layers, remembered
 from pliant.method import Method
@@ -368,7 +368,7 @@ def start(
     optimizer: Optimizer | None = None,
     steps: int = 0,
     seed: int = 0,
-    target: Target | str | None = None,
+    target: Where | None = None,
     saved: Mapping[str, Any] | None = None,
 ) -> Run:
     """Begin to compress ``model`` in place, and prepare the method.
@@ -382,11 +382,13 @@ def start(
         optimizer: hand it over and its state follows every edit.
         steps: optimizer steps that your loop will take; methods schedule themselves by it.
         seed: for everything random in the method.
-        target: where milliseconds are measured; a latency in the budget needs one.
+        target: where milliseconds are measured, text and functions included; a latency in the
+            budget needs one.
         saved: the ``state_dict`` to be loaded next: plans are made of the times measured then.
 
     Raises:
         BudgetError: the budget is malformed, or bounds latency without a target.
+        MethodError: the target is none.
         ModelError: there is neither data nor example, or the model fails on it.
     """
     if not example:
@@ -395,7 +397,8 @@ def start(
                 "Counting needs the inputs of one forward call: give example=(inputs,) or data."
             )
         example = data.example()
-    clock = Clock.start(model, example, target, (saved or {}).get("clock")) if target else None
+    times = (saved or {}).get("clock")
+    clock = None if target is None else Clock.start(model, example, target, times)
     dense = cost(model, example)
     run = Run(
         model=model,

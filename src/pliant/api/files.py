@@ -12,7 +12,7 @@ from pliant import artifact, elastic, zoo
 from pliant.budget import Budget
 from pliant.cost import Example
 from pliant.errors import ArtifactError, ModelError
-from pliant.latency import Target, measure
+from pliant.latency import Target, Where, as_target, measure
 from pliant.ops.edits import Nest
 
 MOST_CLASSES = 100_000  # that a file may ask the zoo for
@@ -24,7 +24,7 @@ def load(
     *,
     at: Budget | str | float | None = None,
     example: Example | Tensor = (),
-    target: Target | str | None = None,
+    target: Where | None = None,
 ) -> nn.Module:
     """Rebuild a compressed network from its file.
 
@@ -51,7 +51,7 @@ def load(
     given = (example,) if isinstance(example, Tensor) else example
     if not given and model is None and dense is not None:
         given = zoo.NETWORKS[str(artifact.inspect(path).source)].example()
-    place = Target.parse(target) if isinstance(target, str) else target
+    place = None if target is None else as_target(target)
     return _load_at(path, dense, at, example=given, target=place)
 
 

@@ -29,7 +29,7 @@ from pliant.drivers.loop import Watch, evaluate, fit
 from pliant.drivers.score import device_of
 from pliant.errors import BudgetError, DataError, ModelError
 from pliant.factorize import check_reachable, note_spectra
-from pliant.latency import Target
+from pliant.latency import Target, Where, as_target
 from pliant.method import Method
 from pliant.ops.edits import from_json, to_json
 from pliant.ops.layers import factorizable
@@ -50,7 +50,7 @@ def compress(
     budget: Budget | str | None = None,
     *,
     train: Train | None = None,
-    target: Target | str | None = None,
+    target: Where | None = None,
     seed: int = 0,
     strict: bool = True,
     example: Example | Tensor = (),
@@ -73,8 +73,8 @@ def compress(
         budget: what the result may cost: a `Budget`, or text such as ``"params=0.3"``.
         train: how long to train with the method, and to fine-tune afterwards; None calibrates
             only: no labels, no training, seconds.
-        target: where milliseconds are measured, such as ``"onnxruntime,threads=2"``: for a budget
-            with a latency, and for the report.
+        target: where milliseconds are measured, such as ``"onnxruntime,threads=2"``, or a
+            function that measures (see `Target.of`): for a budget with a latency, and the report.
         seed: of everything random; the caller's random state stays untouched.
         strict: raise where the budget is missed; otherwise the report says so.
         example: inputs of one forward call; taken from the data if not given.
@@ -102,7 +102,7 @@ def compress(
         task = _Task(model, Data.of(data, seed=seed), *asked, given, resume)
         task.folder = Path(folder) if folder is not None else None
         task.watch = watch or task.watch
-        task.target = Target.parse(target) if isinstance(target, str) else target
+        task.target = None if target is None else as_target(target)
         return task.go(control=control, strict=strict, name=name or type(model).__name__)
 
 

@@ -2,6 +2,15 @@
 
 from pliant.latency.compare import Comparison, Timing, compare, measure
 from pliant.latency.table import LatencyTable
-from pliant.latency.target import Target
+from pliant.latency.target import Target, Where, as_target
 
-__all__ = ["Comparison", "LatencyTable", "Target", "Timing", "compare", "measure"]
+__all__ = [
+    "Comparison",
+    "LatencyTable",
+    "Target",
+    "Timing",
+    "Where",
+    "as_target",
+    "compare",
+    "measure",
+]

@@ -16,7 +16,7 @@ from pliant.errors import BudgetError
 from pliant.latency.compare import Comparison, Timing, compare, interleaved, measure, quiet
 from pliant.latency.memory import name_of, recalled
 from pliant.latency.table import LatencyTable, input_shape, signature
-from pliant.latency.target import Target
+from pliant.latency.target import Target, Where, as_target
 from pliant.math.forms import forms_for, max_ranks
 from pliant.ops.edits import Edit, Factor
 from pliant.ops.layers import obstacle
@@ -64,11 +64,11 @@ class Clock:
         cls,
         model: nn.Module,
         example: Example,
-        target: Target | str,
+        target: Where,
         saved: Mapping[str, Any] | None = None,
     ) -> Clock:
         """Measure a dense network on a target, or recall what was `remembered` of both."""
-        target = Target.parse(target) if isinstance(target, str) else target
+        target = as_target(target)
         dense = copy.deepcopy(model).cpu().eval()
         found = recalled(saved, dense, target) or {
             "table": LatencyTable.of(target),

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from pliant.cost import Example
-from pliant.errors import ModelError
 from pliant.latency.runtimes import BLOCK, Sampler
-from pliant.latency.target import SECONDS, Target
+from pliant.latency.target import SECONDS, Target, Where, as_target
 
 Verdict = Literal["faster", "not distinguishable", "slower"]
 
@@ -77,28 +76,32 @@ class Comparison:
         return "not distinguishable"
 
 
-def measure(model: nn.Module, example: Example, target: Target) -> Timing:
+def measure(model: nn.Module, example: Example | Tensor, target: Where) -> Timing:
     """Measure one inference of a network.
 
     Args:
         model: any module; a copy of it runs in eval mode.
         example: inputs of one forward call; rows are repeated up to the target's batch.
-        target: where it is to run.
+        target: where it is to run: a `Target`, text such as ``"torch,threads=2"``, or a function.
 
     Raises:
+        MethodError: the target is none.
         ModelError: the network cannot be run there, or a function's seconds make no sense.
     """
-    return timing(interleaved([target.sampler(model, example)], target)[0])
+    place = as_target(target)
+    return timing(interleaved([place.sampler(model, example)], place)[0])
 
 
-def compare(a: nn.Module, b: nn.Module, example: Example, target: Target) -> Comparison:
+def compare(a: nn.Module, b: nn.Module, example: Example | Tensor, target: Where) -> Comparison:
     """Measure two networks in turn, so that whatever else the machine does falls on both.
 
     Raises:
+        MethodError: the target is none.
         ModelError: one of them cannot be run there, or a function's seconds make no sense.
     """
-    samplers = [target.sampler(model, example) for model in (a, b)]
-    return compared(*interleaved(samplers, target, own=OWN_SURE))
+    place = as_target(target)
+    samplers = [place.sampler(model, example) for model in (a, b)]
+    return compared(*interleaved(samplers, place, own=OWN_SURE))
 
 
 def interleaved(
@@ -173,9 +176,4 @@ def _passes(seconds: float) -> int:
 
 
 def _sample(each: Sampler) -> float:
-    seconds = each()
-    if not (math.isfinite(seconds) and seconds >= 0):
-        raise ModelError(
-            f"A target's function must return seconds, not {seconds!r}: check what it measures."
-        )
-    return max(seconds, TICK)
+    return max(each(), TICK)

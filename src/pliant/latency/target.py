@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -15,10 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pliant.cost import Example
-from pliant.errors import MethodError
+from pliant.errors import MethodError, ModelError
 from pliant.latency.runtimes import BUILT_IN, Sampler, batched, copies_of, on_cpu, sampler
 
 Function = Callable[[nn.Module, Example], float]
@@ -60,7 +61,9 @@ class Target:
     function: Function | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if self.function is None and self.runtime not in BUILT_IN:
+        if self.function is not None:
+            _check_function(self.function)
+        elif self.runtime not in BUILT_IN:
             raise MethodError(
                 f"A target is one of {', '.join(BUILT_IN)}, not {self.runtime!r}; Target.of makes "
                 "one of a function of your own."
@@ -94,7 +97,11 @@ class Target:
                 each; the first call warms up.
             name: what reports call it; times of a named one are kept on disk.
             batch: samples in the example inputs.
+
+        Raises:
+            MethodError: it is no such function.
         """
+        _check_function(function)
         return cls(name, threads=1, batch=batch, function=function)
 
     @classmethod
@@ -132,7 +139,7 @@ class Target:
         """Whether one measurement is costly and not repeated often: functions of the user's."""
         return self.function is not None
 
-    def sampler(self, model: nn.Module, example: Example) -> Sampler:
+    def sampler(self, model: nn.Module, example: Example | Tensor) -> Sampler:
         """Make what gives the seconds of one inference each time it is called, warmed up.
 
         Args:
@@ -174,7 +181,48 @@ class Target:
     def _own(self, model: nn.Module, inputs: Example) -> Sampler:
         assert self.function is not None
         function, network, given = self.function, copy.deepcopy(model).cpu().eval(), on_cpu(inputs)
-        return lambda: float(function(network, given))
+        return lambda: _seconds(function(network, given))
+
+
+Where = Target | str | Function
+"""What names a target; text is read by `Target.parse`."""
+
+
+def as_target(given: Where) -> Target:
+    """Make a target of what names one: itself, text, or a function.
+
+    Raises:
+        MethodError: it names none.
+    """
+    if isinstance(given, Target):
+        return given
+    return Target.parse(given) if isinstance(given, str) else Target.of(given)
+
+
+def _check_function(function: Any) -> None:
+    """Refuse what cannot be called with a module and its example inputs."""
+    try:
+        inspect.signature(function).bind(None, ())
+    except ValueError:  # of a function in C nothing is known
+        return
+    except TypeError as error:
+        raise MethodError(
+            "A target is a Target, text such as 'torch,threads=2', or a function that takes a "
+            f"module and its example inputs and returns seconds, not {function!r}: name one."
+        ) from error
+
+
+def _seconds(found: Any) -> float:
+    """Take what a user's function returned."""
+    try:
+        seconds = float(found)
+    except (TypeError, ValueError):
+        seconds = math.nan
+    if not (math.isfinite(seconds) and seconds >= 0):
+        raise ModelError(
+            f"A target's function must return seconds, not {found!r}: check what it measures."
+        )
+    return seconds
 
 
 def _number(text: str) -> int | float | str:
