@@ -22,7 +22,8 @@ from pliant.cli import app
 from pliant.cost import Cost
 from pliant.errors import BudgetError, ChainError, MethodError, ModelError
 from pliant.latency import LatencyTable, Target, compare, measure, runtimes
-from pliant.latency.compare import _rounds, compared, timing
+from pliant.latency.clock import Clock
+from pliant.latency.compare import BUILDS, _rounds, compared, of_builds, timing
 from pliant.latency.runtimes import batched
 from pliant.latency.table import _between, _spread, _step, input_shape, signature
 from pliant.ops.channels import Place, in_blocks
@@ -185,6 +186,36 @@ def test_what_the_spread_hides_is_not_called_faster():
     assert compared(slow, [s / 2 for s in slow]).verdict == "faster"
 
 
+def test_the_interval_holds_what_builds_differ_by():
+    """Each build is quiet; two of one network lie further apart than a pair of them shows."""
+    a, b = [[1.03] * 20, [1.00] * 20], [[1.00] * 20, [0.99] * 20]
+    assert compared(a[0], b[0]).verdict == "faster"
+    found = of_builds(a, b)
+    assert (found.low, found.high) == (1.0, pytest.approx(1.03 / 0.99))
+    assert found.verdict == "not distinguishable" and found.a.repeats == 20
+    assert of_builds([[2.0] * 20, [2.06] * 20], b).verdict == "faster"
+
+
+@pytest.mark.parametrize(
+    ("runtime", "short", "builds"),
+    [("torch", math.inf, BUILDS), ("torch", 0, 1), ("onnxruntime", math.inf, BUILDS)]
+    + [("compile", math.inf, 1)],
+)
+def test_short_networks_are_built_more_than_once(runtime, short, builds, monkeypatch):
+    monkeypatch.setattr(runtimes, "SHORT", short)
+    monkeypatch.setattr(torch, "compile", lambda network: network)
+    place = Target(runtime, threads=1)
+    assert len(place.samplers(nn.Linear(3, 3), (torch.zeros(1, 3),), BUILDS)) == builds
+    assert len(place.samplers(nn.Linear(3, 3), (torch.zeros(1, 3),))) == 1
+
+
+def test_a_network_that_is_built_alike_takes_its_time_unmeasured():
+    clock = Clock.start(net(), EXAMPLE, scripted(9.0, 0.002, 0.001, 0.003))
+    found = clock.finish(net())
+    assert (found.verdict, found.speedup) == ("not distinguishable", 1.0)
+    assert clock.sides(net())[1] == clock.timing
+
+
 @given(st.integers(8, 400))
 def test_the_interval_holds_the_median_as_often_as_it_says(rounds):
     """Each ratio lies below the true median as often as a coin shows heads."""
@@ -295,7 +326,7 @@ def test_a_graphics_card_is_timed_by_its_own_events(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", device)
     monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: (look(), event)[1])
     monkeypatch.setattr(torch.cuda, "synchronize", look)
-    monkeypatch.setattr(runtimes, "_torch", lambda *_: (look(), look)[1])
+    monkeypatch.setattr(runtimes, "_torch", lambda *_: lambda: (look(), look)[1])
     assert Target("torch", threads=1, device="cuda:1").sampler(net(), EXAMPLE)() > 0
     assert set(seen) == {"cuda:1"} and len(seen) > 8 and current == ["cuda:0"]
 

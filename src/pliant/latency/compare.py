@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 from collections.abc import Sequence
@@ -22,7 +23,8 @@ OWN_ROUNDS = 3  # with a function of the user's: a phone is slow and quiet
 OWN_SURE = 8  # of comparing two networks with it: the fewest that have an interval
 SURE = 1.36  # ranks by sqrt(n) around a median: the normal 1.29 of 99 % fails for some small n
 TICK = 1e-9  # seconds that no clock resolves
-SAME = 0.01  # two builds of one network can differ by as much
+BUILDS = 3  # of each network, where its time depends on where in memory it lies
+SAME = 0.01  # as much can differ between more builds than were measured
 
 
 @dataclass(frozen=True)
@@ -100,8 +102,9 @@ def compare(a: nn.Module, b: nn.Module, example: Example | Tensor, target: Where
         ModelError: one of them cannot be run there, or a function's seconds make no sense.
     """
     place = as_target(target)
-    samplers = [place.sampler(model, example) for model in (a, b)]
-    return compared(*interleaved(samplers, place, own=OWN_SURE))
+    first, second = (place.samplers(model, example, BUILDS) for model in (a, b))
+    rows = interleaved([*first, *second], place, own=OWN_SURE)
+    return of_builds(rows[: len(first)], rows[len(first) :])
 
 
 def interleaved(
@@ -159,6 +162,21 @@ def compared(a: Sequence[float], b: Sequence[float]) -> Comparison:
     edge = math.floor(len(ratios) / 2 - SURE * math.sqrt(len(ratios)))
     low, high = (ratios[edge], ratios[-1 - edge]) if edge >= 0 else (0.0, math.inf)
     return Comparison(timing(a), timing(b), statistics.median(ratios), low, high)
+
+
+def of_builds(a: Sequence[Sequence[float]], b: Sequence[Sequence[float]]) -> Comparison:
+    """Compare two networks by the samples of every build of both, taken in the same rounds.
+
+    The interval holds those of all pairs of builds.
+    """
+    pairs = [compared(one, other) for one, other in itertools.product(a, b)]
+    return Comparison(
+        a=timing([statistics.median(turn) for turn in zip(*a, strict=True)]),
+        b=timing([statistics.median(turn) for turn in zip(*b, strict=True)]),
+        speedup=statistics.median(pair.speedup for pair in pairs),
+        low=min(pair.low for pair in pairs),
+        high=max(pair.high for pair in pairs),
+    )
 
 
 def _rounds(cost: float, seconds: float, least: int) -> int:

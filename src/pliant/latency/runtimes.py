@@ -35,9 +35,13 @@ if TYPE_CHECKING:
 Sampler = Callable[[], float]
 """Runs a network for a moment and returns the seconds of one pass."""
 
+Build = Callable[[], Callable[[], Any]]
+"""Makes what runs a network once, in memory of its own each time."""
+
 BUILT_IN = ("onnxruntime", "torch", "compile")
 BLOCK = 2e-4  # seconds that one sample takes at least: long for a clock, short for a scheduler
 WARM_UP = 3  # passes before the first that counts
+SHORT = 1e-3  # seconds of a pass in which it shows where in memory a network lies
 COPIES = (4, 8)  # of a layer in a row, where they are small, and at most
 CACHES = 2**24  # bytes: copies with large weights together fill what would keep them near
 LARGE = 2**20  # bytes of weights that are large
@@ -75,8 +79,17 @@ def copies_of(layer: nn.Module) -> list[nn.Module]:
     return made
 
 
-def sampler(models: Sequence[nn.Module], inputs: Example, target: Target) -> Sampler:
-    """Make the sampler of one network, or of copies of a layer; its time is that of one of them.
+def samplers(
+    models: Sequence[nn.Module], inputs: Example, target: Target, builds: int = 1
+) -> list[Sampler]:
+    """Make samplers of one network, or of copies of a layer; their time is that of one of them.
+
+    Args:
+        models: the network alone, or the copies.
+        inputs: of one forward call.
+        target: where it runs.
+        builds: how often a short network is built anew. Its time depends on where in memory its
+            tensors come to lie; that of a long one does not, and compiling twice takes too long.
 
     Raises:
         ModelError: the network cannot be run on the target.
@@ -86,9 +99,12 @@ def sampler(models: Sequence[nn.Module], inputs: Example, target: Target) -> Sam
     model = single or Copies(models, added=target.runtime == "onnxruntime")
     try:
         with _current(target.device):
-            go = _onnx(model, inputs, target) if target.runtime == "onnxruntime" else None
-            go = go or _torch(model, inputs, target)
-            inner = _warm_up(go)
+            make = _onnx if target.runtime == "onnxruntime" else _torch
+            build = make(model, inputs, target)
+            first = build()
+            took = _warm_up(first)
+            more = builds - 1 if took < SHORT and target.runtime != "compile" else 0
+            built = [first, *(build() for _ in range(more))]
     except (ImportError, ModelError):
         raise
     except Exception as error:  # runtimes have dozens of kinds of their own
@@ -97,10 +113,15 @@ def sampler(models: Sequence[nn.Module], inputs: Example, target: Target) -> Sam
             f"{type(models[0]).__name__} must run on {target} to be measured, but fails "
             f"({_cause(error)}): choose another target."
         ) from error
+    inner = max(1, math.ceil(BLOCK / max(took, 1e-9)))  # passes that fill one sample
     passes = inner * len(models)
-    if target.device.startswith("cuda"):
-        return lambda: _on_cuda(go, inner, target.device) / passes
-    return lambda: _seconds(go, inner) / passes
+
+    def timed(go: Callable[[], Any]) -> Sampler:
+        if target.device.startswith("cuda"):
+            return lambda: _on_cuda(go, inner, target.device) / passes
+        return lambda: _seconds(go, inner) / passes
+
+    return [timed(go) for go in built]
 
 
 def _check_runs(model: nn.Module, inputs: Example) -> None:
@@ -166,10 +187,9 @@ def _on_cuda(go: Callable[[], Any], times: int, device: str) -> float:
     return first.elapsed_time(last) / 1000
 
 
-def _warm_up(go: Callable[[], Any]) -> int:
-    """Run until caches are filled; return how many passes fill one sample."""
-    went = min(_seconds(go, 1) for _ in range(WARM_UP))
-    return max(1, math.ceil(BLOCK / max(went, 1e-9)))
+def _warm_up(go: Callable[[], Any]) -> float:
+    """Run until caches are filled; return the seconds of one pass."""
+    return min(_seconds(go, 1) for _ in range(WARM_UP))
 
 
 def channels_last(tensor: Tensor) -> Tensor:
@@ -178,7 +198,7 @@ def channels_last(tensor: Tensor) -> Tensor:
     return tensor if layout is None else tensor.contiguous(memory_format=layout)
 
 
-def _torch(model: nn.Module, inputs: Example, target: Target) -> Callable[[], Any]:
+def _torch(model: nn.Module, inputs: Example, target: Target) -> Build:
     dtype = getattr(torch, target.dtype)
 
     def put(value: Any) -> Any:
@@ -187,18 +207,21 @@ def _torch(model: nn.Module, inputs: Example, target: Target) -> Callable[[], An
         value = value.to(target.device, dtype if value.is_floating_point() else None)
         return channels_last(value)
 
-    network: Any = copy.deepcopy(model).to(target.device, dtype).eval()
-    for tensor in itertools.chain(network.parameters(), network.buffers()):
-        tensor.data = channels_last(tensor.data)
-    given = tree_map(put, inputs)
-    if target.runtime == "compile":
-        network = _compiled(network)
+    def build() -> Callable[[], Any]:
+        network: Any = copy.deepcopy(model).to(target.device, dtype).eval()
+        for tensor in itertools.chain(network.parameters(), network.buffers()):
+            tensor.data = channels_last(tensor.data)
+        given = tree_map(put, inputs)
+        if target.runtime == "compile":
+            network = _compiled(network)
 
-    def go() -> None:
-        with _threads(target.threads), torch.inference_mode():
-            _run(network, given)
+        def go() -> None:
+            with _threads(target.threads), torch.inference_mode():
+                _run(network, given)
 
-    return go
+        return go
+
+    return build
 
 
 def _run(network: Callable[..., Any], given: Any) -> Any:
@@ -234,7 +257,7 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _onnx(model: nn.Module, inputs: Example, target: Target) -> Callable[[], Any]:
+def _onnx(model: nn.Module, inputs: Example, target: Target) -> Build:
     require("onnx", "onnx")
     runtime = require("onnxruntime", "onnx")
     options = runtime.SessionOptions()
@@ -259,12 +282,16 @@ def _onnx(model: nn.Module, inputs: Example, target: Target) -> Callable[[], Any
             )
         return lambda: session.run(None, taken)
 
+    def checked(graph: bytes) -> Build:
+        first = [ready(graph)]
+        return lambda: first.pop() if first else ready(graph)
+
     # The exporter from TorchScript takes a tenth of the time of its successor, and onnxruntime
     # runs both graphs equally fast; what it cannot write, or writes wrongly, the successor may.
     try:
-        return ready(_scripted(flat))
+        return checked(_scripted(flat))
     except Exception:  # anything at all: the other way is tried, and speaks for itself
-        return ready(_traced(flat))
+        return checked(_traced(flat))
 
 
 def on_cpu(inputs: Example) -> Any:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from pliant.cost import Example
 from pliant.errors import MethodError, ModelError
-from pliant.latency.runtimes import BUILT_IN, Sampler, batched, copies_of, on_cpu, sampler
+from pliant.latency.runtimes import BUILT_IN, Sampler, batched, copies_of, on_cpu, samplers
 
 Function = Callable[[nn.Module, Example], float]
 
@@ -146,10 +146,22 @@ class Target:
             model: measured as it is now, in eval mode, on a copy.
             example: inputs of one forward call; rows are repeated up to the target's batch.
         """
+        return self.samplers(model, example)[0]
+
+    def samplers(
+        self, model: nn.Module, example: Example | Tensor, builds: int = 1
+    ) -> list[Sampler]:
+        """Make samplers of so many builds of a network, or of one where they would not differ.
+
+        Args:
+            model: measured as it is now, in eval mode, on copies.
+            example: inputs of one forward call; rows are repeated up to the target's batch.
+            builds: how often a network that takes less than a millisecond is built.
+        """
         inputs = batched(example, self.batch)
         if self.function is not None:
-            return self._own(model, inputs)
-        return sampler([model], inputs, self)
+            return [self._own(model, inputs)]
+        return samplers([model], inputs, self, builds)
 
     def layer_sampler(self, layer: nn.Module, example: Example) -> Sampler:
         """Make a sampler of one layer as it runs within a network.
@@ -159,7 +171,7 @@ class Target:
         """
         if self.function is not None:
             return self._own(layer, example)
-        return sampler(copies_of(layer), example, self)
+        return samplers(copies_of(layer), example, self)[0]
 
     def fingerprint(self) -> dict[str, Any]:
         """Return all that a time depends on beside the layer: settings, machine, versions."""
