@@ -56,9 +56,10 @@ class Comparison:
     Attributes:
         a: times of the first.
         b: times of the second.
-        speedup: how many times faster the second is: the median of the ratios of each round.
-        low: lower end of the interval that holds the true median at 99 %; 0 where fewer than
-            eight rounds have none.
+        speedup: how many times faster the second is: the median of the ratios of each round, and
+            of the pairs of builds.
+        low: lower end of the interval that holds the true median at 99 % for every pair of
+            builds; 0 where fewer than eight rounds have none.
         high: upper end; infinite where there is none.
     """
 
@@ -96,6 +97,9 @@ def measure(model: nn.Module, example: Example | Tensor, target: Where) -> Timin
 
 def compare(a: nn.Module, b: nn.Module, example: Example | Tensor, target: Where) -> Comparison:
     """Measure two networks in turn, so that whatever else the machine does falls on both.
+
+    Those that take less than a millisecond are built three times each, since their time depends
+    on where in memory they lie.
 
     Raises:
         MethodError: the target is none.
