@@ -302,6 +302,17 @@ def test_only_plain_data_goes_beside_the_weights(extra: dict[str, Any], tmp_path
     assert not list(tmp_path.iterdir())
 
 
+def test_a_file_of_another_kind_is_not_replaced(tmp_path: Path, file: Path) -> None:
+    text, empty = tmp_path / "keep.txt", tmp_path / "empty"
+    text.write_text("three years")
+    with pytest.raises(OutputError, match="keep.txt must be a new file or an earlier .pliant file"):
+        save(text, tiny(), ())
+    assert text.read_text() == "three years"
+    empty.touch()
+    for path in (file, empty):
+        assert not inspect(save(path, tiny(), ())).edits
+
+
 def test_a_full_disk_leaves_the_old_file(tmp_path: Path, file: Path) -> None:
     """A limit on the size of files stops the write where a full disk would."""
     old, limits = file.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)

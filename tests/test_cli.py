@@ -315,6 +315,28 @@ def test_onnx_is_written_and_compared(tmp_path: Path) -> None:
     words = ("export", tmp_path / "model.pliant", "--architecture", "tests.test_cli:Small")
     found = json.loads(cli(*words, "--onnx", tmp_path / "again.onnx", "--json").stdout)
     assert Path(found["path"]).exists() and found["opset"] == onnx["opset"]
+    again = cli(*words, "--onnx", tmp_path / "again.onnx", "--json", "--force").stdout
+    assert json.loads(again) == found
+
+
+def test_an_export_does_not_write_over_what_exists(tmp_path: Path) -> None:
+    cli(*QUICK, "--out", tmp_path)
+    file, link, text = (tmp_path / name for name in ("model.pliant", "link", "keep.txt"))
+    old = file.read_bytes()
+    link.symlink_to(file)
+    text.write_text("three years")
+    words = ("export", file, "--architecture", "tests.test_cli:Small", "--input", "1,8,8")
+    for place in (file, link):
+        said = cli(*words, "--onnx", place, "--force", code=2).stderr
+        assert "is the network that is exported" in said
+    assert "add --force" in cli(*words, "--onnx", text, code=2).stderr
+    assert "another kind of file" in cli(*words, "--onnx", text, "--force", code=2).stderr
+    assert file.read_bytes() == old and text.read_text() == "three years"
+
+
+def test_a_run_does_not_begin_where_its_network_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "model.pliant").write_text("three years")
+    assert "another kind of file" in cli(*QUICK, "--out", tmp_path, "--force", code=2).stderr
 
 
 # ---------------------------------------------------------------- progress

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pliant import export, zoo
+from pliant import artifact, export, zoo
 from pliant.errors import ArtifactError, MissingExtraError, ModelError, OutputError
 from pliant.export import Exported, to_onnx, to_program
 from pliant.math.forms import forms_for, max_ranks
@@ -215,15 +215,37 @@ def test_outputs_that_differ_leave_the_old_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "a.onnx"
-    path.write_text("old")
+    path.write_bytes(b"\x08old")
     model = nn.Sequential(nn.Linear(4, 4))
     with pytest.raises(ArtifactError, match="differ by up to .* where -1 is allowed"):
         to_onnx(model, path, noise(1, 4), tolerance=-1)
-    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    assert path.read_bytes() == b"\x08old" and list(tmp_path.iterdir()) == [path]
+    program = tmp_path / "a.pt2"
+    to_program(model, noise(1, 4), program)
+    old = program.read_bytes()
     monkeypatch.setattr(export, "_difference", lambda *_: float("nan"))
     with pytest.raises(ArtifactError, match="differ by up to nan"):
+        to_program(model, noise(1, 4), program)
+    assert program.read_bytes() == old
+
+
+@pytest.mark.parametrize("suffix", ["txt", "pliant"])
+def test_a_file_of_another_kind_is_not_replaced(suffix: str, tmp_path: Path) -> None:
+    model, path = nn.Sequential(nn.Linear(4, 4)), tmp_path / f"keep.{suffix}"
+    path.write_text("three years") if suffix == "txt" else artifact.save(path, model, ())
+    old = path.read_bytes()
+    with pytest.raises(OutputError, match="another kind of file is there"):
+        to_onnx(model, path, noise(1, 4))
+    with pytest.raises(OutputError, match="another kind of file is there"):
         to_program(model, noise(1, 4), path)
-    assert path.read_text() == "old"
+    assert path.read_bytes() == old
+
+
+def test_a_program_is_written_over_an_earlier_one(tmp_path: Path) -> None:
+    path = tmp_path / "a.pt2"
+    for width in (4, 3):
+        to_program(nn.Sequential(nn.Linear(width, 4)), noise(1, width), path)
+    assert torch.export.load(path).module()(*noise(1, 3)).shape == (1, 4)
 
 
 def test_differences_see_shapes_and_numbers() -> None:

@@ -26,6 +26,8 @@ from pliant.codecs.container import (
     MANIFEST,
     MANIFEST_LIMIT,
     WEIGHTS,
+    check_replaceable,
+    is_pliant,
     opened,
     pack,
     read,
@@ -55,7 +57,8 @@ def save(
     """Write a compressed network to one file that `load` rebuilds, the same bytes every time.
 
     Args:
-        path: where to; an existing file is replaced only when the new one is complete.
+        path: where to; an earlier ``.pliant`` file is replaced, once the new one is complete, and
+            a file of another kind is refused.
         model: plain modules only.
         edits: what was done to the dense network, in order.
         source: what builds the dense network, for commands: a zoo name or module:callable.
@@ -67,9 +70,11 @@ def save(
     Raises:
         ModelError: the model has parametrizations, or state that is not made of tensors.
         ArtifactError: `extra` is not plain data.
-        OutputError: the file cannot be written; an existing one is as it was.
+        OutputError: a file of another kind is there, or the file cannot be written; an existing
+            one is as it was.
     """
     path = Path(path)
+    check_replaceable(path, ".pliant", is_pliant)
     if encode is not None and encode not in codec.CHOICES:
         raise ArtifactError(
             f"Tensors are coded by one of {', '.join(codec.CHOICES)}, or not at all (None), not "

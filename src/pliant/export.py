@@ -7,6 +7,7 @@ import logging
 import os
 import tempfile
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from torch.export import Dim, ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
+from pliant.codecs.container import check_replaceable
 from pliant.cost import Example, call
 from pliant.errors import ArtifactError, ModelError, OutputError, require
 from pliant.ops.coded import decoded
@@ -63,7 +65,8 @@ def to_onnx(
 
     Args:
         model: plain modules only.
-        path: where to; an existing file is replaced only when the new one agrees.
+        path: where to; an earlier ONNX file is replaced, once the new one agrees, and a file of
+            another kind is refused.
         example: inputs of one forward call: a tuple, or a mapping of keyword arguments. The
             first axis of every tensor that is as long as the first tensor's is the batch.
         opset: version of the operators; PyTorch's choice if None.
@@ -75,11 +78,13 @@ def to_onnx(
         MissingExtraError: onnx, onnxscript or onnxruntime are not installed.
         ModelError: the network cannot be exported.
         ArtifactError: the outputs differ by more than the tolerance; nothing is written.
-        OutputError: the file cannot be written.
+        OutputError: a file of another kind is there, or the file cannot be written.
     """
     for module in ("onnx", "onnxscript", "onnxruntime"):
         require(module, "onnx")
-    path, (network, batch) = Path(path), _prepared(model, example)
+    path = Path(path)
+    check_replaceable(path, "ONNX", _is_onnx)
+    network, batch = _prepared(model, example)
     args, kwargs = ((), dict(batch)) if isinstance(batch, Mapping) else (batch, None)
     traced = copy.deepcopy(network)
     if deployable(traced):
@@ -119,15 +124,18 @@ def to_program(
     Args:
         model: plain modules only; it stays as it is, the program is in eval mode on the CPU.
         example: as for `to_onnx`.
-        path: where to write it too, as ``.pt2``. That is PyTorch's own format, read by
-            ``torch.export.load``; open only files that you trust.
+        path: where to write it too, as ``.pt2``; an earlier one is replaced, and a file of
+            another kind is refused. That is PyTorch's own format, read by ``torch.export.load``;
+            open only files that you trust.
         tolerance: largest absolute difference of outputs that is accepted.
 
     Raises:
         ModelError: the network cannot be exported.
         ArtifactError: the outputs differ by more than the tolerance.
-        OutputError: the file cannot be written.
+        OutputError: a file of another kind is there, or the file cannot be written.
     """
+    if path is not None:
+        check_replaceable(Path(path), ".pt2", _is_program)
     network, batch = _prepared(model, example)
     args, kwargs = ((), dict(batch)) if isinstance(batch, Mapping) else (batch, None)
     with _exporting(model, "a program"), _quiet():
@@ -247,6 +255,23 @@ def _quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+def _is_onnx(path: Path) -> bool:
+    """An ONNX file has no signature, but its first field is always its version."""
+    try:
+        with path.open("rb") as stream:
+            return stream.read(1) == b"\x08"
+    except OSError:
+        return False
+
+
+def _is_program(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/archive_format") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile):
+        return False
 
 
 @contextmanager

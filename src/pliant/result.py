@@ -144,13 +144,14 @@ class Result:
         """Write the network to one ``.pliant`` file that ``pliant.load`` rebuilds.
 
         Args:
-            path: where to; an existing file is replaced only when the new one is complete.
+            path: where to; an earlier ``.pliant`` file is replaced, once the new one is complete,
+                and a file of another kind is refused.
             source: what builds the dense network, for commands: a zoo name or module:callable.
             encode: store tensors coded where that is smaller, without loss: ``hac`` by Huffman,
                 ``ans`` at the entropy, ``auto`` in whichever is smallest.
 
         Raises:
-            OutputError: the file cannot be written.
+            OutputError: a file of another kind is there, or the file cannot be written.
         """
         return artifact.save(path, self.model, self.edits, source=source, encode=encode)
 

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from pliant.cli import console, folder, source
-from pliant.errors import ArtifactError
+from pliant.errors import ArtifactError, OutputError
 from pliant.export import to_onnx
 from pliant.render import table
 
@@ -45,11 +45,15 @@ def export(
     shape: Annotated[
         str | None, typer.Option("--input", help="shape of one input, such as 3,32,32")
     ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", "--overwrite", help="replace an earlier ONNX file")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Write a compressed network as ONNX, and compare its outputs with onnxruntime."""
     if not onnx.parent.is_dir():
         raise ArtifactError(f"There is no folder {onnx.parent} to write to: make it first.")
+    _check_free(onnx, file, force=force)
     found = source.find(file, weights=weights, architecture=architecture)
     done = to_onnx(found.model, onnx, source.example(found, shape))
     if as_json:
@@ -62,3 +66,13 @@ def export(
         soft_wrap=True,
         markup=False,
     )
+
+
+def _check_free(onnx: Path, file: str, *, force: bool) -> None:
+    """Refuse to write over the input, ever, and over what exists without being told."""
+    if not onnx.exists():
+        return
+    if Path(file).exists() and onnx.samefile(file):
+        raise OutputError(f"{onnx} is the network that is exported: name another file for --onnx.")
+    if not force:
+        raise OutputError(f"{onnx} exists: name another file for --onnx, or add --force.")

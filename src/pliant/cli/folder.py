@@ -9,7 +9,7 @@ from typing import Any
 
 from pliant import artifact
 from pliant.api import CONTROL
-from pliant.codecs.container import replacing
+from pliant.codecs.container import check_replaceable, is_pliant, replacing
 from pliant.cost import Example
 from pliant.drivers.checkpoint import NAME as CHECKPOINT
 from pliant.errors import ArtifactError, MissingExtraError, ModelError, OutputError
@@ -33,7 +33,7 @@ def claim(out: Path, *, force: bool, resume: bool, own: bool = False) -> None:
         own: replace its content without being told, if it is nothing but a run.
 
     Raises:
-        OutputError: it holds something, or cannot be made.
+        OutputError: it holds something, or a model.pliant that is none, or cannot be made.
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -48,6 +48,7 @@ def claim(out: Path, *, force: bool, resume: bool, own: bool = False) -> None:
             "--force does it once more."
         )
     if not held or force or resume or (own and OURS.issuperset(held)):
+        check_replaceable(out / MODEL, ".pliant", is_pliant)
         return
     raise OutputError(
         f"{out} exists and holds {', '.join(held[:3])}{' and more' if len(held) > 3 else ''}: "
@@ -81,6 +82,7 @@ def fill(
     """
     kept: dict[str, Any] = {"source": source, "extra": extra, "encode": encode}
     model = artifact.save(out / MODEL, result.model, result.edits, **kept)
+    (out / ONNX).unlink(missing_ok=True)  # an earlier run's; `claim` was told to replace it
     exported, note = _export(out / ONNX, result, example) if onnx else ({}, "")
     report = replace(result.report, export=exported)
     files = [*write_reports(out, report), model]

@@ -11,7 +11,7 @@ import secrets
 import struct
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -41,6 +41,32 @@ def pack(path: Path, manifest: bytes, weights: bytes) -> None:
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "x") as archive:
         _write(archive, MANIFEST, manifest)
         _write(archive, WEIGHTS, weights)
+
+
+def check_replaceable(path: Path, kind: str, known: Callable[[Path], bool]) -> None:
+    """Refuse to write where a file of another kind lies; an empty one may go.
+
+    Raises:
+        OutputError: there is such a file.
+    """
+    try:
+        held = path.is_file() and path.stat().st_size > 0
+    except OSError:  # of the folder: writing will say why
+        return
+    if held and not known(path):
+        raise OutputError(
+            f"{path} must be a new file or an earlier {kind} file, but another kind of file is "
+            "there: choose another path, or remove it first."
+        )
+
+
+def is_pliant(path: Path) -> bool:
+    """Say whether a file has the two members of a ``.pliant`` file; nothing is unpacked."""
+    try:
+        with opened(path):
+            return True
+    except ArtifactError:
+        return False
 
 
 @contextmanager
