@@ -28,13 +28,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from pliant import artifact, zoo
+from pliant import artifact, registry, zoo
+from pliant.api import compress
 from pliant.artifact import MANIFEST, WEIGHTS, Manifest, inspect, load, save
 from pliant.codecs import container, manifest
+from pliant.data import Train
 from pliant.errors import ArtifactError, ModelError, OutputError
 from pliant.math.forms import forms_for, max_ranks
 from pliant.ops import layers
 from pliant.ops.edits import Edit, Factor, replay
+from pliant.run import start
 
 
 def tiny() -> nn.Sequential:
@@ -185,6 +188,27 @@ class Tied(nn.Module):
         self.register_buffer("scratch", torch.zeros(3), persistent=False)
 
 
+NORMS = [
+    parametrizations.weight_norm,
+    parametrizations.spectral_norm,
+    parametrizations.orthogonal,
+]
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_parametrizations_of_the_dense_network_stay(norm: Any, tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(16, 16), nn.ReLU(), norm(nn.Linear(16, 8)))
+
+    inputs = torch.rand(32, 16)
+    data, train = (inputs, torch.arange(32) % 8), Train(epochs=1, batch=8)
+    result = compress(build(), data, "energy", "params=0.8", train=train)
+    result.save(tmp_path / "a.pliant")
+    for dense in (build, build()):
+        model = load(tmp_path / "a.pliant", dense).eval()
+        assert torch.equal(model(inputs), result.model(inputs))
+
+
 def test_shared_tensors_are_stored_once_and_stay_shared(tmp_path: Path) -> None:
     model, edits = Tied(), (Factor("middle", "svd", (2,)),)
     replay(model, edits)
@@ -262,11 +286,14 @@ def test_zeros_are_packed_and_noise_is_not(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- what is not written
 
 
-def test_a_parametrized_model_is_refused(tmp_path: Path) -> None:
-    model = nn.Sequential(parametrizations.orthogonal(nn.Linear(4, 4)))
-    with pytest.raises(ModelError, match="0 is parametrized"):
-        save(tmp_path / "a.pliant", model, ())
+def test_an_unfinished_model_is_refused(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    run = start(model, registry.build("weightalign"), example=(torch.rand(1, 3, 8, 8),))
+    with pytest.raises(ModelError, match=r"call run.finish\(\) before saving"):
+        save(tmp_path / "a.pliant", model, run.edits)
     assert not list(tmp_path.iterdir())
+    run.finish()
+    save(tmp_path / "a.pliant", model, run.edits)
 
 
 class Counting(nn.Linear):

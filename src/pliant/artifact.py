@@ -19,7 +19,6 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
-from torch.nn.utils import parametrize
 
 from pliant.codecs import tensors as codec
 from pliant.codecs.container import (
@@ -35,6 +34,7 @@ from pliant.codecs.container import (
 )
 from pliant.codecs.manifest import DTYPES, UNCODED, VERSION, Manifest, Spec, parse, write
 from pliant.errors import ArtifactError, ModelError
+from pliant.ops.align import Align
 from pliant.ops.coded import Coded
 from pliant.ops.edits import Edit, replay
 
@@ -59,7 +59,8 @@ def save(
     Args:
         path: where to; an earlier ``.pliant`` file is replaced, once the new one is complete, and
             a file of another kind is refused.
-        model: plain modules only.
+        model: as the edits have made it. Parametrizations of the dense network, such as weight
+            norm, stay: what builds the network puts them on again.
         edits: what was done to the dense network, in order.
         source: what builds the dense network, for commands: a zoo name or module:callable.
         extra: plain data to keep beside it: class names, input shape, normalization.
@@ -68,7 +69,8 @@ def save(
             which few are distinct: pruned, shared or quantized ones. None stores all as they are.
 
     Raises:
-        ModelError: the model has parametrizations, or state that is not made of tensors.
+        ModelError: the compression is not finished, or the model has state that is not made of
+            tensors.
         ArtifactError: `extra` is not plain data.
         OutputError: a file of another kind is there, or the file cannot be written; an existing
             one is as it was.
@@ -101,10 +103,10 @@ def save(
 def _tensors(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Every tensor of the state once, on the CPU, and the other names of shared ones."""
     for name, module in model.named_modules():
-        if parametrize.is_parametrized(module):
+        if isinstance(module, Align):  # those that the dense network has are built with it again
             raise ModelError(
-                f"A file holds plain modules, but {name or 'the model'} is parametrized: finish "
-                "the compression, or call torch.nn.utils.parametrize.remove_parametrizations."
+                f"A file holds a finished network, but a method still computes {name}: call "
+                "run.finish() before saving."
             )
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
