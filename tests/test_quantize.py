@@ -248,6 +248,26 @@ def test_numbers_that_do_not_fit_are_refused(edit: Quantize) -> None:
         edit.apply(nn.Sequential(nn.Linear(8, 8)))
 
 
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("budget", [None, "bytes=0.3"])
+def test_a_network_of_16_bits_stays_one(
+    kind: torch.dtype, budget: str | None, tmp_path: Path
+) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        rows = [nn.Linear(32, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU()]
+        return nn.Sequential(*rows, nn.Linear(64, 4)).to(kind)
+
+    inputs = torch.randn(128, 32, generator=torch.Generator().manual_seed(1)).to(kind)
+    dense = build().eval()
+    data = inputs, dense(inputs).argmax(1)
+    result = compress(dense, data, "groupwise_ptq(bits=8, activations=8)", budget)
+    found = result.model(inputs)
+    assert found.dtype == kind and (found - dense(inputs)).abs().max() < 0.1
+    result.save(tmp_path / "a.pliant")
+    assert torch.equal(load(tmp_path / "a.pliant", build).eval()(inputs), found)
+
+
 def test_activations_need_data() -> None:
     with pytest.raises(MethodError, match="pass data, or round weights only"):
         start(convnet(), GroupwisePTQ(), example=(noise(1, 3, 8, 8),))

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from pliant.budget import Option
@@ -32,6 +32,7 @@ from pliant.run import Run
 
 CHOICES = (8, 4, 3, 2)  # bits among which a budget chooses
 LONGEST = 100_000  # steps of one stage
+HALF = (torch.float16, torch.bfloat16)
 
 
 @register(
@@ -57,6 +58,7 @@ class GroupwisePTQ(Method):
     *Departs from the paper*: its abstract names groups and stages, and no formula; quantizers
     and losses are the usual ones of block reconstruction. Scales are trained by their logarithms,
     all blocks of the first stage at the same time, and a block that got worse is taken back.
+    Networks in 16 bits learn in 32.
 
     >>> GroupwisePTQ(bits=8, activations=8).groups
     4
@@ -102,9 +104,9 @@ class GroupwisePTQ(Method):
         look = self._look(run) if _has_data(run) else []
         choices = self._choices(run)
         batch = look[0] if look else None
-        scores = harm(run.model, choices, self.grouping, batch) if run.limits() else {}
+        teacher = _wide(run.model).eval().requires_grad_(False)
+        scores = harm(teacher, choices, self.grouping, batch) if run.limits() else {}
         plan = _spent(run, choices, scores)
-        teacher = copy.deepcopy(run.model).eval().requires_grad_(False)
         flows = observe(teacher, plan, look)
         values = {n: begun(teacher, e, self.grouping, flows.get(n)) for n, e in plan.items()}
         if look:
@@ -123,7 +125,7 @@ class GroupwisePTQ(Method):
         tunable(student, {name: (edit.written, values[name]) for name, edit in plan.items()})
         if self.correct:
             correct(teacher, student, look)
-        parts, batches = blocks(teacher, plan, run.example), self._stream(run)
+        parts, batches = blocks(run.model, plan, run.example), self._stream(run)
         rates = Rates(self.lr, self.scale_lr)
         errors = independent(
             teacher, student, parts, batches, steps=self.independent, rates=rates, check=look
@@ -217,23 +219,38 @@ def _has_data(run: Run) -> bool:
     return run.data is not None and run.data.has("train")
 
 
+def _wide(model: nn.Module) -> nn.Module:
+    """Copy a network; one of 16 bits becomes one of 32, since they are too few for small steps."""
+    copied = copy.deepcopy(model)
+    return copied.float() if _is_half(model) else copied
+
+
+def _is_half(model: nn.Module) -> bool:
+    return any(parameter.dtype in HALF for parameter in model.parameters())
+
+
 def _stream(run: Run, samples: int, batch: int) -> Iterator[Example]:
-    """Give inputs of a few samples without end, each time augmented anew."""
-    device = next(run.model.parameters()).device
+    """Give inputs of a few samples without end, each time augmented anew, for `_wide`."""
+    device, half = next(run.model.parameters()).device, _is_half(run.model)
     assert run.data is not None
     try:
         few = run.data.subset(train=samples, seed=run.seed)
     except DataError:  # a loader: what it gives first, again and again
         again = run.data.calibration(samples, batch=batch, seed=run.seed)
-        yield from (_moved(example, device) for example in itertools.cycle(again))
+        yield from (_moved(example, device, half=half) for example in itertools.cycle(again))
         return
     for epoch in itertools.count():
         passes = few.batches("train", batch, seed=run.seed, epoch=epoch, augment=True, shuffle=True)
-        yield from (_moved(unpack(item)[0], device) for item in passes)
+        yield from (_moved(unpack(item)[0], device, half=half) for item in passes)
 
 
-def _moved(example: Any, device: torch.device) -> Any:
-    return tree_map(lambda v: v.to(device) if isinstance(v, Tensor) else v, example)
+def _moved(example: Any, device: torch.device, *, half: bool) -> Any:
+    def move(value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        return value.to(device, torch.float32 if half and value.dtype in HALF else value.dtype)
+
+    return tree_map(move, example)
 
 
 def _spent(
