@@ -185,6 +185,28 @@ def test_inputs_of_another_shape_name_it(plan: Train | None) -> None:
     refused(ModelError, "(1, 3, 8, 8)", lambda: pliant.compress(net(), wrong, Never(), train=plan))
 
 
+@pytest.mark.parametrize(
+    "example, says",
+    [
+        (samples()[0][:0], "at least one row, but its shape is (0, 1, 8, 8)"),
+        (spoilt(float("nan"))[0], "must be finite"),
+        ((spoilt(float("inf"))[0],), "must be finite"),
+        ({"x": spoilt(float("nan"))[0]}, "must be finite"),
+    ],
+)
+@pytest.mark.parametrize("method", ["energy", "magnitude", "nrmf", Never()])
+def test_an_example_that_says_nothing_is_refused(method: Any, example: Any, says: str) -> None:
+    call = lambda: pliant.compress(net(), None, method, "params=0.5", example=example)  # noqa: E731
+    refused(DataError, says, call)
+
+
+def test_a_mask_of_minus_infinity_is_an_example() -> None:
+    model, mask = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), torch.zeros(1, 4)
+    mask[0, 3] = -float("inf")
+    example = {"src": torch.rand(1, 4, 8), "src_key_padding_mask": mask}
+    pliant.start(model, Never(), example=example)
+
+
 def test_neither_data_nor_example_is_refused() -> None:
     refused(ModelError, "example=(inputs,)", lambda: pliant.compress(net(), None, Never()))
 
@@ -195,6 +217,37 @@ def test_a_plan_of_another_kind_is_refused() -> None:
 
 
 # ---------------------------------------------------------------- models
+
+
+def broken() -> Net:
+    model = net()
+    with torch.no_grad():
+        model.conv2.weight[1, 1, 1, 1] = float("nan")
+    return model
+
+
+@pytest.mark.parametrize("method", ["energy", "nrmf", Never()])
+@pytest.mark.parametrize("plan", [SHORT, None])
+def test_a_weight_that_is_not_finite_is_named(method: Any, plan: Train | None) -> None:
+    call = lambda: pliant.compress(broken(), data(), method, train=plan)  # noqa: E731
+    refused(ModelError, "conv2.weight of Net holds NaN", call)
+
+
+def test_a_statistic_that_is_not_finite_is_named() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    model[1].running_var[2] = float("inf")
+    call = lambda: pliant.start(model, Never(), example=(torch.rand(2, 4),))  # noqa: E731
+    refused(ModelError, "1.running_var", call)
+
+
+def test_a_probe_does_not_look_at_what_is_not_finite() -> None:
+    call = lambda: pliant.analyze(broken(), samples(), "output_sensitivity")  # noqa: E731
+    refused(ModelError, "conv2.weight of Net holds NaN", call)
+
+
+def test_the_command_that_inspects_names_it_too() -> None:
+    result = cli("inspect", "tests.test_errors:broken", "--input", "1,8,8")
+    assert result.exit_code == 2 and "conv2.weight of Net holds NaN" in result.stderr
 
 
 class Failing(Net):

@@ -20,6 +20,7 @@ from pliant.latency.clock import Clock
 from pliant.latency.memory import recall_layers, remembered
 from pliant.method import Method
 from pliant.ops.edits import Edit, Replaced, from_json, to_json
+from pliant.ops.finite import check_example, check_weights
 from pliant.ops.optim import carry
 
 
@@ -389,7 +390,9 @@ def start(
     Raises:
         BudgetError: the budget is malformed, or bounds latency without a target.
         MethodError: the target is none.
-        ModelError: there is neither data nor example, or the model fails on it.
+        ModelError: there is neither data nor example, the model fails on it, or a weight is not
+            finite.
+        DataError: the example has no row, or is not finite.
     """
     if not example:
         if data is None:
@@ -397,6 +400,8 @@ def start(
                 "Counting needs the inputs of one forward call: give example=(inputs,) or data."
             )
         example = data.example()
+    check_weights(model)
+    check_example(example)
     times = (saved or {}).get("clock")
     clock = None if target is None else Clock.start(model, example, target, times)
     dense = cost(model, example)

@@ -373,8 +373,10 @@ def bad_options_and_norms_are_refused() -> None:
     for options in ({"rate": 1.0}, {"alpha": 1.5}, {"sigma": 0.0}, {"interval": 0}):
         with pytest.raises(MethodError):
             run_of(pair(1.0, 2.0), ASRFP(**options))  # type: ignore[arg-type]
+    run = run_of(pair(1.0, 2.0), ASRFP())
+    run.model[0].weight.data[0] = math.nan
     with pytest.raises(TrainingError, match="must stay finite"):
-        run_of(pair(1.0, math.nan), ASRFP()).finish()
+        run.finish()
 
 
 def a_budget_sets_the_rate() -> None:

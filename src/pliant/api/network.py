@@ -92,8 +92,9 @@ def compress(
     Raises:
         MethodError: the method or an option is unknown.
         BudgetError: the budget is malformed, impossible, or (if strict) missed.
-        DataError: data are empty, not finite, or do not fit the model.
-        ModelError: the model fails in forward or has nothing to compress.
+        DataError: data or example are empty, not finite, or do not fit the model.
+        ModelError: the model fails in forward, has a weight that is not finite, or has nothing
+            to compress.
         TrainingError: loss or weights stopped being finite.
     """
     asked = resolve(method), _budget(budget), train, seed

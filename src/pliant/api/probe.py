@@ -16,6 +16,7 @@ from pliant.data import Data
 from pliant.drivers.devices import own_randomness
 from pliant.drivers.score import device_of
 from pliant.errors import DataError, ModelError
+from pliant.ops.finite import check_weights
 from pliant.registry import of_verb, plain
 from pliant.solution import Finding
 
@@ -39,7 +40,8 @@ def analyze(model: nn.Module, data: Any, method: Any, *, seed: int = 0) -> Findi
     Raises:
         MethodError: the method is unknown or does not analyze.
         DataError: there are no data, or they are not finite.
-        ModelError: the model is none, fails in forward, or is not what the method can look at.
+        ModelError: the model is none, fails in forward, has a weight that is not finite, or is
+            not what the method can look at.
     """
     probe = of_verb(method, "analyze")
     if not isinstance(model, nn.Module):
@@ -49,6 +51,7 @@ def analyze(model: nn.Module, data: Any, method: Any, *, seed: int = 0) -> Findi
         )
     shown = _shown(data)
     shown.check()
+    check_weights(model)
     began = time.monotonic()
     with own_randomness(seed, device_of(model)):
         found = probe.analyze(model, shown, randomness(seed))

@@ -14,6 +14,7 @@ from pliant.math.forms import max_ranks
 from pliant.math.rank import energy_rank, evbmf_rank
 from pliant.math.svd import unfold
 from pliant.ops.edits import Factor
+from pliant.ops.finite import check_example, check_weights
 from pliant.ops.layers import Factorizable, factorizable
 from pliant.render import table, words
 
@@ -47,6 +48,8 @@ def inspect(
         model, weights=weights, architecture=architecture, classes=classes, seed=seed
     )
     example = samples.example() if samples else source.example(found, shape)
+    check_weights(found.model)
+    check_example(example)
     rows = look(found.model, example)
     whole = cost(found.model, example)
     if as_json:
