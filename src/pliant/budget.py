@@ -48,7 +48,7 @@ class Budget:
             if isinstance(value, bool) or not isinstance(value, (int, float)):
                 raise BudgetError(f"The budget's {axis} must be a number, not {value!r}.")
             if not math.isfinite(value) or value <= 0:
-                raise BudgetError(f"The budget's {axis} must be positive, not {value}.")
+                raise BudgetError(f"The budget's {axis} must be positive and finite, not {value}.")
             if isinstance(value, float) and value > 1 and axis != "latency":
                 raise BudgetError(
                     f"The budget's {axis}={value} is neither a fraction (a float up to 1) nor a "
@@ -58,6 +58,8 @@ class Budget:
     @classmethod
     def parse(cls, text: str) -> Budget:
         """Read ``"params=0.3,macs=12M"``: fractions, percentages, counts with k, M or G.
+
+        A latency is in milliseconds, with or without ``ms``, or a percentage.
 
         Raises:
             BudgetError: an axis is unknown or a value is not a number.
@@ -129,12 +131,15 @@ def _number(axis: str, text: str) -> int | float | str:
         if text.endswith("%"):
             return float(text[:-1]) / 100
         scale = _SUFFIX.get(text[-1].lower(), 1)
-        number = float(text[:-1] if scale != 1 else text) * scale
+        digits = text.removesuffix("ms") if axis == "latency" else text
+        number = float(digits[:-1] if scale != 1 else digits) * scale
     except ValueError:
-        raise BudgetError(
-            f"Cannot read {axis}={text}: expected a fraction such as 0.3 or 30%, "
-            "or a count such as 60000 or 1.2M."
-        ) from None
+        wanted = (
+            "milliseconds such as 5 or 5ms, or a share of the dense network's such as 50%"
+            if axis == "latency"
+            else "a fraction such as 0.3 or 30%, or a count such as 60000 or 1.2M"
+        )
+        raise BudgetError(f"Cannot read {axis}={text}: expected {wanted}.") from None
     if scale != 1 and math.isfinite(number):
         return round(number)
     whole = number.is_integer() and ("." not in text or number > 1)
