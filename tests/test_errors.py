@@ -54,6 +54,10 @@ class Net(nn.Module):
         return out
 
 
+def boom() -> Net:
+    raise ValueError("no weights\nin a file.")
+
+
 def net() -> Net:
     torch.manual_seed(0)
     return Net()
@@ -360,6 +364,9 @@ class Digits(Net):
         (("methods", "--family", "lorank"), "lowrank"),
         (("report", "nowhere"), "nowhere"),
         (("inspect", "tests.test_errors:Digits"), "--input"),
+        (("inspect", "tests.test_errors:boom"), "'tests.test_errors:boom' must give a network"),
+        (("inspect", "tests.test_errors:boom"), "raises ValueError: no weights in a file;"),
+        (("inspect", "tests.test_errors:nowhere"), "AttributeError"),
         (("export", "lenet5", "--onnx", "nowhere/model.onnx"), "There is no folder nowhere"),
     ],
 )

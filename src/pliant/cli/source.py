@@ -15,7 +15,7 @@ from torch import nn
 
 from pliant import artifact, zoo
 from pliant.api import MOST_CLASSES
-from pliant.errors import DataError, ModelError
+from pliant.errors import DataError, ModelError, PliantError
 from pliant.ops.edits import Edit
 
 SUFFIX = ".pliant"
@@ -128,15 +128,32 @@ def _call(spec: str) -> nn.Module:
     try:
         with _here():
             make: Callable[[], Any] = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except Exception as error:  # a module may raise anything while it is imported
         raise ModelError(
-            f"MODEL {spec!r} must name a module and a callable in it, but that fails: {error}; "
+            f"MODEL {spec!r} must name a module and a callable in it, but that fails "
+            f"({type(error).__name__}: {_line(error)}); "
             "check the spelling and that the module is in this folder or installed."
         ) from error
-    model = make if isinstance(make, nn.Module) else make() if callable(make) else make
+    model = make if isinstance(make, nn.Module) else _made(spec, make) if callable(make) else make
     if not isinstance(model, nn.Module):
         raise ModelError(f"MODEL {spec!r} must give a torch.nn.Module, not {type(model).__name__}.")
     return model
+
+
+def _made(spec: str, make: Callable[[], Any]) -> Any:
+    try:
+        return make()
+    except PliantError:
+        raise
+    except Exception as error:  # it is not our code
+        raise ModelError(
+            f"MODEL {spec!r} must give a network when it is called without arguments, but raises "
+            f"{type(error).__name__}: {_line(error)}; call it in Python to see where."
+        ) from error
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".") or "no message"
 
 
 @contextmanager
