@@ -287,3 +287,19 @@ def test_a_model_that_cannot_be_copied_is_refused() -> None:
     model.generator = (i for i in range(3))  # type: ignore[assignment]
     with pytest.raises(ModelError, match="must be copied"):
         pliant.compress(model, data(), Halve())
+
+
+def test_an_elastic_file_that_was_compressed_further_has_one_size(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(32, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 4))
+
+    data, train = (torch.randn(64, 32), torch.arange(64) % 4), Train(epochs=1, batch=16)
+    first = pliant.compress(build(), data, "elastic(sizes=3, samples=16)", train=train)
+    second = pliant.compress(first.model, data, "energy(p=0.3)")
+    assert second.edits
+    path = tmp_path / "a.pliant"
+    artifact.save(path, second.model, (*first.edits, *second.edits))
+    with pytest.raises(ArtifactError, match=r"a.pliant holds .* compressed further.*leave at= out"):
+        pliant.load(path, build, at=0.3)
+    assert torch.equal(pliant.load(path, build).eval()(data[0]), second.model(data[0]))

@@ -42,7 +42,7 @@ def load(
 
     Raises:
         ArtifactError: the file is missing, damaged, foreign, too new, or of another architecture;
-            or a size was asked of a network that has one only.
+            or a size was asked of a network that has one only, or was compressed further.
         BudgetError: even the smallest size is too large.
     """
     dense = model if model is not None else _of_zoo(path)
@@ -82,7 +82,8 @@ def _load_at(
         target: where milliseconds are measured; PyTorch here if None.
 
     Raises:
-        ArtifactError: the file holds one size only, or what `artifact.load` raises.
+        ArtifactError: the file holds one size only or was compressed further, or what
+            `artifact.load` raises.
         BudgetError: even the smallest size is too large.
         ModelError: the budget bounds what cannot be known without an example.
     """
@@ -109,7 +110,13 @@ def _load_at(
     def milliseconds(size: int) -> float:
         return measure(elastic.of_size(loaded, edits, size), example, place).median_ms
 
-    sizes = elastic.costs(loaded, edits, example)
+    try:
+        sizes = elastic.costs(loaded, edits, example)
+    except ArtifactError as error:
+        raise ArtifactError(
+            f"{path} holds an elastic network that was compressed further, so no size can be cut "
+            "from it any more: leave at= out."
+        ) from error
     elastic.shrink(loaded, edits, elastic.choose(sizes, budget, dense, milliseconds))
     return loaded
 
