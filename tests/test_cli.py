@@ -147,11 +147,16 @@ def small_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "runs" / "demo"
 
 
+def _words(said: str) -> str:
+    return " ".join(said.split())
+
+
 def test_the_demo_replaces_only_itself(small_demo: Path) -> None:
     for _ in range(2):
         cli("compress", "--control", "--no-onnx")
     report = json.loads((small_demo / "report.json").read_text())
     assert "without compression" in report["train"]["reference"]
+    assert f"Before: {report['train']['reference']}." in _words(cli("report", small_demo).stdout)
     assert any(row.get("control") and "spectra" in row for row in report["history"])
     (small_demo / "thesis.txt").write_text("three years")
     assert "thesis.txt" in cli("compress", "--no-onnx", code=2).stderr

@@ -17,7 +17,6 @@ from pliant.data import Data, Train, load
 from pliant.errors import BudgetError, DataError
 from pliant.method import Method
 from pliant.registry import entry_of
-from pliant.render import table
 
 
 @dataclass(frozen=True)
@@ -214,14 +213,6 @@ def _print(written: folder.Written, *, as_json: bool) -> None:
         del plain["history"]
         console.print_json(plain | {"files": [str(path) for path in written.files]})
         return
-    shown = console.out()
-    shown.print(table.before_after(report))
-    if "reference" in report.train:
-        shown.print(f"Before: {report.train['reference']}.", style="dim")
-    if report.sizes:
-        shown.print(table.sizes(report))
-    shown.print(table.layers(report))
-    for path in written.files:
-        shown.print(f"  {path}", soft_wrap=True, markup=False)
+    console.print_report(report, written.files)
     if written.note:
         console.err().print(written.note, soft_wrap=True, markup=False, style="yellow")

@@ -4,7 +4,8 @@ import functools
 import json
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import typer
@@ -12,6 +13,8 @@ from rich.console import Console
 from rich.text import Text
 
 from pliant.errors import PliantError
+from pliant.render import table
+from pliant.result import Report
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -53,6 +56,19 @@ def refusals(command: Callable[P, R]) -> Callable[P, R]:
 def print_json(value: Any) -> None:
     """Print plain data as JSON on standard output, and nothing else."""
     typer.echo(json.dumps(value, indent=1))
+
+
+def print_report(report: Report, files: Iterable[Path]) -> None:
+    """Print the tables of a report, and the files that were written."""
+    shown = out()
+    shown.print(table.before_after(report))
+    if "reference" in report.train:
+        shown.print(f"Before: {report.train['reference']}.", style="dim")
+    if report.sizes:
+        shown.print(table.sizes(report))
+    shown.print(table.layers(report))
+    for path in files:
+        shown.print(f"  {path}", soft_wrap=True, markup=False)
 
 
 def again(context: typer.Context, *, add: str, drop: tuple[str, ...]) -> str:

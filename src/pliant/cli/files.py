@@ -9,7 +9,6 @@ import typer
 from pliant.cli import console, folder, source
 from pliant.errors import ArtifactError, OutputError
 from pliant.export import to_onnx
-from pliant.render import table
 
 
 @console.refusals
@@ -23,13 +22,7 @@ def report(
     if as_json:
         console.print_json(json.loads(found.to_json()))
         return
-    shown = console.out()
-    shown.print(table.before_after(found))
-    if found.sizes:
-        shown.print(table.sizes(found))
-    shown.print(table.layers(found))
-    for path in files:
-        shown.print(f"  {path}", soft_wrap=True, markup=False)
+    console.print_report(found, files)
 
 
 @console.refusals
