@@ -207,6 +207,21 @@ def test_a_missing_extra_costs_the_onnx_file_only(
     assert "pliant[onnx]" in report["export"]["onnx"]["not_written"]
 
 
+def test_a_run_stopped_while_it_is_written_says_how_to_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    words = (*SMALL, "--epochs", "1", "--no-onnx", "--method", "energy(p=0.6)", "--out", tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr("pliant.cli.folder.write_reports", stop)
+        said = cli(*words, code=130).stderr
+    assert (tmp_path / "model.pliant").exists() and "state is saved" in said
+    cli(*shlex.split(said.splitlines()[-1])[1:])
+    assert (tmp_path / "report.json").exists()
+
+
 @dataclass(frozen=True)
 class Idle(Method):
     """Does nothing, so it misses every budget."""

@@ -154,20 +154,20 @@ def compress(
                 resume=resume,
                 watch=bars.watch,
             )
+            bars.watch({"phase": "onnx" if onnx else "write"})
+            result = replace(result, edits=(*found.edits, *result.edits))
+            written = folder.fill(
+                place,
+                result,
+                samples.example(),
+                source=found.made_by,
+                extra=_extra(samples, found),
+                onnx=onnx,
+                encode=encode,
+            )
         except KeyboardInterrupt:
             bars.progress.stop()
             raise _stopped(context, place) from None
-        bars.watch({"phase": "onnx" if onnx else "write"})
-        result = replace(result, edits=(*found.edits, *result.edits))
-        written = folder.fill(
-            place,
-            result,
-            samples.example(),
-            source=found.made_by,
-            extra=_extra(samples, found),
-            onnx=onnx,
-            encode=encode,
-        )
     _print(written, as_json=as_json)
     if not written.report.met:
         raise BudgetError(f"The result misses the budget: {'; '.join(written.report.misses)}.")
