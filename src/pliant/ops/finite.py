@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +19,9 @@ def check_weights(model: nn.Module) -> None:
     Raises:
         ModelError: there is one; the first is named.
     """
-    named = [*model.named_parameters(), *model.named_buffers()]
-    broken = next((name for name, tensor in named if not _sound(tensor)), None)
+    weights = (name for name, each in model.named_parameters() if not _all(torch.isfinite, each))
+    buffers = (name for name, each in model.named_buffers() if not _all(_numbers, each))
+    broken = next(chain(weights, buffers), None)
     if broken is not None:
         raise ModelError(
             f"Weights must be finite, but {broken} of {type(model).__name__} holds NaN or "
@@ -39,19 +42,27 @@ def check_example(example: Example) -> None:
             f"An example must have at least one row, but its shape is {shapes}: pass the inputs "
             "of one sample or more."
         )
-    if not all(_sound(tensor) and bool((tensor < math.inf).all()) for tensor in found):
+    if not all(_all(_bounded, tensor) for tensor in found):
         raise DataError(
             f"An example must be finite, but the one of shape {shapes} holds NaN or infinity: "
             "pass inputs as the network will see them."
         )
 
 
-def _sound(tensor: Tensor) -> bool:
-    """Parameters must be finite; elsewhere a mask, or a least value so far, may be infinite."""
-    if nn.parameter.is_lazy(tensor) or not tensor.is_floating_point():
+def _numbers(buffer: Tensor) -> Tensor:
+    """A buffer may hold infinity: a mask, or the least of what has been seen so far."""
+    return ~torch.isnan(buffer)
+
+
+def _bounded(inputs: Tensor) -> Tensor:
+    """An input may hold minus infinity: a mask that is added to scores."""
+    return inputs < math.inf
+
+
+def _all(holds: Callable[[Tensor], Tensor], tensor: Tensor) -> bool:
+    """Whether it holds of all numbers; tensors without, or of eight bits, are not looked at."""
+    if nn.parameter.is_lazy(tensor) or not tensor.is_floating_point() or tensor.is_meta:
         return True
-    if tensor.is_meta or tensor.layout != torch.strided or tensor.element_size() < 2:
-        return True  # without numbers, or of kinds that cannot be compared
-    if isinstance(tensor, nn.Parameter):
-        return bool(torch.isfinite(tensor).all())
-    return not bool(torch.isnan(tensor).any())
+    if tensor.layout != torch.strided or tensor.element_size() < 2:
+        return True
+    return bool(holds(tensor).all())
