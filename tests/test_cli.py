@@ -349,6 +349,10 @@ def test_an_export_does_not_write_over_what_exists(tmp_path: Path) -> None:
     for place in (file, link):
         said = cli(*words, "--onnx", place, "--force", code=2).stderr
         assert "is the network that is exported" in said
+    weights = tmp_path / "weights.safetensors"
+    save_file(Small().state_dict(), weights)
+    dense = ("export", "tests.test_cli:Small", "--weights", weights, "--input", "1,8,8")
+    assert "is exported" in cli(*dense, "--onnx", weights, "--force", code=2).stderr
     assert "add --force" in cli(*words, "--onnx", text, code=2).stderr
     assert "another kind of file" in cli(*words, "--onnx", text, "--force", code=2).stderr
     assert file.read_bytes() == old and text.read_text() == "three years"

@@ -1,6 +1,7 @@
 """`pliant report` and `pliant export`: other forms of what a run left behind."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -46,7 +47,7 @@ def export(
     """Write a compressed network as ONNX, and compare its outputs with onnxruntime."""
     if not onnx.parent.is_dir():
         raise ArtifactError(f"There is no folder {onnx.parent} to write to: make it first.")
-    _check_free(onnx, file, force=force)
+    _check_free(onnx, (file, weights), force=force)
     found = source.find(file, weights=weights, architecture=architecture)
     done = to_onnx(found.model, onnx, source.example(found, shape))
     if as_json:
@@ -61,11 +62,11 @@ def export(
     )
 
 
-def _check_free(onnx: Path, file: str, *, force: bool) -> None:
-    """Refuse to write over the input, ever, and over what exists without being told."""
+def _check_free(onnx: Path, inputs: Iterable[str | None], *, force: bool) -> None:
+    """Refuse to write over an input, ever, and over what exists without being told."""
     if not onnx.exists():
         return
-    if Path(file).exists() and onnx.samefile(file):
+    if any(file and Path(file).exists() and onnx.samefile(file) for file in inputs):
         raise OutputError(f"{onnx} is the network that is exported: name another file for --onnx.")
     if not force:
         raise OutputError(f"{onnx} exists: name another file for --onnx, or add --force.")
