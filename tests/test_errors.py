@@ -244,6 +244,15 @@ def test_a_statistic_that_is_not_finite_is_named() -> None:
     refused(ModelError, "1.running_var", call)
 
 
+def test_a_buffer_may_hold_infinity_but_not_nan() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    model.register_buffer("least", torch.tensor(float("inf")))
+    pliant.start(model, Never(), example=(torch.rand(2, 4),))
+    model.least.fill_(float("nan"))
+    call = lambda: pliant.start(model, Never(), example=(torch.rand(2, 4),))  # noqa: E731
+    refused(ModelError, "least of Sequential", call)
+
+
 def test_a_probe_does_not_look_at_what_is_not_finite() -> None:
     call = lambda: pliant.analyze(broken(), samples(), "output_sensitivity")  # noqa: E731
     refused(ModelError, "conv2.weight of Net holds NaN", call)

@@ -14,13 +14,13 @@ from pliant.errors import DataError, ModelError
 
 
 def check_weights(model: nn.Module) -> None:
-    """Refuse a network with a parameter that is not finite, or a buffer that holds NaN.
+    """Refuse a network with a parameter or a statistic that is not finite, or NaN in a buffer.
 
     Raises:
         ModelError: there is one; the first is named.
     """
     weights = (name for name, each in model.named_parameters() if not _all(torch.isfinite, each))
-    buffers = (name for name, each in model.named_buffers() if not _all(_numbers, each))
+    buffers = (name for name, each in model.named_buffers() if not _all(_rule(name), each))
     broken = next(chain(weights, buffers), None)
     if broken is not None:
         raise ModelError(
@@ -49,9 +49,9 @@ def check_example(example: Example) -> None:
         )
 
 
-def _numbers(buffer: Tensor) -> Tensor:
-    """A buffer may hold infinity: a mask, or the least of what has been seen so far."""
-    return ~torch.isnan(buffer)
+def _rule(buffer: str) -> Callable[[Tensor], Tensor]:
+    """Statistics must be finite; a mask, or the least of what was seen so far, may be infinite."""
+    return torch.isfinite if "running_" in buffer else lambda values: ~torch.isnan(values)
 
 
 def _bounded(inputs: Tensor) -> Tensor:
