@@ -537,6 +537,7 @@ def test_images_that_cannot_be_used(tmp_path: Path) -> None:
 def test_function_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = (
         "import torch\ndef make():\n    return torch.zeros(20, 2), torch.arange(20) % 2\nn = 3\n"
+        "def boom():\n    raise OSError('no disk')\n"
     )
     (tmp_path / "my_own_data.py").write_text(source)
     monkeypatch.chdir(tmp_path)
@@ -547,6 +548,7 @@ def test_function_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ("my_own_data:n", "not a int"),
         ("my_own_data:made", "no attribute 'made'"),
         ("not_there:make", "No module named"),
+        ("my_own_data:boom", "raises OSError: no disk; call it in Python"),
     ):
         with pytest.raises(DataError, match=message):
             load(spec)

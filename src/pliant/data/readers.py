@@ -21,7 +21,7 @@ from torch import Tensor
 
 from pliant.data.sources import Tensors, generator
 from pliant.data.splits import Data, last_tenth
-from pliant.errors import DataError, MissingExtraError, require
+from pliant.errors import DataError, MissingExtraError, PliantError, require
 
 # What pretrained networks for colour images expect.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -321,4 +321,13 @@ def _function(spec: str, seed: int) -> Data:
         sys.path.remove(os.getcwd())
     if not callable(make):
         raise DataError(f"Data {spec!r} must name a callable, not a {type(make).__name__}.")
-    return Data.of(make(), seed=seed)
+    try:
+        found = make()
+    except PliantError:
+        raise
+    except Exception as error:  # it is not our code
+        raise DataError(
+            f"Data {spec!r} must give data when it is called without arguments, but raises "
+            f"{type(error).__name__}: {error}; call it in Python to see where."
+        ) from error
+    return Data.of(found, seed=seed)
