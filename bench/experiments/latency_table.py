@@ -12,7 +12,8 @@ from bench.experiments import Cell, Cells, Table, pick, values
 from pliant import zoo
 from pliant.cost import Example, LayerCost, layer_costs
 from pliant.latency import Target, compare
-from pliant.latency.clock import Clock, built
+from pliant.latency.builds import built
+from pliant.latency.clock import Clock
 from pliant.math.forms import max_ranks
 from pliant.ops.edits import Factor
 from pliant.ops.layers import Factorizable, factorizable

@@ -21,7 +21,7 @@ from pliant.latency.memory import recall_layers, remembered
 from pliant.method import Method
 from pliant.ops.edits import Edit, Replaced, from_json, to_json
 from pliant.ops.finite import check_example, check_weights
-from pliant.ops.optim import carry
+from pliant.ops.optim import add_gradient, carry
 
 
 class Removable(Protocol):
@@ -102,7 +102,7 @@ class Run:
         with torch.enable_grad():
             penalty = self.method.penalty(self)
         if isinstance(penalty, Tensor) and penalty.requires_grad:  # a sum over nothing is a 0
-            self._add_gradient(penalty)
+            add_gradient(self.model, penalty)
         self.method.before_step(self)
 
     def after_step(self) -> None:
@@ -348,15 +348,6 @@ class Run:
         if self.optimizer is not None:
             carry(self.optimizer, replaced)
         self.edits.append(edit)
-
-    def _add_gradient(self, penalty: Tensor) -> None:
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        gradients: Sequence[Tensor | None] = torch.autograd.grad(
-            penalty, parameters, allow_unused=True
-        )
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            if gradient is not None:
-                parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
 
 
 def start(

@@ -13,6 +13,7 @@ from torch import nn
 from pliant.budget import Option
 from pliant.cost import Example, LayerCost
 from pliant.errors import BudgetError
+from pliant.latency.builds import built, edited
 from pliant.latency.compare import Comparison, Timing, compare, interleaved, measure, quiet
 from pliant.latency.memory import name_of, recalled
 from pliant.latency.table import LatencyTable, input_shape, signature
@@ -101,7 +102,7 @@ class Clock:
         if isinstance(edit, Factor):
             ms = self.table.exact(layer, shape, edit.form, edit.ranks)
         else:
-            ms = self.table.replaced(layer, _edited(layer, edit), shape)
+            ms = self.table.replaced(layer, edited(layer, edit), shape)
         return ms / self.table.time(layer, shape) * self.of_layer(model, edit.layer, cost)
 
     def _shape(self, layer: nn.Module, cost: LayerCost) -> tuple[int, ...]:
@@ -378,26 +379,3 @@ class Clock:
     def least(self, model: nn.Module) -> float:
         """Return the milliseconds of the finished network at the fast end of what is certain."""
         return self.timing.median_ms / max(self.finish(model).high, self.finish(model).speedup)
-
-
-def _edited(layer: nn.Module, edit: Edit) -> nn.Module:
-    """Build what an edit makes of a layer, in shape only."""
-    model = nn.Sequential()
-    *path, child = edit.layer.split(".")
-    inner = model
-    for name in path:
-        inner.add_module(name, nn.Sequential())
-        inner = inner.get_submodule(name)  # type: ignore[assignment]
-    inner.add_module(child, copy.deepcopy(layer))
-    edit.apply(model, weights=False)
-    return model.get_submodule(edit.layer)
-
-
-def built(model: nn.Module, edits: Sequence[Edit]) -> nn.Module:
-    """Build a plan with numbers of no meaning: they do not change the time."""
-    network = copy.deepcopy(model).cpu().eval()
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        for edit in edits:
-            for parameter in edit.apply(network, weights=False).added:
-                parameter.uniform_(-0.05, 0.05)
-    return network

@@ -1,8 +1,11 @@
-"""Carries an optimizer across a change of the model's parameters."""
+"""Carries an optimizer across a change of the model's parameters, and adds to its gradients."""
 
 from __future__ import annotations
 
-from torch import Tensor
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pliant.ops.edits import Replaced
@@ -50,3 +53,12 @@ def _cut(optimizer: Optimizer, replaced: Replaced) -> None:
             key: cut(value) if isinstance(value, Tensor) and value.shape == old.shape else value
             for key, value in state.items()
         }
+
+
+def add_gradient(model: nn.Module, penalty: Tensor) -> None:
+    """Add the gradient of a penalty to those that the parameters have."""
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    gradients: Sequence[Tensor | None] = torch.autograd.grad(penalty, parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is not None:
+            parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
