@@ -77,6 +77,15 @@ class Cost:
         """Milliseconds as a number to add to: 0 where nothing was measured."""
         return self.latency_ms or 0.0
 
+    def without(self, layers: Iterable[LayerCost]) -> "Cost":
+        """Return the counts of everything but these layers."""
+        rows = list(layers)
+        return Cost(
+            params=self.params - sum(row.params for row in rows),
+            macs=self.macs - sum(row.macs for row in rows),
+            bytes=self.bytes - sum(row.bytes for row in rows),
+        )
+
 
 def cost(model: nn.Module, example: Example) -> Cost:
     """Measure parameters, multiply-accumulates and bytes of a network, on one sample.

@@ -297,12 +297,7 @@ class Run:
         measured faster than their layer are left out.
         """
         now, rows = cost(self.model, self.example), layer_costs(self.model, self.example)
-        taken = [rows[layer] for layer in options]
-        fixed = Cost(
-            params=now.params - sum(row.params for row in taken),
-            macs=now.macs - sum(row.macs for row in taken),
-            bytes=now.bytes - sum(row.bytes for row in taken),
-        )
+        fixed = now.without(rows[layer] for layer in options)
         if self.clock is None or "latency" not in self.limits():
             return options, fixed
         options, rest = self.clock.priced(self.model, options, rows, edited=bool(self.edits))

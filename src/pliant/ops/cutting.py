@@ -15,7 +15,7 @@ from pliant.errors import EditError
 from pliant.ops.edits import replay
 from pliant.ops.edits.prune import Prune, sides
 from pliant.ops.graph import Group, Slot, first_sample, slow_attention, trace
-from pliant.ops.outputs import alike, tensors
+from pliant.ops.outputs import alike, answers
 
 Leaving = Mapping[str, Sequence[int]]
 """For every group by name, the units that leave."""
@@ -138,9 +138,9 @@ def _problem(random: nn.Module, example: Example, edits: Sequence[Prune]) -> str
     replay(small, edits)
     sample = first_sample(example, random)
     with torch.no_grad(), slow_attention():
-        wanted = tensors(call(whole, sample))
+        wanted = answers(call(whole, sample))
         try:
-            found = tensors(call(small, sample))
+            found = answers(call(small, sample))
         except Exception as error:  # a model may fail in any way
             line = str(error).strip().splitlines()[0] if str(error).strip() else ""
             return f"the forward pass fails ({type(error).__name__}: {line[:120]})"

@@ -16,7 +16,7 @@ from pliant.ops.capture import capture
 from pliant.ops.edits import Edit, Fold, Merge, replay
 from pliant.ops.edits.merge import fits
 from pliant.ops.layers import readable
-from pliant.ops.outputs import alike, tensors
+from pliant.ops.outputs import alike, answers
 
 TOLERANCE = 1e-3  # of the largest output: rounding stays far below, a wrong fold far above
 
@@ -195,4 +195,4 @@ def _same(model: nn.Module, edits: Sequence[Edit], known: Known) -> bool:
 
 def _outputs(model: nn.Module, example: Example) -> list[Tensor]:
     with capture(model, [], lambda *_: None):  # eval mode, no gradients
-        return tensors(call(model, example))
+        return answers(call(model, example))

@@ -25,7 +25,7 @@ from torch.utils._pytree import tree_map
 from pliant.cost import Example, call
 from pliant.ops.edits.prune import sides
 from pliant.ops.layers import readable
-from pliant.ops.outputs import tensors
+from pliant.ops.outputs import answers
 
 Slot = tuple[str, str]
 """A layer and one of its sides."""
@@ -139,7 +139,7 @@ class _Probe:
         with torch.no_grad(), slow_attention():
             output = call(self.model, first_sample(self.example, self.model, len(self.codes)))
         arrived = torch.zeros(len(self.codes), dtype=torch.bool)
-        for tensor in tensors(output):
+        for tensor in answers(output):
             if tensor.dim():
                 arrived |= self._by_sample(tensor)
         self.pin(source, _covered(self.codes, arrived), OUTPUT)

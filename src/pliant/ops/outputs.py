@@ -29,7 +29,7 @@ def logits(output: Any) -> Tensor:
     )
 
 
-def tensors(output: Any) -> list[Tensor]:
+def answers(output: Any) -> list[Tensor]:
     """Take all tensors of floating point out of what a model gives, however deep they lie.
 
     They are looked for in mappings, sequences, dataclasses, and the attributes of anything else,
