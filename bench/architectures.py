@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from pliant import zoo
 from pliant.errors import MissingExtraError
-from pliant.ops.batchnorm import recalibrate
+from pliant.surgery.batchnorm import recalibrate
 
 SETTLING = 16  # samples that batch norms see
 

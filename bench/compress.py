@@ -11,8 +11,8 @@ from pliant.budget import Budget
 from pliant.cost import cost
 from pliant.data import Data, Train
 from pliant.drivers.loop import evaluate, fit
+from pliant.edits import Edit
 from pliant.method import Method
-from pliant.ops.edits import Edit
 from pliant.run import Run, start
 
 Watch = Callable[[dict[str, Any]], None]

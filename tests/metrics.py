@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from pliant.math.metric import Metric
-from pliant.ops.sensitivity import patches
+from pliant.observe.moments import patches
 
 
 def smooth(out: int, channels: int) -> Metric:

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 import pliant
-from pliant import artifact
 from pliant.budget import Budget
 from pliant.data import Data, Train
+from pliant.edits import Factor
 from pliant.errors import ArtifactError, BudgetError, ModelError
+from pliant.files import artifact
 from pliant.math.forms import max_ranks
 from pliant.method import Method
-from pliant.ops.edits import Factor
-from pliant.ops.layers import factorizable
+from pliant.nn.factorized import factorizable
 from pliant.result import Report
 from pliant.run import Run
 from pliant.zoo import build

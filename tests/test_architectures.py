@@ -10,8 +10,8 @@ from bench.architectures import ARCHITECTURES
 from bench.experiments import coverage, load
 from pliant import compress
 from pliant.data import Data
-from pliant.export import to_program
-from pliant.ops.edits import Factor, replay
+from pliant.edits import Factor, replay
+from pliant.files.onnx import to_program
 
 
 class Asking(nn.Module):

@@ -28,15 +28,16 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
-from pliant import artifact, registry, zoo
+from pliant import registry, zoo
 from pliant.api import compress
-from pliant.artifact import MANIFEST, WEIGHTS, Manifest, inspect, load, save
-from pliant.codecs import container, manifest
+from pliant.codecs import container
 from pliant.data import Train
+from pliant.edits import Edit, Factor, replay
 from pliant.errors import ArtifactError, ModelError, OutputError
+from pliant.files import artifact, manifest
+from pliant.files.artifact import MANIFEST, WEIGHTS, Manifest, inspect, load, save
 from pliant.math.forms import forms_for, max_ranks
-from pliant.ops import layers
-from pliant.ops.edits import Edit, Factor, replay
+from pliant.nn import factorized as layers
 from pliant.run import start
 
 

@@ -8,12 +8,12 @@ import torch
 import pliant
 from pliant import zoo
 from pliant.data import Data, load
-from pliant.ops.edits import Merge
+from pliant.edits import Merge
 from pliant.render.html import html
 from pliant.render.markdown import markdown
 from pliant.testing import check_method
 from pliant.testing.trial import PLAN
-from tests.cases.fold import bottleneck
+from tests.cases.layers.fold import bottleneck
 
 
 @pytest.fixture(scope="module")

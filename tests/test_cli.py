@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import pliant
-from pliant import artifact, registry
+from pliant import registry
 from pliant.cli import app, progress
 from pliant.cli import compress as command
 from pliant.cli.inspect import look
 from pliant.data import Train
 from pliant.errors import MissingExtraError
+from pliant.files import artifact
 from pliant.method import Method
 from pliant.registry import Paper, register
 from pliant.zoo import build
@@ -198,7 +199,7 @@ def test_a_missing_extra_costs_the_onnx_file_only(
     def missing(module: str, extra: str) -> None:
         raise MissingExtraError(f'{module} is needed: pip install "pliant[{extra}]".')
 
-    monkeypatch.setattr("pliant.export.require", missing)
+    monkeypatch.setattr("pliant.files.onnx.require", missing)
     (tmp_path / "model.onnx").write_text("of an earlier run")
     result = cli(*QUICK[:-1], "--out", tmp_path, "--force")
     assert "pliant[onnx]" in result.stderr

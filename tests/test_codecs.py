@@ -21,15 +21,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pliant import artifact
 from pliant.codecs import address_map, ans, huffman, loops, tensors
 from pliant.codecs.address_map import FORMS, csc, decode, encode, paper_size, predict, smallest
+from pliant.edits import Quantize, from_json, replay, to_json
+from pliant.edits.encode import Encode, encoding
 from pliant.errors import ArtifactError, EditError
-from pliant.math.sharing import draw, mask, representatives
+from pliant.families.code.sharing import draw, mask, representatives
+from pliant.files import artifact
 from pliant.methods.code.hac import HAC, WHOLE
-from pliant.ops import coded
-from pliant.ops.edits import Quantize, from_json, replay, to_json
-from pliant.ops.edits.encode import Encode, encoding
+from pliant.nn import coded
 from pliant.run import start
 from tests.test_artifact import refused
 

@@ -17,10 +17,10 @@ from pliant.budget import Budget
 from pliant.compose import Chain, Stage, chain, resolve, together
 from pliant.data import Data, Train
 from pliant.drivers.loop import fit
+from pliant.edits import Factor
 from pliant.errors import BudgetError, ChainError, MethodError
 from pliant.latency import Target
 from pliant.method import HOOKS, Method, uses
-from pliant.ops.edits import Factor
 from pliant.registry import Paper, plain, register
 from pliant.render.words import verdict
 from pliant.run import Run, start

@@ -10,9 +10,9 @@ from pliant import zoo
 from pliant.cost import Cost, LayerCost, call, cost, layer_costs
 from pliant.errors import ModelError
 from pliant.method import Method
-from pliant.ops.blocks import blocks
-from pliant.ops.order import order
+from pliant.observe.order import order
 from pliant.run import start
+from pliant.surgery.blocks import blocks
 
 
 def flops(model: nn.Module, *inputs: Tensor) -> int:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from pliant.budget import Budget
 from pliant.data import Data, Train
 from pliant.drivers.loop import fit
+from pliant.edits import Factor
 from pliant.errors import TrainingError
 from pliant.method import Method
 from pliant.methods.lowrank.nrmf import NRMF
-from pliant.ops.edits import Factor
 from pliant.run import Run, start
 
 # 22 samples: the last batch is smaller, and both processes get equally many.

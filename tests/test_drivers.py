@@ -22,9 +22,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from pliant.data import Data, Train
 from pliant.drivers.check import check_data
 from pliant.drivers.loop import evaluate, fit, optimizer_of, rate
+from pliant.edits import Factor
 from pliant.errors import DataError, MethodError, MissingExtraError, ModelError, TrainingError
 from pliant.method import Method, uses
-from pliant.ops.edits import Factor
 from pliant.run import Run, start
 
 SAMPLES, BATCH, EPOCHS = 32, 8, 3

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from pliant.cost import LayerCost, layer_costs
+from pliant.edits import Edit, Factor, Replaced, from_json, replay, to_json
 from pliant.errors import EditError
 from pliant.math import forms
-from pliant.ops import layers
-from pliant.ops.edits import Edit, Factor, Replaced, from_json, replay, to_json
-from pliant.ops.optim import carry
+from pliant.nn import factorized as layers
+from pliant.surgery.optim import carry
 
 CONVS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
     1: nn.Conv1d,

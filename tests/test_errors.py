@@ -21,6 +21,7 @@ import pliant
 from pliant.cli import app
 from pliant.codecs import container
 from pliant.data import Data, Train
+from pliant.edits import Factor
 from pliant.errors import (
     BudgetError,
     ChainError,
@@ -32,7 +33,6 @@ from pliant.errors import (
     TrainingError,
 )
 from pliant.method import Method
-from pliant.ops.edits import Factor
 from pliant.run import Run
 
 SHORT = Train(epochs=1, batch=16, lr=0.05)

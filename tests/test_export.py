@@ -12,12 +12,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pliant import artifact, export, zoo
+from pliant import zoo
+from pliant.edits import Factor
 from pliant.errors import ArtifactError, MissingExtraError, ModelError, OutputError
-from pliant.export import Exported, to_onnx, to_program
+from pliant.files import artifact
+from pliant.files import onnx as export
+from pliant.files.onnx import Exported, to_onnx, to_program
 from pliant.math.forms import forms_for, max_ranks
-from pliant.ops import layers
-from pliant.ops.edits import Factor
+from pliant.nn import factorized as layers
 
 
 def signal() -> nn.Module:

@@ -19,14 +19,14 @@ from pliant import zoo
 from pliant.budget import Budget
 from pliant.cost import cost, layer_costs
 from pliant.data import Data, Train
+from pliant.edits import Prune, from_json, replay, to_json
 from pliant.errors import EditError, ModelError
-from pliant.ops.batchnorm import absorb
-from pliant.ops.channels import after
-from pliant.ops.cutting import cuttable, edits_of, ignore, prove, silence
-from pliant.ops.edits import Prune, from_json, replay, to_json
-from pliant.ops.graph import Group
-from pliant.ops.optim import carry
-from pliant.prune import Rounds
+from pliant.families.prune.channels import after
+from pliant.families.prune.cut import Rounds
+from pliant.surgery.batchnorm import absorb
+from pliant.surgery.graph import Group
+from pliant.surgery.optim import carry
+from pliant.surgery.prove import cuttable, edits_of, ignore, prove, silence
 from pliant.testing.toys import TOYS
 
 
@@ -361,7 +361,7 @@ def test_pruning_and_factorizing_chain_both_ways(first: str, tmp_path: object) -
     loaded = pliant.load(path, toy.model(seed=1)).eval()
     with torch.no_grad():
         assert torch.equal(loaded(*toy.inputs(4)), result.model.eval()(*toy.inputs(4)))
-    program = pliant.export.to_program(result.model, toy.inputs(2))
+    program = pliant.files.onnx.to_program(result.model, toy.inputs(2))
     assert torch.allclose(program.module()(*toy.inputs(4)), loaded(*toy.inputs(4)), atol=1e-5)
 
 

@@ -21,12 +21,12 @@ from pliant.budget import Budget
 from pliant.cli import app
 from pliant.cost import Cost
 from pliant.errors import BudgetError, ChainError, MethodError, ModelError
+from pliant.families.prune.channels import Place, in_blocks
 from pliant.latency import LatencyTable, Target, compare, measure, runtimes
 from pliant.latency.clock import Clock
 from pliant.latency.compare import BUILDS, _rounds, compared, of_builds, timing
 from pliant.latency.runtimes import batched
 from pliant.latency.table import _between, _spread, _step, input_shape, signature
-from pliant.ops.channels import Place, in_blocks
 from pliant.render.html import html
 from pliant.render.markdown import markdown
 from pliant.result import Report
@@ -727,7 +727,7 @@ def test_with_size_alone_nothing_is_gated():
 def test_a_saved_run_tells_its_times(method):
     saved = begin(method, of_arithmetic()).state_dict()
     again = begin(method, Target.of(fails), saved=saved)  # nothing is measured
-    assert pliant.ops.edits.to_json(again.edits) == saved["edits"]
+    assert pliant.edits.to_json(again.edits) == saved["edits"]
     assert again.state_dict()["clock"] == saved["clock"]
     saved["clock"]["machine"] = "another"
     assert begin(method, Target.of(fails), saved=saved).edits == again.edits

@@ -17,19 +17,19 @@ from pliant.codecs.packing import pack, packed_bytes, unpack
 from pliant.compose import Stage, chain
 from pliant.cost import cost
 from pliant.data import Data
+from pliant.edits import Fold, Quantize, from_json, replay, to_json
 from pliant.errors import BudgetError, EditError, MethodError, ModelError
-from pliant.export import to_onnx
+from pliant.families.quantize.tuning import block_errors
+from pliant.files.onnx import to_onnx
 from pliant.math.quantize import best_scales, grouping
 from pliant.methods.quantize.groupwise_ptq import GroupwisePTQ
-from pliant.ops.blocks import blocks
-from pliant.ops.calibrate import unread
-from pliant.ops.edits import Fold, Quantize, from_json, replay, to_json
-from pliant.ops.fold import foldable
-from pliant.ops.layers import readable
-from pliant.ops.quantized import Quantized
-from pliant.ops.tuning import block_errors
+from pliant.nn.factorized import readable
+from pliant.nn.quantized import Quantized
+from pliant.observe.ranges import unread
 from pliant.registry import build as method_of
 from pliant.run import start
+from pliant.surgery.blocks import blocks
+from pliant.surgery.fold import foldable
 from pliant.testing.toys import TOYS
 
 QUICK: dict[str, Any] = {"samples": 16, "independent": 2, "joint": 1, "batch": 8}

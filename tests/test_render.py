@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pliant.errors import PliantError
-from pliant.ops.genotype import Genotype
+from pliant.nn.genotype import Genotype
 from pliant.registry import Entry, Paper
 from pliant.render import table, words
 from pliant.render.figures import plots

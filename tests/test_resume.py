@@ -20,10 +20,10 @@ from pliant.budget import Budget
 from pliant.data import Data, Train
 from pliant.drivers import checkpoint
 from pliant.drivers.loop import fit
+from pliant.edits import Factor
 from pliant.errors import ArtifactError, OutputError, TrainingError
 from pliant.latency import Target
 from pliant.method import Method
-from pliant.ops.edits import Factor
 from pliant.run import Run, start
 
 PLAN = Train(epochs=3, finetune=1.5, batch=8, lr=0.05, warmup=0.1, device="cpu", checkpoint_every=1)

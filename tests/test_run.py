@@ -11,9 +11,9 @@ from torch.optim import SGD
 
 from pliant.budget import Budget, Option
 from pliant.cost import cost, layer_costs
+from pliant.edits import Factor
 from pliant.errors import BudgetError, ModelError, PliantError
 from pliant.method import Method
-from pliant.ops.edits import Factor
 from pliant.result import LayerRow, Report, layer_rows, side
 from pliant.run import Run, start
 

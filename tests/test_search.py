@@ -8,15 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pliant import search, zoo
+from pliant import zoo
 from pliant.cost import cost, layer_costs
 from pliant.data import Data
+from pliant.edits import Choose, from_json, replay, to_json
 from pliant.errors import DataError, EditError, ModelError
+from pliant.families.search import bilevel as search
 from pliant.method import Method
-from pliant.ops.cells import CellNetwork, MixedOp, derive, placed
-from pliant.ops.edits import Choose, from_json, replay, to_json
-from pliant.ops.genotype import DARTS_V2, DARTS_V2_WIRING, Genotype, Layout, chain, dense
-from pliant.ops.operations import OPERATIONS, FactorizedReduction, operation
+from pliant.nn.cells import CellNetwork, MixedOp, derive, placed
+from pliant.nn.genotype import DARTS_V2, DARTS_V2_WIRING, Genotype, Layout, chain, dense
+from pliant.nn.operations import OPERATIONS, FactorizedReduction, operation
 from pliant.render.genotype import genotype_svg
 from pliant.run import start
 from pliant.zoo.darts import DARTS_OPS, DENSE, EDARTS_OPS, evaluation, supernet

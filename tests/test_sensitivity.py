@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from pliant.cost import layer_costs
+from pliant.families.lowrank.losses import losses
+from pliant.families.lowrank.options import options, ranks_at
 from pliant.math import forms
-from pliant.math.losses import losses
 from pliant.math.metric import Metric
 from pliant.math.moments import channel_moments, dampen
 from pliant.math.svd import spectrum
-from pliant.ops.batchnorm import recalibrate
-from pliant.ops.lowrank import options, ranks_at
-from pliant.ops.sensitivity import metrics, patches
+from pliant.observe.moments import metrics, patches
+from pliant.surgery.batchnorm import recalibrate
 from tests.metrics import smooth
 
 LAYERS = {
@@ -190,8 +190,8 @@ def test_large_kernels_are_swept_less_and_the_largest_by_channels(monkeypatch):
     ends = _lost(weight, "spatial", (5,), metric)
     monkeypatch.setattr("pliant.math.metric.SETTLING", 10)
     brief = _lost(weight, "spatial", (5,), metric)
-    for module in ("metric", "losses"):
-        monkeypatch.setattr(f"pliant.math.{module}.WHOLE", 10)
+    for module in ("math.metric", "families.lowrank.losses"):
+        monkeypatch.setattr(f"pliant.{module}.WHOLE", 10)
     channels = _lost(weight, "spatial", (5,), metric)
     assert ends <= brief < 1.2 * ends < channels
     # As if the positions of a patch were uncorrelated, their losses are exact.
@@ -263,8 +263,8 @@ def test_a_short_last_batch_does_not_count():
 def test_reconstruction_brings_the_outputs_nearer_to_the_dense_ones():
     import copy
 
-    from pliant.ops.edits import Factor
-    from pliant.ops.reconstruct import reconstruct
+    from pliant.edits import Factor
+    from pliant.families.lowrank.refit import reconstruct
 
     torch.manual_seed(0)
     dense = nn.Sequential(
@@ -289,8 +289,8 @@ def test_reconstruction_brings_the_outputs_nearer_to_the_dense_ones():
 def test_reconstruction_of_a_full_rank_layer_changes_nothing():
     import copy
 
-    from pliant.ops.edits import Factor
-    from pliant.ops.reconstruct import reconstruct
+    from pliant.edits import Factor
+    from pliant.families.lowrank.refit import reconstruct
 
     dense = nn.Sequential(nn.Linear(6, 4), nn.ReLU())
     model = copy.deepcopy(dense)
@@ -314,7 +314,7 @@ class Keyed(nn.Module):
 
 
 def test_layers_called_by_keyword_are_seen():
-    from pliant.ops.order import order
+    from pliant.observe.order import order
 
     model, x = Keyed(), torch.randn(8, 12)
     layers = {"second": model.second, "first": model.first}
@@ -327,8 +327,8 @@ def test_layers_called_by_keyword_are_seen():
 def test_reconstruction_keeps_the_precision_of_the_network(dtype):
     import copy
 
-    from pliant.ops.edits import Factor
-    from pliant.ops.reconstruct import reconstruct
+    from pliant.edits import Factor
+    from pliant.families.lowrank.refit import reconstruct
 
     torch.manual_seed(0)
     dense = nn.Sequential(nn.Linear(12, 8)).to(dtype)
@@ -344,8 +344,8 @@ def test_reconstruction_keeps_the_precision_of_the_network(dtype):
 def test_reconstruction_goes_by_the_order_of_calls():
     import copy
 
-    from pliant.ops.edits import Factor
-    from pliant.ops.reconstruct import reconstruct
+    from pliant.edits import Factor
+    from pliant.families.lowrank.refit import reconstruct
 
     torch.manual_seed(0)
     dense = Keyed()

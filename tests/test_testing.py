@@ -12,9 +12,9 @@ from torch.nn.utils import parametrize
 from pliant import registry
 from pliant.cost import LayerCost
 from pliant.data import Data
+from pliant.edits import EDITS, Factor
 from pliant.errors import MethodError, ModelError
 from pliant.method import Method
-from pliant.ops.edits import EDITS, Factor
 from pliant.registry import Paper, register
 from pliant.run import Run
 from pliant.testing import TOYS, Case, Toy, check_method, checks, checks_for

@@ -13,7 +13,7 @@ from bench.claim import claim
 from bench.experiments import Cell, Cells, Table, values
 from bench.stats import mean, plus_minus, spread
 from pliant.errors import require
-from pliant.math.grassmann import points, product_gram
+from pliant.families.solve.grassmann import points, product_gram
 from pliant.registry import construct
 
 Settings = Mapping[str, Any]

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 from bench.claim import claim
 from bench.experiments import Cell, Cells, Table, pick, values
 from bench.stats import mean, plus_minus
-from pliant import artifact, zoo
+from pliant import zoo
 from pliant.codecs import address_map, tensors
 from pliant.data import Data, Train, load
 from pliant.drivers.loop import evaluate, fit
 from pliant.errors import require
+from pliant.files import artifact
 from pliant.method import Method
-from pliant.ops.coded import Coded
+from pliant.nn.coded import Coded
 from pliant.registry import build
 from pliant.run import start
 

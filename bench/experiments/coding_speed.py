@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from bench.claim import claim
 from bench.experiments import Cell, Cells, Table, pick
 from pliant.codecs import address_map, loops, tensors
+from pliant.edits.encode import Encode
 from pliant.errors import require
-from pliant.math.sharing import draw, mask, representatives
-from pliant.ops.edits.encode import Encode
+from pliant.families.code.sharing import draw, mask, representatives
 
 Settings = Mapping[str, Any]
 LIBRARIES = ("scipy", "numba", "zstandard", "constriction")

@@ -20,17 +20,17 @@ from torch.utils._pytree import tree_leaves
 from bench.architectures import ARCHITECTURES, Architecture, Inputs
 from bench.claim import claim
 from bench.experiments import Cell, Cells, Table
-from pliant import artifact
 from pliant.budget import Budget
 from pliant.compose import resolve
 from pliant.cost import cost
 from pliant.data import Data
+from pliant.edits import Factor, replay
 from pliant.errors import BudgetError, PliantError
-from pliant.export import to_onnx
+from pliant.files import artifact
+from pliant.files.onnx import to_onnx
 from pliant.latency import Target, compare
 from pliant.math.forms import forms_for, max_ranks
-from pliant.ops.edits import Factor, replay
-from pliant.ops.layers import factorizable
+from pliant.nn.factorized import factorizable
 from pliant.registry import construct, plain
 from pliant.run import Run, start
 

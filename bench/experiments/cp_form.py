@@ -19,10 +19,10 @@ from bench.experiments import Cell, Cells, Table
 from bench.experiments.fast_layers import candidates, error_of, plain_edit, table_of
 from bench.stats import median
 from pliant.cost import LayerCost, layer_costs
+from pliant.edits import Factor
 from pliant.latency import Target
 from pliant.latency.compare import compared, interleaved
-from pliant.ops.edits import Factor
-from pliant.ops.layers import factorized
+from pliant.nn.factorized import factorized
 
 Settings = Mapping[str, Any]
 LIBRARIES = ("tensorly", "onnxruntime")

@@ -18,10 +18,10 @@ from pliant import zoo
 from pliant.compose import together
 from pliant.data import Data, Train, load, unpack
 from pliant.method import Method
-from pliant.ops.capture import capture
-from pliant.ops.outputs import logits
-from pliant.ops.select import weighted
+from pliant.observe.outputs import logits
+from pliant.observe.watch import capture
 from pliant.run import Run
+from pliant.surgery.select import weighted
 
 Settings = Mapping[str, Any]
 PLAIN, OSKD, ALL = "plain", "oskd", "oskd, all of a class"

@@ -14,14 +14,14 @@ from bench.compress import scored
 from bench.data import cifar10
 from bench.experiments import Cell, Cells, Table, values
 from bench.stats import mean, median, plus_minus, spread
-from pliant import search
 from pliant.compose import resolve
 from pliant.data import Data, Train
 from pliant.drivers.loop import fit
+from pliant.families.search import bilevel as search
 from pliant.method import Method
-from pliant.ops.cells import CellNetwork
-from pliant.ops.genotype import DARTS_V2_WIRING, Genotype, Wiring, chain
-from pliant.ops.operations import SKIP
+from pliant.nn.cells import CellNetwork
+from pliant.nn.genotype import DARTS_V2_WIRING, Genotype, Wiring, chain
+from pliant.nn.operations import SKIP
 from pliant.registry import construct, plain
 from pliant.run import start
 from pliant.zoo.darts import DARTS_OPS, DENSE, EDARTS_OPS, evaluation, supernet

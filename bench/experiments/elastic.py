@@ -12,11 +12,12 @@ from bench.claim import claim
 from bench.compress import compress, scored
 from bench.experiments import Cell, Cells, Table, pick, values
 from bench.stats import mean, plus_minus
-from pliant import artifact, load, zoo
+from pliant import load, zoo
 from pliant.budget import Budget
 from pliant.compose import resolve
 from pliant.data import Data, Train
 from pliant.drivers.loop import fit
+from pliant.files import artifact
 from pliant.registry import construct, plain
 from pliant.run import start
 

@@ -14,13 +14,13 @@ from bench.experiments.factorize import DECAYING, kernel
 from bench.stats import median
 from pliant.budget import Option
 from pliant.cost import LayerCost, layer_costs
+from pliant.edits import Factor
+from pliant.families.lowrank.losses import losses
+from pliant.families.lowrank.options import options
 from pliant.latency import LatencyTable, Target
 from pliant.latency.compare import compared, interleaved
 from pliant.math.forms import compose, decompose, forms_for, max_ranks, relative_error
-from pliant.math.losses import losses
-from pliant.ops.edits import Factor
-from pliant.ops.layers import factorized
-from pliant.ops.lowrank import options
+from pliant.nn.factorized import factorized
 
 Settings = Mapping[str, Any]
 KINDS = ("error", "macs", "speed", "efficiency")
@@ -98,7 +98,7 @@ def plain_edit(layer: nn.Conv2d, share: float) -> Factor:
 
 
 def loss_of(weight: Tensor, edit: Factor) -> float:
-    """The share of energy lost, as `pliant.ops.lowrank.options` scores it."""
+    """The share of energy lost, as `pliant.families.lowrank.options.options` scores it."""
     return losses(weight, (edit.form,))[edit.form].at([edit.ranks])[0]
 
 

@@ -19,12 +19,12 @@ from pliant.budget import Budget
 from pliant.cost import cost
 from pliant.data import Data, Train
 from pliant.drivers.loop import evaluate, fit, rate
+from pliant.edits import Edit, from_json, replay, to_json
 from pliant.errors import PliantError
 from pliant.method import Method
-from pliant.ops.batchnorm import recalibrate
-from pliant.ops.edits import Edit, from_json, replay, to_json
 from pliant.registry import construct
 from pliant.run import Run, start
+from pliant.surgery.batchnorm import recalibrate
 
 Watch = Callable[[dict[str, Any]], None]
 

@@ -11,13 +11,13 @@ from bench.claim import claim
 from bench.experiments import Cell, Cells, Table, pick, values
 from pliant import zoo
 from pliant.cost import Example, LayerCost, layer_costs
+from pliant.edits import Factor
+from pliant.families.lowrank.options import forms_of
 from pliant.latency import Target, compare
 from pliant.latency.builds import built
 from pliant.latency.clock import Clock
 from pliant.math.forms import max_ranks
-from pliant.ops.edits import Factor
-from pliant.ops.layers import Factorizable, factorizable
-from pliant.ops.lowrank import forms_of
+from pliant.nn.factorized import Factorizable, factorizable
 
 Settings = Mapping[str, Any]
 FORMS = ("tucker2", "input", "output", "spatial")

@@ -15,7 +15,7 @@ from bench.stats import mean, median, plus_minus, spread
 from pliant import zoo
 from pliant.data import Train, load
 from pliant.math.filters import filter_norms
-from pliant.ops.select import weighted
+from pliant.surgery.select import weighted
 
 Settings = Mapping[str, Any]
 OURS, THEIRS = "norm loss", "weight decay"

@@ -20,9 +20,9 @@ from pliant.data import Data, Train
 from pliant.drivers.loop import evaluate
 from pliant.errors import PliantError, require
 from pliant.method import Method
-from pliant.ops.batchnorm import recalibrate
 from pliant.registry import construct, plain
 from pliant.run import Run
+from pliant.surgery.batchnorm import recalibrate
 
 Settings = Mapping[str, Any]
 Watch = Callable[[dict[str, Any]], None]

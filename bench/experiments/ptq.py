@@ -21,16 +21,16 @@ from bench.experiments import Cell, Cells, Table, pick, values
 from bench.stats import mean, plus_minus, spread
 from pliant.cost import cost
 from pliant.data import Data, unpack
+from pliant.edits import replay
 from pliant.errors import require
-from pliant.export import to_onnx
+from pliant.families.quantize.tuning import block_errors
+from pliant.files.onnx import to_onnx
 from pliant.math.quantize import levels
-from pliant.ops.blocks import blocks
-from pliant.ops.edits import replay
-from pliant.ops.fold import foldable
-from pliant.ops.layers import readable
-from pliant.ops.tuning import block_errors
+from pliant.nn.factorized import readable
 from pliant.registry import build, plain
 from pliant.run import start
+from pliant.surgery.blocks import blocks
+from pliant.surgery.fold import foldable
 
 Settings = Mapping[str, Any]
 LIBRARIES = ("onnx", "onnxruntime", "torchao")

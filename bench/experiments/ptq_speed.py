@@ -15,7 +15,7 @@ from bench.claim import claim
 from bench.experiments import Cell, Cells, Table, values
 from bench.experiments.ptq import quantized_by_onnxruntime, session
 from bench.stats import median
-from pliant.export import to_onnx
+from pliant.files.onnx import to_onnx
 from pliant.registry import build
 from pliant.run import start
 

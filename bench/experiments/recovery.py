@@ -14,7 +14,7 @@ from bench.claim import claim
 from bench.experiments import Cell, Cells, Table, pick, values
 from bench.stats import mean, plus_minus
 from pliant.errors import require
-from pliant.math.tsvd import tprod
+from pliant.families.solve.tsvd import tprod
 
 Settings = Mapping[str, Any]
 LIBRARIES = ("tensorly", "scikit-image")

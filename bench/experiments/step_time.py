@@ -23,7 +23,7 @@ from pliant.compose import resolve
 from pliant.data import Data
 from pliant.errors import PliantError
 from pliant.method import Method
-from pliant.ops.layers import factorizable
+from pliant.nn.factorized import factorizable
 from pliant.registry import construct, plain
 from pliant.run import Run, start
 

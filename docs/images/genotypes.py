@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from pliant.ops.genotype import Genotype
+from pliant.nn.genotype import Genotype
 from pliant.render.genotype import genotype_svg
 
 HERE = Path(__file__).resolve().parent

@@ -14,7 +14,7 @@ from pliant.cost import Cost, cost, layer_costs
 from pliant.data import Data, Train
 from pliant.drivers.loop import evaluate, fit
 from pliant.errors import PliantError
-from pliant.export import to_onnx
+from pliant.files.onnx import to_onnx
 from pliant.method import Method
 from pliant.registry import Entry, Paper, entries, register
 from pliant.registry import build as method

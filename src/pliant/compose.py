@@ -10,9 +10,9 @@ from typing import Any
 from torch import Tensor
 
 from pliant.budget import Budget
+from pliant.edits import Edit
 from pliant.errors import BudgetError, ChainError, MethodError
 from pliant.method import Method, uses
-from pliant.ops.edits import Edit
 from pliant.registry import build, entry_of, other_verb, plain
 from pliant.run import Run
 

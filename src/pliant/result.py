@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from pliant import artifact, elastic
 from pliant.cost import Cost, LayerCost, layer_costs
+from pliant.edits import Edit
+from pliant.edits import sizes as elastic
 from pliant.errors import PliantError
+from pliant.files import artifact
 from pliant.latency.compare import Timing
 from pliant.latency.target import machine
-from pliant.ops.edits import Edit
 from pliant.run import Run
 
 AXES = ("params", "macs", "bytes")

@@ -14,14 +14,14 @@ from torch.utils._pytree import tree_map
 from pliant.budget import Budget, Limits, Option, allocate, shown
 from pliant.cost import Cost, Example, LayerCost, cost, layer_costs
 from pliant.data import Data
+from pliant.edits import Edit, Replaced, from_json, to_json
 from pliant.errors import BudgetError, ModelError, PliantError
 from pliant.latency import Where
 from pliant.latency.clock import Clock
 from pliant.latency.memory import recall_layers, remembered
 from pliant.method import Method
-from pliant.ops.edits import Edit, Replaced, from_json, to_json
-from pliant.ops.finite import check_example, check_weights
-from pliant.ops.optim import add_gradient, carry
+from pliant.observe.finite import check_example, check_weights
+from pliant.surgery.optim import add_gradient, carry
 
 
 class Removable(Protocol):

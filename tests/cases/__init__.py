@@ -1,4 +1,4 @@
-"""The cases of all methods, collected from the modules of this folder: there is no list to keep."""
+"""The cases of all methods, collected from the modules below: there is no list to keep."""
 
 import importlib
 import pkgutil
@@ -7,6 +7,6 @@ from pliant.testing import Case
 
 CASES: dict[str, Case] = {
     case.method: case
-    for module in pkgutil.iter_modules(__path__, __name__ + ".")
-    for case in importlib.import_module(module.name).CASES
+    for module in pkgutil.walk_packages(__path__, __name__ + ".")
+    for case in getattr(importlib.import_module(module.name), "CASES", ())
 }

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pliant import artifact, elastic
 from pliant.budget import Budget
 from pliant.compose import Stage, bounds, check_axes, resolve
 from pliant.cost import Example, cost
@@ -27,12 +26,14 @@ from pliant.drivers.check import check_data
 from pliant.drivers.devices import own_randomness
 from pliant.drivers.loop import Watch, evaluate, fit
 from pliant.drivers.score import device_of
+from pliant.edits import from_json, to_json
+from pliant.edits import sizes as elastic
 from pliant.errors import BudgetError, DataError, ModelError
-from pliant.factorize import check_reachable, note_spectra
+from pliant.families.lowrank.factorize import check_reachable, note_spectra
+from pliant.files import artifact
 from pliant.latency import Target, Where, as_target
 from pliant.method import Method
-from pliant.ops.edits import from_json, to_json
-from pliant.ops.layers import factorizable
+from pliant.nn.factorized import factorizable
 from pliant.registry import entry_of, plain
 from pliant.result import Report, Result, Side, cuts, layer_rows, side, timed, versions, where_timed
 from pliant.run import Run, start

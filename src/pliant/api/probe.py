@@ -16,7 +16,7 @@ from pliant.data import Data
 from pliant.drivers.devices import own_randomness
 from pliant.drivers.score import device_of
 from pliant.errors import DataError, ModelError
-from pliant.ops.finite import check_weights
+from pliant.observe.finite import check_weights
 from pliant.registry import of_verb, plain
 from pliant.solution import Finding
 

@@ -9,7 +9,7 @@ import typer
 
 from pliant.cli import console, folder, source
 from pliant.errors import ArtifactError, OutputError
-from pliant.export import to_onnx
+from pliant.files.onnx import to_onnx
 
 
 @console.refusals

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pliant import artifact
 from pliant.api import CONTROL
 from pliant.codecs.container import check_replaceable, is_pliant, replacing
 from pliant.cost import Example
 from pliant.drivers.checkpoint import NAME as CHECKPOINT
 from pliant.errors import ArtifactError, MissingExtraError, ModelError, OutputError
-from pliant.export import to_onnx
+from pliant.files import artifact
+from pliant.files.onnx import to_onnx
 from pliant.render.html import html
 from pliant.render.markdown import markdown
 from pliant.result import Report, Result

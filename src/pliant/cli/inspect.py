@@ -9,13 +9,13 @@ from torch import nn
 from pliant.cli import console, source
 from pliant.cost import Example, LayerCost, cost, layer_costs
 from pliant.data import load
-from pliant.factorize import spectra
+from pliant.edits import Factor
+from pliant.families.lowrank.factorize import spectra
 from pliant.math.forms import max_ranks
 from pliant.math.rank import energy_rank, evbmf_rank
 from pliant.math.svd import unfold
-from pliant.ops.edits import Factor
-from pliant.ops.finite import check_example, check_weights
-from pliant.ops.layers import Factorizable, factorizable
+from pliant.nn.factorized import Factorizable, factorizable
+from pliant.observe.finite import check_example, check_weights
 from pliant.render import table, words
 
 SHARES = (0.9, 0.95, 0.98)

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from pliant import artifact, zoo
+from pliant import zoo
 from pliant.api import MOST_CLASSES
+from pliant.edits import Edit
 from pliant.errors import DataError, ModelError, PliantError
-from pliant.ops.edits import Edit
+from pliant.files import artifact
 
 SUFFIX = ".pliant"
 

@@ -9,7 +9,7 @@ from pliant.data import Data, unpack
 from pliant.drivers.score import device_of, forward, moved
 from pliant.errors import DataError, MethodError, PliantError, TrainingError
 from pliant.method import uses
-from pliant.ops.outputs import logits
+from pliant.observe.outputs import logits
 from pliant.run import Run
 
 TRAINING = ("loss", "penalty", "before_step", "after_step", "after_epoch")

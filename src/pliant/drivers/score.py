@@ -13,8 +13,8 @@ from pliant.cost import call
 from pliant.data import IGNORED, Data, unpack
 from pliant.data.splits import Split
 from pliant.errors import DataError, ModelError
-from pliant.math.distill import divergence
-from pliant.ops.outputs import logits
+from pliant.math.divergence import divergence
+from pliant.observe.outputs import logits
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from pliant.ops.edits import Edit
+from pliant.edits import Edit
 
 
 def built(model: nn.Module, edits: Sequence[Edit]) -> nn.Module:

@@ -12,6 +12,7 @@ from torch import nn
 
 from pliant.budget import Option
 from pliant.cost import Example, LayerCost
+from pliant.edits import Edit, Factor
 from pliant.errors import BudgetError
 from pliant.latency.builds import built, edited
 from pliant.latency.compare import Comparison, Timing, compare, interleaved, measure, quiet
@@ -19,8 +20,7 @@ from pliant.latency.memory import name_of, recalled
 from pliant.latency.table import LatencyTable, input_shape, signature
 from pliant.latency.target import Target, Where, as_target
 from pliant.math.forms import forms_for, max_ranks
-from pliant.ops.edits import Edit, Factor
-from pliant.ops.layers import obstacle
+from pliant.nn.factorized import obstacle
 
 Plan = Callable[[Mapping[str, float]], list[Any]]
 """Gives edits for limits, with prices as the clock knows them now."""

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from pliant.edits import Edit, to_json
 from pliant.latency.compare import Timing
 from pliant.latency.table import VERSION, LatencyTable
 from pliant.latency.target import Target
-from pliant.ops.edits import Edit, to_json
 
 if TYPE_CHECKING:
     from pliant.latency.clock import Clock

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from html import escape
 
-from pliant.ops.genotype import Genotype, Nodes
+from pliant.nn.genotype import Genotype, Nodes
 
 TITLES = {"normal": "Normal cell", "reduce": "Reduction cell"}
 INPUTS = ("last but one", "last cell")

@@ -8,7 +8,7 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from pliant.ops.genotype import Genotype
+from pliant.nn.genotype import Genotype
 from pliant.render import words
 from pliant.render.canvas import Plot
 from pliant.render.figures import plots

@@ -18,10 +18,10 @@ from pliant.budget import Budget
 from pliant.compose import resolve
 from pliant.data import Data
 from pliant.drivers.loop import fit
+from pliant.edits import to_json
 from pliant.errors import MethodError, MissingExtraError, PliantError
-from pliant.export import to_onnx
+from pliant.files.onnx import to_onnx
 from pliant.method import Method
-from pliant.ops.edits import to_json
 from pliant.registry import Entry, build, entry_of, plain
 from pliant.run import start
 from pliant.testing import described, solved

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pliant import artifact
 from pliant.cost import LayerCost, cost, layer_costs
+from pliant.edits import replay
 from pliant.errors import ModelError
-from pliant.ops.edits import replay
+from pliant.files import artifact
 from pliant.result import Report
 from pliant.testing.described import must
 from pliant.testing.trial import Trial, outputs, put_in
@@ -37,7 +37,7 @@ def only_plain_modules_left(found: Trial) -> None:
     must(not left, f"in the result was left: {'; '.join(left)}")
     own = {type(module) for module in found.dense.modules()}
     for name, module in found.result.model.named_modules():
-        standard = type(module).__module__.startswith(("torch.nn.", "pliant.ops."))
+        standard = type(module).__module__.startswith(("torch.nn.", "pliant.nn."))
         must(standard or type(module) in own, f"{name} is a {type(module).__name__}")
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from pliant.errors import ModelError
-from pliant.ops.genotype import DARTS_V2
+from pliant.nn.genotype import DARTS_V2
 from pliant.zoo.darts import evaluation, supernet
 from pliant.zoo.lenet import LeNet5
 from pliant.zoo.resnet import ResNet18

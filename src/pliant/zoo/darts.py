@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pliant.ops.cells import CellNetwork
-from pliant.ops.genotype import DARTS_V2_WIRING, Genotype, Layout, Wiring, dense
-from pliant.ops.operations import NONE, OPERATIONS
+from pliant.nn.cells import CellNetwork
+from pliant.nn.genotype import DARTS_V2_WIRING, Genotype, Layout, Wiring, dense
+from pliant.nn.operations import NONE, OPERATIONS
 
 DENSE = dense()
 DARTS_OPS = tuple(OPERATIONS)

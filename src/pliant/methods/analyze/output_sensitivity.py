@@ -13,7 +13,7 @@ from pliant.cost import Example, call
 from pliant.data import Data, unpack
 from pliant.data.splits import Split
 from pliant.errors import DataError, MethodError, ModelError
-from pliant.ops.capture import capture
+from pliant.observe.watch import capture
 from pliant.registry import Paper, register
 from pliant.solution import Finding
 

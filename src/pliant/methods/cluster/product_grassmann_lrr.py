@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from pliant.errors import DataError, MethodError
-from pliant.math.admm import Blocks, Pace, Solved, admm
-from pliant.math.grassmann import (
+from pliant.families.solve.admm import Blocks, Pace, Solved, admm
+from pliant.families.solve.grassmann import (
     affinity,
     errors,
     normalized_cut,

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from pliant.codecs import address_map, tensors
 from pliant.cost import Packed, cost, layer_costs
+from pliant.edits.encode import encoding
 from pliant.errors import BudgetError, MethodError, ModelError
-from pliant.math.sharing import draw, kmeans, mask, nearest, representatives
+from pliant.families.code.sharing import draw, kmeans, mask, nearest, representatives
 from pliant.method import Method
-from pliant.ops.batchnorm import recalibrate
-from pliant.ops.edits.encode import encoding
-from pliant.ops.layers import Factorizable, readable
+from pliant.nn.factorized import Factorizable, readable
 from pliant.registry import Paper, register
 from pliant.run import Run
+from pliant.surgery.batchnorm import recalibrate
 
 MOST = 0.999  # highest pruning level that a budget may ask for
 HALVINGS = 12  # of the interval in which that level is searched

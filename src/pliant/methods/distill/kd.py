@@ -9,10 +9,10 @@ from torch import Tensor
 
 from pliant.data import unpack
 from pliant.errors import DataError, MethodError
-from pliant.math.distill import divergence
+from pliant.math.divergence import divergence
 from pliant.method import Method
-from pliant.ops.aside import Teacher, held
-from pliant.ops.outputs import logits
+from pliant.observe.aside import Teacher, held
+from pliant.observe.outputs import logits
 from pliant.registry import Paper, register
 from pliant.run import Run
 

@@ -11,14 +11,14 @@ from torch import Tensor
 
 from pliant.data import unpack
 from pliant.errors import DataError, MethodError, ModelError
-from pliant.math.distill import divergences, mean_where, neighbour_means
+from pliant.math.divergence import divergences, mean_where, neighbour_means
 from pliant.method import Method
-from pliant.ops.aside import Tap, held
-from pliant.ops.order import order
-from pliant.ops.outputs import logits
-from pliant.ops.select import weighted
+from pliant.observe.aside import Tap, held
+from pliant.observe.order import order
+from pliant.observe.outputs import logits
 from pliant.registry import Paper, register
 from pliant.run import Run
+from pliant.surgery.select import weighted
 
 MOST = 10.0  # of the weight: beyond it the classes collapse
 

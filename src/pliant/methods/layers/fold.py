@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pliant.method import Method
-from pliant.ops.fold import foldable, mergeable
-from pliant.ops.select import weighted
 from pliant.registry import Paper, register
 from pliant.run import Run
+from pliant.surgery.fold import foldable, mergeable
+from pliant.surgery.select import weighted
 
 
 @register(

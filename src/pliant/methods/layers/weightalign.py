@@ -9,18 +9,18 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
+from pliant.edits import Replaced, Swap
 from pliant.errors import MethodError, ModelError
 from pliant.math.filters import RECTIFIED
 from pliant.method import Method
-from pliant.ops.align import Align, Aligned
-from pliant.ops.decay import cancel_decay
-from pliant.ops.edits import Replaced, Swap
-from pliant.ops.filters import filter_size
-from pliant.ops.optim import carry
-from pliant.ops.order import Order, order
-from pliant.ops.select import WEIGHTED, check_patterns, matches, weighted
+from pliant.nn.align import Align, Aligned
+from pliant.nn.filters import WEIGHTED, filter_size
+from pliant.observe.order import Order, order
 from pliant.registry import Paper, register
 from pliant.run import Run
+from pliant.surgery.decay import cancel_decay
+from pliant.surgery.optim import carry
+from pliant.surgery.select import check_patterns, matches, weighted
 
 
 @register(

@@ -16,16 +16,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pliant.budget import Budget, Option
 from pliant.data import unpack
-from pliant.elastic import costs, count, settle, weights_at
+from pliant.edits import Factor, Nest, Settle, replay
+from pliant.edits.sizes import costs, count, weights_at
 from pliant.errors import BudgetError, MethodError
-from pliant.factorize import Form, Layers, choices, look, subjects
-from pliant.math.distill import divergence
+from pliant.families.lowrank.factorize import Form, Layers, choices, look, subjects
+from pliant.families.lowrank.nested import nested
+from pliant.families.lowrank.sizes import settle
+from pliant.math.divergence import divergence
 from pliant.math.metric import Metric
-from pliant.math.nested import nested
 from pliant.method import Method
-from pliant.ops.aside import Teacher, held
-from pliant.ops.edits import Factor, Nest, Settle, replay
-from pliant.ops.outputs import logits
+from pliant.observe.aside import Teacher, held
+from pliant.observe.outputs import logits
 from pliant.registry import Paper, register
 from pliant.run import Run
 

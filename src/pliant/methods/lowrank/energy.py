@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pliant.factorize import Form, factorize, look, plan, subjects
+from pliant.families.lowrank.factorize import Form, factorize, look, plan, subjects
 from pliant.method import Method
 from pliant.registry import Paper, register
 from pliant.run import Run

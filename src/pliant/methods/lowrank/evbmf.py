@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 from pliant.budget import Limits, Option
 from pliant.cost import LayerCost, layer_costs
+from pliant.edits import Factor
 from pliant.errors import BudgetError
-from pliant.factorize import factorize, spectra, subjects
+from pliant.families.lowrank.factorize import factorize, spectra, subjects
 from pliant.math.forms import max_ranks
 from pliant.math.rank import evbmf_rank
 from pliant.math.svd import unfold
 from pliant.method import Method
-from pliant.ops.edits import Factor
-from pliant.ops.layers import Factorizable
+from pliant.nn.factorized import Factorizable
 from pliant.registry import Paper, register
 from pliant.run import Run
 

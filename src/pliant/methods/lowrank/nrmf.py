@@ -9,8 +9,9 @@ from typing import Literal
 import torch
 
 from pliant.cost import cost, layer_costs
+from pliant.edits import Factor
 from pliant.errors import MethodError
-from pliant.factorize import (
+from pliant.families.lowrank.factorize import (
     Form,
     Layers,
     factorize,
@@ -19,14 +20,13 @@ from pliant.factorize import (
     plan,
     subjects,
 )
-from pliant.math.losses import losses
+from pliant.families.lowrank.losses import losses
 from pliant.math.metric import Metric
 from pliant.math.norms import penalty_gradient
 from pliant.math.prox import shrink
 from pliant.math.rank import energy_rank
 from pliant.math.svd import spectrum
 from pliant.method import Method
-from pliant.ops.edits import Factor
 from pliant.registry import Paper, register
 from pliant.run import Run
 

@@ -8,13 +8,13 @@ from typing import Literal
 import torch
 
 from pliant.errors import MethodError
-from pliant.factorize import factorize, note_spectra, plan, subjects
+from pliant.families.lowrank.factorize import factorize, note_spectra, plan, subjects
 from pliant.math.forms import blocks
 from pliant.math.norms import penalty_gradient
 from pliant.math.rank import energy_rank
 from pliant.math.svd import spectral_map, spectrum
 from pliant.method import Method
-from pliant.ops.layers import Factorizable
+from pliant.nn.factorized import Factorizable
 from pliant.registry import Paper, register
 from pliant.run import Run
 

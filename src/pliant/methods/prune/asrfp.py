@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from pliant.errors import MethodError
+from pliant.families.prune.channels import filters_of
+from pliant.families.prune.cut import cut, subjects, uniform_shares
+from pliant.families.prune.masks import fade, fade_small, unit_norms, weakest
 from pliant.method import Method
-from pliant.ops.channels import filters_of
-from pliant.ops.cutting import edits_of
-from pliant.ops.layers import readable
-from pliant.ops.masks import fade, fade_small, unit_norms, weakest
-from pliant.prune import cut, subjects, uniform_shares
+from pliant.nn.factorized import readable
 from pliant.registry import Paper, register
 from pliant.run import Run
+from pliant.surgery.prove import edits_of
 
 Decay = Literal["exponential", "linear", "constant"]
 

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from pliant.cost import cost, layer_costs
 from pliant.errors import BudgetError, DataError, MethodError
+from pliant.families.prune.channels import Place, after, leaving, numbered, ranking, up_to
+from pliant.families.prune.cut import Rounds, cut_in_rounds, on_the_way, silenced, within
+from pliant.families.prune.fisher import group_fisher
 from pliant.method import Method
-from pliant.ops.channels import Place, after, leaving, numbered, ranking, up_to
-from pliant.ops.cutting import edits_of
-from pliant.ops.fisher import group_fisher
-from pliant.ops.graph import Group
-from pliant.prune import Rounds, cut_in_rounds, on_the_way, silenced, within
 from pliant.registry import Paper, register
 from pliant.run import Run
+from pliant.surgery.graph import Group
+from pliant.surgery.prove import edits_of
 
 BATCH = 64  # samples whose activations are held at once
 MOST_LOOKS = 32

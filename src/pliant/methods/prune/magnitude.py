@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from pliant.families.prune.channels import Place, Scope, filter_norms, ranking, relative
+from pliant.families.prune.cut import Rounds, cut_in_rounds
 from pliant.method import Method
-from pliant.ops.channels import Place, Scope, filter_norms, ranking, relative
-from pliant.ops.graph import Group
-from pliant.prune import Rounds, cut_in_rounds
 from pliant.registry import Paper, register
 from pliant.run import Run
+from pliant.surgery.graph import Group
 
 
 @register(

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from pliant.families.prune.channels import Place, Scope, random_scores, ranking, relative
+from pliant.families.prune.cut import Rounds, cut_in_rounds
 from pliant.method import Method
-from pliant.ops.channels import Place, Scope, random_scores, ranking, relative
-from pliant.ops.graph import Group
-from pliant.prune import Rounds, cut_in_rounds
 from pliant.registry import Paper, register
 from pliant.run import Run
+from pliant.surgery.graph import Group
 
 
 @register(

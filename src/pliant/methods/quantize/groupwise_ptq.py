@@ -16,19 +16,27 @@ from torch.utils._pytree import tree_map
 from pliant.budget import Option
 from pliant.cost import Example, layer_costs
 from pliant.data import unpack
+from pliant.edits import Quantize, replay
+from pliant.edits.quantize import LEAST, MOST
 from pliant.errors import DataError, MethodError, ModelError
+from pliant.families.quantize.tuning import (
+    Outputs,
+    Rates,
+    Tunable,
+    correct,
+    independent,
+    joint,
+    tunable,
+)
 from pliant.math.quantize import Grouping
 from pliant.method import Method
-from pliant.ops.blocks import blocks
-from pliant.ops.calibrate import begun, harm, observe, unread
-from pliant.ops.edits import Quantize, replay
-from pliant.ops.edits.quantize import LEAST, MOST
-from pliant.ops.fold import foldable
-from pliant.ops.layers import readable
-from pliant.ops.quantized import Values
-from pliant.ops.tuning import Outputs, Rates, Tunable, correct, independent, joint, tunable
+from pliant.nn.factorized import readable
+from pliant.nn.quantized import Values
+from pliant.observe.ranges import begun, harm, observe, unread
 from pliant.registry import Paper, register
 from pliant.run import Run
+from pliant.surgery.blocks import blocks
+from pliant.surgery.fold import foldable
 
 CHOICES = (8, 4, 3, 2)  # bits among which a budget chooses
 LONGEST = 100_000  # steps of one stage

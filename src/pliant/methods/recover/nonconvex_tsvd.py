@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from pliant.errors import DataError, MethodError
-from pliant.math.admm import Blocks, Pace, Solved, admm
-from pliant.math.penalties import Name, named
-from pliant.math.tsvd import mean_over_slices, singular_values, spectral_map
+from pliant.families.solve.admm import Blocks, Pace, Solved, admm
+from pliant.families.solve.concave import Name, named
+from pliant.families.solve.tsvd import mean_over_slices, singular_values, spectral_map
 from pliant.registry import Paper, register
 from pliant.solution import Solution
 

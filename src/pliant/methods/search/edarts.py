@@ -7,12 +7,12 @@ from typing import Literal
 
 import torch
 
-from pliant import search
+from pliant.edits import Choose
 from pliant.errors import MethodError
+from pliant.families.search import bilevel as search
 from pliant.method import Method
-from pliant.ops.cells import CellNetwork, derive, placed
-from pliant.ops.edits import Choose
-from pliant.ops.operations import SKIP
+from pliant.nn.cells import CellNetwork, derive, placed
+from pliant.nn.operations import SKIP
 from pliant.registry import Paper, register
 from pliant.run import Run
 

@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from pliant.errors import MethodError
 from pliant.math.filters import filter_norms, norm_gap, scale_filters
 from pliant.method import Method
-from pliant.ops.decay import cancel_decay
-from pliant.ops.filters import filter_layout
-from pliant.ops.select import check_patterns, weighted
+from pliant.nn.filters import filter_layout
 from pliant.registry import Paper, register
 from pliant.run import Run
+from pliant.surgery.decay import cancel_decay
+from pliant.surgery.select import check_patterns, weighted
 
 MOST = 10.0  # of the weight: beyond it steps of usual length overshoot
 

@@ -1,0 +1,366 @@
+"""What a network costs: parameters, multiply-accumulates and bytes, layer by layer.
+
+One multiply-accumulate (MAC) is one product added to a sum, as the field counts them: half of
+what `torch.utils.flop_counter` calls flops. Convolutions, linear layers, attention and recurrent
+layers have MACs. Normalisation, activation, pooling, dropout, reshaping and embedding look-ups
+are *known* to be zero. Biases count as parameters and not as MACs. Whatever else owns parameters
+or multiplies matrices is named in `Cost.uncounted`, so a missing number is never a silent 0.
+"""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+from torch.utils.flop_counter import flop_registry
+
+from pliant.cost.macs import Formula, Packed, formula_of
+from pliant.errors import ModelError
+
+Example = tuple[Any, ...] | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What one layer costs for one sample.
+
+    Attributes:
+        kind: name of the layer's class, parametrizations taken off.
+        params: numbers in its parameters, frozen and packed ones included.
+        macs: multiply-accumulates for one sample, all calls together.
+        bytes: its parameters and saved buffers at their own dtype.
+        weight: shape of its weight, () if it has none or several.
+        input: shape of the first input without the batch axis.
+        output: shape of the first output without the batch axis.
+        calls: how often one forward pass calls it; 0 means never.
+        latency: milliseconds of all calls on a target; 0 where nothing was measured.
+    """
+
+    kind: str
+    params: int
+    macs: int
+    bytes: int
+    weight: tuple[int, ...] = ()
+    input: tuple[int, ...] = ()
+    output: tuple[int, ...] = ()
+    calls: int = 1
+    latency: float = 0.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a whole network costs for one sample.
+
+    Attributes:
+        params: numbers in all parameters; a shared one counts once.
+        macs: multiply-accumulates of all counted layers.
+        bytes: parameters and saved buffers, what a state dict takes.
+        latency_ms: milliseconds on a target, None where not measured.
+        uncounted: layers whose multiply-accumulates are not known and not in `macs`.
+    """
+
+    params: int
+    macs: int
+    bytes: int
+    latency_ms: float | None = None
+    uncounted: tuple[str, ...] = ()
+
+    @property
+    def latency(self) -> float:
+        """Milliseconds as a number to add to: 0 where nothing was measured."""
+        return self.latency_ms or 0.0
+
+    def without(self, layers: Iterable[LayerCost]) -> "Cost":
+        """Return the counts of everything but these layers."""
+        rows = list(layers)
+        return Cost(
+            params=self.params - sum(row.params for row in rows),
+            macs=self.macs - sum(row.macs for row in rows),
+            bytes=self.bytes - sum(row.bytes for row in rows),
+        )
+
+
+def cost(model: nn.Module, example: Example) -> Cost:
+    """Measure parameters, multiply-accumulates and bytes of a network, on one sample.
+
+    The model is run once in eval mode without gradients on the first row of `example`; its
+    flags, statistics, hooks and the random state are left as they were. A class of layers that
+    owns parameters and makes no products with them (but by numbers, as batch norms do) may say
+    so by ``multiplies = False``; else it is named as uncounted.
+
+    Args:
+        model: any module; it is called with one sample on its own device.
+        example: the inputs of a forward call: a tuple, or a mapping of keyword arguments.
+
+    Raises:
+        ModelError: the model fails on the example, or has parameters without a shape.
+    """
+    layers, uncounted = _measure(model, example)
+    return Cost(
+        params=_numbers(model.modules()),
+        macs=sum(layer.macs for layer in layers.values()),
+        bytes=sum(t.numel() * t.element_size() for t in _saved(model.modules())),
+        uncounted=uncounted,
+    )
+
+
+def layer_costs(model: nn.Module, example: Example) -> dict[str, LayerCost]:
+    """Measure every layer that owns parameters, by module name, in order of definition.
+
+    A layer called several times has the MACs of all its calls and its parameters once. A
+    parameter shared by two layers is in the row of each; `cost` counts it once.
+
+    Raises:
+        ModelError: the model fails on the example, or has parameters without a shape.
+    """
+    return _measure(model, example)[0]
+
+
+def call(model: nn.Module, example: Example) -> Any:
+    """Call a model with an example: a mapping as keyword arguments, a tuple as positions.
+
+    Its tensors go to the device of the model, which may have moved since the example was made.
+    """
+    device = next((t.device for t in chain(model.parameters(), model.buffers())), None)
+
+    def move(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    if isinstance(example, Mapping):
+        return model(**tree_map(move, dict(example)))
+    return model(*tree_map(move, tuple(example)))
+
+
+@dataclass
+class _Seen:
+    """What one forward pass showed of a layer."""
+
+    macs: int = 0
+    calls: int = 0
+    input: tuple[int, ...] = ()
+    output: tuple[int, ...] = ()
+
+
+@dataclass
+class _Watch:
+    """Hooks of one measurement: which module runs now, and what each layer did."""
+
+    seen: dict[str, _Seen] = field(default_factory=dict)
+    stack: list[str] = field(default_factory=list)
+    inside: int = 0  # how many layers with a formula are running
+    strays: set[str] = field(default_factory=set)
+
+    def enter(self, name: str, *, known: bool) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any) -> None:
+            self.stack.append(name)
+            self.inside += known
+
+        return hook
+
+    def leave(self, name: str, formula: Formula | None) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, result: Any) -> None:
+            self.stack.pop()
+            self.inside -= formula is not None
+            inputs, outputs = list(tensors((args, kwargs))), list(tensors(result))
+            seen = self.seen.setdefault(name, _Seen())
+            seen.calls += 1
+            if inputs and outputs:
+                seen.input, seen.output = tuple(inputs[0].shape[1:]), tuple(outputs[0].shape[1:])
+                seen.macs += formula(module, inputs, outputs) if formula else 0
+
+        return hook
+
+    def stray(self) -> None:
+        """Note that arithmetic ran outside every layer that has a formula."""
+        if not self.inside:
+            self.strays.add(self.stack[-1] if self.stack else "")
+
+
+_ATEN = torch.ops.aten
+_PRODUCTS = {  # what multiplies and adds; the registry lacks vectors and attention on CPUs
+    *flop_registry,
+    *(_ATEN.mv, _ATEN.addmv, _ATEN.dot, _ATEN.vdot, _ATEN.addbmm),
+    _ATEN._scaled_dot_product_flash_attention_for_cpu,
+}
+
+
+class _Operations(TorchDispatchMode):
+    """Sees matrix products and convolutions that no layer with a formula accounts for."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # skipping it means importing it: two seconds for nothing
+
+    def __init__(self, watch: _Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func._overloadpacket in _PRODUCTS:
+            self.watch.stray()
+        return func(*args, **(kwargs or {}))
+
+
+def _measure(model: nn.Module, example: Example) -> tuple[dict[str, LayerCost], tuple[str, ...]]:
+    _refuse_lazy(model)
+    layers = dict(_layers(model))
+    watch = _Watch()
+    with _measuring(model), ExitStack() as hooks:
+        for name, module in _modules(model):
+            formula = formula_of(module) if name in layers else None
+            entered = watch.enter(name, known=formula is not None)
+            enter = module.register_forward_pre_hook(entered)
+            hooks.callback(enter.remove)
+            leave = module.register_forward_hook(watch.leave(name, formula), with_kwargs=True)
+            hooks.callback(leave.remove)
+        _run(model, example, watch)
+        rows = {n: _row(layer, watch.seen.get(n, _Seen(calls=0))) for n, layer in layers.items()}
+    unknown = {name for name, layer in layers.items() if formula_of(layer) is None}
+    named = [name for name, _ in model.named_modules() if name in unknown | watch.strays]
+    return rows, tuple(name or type(model).__name__ for name in named)
+
+
+def _run(model: nn.Module, example: Example, watch: _Watch) -> None:
+    sample = _first(example)
+    try:
+        with _Operations(watch):
+            call(model, sample)
+    except Exception as error:
+        shapes = ", ".join(str(tuple(t.shape)) for t in tensors(sample)) or "no tensor"
+        raise ModelError(
+            f"{type(model).__name__} must run on one sample, but fails on input {shapes} "
+            f"({type(error).__name__}: {error}); pass an example that the model accepts."
+        ) from error
+
+
+def _row(layer: nn.Module, seen: _Seen) -> LayerCost:
+    owned, weight = list(_subtree(layer)), getattr(layer, "weight", None)
+    return LayerCost(
+        kind=parametrize.type_before_parametrizations(layer).__name__,
+        params=_numbers(owned),
+        macs=seen.macs,
+        bytes=sum(t.numel() * t.element_size() for t in _saved(owned)),
+        weight=tuple(weight.shape) if isinstance(weight, Tensor) else (),
+        input=seen.input,
+        output=seen.output,
+        calls=seen.calls,
+    )
+
+
+@contextmanager
+def _measuring(model: nn.Module) -> Iterator[None]:
+    """Eval mode, no gradients, no compiled code or fused attention that would skip the hooks."""
+    flags = [(module, module.training) for module in model.modules()]
+    fused = torch.backends.mha.get_fastpath_enabled()
+    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        for module, _ in flags:
+            module.training = False
+        with torch.random.fork_rng(devices=devices), torch.no_grad(), _uncompiled():
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+        for module, training in flags:
+            module.training = training
+
+
+def _uncompiled() -> AbstractContextManager[Any]:
+    """Run compiled models as they are written; without the compiler loaded there are none."""
+    loaded = "torch._dynamo" in sys.modules
+    return torch.compiler.set_stance("force_eager") if loaded else nullcontext()
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that own parameters; what belongs to a parametrized or fused layer is inside it."""
+    for name, module in _modules(model):
+        if isinstance(module, Packed) or any(True for _ in _own(_subtree(module))):
+            yield name, module
+
+
+def _modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """All modules with their names, each once, not looking into parts of a layer."""
+    hidden: set[int] = set()
+    for name, part in module.named_modules():
+        if id(part) in hidden:
+            continue
+        yield name, part
+        hidden.update(id(inner) for inner in _subtree(part) if inner is not part)
+
+
+def _subtree(layer: nn.Module) -> Iterator[nn.Module]:
+    """The layer and the modules that are only its parts, not layers of their own."""
+    if isinstance(layer, nn.MultiheadAttention):  # out_proj is read, never called
+        yield from layer.modules()
+        return
+    yield layer
+    if parametrize.is_parametrized(layer):
+        parts = layer.parametrizations
+        assert isinstance(parts, nn.Module)
+        yield from parts.modules()
+
+
+def _numbers(modules: Iterable[nn.Module]) -> int:
+    """Count parameters, each once, and what packed layers stand for."""
+    owners = list(modules)
+    packed = sum(owner.numbers for owner in owners if isinstance(owner, Packed))
+    return packed + sum(p.numel() for p in _unique(_own(owners)))
+
+
+def _own(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+    return (parameter for module in modules for parameter in module.parameters(recurse=False))
+
+
+def _saved(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+    """Parameters and persistent buffers, each tensor once."""
+    owners = list(modules)
+    buffers = (
+        buffer
+        for owner in owners
+        for name, buffer in owner._buffers.items()
+        if buffer is not None and name not in owner._non_persistent_buffers_set
+    )
+    return _unique([*_own(owners), *buffers])
+
+
+def _unique(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
+    return iter({id(tensor): tensor for tensor in tensors}.values())
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedParameter):
+            raise ModelError(
+                f"Parameters must have a shape, but {name!r} is still lazy; "
+                "run the model once on real data before measuring it."
+            )
+
+
+def _first(value: Any) -> Any:
+    """The first row of every tensor in a nested value."""
+    if isinstance(value, Tensor):
+        return value[:1] if value.dim() else value
+    if isinstance(value, Mapping):
+        return {key: _first(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        rows = [_first(item) for item in value]
+        return rows if isinstance(value, list) else tuple(rows)
+    return value
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Go through the tensors of a nested value, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors(item)

@@ -1,0 +1,113 @@
+"""One layer becomes two or three smaller ones in a row."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pliant.cost import LayerCost
+from pliant.edits.edit import Replaced, layer_of
+from pliant.errors import EditError
+from pliant.math import forms
+from pliant.nn import factorized as layers
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Replaces one layer by two or three smaller ones in a row.
+
+    Args:
+        layer: name of a Conv1d/2d/3d (groups=1) or Linear.
+        form: ``tucker2`` (1x1, DxD, 1x1), ``input`` (1x1, DxD), ``output`` (DxD, 1x1),
+            ``spatial`` (Dx1, 1xD) or ``svd`` (Linear and pointwise).
+        ranks: ``(r_in, r_out)`` for ``tucker2``, one rank for the others.
+        kernels: weights of the new layers; computed from the dense weight if None. They are
+            tensors, not part of the plan: not compared and not written to JSON.
+
+    Raises:
+        EditError: the layer cannot be read, or form or ranks do not fit it.
+    """
+
+    layer: str
+    form: str
+    ranks: tuple[int, ...]
+    kernels: tuple[Tensor, ...] | None = field(default=None, compare=False, repr=False)
+
+    def apply(self, model: nn.Module, *, weights: bool = True) -> Replaced:
+        """Put the smaller layers in the place of the dense one."""
+        module = self._read(model)
+        kernels = None
+        if weights:
+            kernels = self.kernels or forms.decompose(module.weight.detach(), self.form, self.ranks)
+        dense: Any = module.weight
+        new = layers.factorized(module, self.form, self.ranks, kernels)
+        layers.replace(model, self.layer, new)
+        added: tuple[Any, ...] = tuple(child.weight for child in new)
+        return Replaced((dense,), added, lambda grad: _pull_back(grad, added, self.form))
+
+    def predict(self, before: LayerCost) -> LayerCost:
+        """Return the cost of the smaller layers together."""
+        self._check(before.weight)
+        shapes = forms.kernel_shapes(before.weight, self.form, self.ranks)
+        positions = _positions(before, self.form)
+        weights = [math.prod(shape) for shape in shapes]
+        first = sum(w * p for w, p in zip(weights, positions, strict=True))
+        dense = math.prod(before.weight) * positions[-1]
+        bias = before.params - math.prod(before.weight)
+        params = sum(weights) + bias
+        return LayerCost(
+            kind=self.form,
+            params=params,
+            macs=before.macs * first // dense if dense else 0,  # calls may differ in size
+            bytes=params * before.bytes // max(before.params, 1),
+            input=before.input,
+            output=before.output,
+            calls=before.calls,
+        )
+
+    def _read(self, model: nn.Module) -> layers.Factorizable:
+        module: layers.Factorizable = layer_of(model, self.layer)
+        if reason := layers.obstacle(model, self.layer):
+            raise EditError(f"{self.layer or 'The model'} cannot be factorized: {reason}.")
+        self._check(tuple(module.weight.shape))
+        return module
+
+    def _check(self, shape: tuple[int, ...]) -> None:
+        if self.form not in forms.FORMS:
+            raise EditError(
+                f"Unknown form {self.form!r} for {self.layer}: one of {', '.join(forms.FORMS)}."
+            )
+        if self.form not in forms.forms_for(shape):
+            raise EditError(f"{self.layer} with weight {shape} has no {self.form} form.")
+        highest = forms.max_ranks(shape, self.form)
+        fit = len(self.ranks) == len(highest) and all(
+            type(rank) is int and 1 <= rank <= most
+            for rank, most in zip(self.ranks, highest, strict=True)
+        )
+        if not fit:
+            raise EditError(
+                f"Ranks {self.ranks} do not fit {self.layer}: {self.form} takes whole numbers "
+                f"from 1 to {highest}."
+            )
+
+
+def _positions(before: LayerCost, form: str) -> list[int]:
+    """How often each new kernel is applied to one sample."""
+    if len(before.weight) == 2:
+        return [math.prod(before.output[:-1])] * 2
+    into, out = math.prod(before.input[1:]), math.prod(before.output[1:])
+    if form == "spatial":
+        return [before.output[1] * math.prod(before.input[2:]), out]
+    return {"tucker2": [into, out, out], "input": [into, out]}.get(form, [out, out])
+
+
+def _pull_back(grad: Tensor, added: Sequence[nn.Parameter], form: str) -> list[Tensor]:
+    with torch.enable_grad():
+        kernels = [weight.detach().clone().requires_grad_() for weight in added]
+        dense = forms.compose(kernels, form).reshape(grad.shape)
+    return list(torch.autograd.grad(dense, kernels, grad.to(dense.dtype)))

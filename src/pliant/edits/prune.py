@@ -1,0 +1,210 @@
+"""Channels leave one side of one layer; a cut is made of such edits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pliant.cost import LayerCost
+from pliant.edits.edit import Replaced, layer_of
+from pliant.errors import EditError
+from pliant.nn import factorized as layers
+
+Cut = Callable[[Tensor], Tensor]
+
+CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_NORMS = (
+    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
+    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
+)
+
+
+@dataclass(frozen=True)
+class Prune:
+    """Keeps some channels of one side of a layer, in their order, and removes the others.
+
+    One edit alone rarely leaves a network that runs: all layers that the channels pass must be
+    cut. ``pliant.surgery.graph`` finds them.
+
+    Args:
+        layer: name of a Conv1d/2d/3d, Linear, batch or instance norm, or PReLU.
+        side: ``out`` or ``in`` of a convolution or Linear; ``channels`` of a layer that treats
+            every channel apart (norms, PReLU, depthwise convolutions, by their input channels).
+        keep: indices of the channels that stay, rising. A grouped convolution must keep equally
+            many in each of its groups.
+        of: how many channels there are before.
+
+    Raises:
+        EditError: the layer has no such side, or not these channels.
+    """
+
+    layer: str
+    side: str
+    keep: tuple[int, ...]
+    of: int
+
+    @property
+    def form(self) -> str:
+        """What the layer becomes."""
+        return "pruned"
+
+    @property
+    def kept(self) -> tuple[int, int]:
+        """How many channels stay, of how many."""
+        return len(self.keep), self.of
+
+    def apply(self, model: nn.Module, *, weights: bool = True) -> Replaced:
+        """Cut the layer's tensors; a slice is made in any case, it costs no more than a shape."""
+        module = layer_of(model, self.layer)
+        self._check(module)
+        old, new, cuts = [], [], []
+        for name, cut in _cuts(module, self.side, self.keep):
+            tensor = getattr(module, name)
+            if tensor is None:
+                continue
+            sliced = layers.in_layout_of(tensor, cut(tensor.detach()))
+            if isinstance(tensor, nn.Parameter):
+                sliced = nn.Parameter(sliced, requires_grad=tensor.requires_grad)
+                old.append(tensor)
+                new.append(sliced)
+                cuts.append(cut)
+            setattr(module, name, sliced)
+        for name, value in _sizes(module, self.side, len(self.keep)).items():
+            setattr(module, name, value)
+        return Replaced(tuple(old), tuple(new), cuts=tuple(cuts))
+
+    def predict(self, before: LayerCost) -> LayerCost:
+        """Return the cost of the layer with fewer channels."""
+        k, n = self.kept
+        axis = int(self.side == "in")
+        weight = list(before.weight)
+        weight[axis] = weight[axis] * k // n
+        others = before.params - math.prod(before.weight)  # biases, which only outputs have
+        params = math.prod(weight) + (others if self.side == "in" else others * k // n)
+        counter = _counter(before)
+        place = -1 if len(before.weight) == 2 else 0  # features come last, channels first
+        return replace(
+            before,
+            params=params,
+            macs=before.macs * k // n,
+            bytes=(before.bytes - counter) * params // before.params + counter,
+            weight=tuple(weight),
+            input=before.input if self.side == "out" else _less(before.input, place, k, n),
+            output=before.output if self.side == "in" else _less(before.output, place, k, n),
+        )
+
+    def removed(self) -> tuple[int, ...]:
+        """Return the channels that leave."""
+        return tuple(sorted(set(range(self.of)) - set(self.keep)))
+
+    def _check(self, module: nn.Module) -> None:
+        size = sides(module).get(self.side)
+        if size is None:
+            raise EditError(
+                f"{self.layer} is a {type(module).__name__}, of which no channels can be removed "
+                f"on the side {self.side!r}."
+            )
+        rising = all(a < b for a, b in zip(self.keep, self.keep[1:], strict=False))
+        fits = self.keep and rising and self.keep[0] >= 0 and self.keep[-1] < self.of
+        if size != self.of or not fits:
+            raise EditError(
+                f"{self.layer} has {size} channels on the side {self.side!r}, so it cannot keep "
+                f"{len(self.keep)} of {self.of} ({str(self.keep)[:60]}): the indices must rise "
+                "and lie below their number."
+            )
+        groups = getattr(module, "groups", 1) if self.side != "channels" else 1
+        counts = {len(part) for part in _by_group(self.keep, self.of, groups)}
+        if len(counts) > 1:
+            raise EditError(
+                f"{self.layer} has {groups} groups and must keep equally many channels in each."
+            )
+
+
+def sides(module: nn.Module) -> dict[str, int]:
+    """Return the sides of a layer from which channels can be removed, with their sizes."""
+    if type(module) is nn.Linear:
+        return {"in": module.in_features, "out": module.out_features}
+    if type(module) in _NORMS:
+        return {"channels": module.num_features}  # type: ignore[dict-item]
+    if type(module) is nn.PReLU and module.num_parameters > 1:
+        return {"channels": module.num_parameters}
+    if not isinstance(module, CONVS) or type(module) not in CONVS:
+        return {}
+    if module.groups == module.in_channels > 1:
+        return {"channels": module.in_channels}
+    return {"in": module.in_channels, "out": module.out_channels}
+
+
+def _cuts(module: Any, side: str, keep: tuple[int, ...]) -> Iterator[tuple[str, Cut]]:
+    """Name the tensors that a side touches, and how each is cut."""
+    if side == "in":
+        groups = getattr(module, "groups", 1)
+        yield "weight", _columns(_by_group(keep, sides(module)["in"], groups))
+        return
+    times = module.out_channels // module.groups if side == "channels" and _conv(module) else 1
+    rows = [channel * times + i for channel in keep for i in range(times)]
+    tensors = ("weight", "bias", "running_mean", "running_var")
+    for name in tensors:
+        if hasattr(module, name):
+            yield name, lambda tensor: tensor.index_select(0, _index(rows, tensor))
+
+
+def _columns(parts: list[list[int]]) -> Cut:
+    """Cut the inputs of a kernel, whose groups of rows read different ones."""
+
+    def cut(tensor: Tensor) -> Tensor:
+        blocks = tensor.chunk(len(parts))
+        return torch.cat(
+            [
+                block.index_select(1, _index(part, tensor))
+                for block, part in zip(blocks, parts, strict=True)
+            ]
+        )
+
+    return cut
+
+
+def _by_group(keep: tuple[int, ...], of: int, groups: int) -> list[list[int]]:
+    """Split channels among the groups of a convolution, each counted from its group's first."""
+    width = max(1, of // groups)
+    parts: list[list[int]] = [[] for _ in range(groups)]
+    for channel in keep:
+        parts[channel // width].append(channel % width)
+    return parts
+
+
+def _sizes(module: Any, side: str, k: int) -> dict[str, int]:
+    if side == "channels" and _conv(module):
+        times = module.out_channels // module.groups
+        return {"in_channels": k, "out_channels": k * times, "groups": k}
+    if side == "channels":
+        return {"num_parameters" if isinstance(module, nn.PReLU) else "num_features": k}
+    return {f"{side}_channels" if _conv(module) else f"{side}_features": k}
+
+
+def _conv(module: nn.Module) -> bool:
+    return isinstance(module, CONVS)
+
+
+def _index(rows: list[int], tensor: Tensor) -> Tensor:
+    return torch.tensor(rows, dtype=torch.long, device=tensor.device)
+
+
+def _counter(before: LayerCost) -> int:
+    """Bytes of a batch norm's counter of batches, which does not shrink: 8, or 0 without one."""
+    if "BatchNorm" not in before.kind or (before.bytes - 8) % (2 * before.params):
+        return 0
+    return 8
+
+
+def _less(shape: tuple[int, ...], place: int, k: int, n: int) -> tuple[int, ...]:
+    if not shape:
+        return shape
+    new = list(shape)
+    new[place] = new[place] * k // n
+    return tuple(new)

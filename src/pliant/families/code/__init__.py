@@ -1,0 +1,1 @@
+"""Few values for many numbers."""

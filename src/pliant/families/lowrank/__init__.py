@@ -1,0 +1,1 @@
+"""Ranks, forms and factors: planned for a budget, and fitted to data."""

@@ -1,0 +1,191 @@
+"""What low-rank methods share: choose layers, look at data, spend the budget, factorize."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+from torch import Tensor
+
+from pliant.budget import Option, cheapest
+from pliant.cost import layer_costs
+from pliant.edits import Factor
+from pliant.errors import ModelError
+from pliant.families.lowrank.options import forms_of, options, with_kernels
+from pliant.families.lowrank.refit import reconstruct as refit
+from pliant.math.forms import FORMS, max_ranks
+from pliant.math.metric import Metric
+from pliant.math.rank import energy_rank
+from pliant.math.svd import spectrum
+from pliant.nn.factorized import Factorizable, factorizable
+from pliant.observe.moments import metrics
+from pliant.run import Run
+from pliant.surgery.batchnorm import recalibrate as mend
+
+Layers = Mapping[str, Factorizable]
+Form = Literal["auto", "tucker2", "input", "output", "spatial"]
+
+BATCH = 128  # samples per calibration batch
+SETTLING = 2048  # samples from which batch norms are re-estimated
+
+
+def subjects(
+    run: Run, only: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> dict[str, Factorizable]:
+    """Return the layers that a method may factorize, and record why the others may not be.
+
+    Raises:
+        ModelError: there are none.
+        MethodError: a name pattern matches no layer.
+    """
+    layers, reasons = factorizable(run.model, only=only, exclude=exclude)
+    costs = layer_costs(run.model, run.example)
+    for name in [name for name in layers if not costs[name].calls]:
+        del layers[name]
+        reasons[name] = "never called in a forward pass"
+    for name, reason in reasons.items():
+        run.keep(name, reason)
+    if not layers:
+        why = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
+        raise ModelError(
+            "The model has no layer to factorize: it needs a Conv1d/2d/3d with groups=1 or a "
+            f"Linear{f' ({why})' if why else ''}."
+        )
+    return layers
+
+
+def look(run: Run, layers: Layers, samples: int) -> dict[str, Metric]:
+    """Return the metric of every layer from training inputs, without labels; none without data."""
+    if run.data is None or not run.data.has("train") or not samples:
+        return {}
+    batches = run.inputs(samples, batch=BATCH, seed=0)
+    return metrics(run.model, layers, batches, run.generator)
+
+
+def check_reachable(run: Run) -> None:
+    """Refuse a budget that not even factors of rank one would meet, before any training.
+
+    Raises:
+        BudgetError: the message names what is reachable.
+    """
+    if not run.limits() or run.edits:
+        return
+    only, exclude = (getattr(run.method, name, ()) for name in ("only", "exclude"))
+    form, costs = getattr(run.method, "form", "auto"), layer_costs(run.model, run.example)
+    rows = {}
+    for layer, module in factorizable(run.model, only=only, exclude=exclude)[0].items():
+        if not costs[layer].calls:  # left alone, and without inputs whose size would count
+            continue
+        shape, rows[layer] = module.weight.shape, [Option(0.0, costs[layer])]
+        for kind in forms_of(shape, FORMS if form == "auto" else (form,)):
+            edit = Factor(layer, kind, (1,) * len(max_ranks(shape, kind)))
+            rows[layer].append(Option(1.0, edit.predict(costs[layer]), edit))
+    run.check(rows)
+
+
+def plan(
+    run: Run,
+    layers: Layers,
+    form: Form,
+    seen: Mapping[str, Metric],
+    p: float,
+) -> list[Factor]:
+    """Plan ranks and forms for the run's budget, or without one for the energy ``p``.
+
+    For a budget the sum of the damages is made least; without metrics one energy threshold holds
+    for the whole network. For an energy every layer takes the cheapest form and ranks that keep
+    it.
+
+    Raises:
+        BudgetError: the budget cannot be met.
+    """
+    if not run.limits():
+        return cheapest(choices(run, layers, form, seen, level=1 - p), 1 - p)
+    rows = choices(run, layers, form, seen)
+    found = run.allocate(rows, rule="sum" if seen else "max")
+    return [edit for edit in found if isinstance(edit, Factor)]  # options hold no other edits
+
+
+def choices(
+    run: Run, layers: Layers, form: Form, seen: Mapping[str, Metric], level: float | None = None
+) -> dict[str, list[Option]]:
+    """Return what can be done with every layer: see `pliant.families.lowrank.options.options`.
+
+    With metrics scores are damages to the loss, which can be summed over layers; for a ``level``,
+    at whose very ranks there is an option then, they are shares of a layer's own energy.
+    """
+    costs = layer_costs(run.model, run.example)
+    allowed = FORMS[:4] if form == "auto" else (form,)
+    timed = run.clock is not None and "latency" in run.limits()
+    found = {}
+    for name, module in layers.items():
+        metric, steps = seen.get(name), {}
+        if timed and run.clock is not None:
+            steps = {
+                kind: run.clock.table.step_for(module, kind)
+                for kind in forms_of(module.weight.shape, allowed)
+            }
+        rows = options(
+            name,
+            module.weight,
+            costs[name],
+            allowed=allowed,
+            metric=metric,
+            steps=steps,
+            level=level,
+        )
+        scale = metric.energy(module.weight.detach()) if metric and level is None else 1.0
+        found[name] = [replace(row, score=row.score * scale) for row in rows]
+    return found
+
+
+def factorize(
+    run: Run,
+    edits: Sequence[Factor],
+    layers: Layers,
+    seen: Mapping[str, Metric],
+    *,
+    recalibrate: bool = True,
+    reconstruct: int = 0,
+) -> None:
+    """Apply planned edits with the best factors, and say which layers were left alone.
+
+    Args:
+        run: its model is changed.
+        edits: a plan.
+        layers: the layers that could have been factorized.
+        seen: metrics to factorize in; empty for the weights' own.
+        recalibrate: re-estimate batch norms afterwards, where there is data.
+        reconstruct: training inputs from which the new layers are then refitted, one after the
+            other, to what the dense network says; 0 for none.
+    """
+    known = run.data is not None and run.data.has("train")
+    dense = copy.deepcopy(run.model) if known and reconstruct else None
+    run.apply(*with_kernels(edits, layers, seen))
+    changed = {edit.layer for edit in edits}
+    for name in layers:
+        if name not in changed:
+            run.keep(name, "no factorized form at the rank it needs is smaller")
+    if known and recalibrate:
+        mend(run.model, run.inputs(SETTLING))
+    if dense is not None:
+        batches = run.inputs(reconstruct, batch=BATCH, seed=2)
+        refit(dense, run.model, [edit.layer for edit in edits], batches)
+
+
+def note_spectra(run: Run, layers: Layers, p: float) -> None:
+    """Write the singular values and energy ranks of all layers into the history."""
+    values = {name: spectra(module.weight) for name, module in layers.items()}
+    run.note(
+        spectra={
+            name: {side: s.tolist() for side, s in row.items()} for name, row in values.items()
+        },
+        ranks={name: [energy_rank(s, p) for s in row.values()] for name, row in values.items()},
+    )
+
+
+def spectra(weight: Tensor) -> dict[str, Tensor]:
+    """Return the singular values of the input and the output unfolding of a kernel."""
+    return {"in": spectrum(weight.detach(), 1), "out": spectrum(weight.detach(), 0)}

@@ -1,0 +1,1 @@
+"""Channels that leave: groups, scores, rounds and cuts."""

@@ -1,0 +1,1 @@
+"""Fitting rounded networks to the ones they were made from."""

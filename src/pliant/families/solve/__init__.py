@@ -1,0 +1,1 @@
+"""Solvers of tensors and subspaces: for methods that recover and cluster."""

@@ -1,0 +1,1 @@
+"""A compressed network on disk: the artifact, ONNX, and loading them again."""

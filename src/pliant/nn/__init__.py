@@ -1,0 +1,1 @@
+"""The plain modules that a compressed network is made of: factorized, rounded, coded, aligned."""

@@ -1,0 +1,1 @@
+"""Looking at a network on data: hooks that always come off, statistics in float64."""

@@ -1,1 +1,0 @@
-"""Changes to a model, as data, and what is needed to plan them."""

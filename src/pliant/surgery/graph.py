@@ -1,0 +1,317 @@
+"""Which channels must leave together, found by marking channels and seeing where they arrive.
+
+Every channel of a layer's output gets a code and is made not-a-number in those samples of a
+batch that its code names. One forward pass carries the marks through whatever stands between
+layers: sums, concatenations, padding, slices, reshapes, pooling, gates. Where the next layers
+read, the pattern of marks over the batch says which channel has arrived at which input. No
+operation has to be known by name; one that mixes all channels (a softmax or a normalization over
+them) marks them all, and they stay. Nothing found here counts before ``pliant.surgery.prove`` has
+proven it on a copy.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from pliant.cost import Example, call
+from pliant.edits.prune import sides
+from pliant.nn.factorized import readable
+from pliant.observe.outputs import answers
+
+Slot = tuple[str, str]
+"""A layer and one of its sides."""
+
+MEET = "all of its channels meet in one place, so none can leave alone"
+OUTPUT = "its channels are outputs of the network"
+SINGLE = "it has a single channel"
+UNSEEN = "never called with the samples on the first axis"
+
+
+@dataclass(frozen=True)
+class Group:
+    """Channels of one kind: those of each unit must leave together, units leave one by one.
+
+    Args:
+        name: of the first layer that makes these channels; a number tells apart several groups
+            of one layer, whose channels go different ways.
+        slots: the sides of layers that the channels pass, in the order of the model.
+        units: for each unit and each slot, the indices of its channels there.
+    """
+
+    name: str
+    slots: tuple[Slot, ...]
+    units: tuple[tuple[tuple[int, ...], ...], ...]
+
+    def rows(self, slot: Slot) -> Tensor:
+        """Return the indices in one slot as a matrix, a row for every unit."""
+        place = self.slots.index(slot)
+        return torch.tensor([unit[place] for unit in self.units])
+
+    @property
+    def makers(self) -> tuple[Slot, ...]:
+        """The slots whose weights make the channels: outputs, and depthwise convolutions aside."""
+        return tuple(slot for slot in self.slots if slot[1] == "out")
+
+
+def trace(model: nn.Module, example: Example) -> tuple[list[Group], dict[str, str]]:
+    """Find the groups of channels that may leave a network, and why other layers keep theirs.
+
+    The model is not touched. Needs a forward pass for every layer, on a few copies of one sample;
+    convolutions and linear layers themselves compute one sample only.
+
+    Args:
+        model: any module.
+        example: the inputs of one forward call, samples on the first axis.
+
+    Returns:
+        The groups in the order of the model, not proven yet, and for every layer none of whose
+        outputs are in a group the reason.
+
+    Raises:
+        ModelError: the network answers with no tensor that marks could arrive in.
+    """
+    probe = _Probe(copy.deepcopy(model).eval(), example)
+    for slot in [slot for slot in probe.sizes if slot[1] == "out"]:
+        probe.spread(slot)
+    _pin_unreadable(model, probe)
+    probe.tie_groups()
+    return _groups(probe), _reasons(probe)
+
+
+# ---------------------------------------------------------------- marks
+
+
+@dataclass
+class _Union:
+    """Which things belong together, by the usual tree of parents."""
+
+    parent: list[int]
+
+    def find(self, item: int) -> int:
+        while self.parent[item] != item:
+            self.parent[item] = self.parent[self.parent[item]]
+            item = self.parent[item]
+        return item
+
+    def join(self, one: int, other: int) -> None:
+        self.parent[self.find(one)] = self.find(other)
+
+
+@dataclass
+class _Probe:
+    """A copy of the model whose convolutions and linear layers read and write marks."""
+
+    model: nn.Module
+    example: Example
+    sizes: dict[Slot, int] = field(default_factory=dict)
+    first: dict[Slot, int] = field(default_factory=dict)  # number of a slot's first channel
+    pins: dict[int, tuple[str, str]] = field(default_factory=dict)  # why a channel must stay
+    marked: set[Slot] = field(default_factory=set)
+    source: Slot = ("", "")
+    codes: Tensor = field(default_factory=lambda: torch.empty(0))  # (samples, channels)
+
+    def __post_init__(self) -> None:
+        total = 0
+        for name, module in self.model.named_modules():
+            for side, size in sides(module).items():
+                self.sizes[name, side], self.first[name, side] = size, total
+                total += size
+            if "in" in sides(module):
+                module.forward = self._marking(name, module)
+            elif sides(module):
+                module.register_forward_pre_hook(self._reader((name, "channels")))
+        self.union = _Union(list(range(total)))
+
+    def spread(self, source: Slot) -> None:
+        """Mark the outputs of one layer and see where they arrive."""
+        if self.sizes[source] < 2:
+            return  # a single channel cannot leave, and ties nothing: elsewhere it is broadcast
+        self.source, self.codes = source, _codes(self.sizes[source])
+        with torch.no_grad(), slow_attention():
+            output = call(self.model, first_sample(self.example, self.model, len(self.codes)))
+        arrived = torch.zeros(len(self.codes), dtype=torch.bool)
+        for tensor in answers(output):
+            if tensor.dim():
+                arrived |= self._by_sample(tensor)
+        self.pin(source, _covered(self.codes, arrived), OUTPUT)
+        if source not in self.marked:
+            self.pin(source, range(self.sizes[source]), UNSEEN)
+
+    def pin(self, slot: Slot, channels: Iterable[int], reason: str) -> None:
+        """Note that channels must stay."""
+        for channel in channels:
+            self.pins.setdefault(self.first[slot] + channel, (slot[0], reason))
+
+    def tie_groups(self) -> None:
+        """Tie the channels at one place of all groups of a grouped convolution."""
+        for (name, side), size in self.sizes.items():
+            groups = getattr(self.model.get_submodule(name), "groups", 1)
+            if side == "channels" or groups < 2:
+                continue
+            first, width = self.first[name, side], size // groups
+            for channel in range(size):
+                self.union.join(first + channel, first + channel % width)
+
+    def _by_sample(self, tensor: Tensor) -> Tensor:
+        if len(tensor) != len(self.codes):
+            return torch.full((len(self.codes),), bool(tensor.isnan().any()))
+        return tensor.isnan().flatten(1).any(1).cpu()
+
+    def _reader(self, slot: Slot) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], Tensor):
+                self._read(slot, args[0], 1)
+
+        return hook
+
+    def _marking(self, name: str, module: nn.Module) -> Callable[[Tensor], Tensor]:
+        """Compute one sample, once, and give its output to all: marked, if it is the source."""
+        compute, kept = module.forward, dict[torch.Size, Tensor]()
+        features = isinstance(module, nn.Linear)
+
+        def forward(input: Tensor) -> Tensor:
+            count, shape = len(self.codes), input.shape[1:]
+            self._read((name, "in"), input, input.dim() - 1 if features else 1)
+            if len(input) != count:
+                return compute(input.nan_to_num())
+            if shape not in kept:
+                kept[shape] = compute(input[:1].nan_to_num())
+            output = kept[shape].expand(count, *kept[shape].shape[1:]).clone()
+            if self.source != (name, "out"):
+                return output
+            self.marked.add(self.source)
+            axis = output.dim() - 1 if features else 1
+            place = [size if dim in (0, axis) else 1 for dim, size in enumerate(output.shape)]
+            return output.masked_fill(self.codes.to(output.device).view(place), math.nan)
+
+        return forward
+
+    def _read(self, slot: Slot, given: Tensor, axis: int) -> None:
+        """Tie what arrives at the channels of a layer to them."""
+        if len(given) != len(self.codes) or given.dim() < 2:
+            if given.isnan().any():
+                everything = range(self.sizes[self.source])
+                self.pin(self.source, everything, f"{slot[0]} does not read it sample by sample")
+            return
+        others = [dim for dim in range(1, given.dim()) if dim != axis]
+        marks = (given.sum(others) if others else given).isnan().cpu()  # one mark spoils a sum
+        source, target = self.first[self.source], self.first[slot]
+        for place in marks.any(0).nonzero().flatten().tolist():
+            for channel in _covered(self.codes, marks[:, place]):
+                self.union.join(source + channel, target + place)
+
+
+def _codes(channels: int) -> Tensor:
+    """Give every channel its number in binary, each digit as two samples: one is marked.
+
+    So the marks of two channels are never inside those of a third.
+    """
+    digits = max(1, (channels - 1).bit_length())
+    numbers = torch.arange(channels)
+    bits = torch.stack([(numbers >> digit) & 1 for digit in range(digits)]).bool()
+    return torch.cat([bits, ~bits])
+
+
+def _covered(codes: Tensor, pattern: Tensor) -> list[int]:
+    """The channels all of whose marks are in a pattern: one for a single channel."""
+    inside: Tensor = (codes <= pattern[:, None]).all(0)
+    return inside.nonzero().flatten().tolist()
+
+
+def first_sample(example: Example, model: nn.Module, count: int = 1) -> Any:
+    """Return the first sample, as often as asked, on the device of the model."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+
+    def repeat(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not value.dim():
+            return value
+        return value[:1].to(device).expand(count, *value.shape[1:]).clone()
+
+    return tree_map(repeat, dict(example) if isinstance(example, Mapping) else tuple(example))
+
+
+@contextmanager
+def slow_attention() -> Iterator[None]:
+    """Turn off the fused path of transformer blocks: it calls no layers."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+# ---------------------------------------------------------------- groups
+
+
+def _pin_unreadable(model: nn.Module, probe: _Probe) -> None:
+    """Keep the channels of layers whose tensors cannot be cut."""
+    _, reasons = readable(model)
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
+    for names in owners.values():
+        for name in names if len(names) > 1 else ():
+            other = next(n for n in names if n != name)
+            reasons.setdefault(name.rpartition(".")[0], f"its weight is tied to {other}")
+    for (name, side), size in probe.sizes.items():
+        if name in reasons:
+            probe.pin((name, side), range(size), reasons[name])
+
+
+def _groups(probe: _Probe) -> list[Group]:
+    pinned = {probe.union.find(channel) for channel in probe.pins}
+    members: dict[int, dict[Slot, list[int]]] = {}
+    for slot, size in probe.sizes.items():
+        for channel in range(size):
+            root = probe.union.find(probe.first[slot] + channel)
+            if root not in pinned:
+                members.setdefault(root, {}).setdefault(slot, []).append(channel)
+    families: dict[tuple[tuple[Slot, int], ...], list[tuple[tuple[int, ...], ...]]] = {}
+    for slots in members.values():
+        if any(side == "out" for _, side in slots):
+            kind = tuple((slot, len(channels)) for slot, channels in slots.items())
+            families.setdefault(kind, []).append(tuple(map(tuple, slots.values())))
+    return _named(
+        [
+            (tuple(slot for slot, _ in kind), units)
+            for kind, units in families.items()
+            if len(units) > 1
+        ]
+    )
+
+
+def _named(found: Sequence[tuple[tuple[Slot, ...], Sequence[Any]]]) -> list[Group]:
+    groups, seen = [], dict[str, int]()
+    for slots, units in found:
+        name = next(name for name, side in slots if side == "out")
+        seen[name] = seen.get(name, 0) + 1
+        own = name if seen[name] == 1 else f"{name}:{seen[name]}"
+        groups.append(Group(own, slots, tuple(units)))
+    return groups
+
+
+def _reasons(probe: _Probe) -> dict[str, str]:
+    """Say for every layer why its channels stay, if nothing else is found out about them."""
+    pins: dict[int, tuple[str, str]] = {}
+    for channel, pin in probe.pins.items():
+        pins.setdefault(probe.union.find(channel), pin)
+    reasons = {}
+    for (name, side), size in probe.sizes.items():
+        if side == "in":
+            continue
+        roots = [probe.union.find(probe.first[name, side] + i) for i in range(size)]
+        layer, why = next((pins[root] for root in roots if root in pins), (name, MEET))
+        reasons[name] = why if layer == name else f"it shares channels with {layer}: {why}"
+        if size < 2:
+            reasons[name] = SINGLE
+    return reasons

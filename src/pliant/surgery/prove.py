@@ -1,0 +1,168 @@
+"""Turns channels that leave into edits, and proves on a copy that the rest computes the same."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pliant.cost import Example, call
+from pliant.edits import replay
+from pliant.edits.prune import Prune, sides
+from pliant.errors import EditError
+from pliant.observe.outputs import alike, answers
+from pliant.surgery.graph import Group, Slot, first_sample, slow_attention, trace
+
+Leaving = Mapping[str, Sequence[int]]
+"""For every group by name, the units that leave."""
+
+CLOSE = 1e-4  # largest difference that rounding may make, relative to the largest output
+
+
+def cuttable(model: nn.Module, example: Example) -> tuple[list[Group], dict[str, str]]:
+    """Find the groups of channels that are proven to be removable, and why others are not.
+
+    Half of the units of all groups are removed from a copy with random weights, at once. Where
+    that fails, the groups are split until those that fail are alone; the others are tried again.
+
+    Args:
+        model: not touched.
+        example: the inputs of one forward call.
+
+    Returns:
+        The groups in the order of the model, and a reason for every layer with channels all of
+        which stay.
+
+    Raises:
+        ModelError: the network answers with no tensor that could be compared.
+    """
+    random = _randomized(model)
+    found, reasons = trace(random, example)
+    good = found
+    while failing := _failing(random, example, sorted(good, key=lambda g: len(g.slots))):
+        for group in good:
+            for layer, side in group.slots if group.name in failing else ():
+                if side != "in":
+                    reasons[layer] = f"without some of its channels {failing[group.name]}"
+        good = [group for group in good if group.name not in failing]
+    changed = {layer for group in good for layer, side in group.slots if side != "in"}
+    return good, {layer: why for layer, why in reasons.items() if layer not in changed}
+
+
+def edits_of(model: nn.Module, groups: Iterable[Group], leaving: Leaving) -> list[Prune]:
+    """Return the edits that remove units, in the order of the model, inputs before outputs."""
+    gone: dict[Slot, set[int]] = {}
+    for group in groups:
+        for unit in leaving.get(group.name, ()):
+            for slot, channels in zip(group.slots, group.units[unit], strict=True):
+                gone.setdefault(slot, set()).update(channels)
+    return [
+        Prune(name, side, tuple(sorted(set(range(size)) - gone[name, side])), size)
+        for name, module in model.named_modules()
+        for side, size in sides(module).items()
+        if (name, side) in gone
+    ]
+
+
+def prove(model: nn.Module, example: Example, edits: Sequence[Prune]) -> None:
+    """Make sure that a cut network runs, and computes what the whole one does without them.
+
+    Both are tried as copies with random weights: in the whole one, all that reads the channels
+    that leave ignores them. So it is the structure that is proven, whatever the weights are.
+
+    Raises:
+        EditError: the cut network fails in forward, or computes something else.
+    """
+    if problem := _problem(_randomized(model), example, edits):
+        raise EditError(f"These channels cannot be removed: without them {problem}.")
+
+
+def ignore(model: nn.Module, edits: Iterable[Prune]) -> None:
+    """Let all layers ignore, in place, the inputs that edits would remove."""
+    for edit in edits:
+        if edit.side == "in":
+            module: Any = model.get_submodule(edit.layer)
+            groups = getattr(module, "groups", 1)
+            width = edit.of // groups
+            rows = module.weight.detach().unflatten(0, (groups, -1))
+            for channel in edit.removed():
+                rows[channel // width, :, channel % width] = 0
+
+
+def silence(model: nn.Module, edits: Iterable[Prune]) -> None:
+    """Zero, in place, all that makes the channels that edits would remove, norms included."""
+    for edit in edits:
+        module, gone = model.get_submodule(edit.layer), list(edit.removed())
+        for name in ("weight", "bias") if edit.side != "in" else ():
+            tensor = getattr(module, name)
+            if tensor is not None:
+                tensor.detach().unflatten(0, (edit.of, -1))[gone] = 0
+
+
+# ---------------------------------------------------------------- proofs
+
+
+def _failing(random: nn.Module, example: Example, groups: Sequence[Group]) -> dict[str, str]:
+    """Name the groups that cannot be cut, and what happens then."""
+    if not groups:
+        return {}
+    halves = {group.name: _every_second(group) for group in groups}
+    problem = _problem(random, example, edits_of(random, groups, halves))
+    if not problem:
+        return {}
+    if len(groups) == 1:
+        return {groups[0].name: problem}
+    middle = len(groups) // 2
+    first = _failing(random, example, groups[:middle])
+    second = _failing(random, example, groups[middle:])
+    if first or second:
+        return first | second
+    return {group.name: f"and of others {problem}" for group in groups}
+
+
+def _every_second(group: Group) -> list[int]:
+    """Half of the units in no regular pattern, always the same."""
+    generator = torch.Generator().manual_seed(len(group.units))
+    order: list[int] = torch.randperm(len(group.units), generator=generator).tolist()
+    return order[: len(order) // 2]
+
+
+def _problem(random: nn.Module, example: Example, edits: Sequence[Prune]) -> str:
+    """Say what goes wrong in a cut network, or nothing."""
+    whole, small = copy.deepcopy(random), copy.deepcopy(random)
+    ignore(whole, edits)
+    replay(small, edits)
+    sample = first_sample(example, random)
+    with torch.no_grad(), slow_attention():
+        wanted = answers(call(whole, sample))
+        try:
+            found = answers(call(small, sample))
+        except Exception as error:  # a model may fail in any way
+            line = str(error).strip().splitlines()[0] if str(error).strip() else ""
+            return f"the forward pass fails ({type(error).__name__}: {line[:120]})"
+    same = alike(wanted, found, CLOSE)
+    return "" if same else "the rest of the network computes something else"
+
+
+def _randomized(model: nn.Module) -> nn.Module:
+    """Copy a model with other weights, none of which is special as zeros and ones are."""
+    model = copy.deepcopy(model).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.is_floating_point():
+                continue
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                noise *= (2 / max(1, parameter[0].numel())) ** 0.5
+            else:
+                noise = 0.5 + noise.abs() / 2
+            parameter.copy_(noise)
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.reset_running_stats()
+    return model
