@@ -18,9 +18,8 @@ from pliant.files.onnx import to_onnx
 from pliant.method import Method
 from pliant.registry import Entry, Paper, entries, register
 from pliant.registry import build as method
-from pliant.result import Report, Result
+from pliant.result import Finding, Report, Result, Solution
 from pliant.run import Run, start
-from pliant.solution import Finding, Solution
 
 try:
     __version__ = version("pliant")

@@ -33,10 +33,10 @@ from pliant.families.lowrank.factorize import check_reachable, note_spectra
 from pliant.files import artifact
 from pliant.latency import Target, Where, as_target
 from pliant.method import Method
-from pliant.nn.factorized import factorizable
 from pliant.registry import entry_of, plain
 from pliant.result import Report, Result, Side, cuts, layer_rows, side, timed, versions, where_timed
 from pliant.run import Run, start
+from pliant.surgery.select import factorizable
 
 CONTROL = "control"  # folder of the control run's checkpoint, and its phase in the history
 REFERENCE = "the same network trained for as many epochs without compression"

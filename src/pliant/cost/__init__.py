@@ -102,13 +102,19 @@ def cost(model: nn.Module, example: Example) -> Cost:
     Raises:
         ModelError: the model fails on the example, or has parameters without a shape.
     """
+    return count(model, example)[0]
+
+
+def count(model: nn.Module, example: Example) -> tuple[Cost, dict[str, LayerCost]]:
+    """Measure a network and its layers in one forward pass: see `cost` and `layer_costs`."""
     layers, uncounted = _measure(model, example)
-    return Cost(
+    whole = Cost(
         params=_numbers(model.modules()),
         macs=sum(layer.macs for layer in layers.values()),
         bytes=sum(t.numel() * t.element_size() for t in _saved(model.modules())),
         uncounted=uncounted,
     )
+    return whole, layers
 
 
 def layer_costs(model: nn.Module, example: Example) -> dict[str, LayerCost]:

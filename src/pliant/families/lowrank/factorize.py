@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from pliant.budget import Option, cheapest
+from pliant.budget import Option
 from pliant.cost import layer_costs
 from pliant.edits import Factor
 from pliant.errors import ModelError
@@ -19,10 +19,12 @@ from pliant.math.forms import FORMS, max_ranks
 from pliant.math.metric import Metric
 from pliant.math.rank import energy_rank
 from pliant.math.svd import spectrum
-from pliant.nn.factorized import Factorizable, factorizable
+from pliant.nn.layers import Factorizable
 from pliant.observe.moments import metrics
+from pliant.plan.allocate import cheapest
 from pliant.run import Run
 from pliant.surgery.batchnorm import recalibrate as mend
+from pliant.surgery.select import factorizable
 
 Layers = Mapping[str, Factorizable]
 Form = Literal["auto", "tucker2", "input", "output", "spatial"]
@@ -82,7 +84,7 @@ def check_reachable(run: Run) -> None:
         for kind in forms_of(shape, FORMS if form == "auto" else (form,)):
             edit = Factor(layer, kind, (1,) * len(max_ranks(shape, kind)))
             rows[layer].append(Option(1.0, edit.predict(costs[layer]), edit))
-    run.check(rows)
+    run.planner.check(rows)
 
 
 def plan(
@@ -104,7 +106,7 @@ def plan(
     if not run.limits():
         return cheapest(choices(run, layers, form, seen, level=1 - p), 1 - p)
     rows = choices(run, layers, form, seen)
-    found = run.allocate(rows, rule="sum" if seen else "max")
+    found = run.planner.allocate(rows, rule="sum" if seen else "max")
     return [edit for edit in found if isinstance(edit, Factor)]  # options hold no other edits
 
 

@@ -15,10 +15,11 @@ from pliant.edits.encode import encoding
 from pliant.errors import BudgetError, MethodError, ModelError
 from pliant.families.code.sharing import draw, kmeans, mask, nearest, representatives
 from pliant.method import Method
-from pliant.nn.factorized import Factorizable, readable
+from pliant.nn.layers import Factorizable
 from pliant.registry import Paper, register
 from pliant.run import Run
 from pliant.surgery.batchnorm import recalibrate
+from pliant.surgery.select import readable
 
 MOST = 0.999  # highest pruning level that a budget may ask for
 HALVINGS = 12  # of the interval in which that level is searched
