@@ -22,7 +22,10 @@ from pliant.latency.clock import Clock
 from pliant.observe.aside import Aside, Removable
 from pliant.observe.finite import check_example, check_weights
 from pliant.plan.planner import Planner
+from pliant.surgery.batchnorm import recalibrate
 from pliant.surgery.optim import add_gradient, carry
+
+RECALIBRATED = 2048  # samples from which batch norms are re-estimated
 
 
 class Hooks(Protocol):
@@ -239,6 +242,16 @@ class Run:
         """
         assert self.data is not None
         return self.data.calibration(samples, batch=batch, seed=self.seed + seed)
+
+    @property
+    def has_inputs(self) -> bool:
+        """Whether there are training inputs to calibrate on."""
+        return self.data is not None and self.data.has("train")
+
+    def recalibrate(self, samples: int = RECALIBRATED) -> None:
+        """Re-estimate batch norms from training inputs; without these they stay as they are."""
+        if self.has_inputs:
+            recalibrate(self.model, self.inputs(samples))
 
     def replay(self, edits: Sequence[Edit]) -> None:
         """Apply, with shapes only, those of the edits of a saved run that are still missing.

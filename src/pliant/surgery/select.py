@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
 
+from pliant.cost import LayerCost
 from pliant.errors import MethodError
 from pliant.nn.filters import WEIGHTED
 from pliant.nn.layers import KERNELS, Factorizable, obstacle, shared_weights, unreadable
+
+UNCALLED = "never called in a forward pass"
 
 
 def factorizable(
@@ -62,6 +65,21 @@ def _split(
         else:
             layers[name] = module  # type: ignore[assignment]
     return layers, reasons
+
+
+def leave_uncalled(
+    layers: dict[str, Factorizable], reasons: dict[str, str], costs: Mapping[str, LayerCost]
+) -> None:
+    """Move layers that no forward pass calls to those left alone, in place.
+
+    Args:
+        layers: by name.
+        reasons: why others are left alone.
+        costs: of all layers, which say how often each is called.
+    """
+    for name in [name for name in layers if name not in costs or not costs[name].calls]:
+        del layers[name]
+        reasons[name] = UNCALLED
 
 
 def weighted(

@@ -10,7 +10,6 @@ from typing import Literal
 from torch import Tensor
 
 from pliant.budget import Option
-from pliant.cost import layer_costs
 from pliant.edits import Factor
 from pliant.errors import ModelError
 from pliant.families.lowrank.options import forms_of, options, with_kernels
@@ -23,14 +22,12 @@ from pliant.nn.layers import Factorizable
 from pliant.observe.moments import metrics
 from pliant.plan.allocate import cheapest
 from pliant.run import Run
-from pliant.surgery.batchnorm import recalibrate as mend
-from pliant.surgery.select import factorizable
+from pliant.surgery.select import factorizable, leave_uncalled
 
 Layers = Mapping[str, Factorizable]
 Form = Literal["auto", "tucker2", "input", "output", "spatial"]
 
 BATCH = 128  # samples per calibration batch
-SETTLING = 2048  # samples from which batch norms are re-estimated
 
 
 def subjects(
@@ -43,10 +40,7 @@ def subjects(
         MethodError: a name pattern matches no layer.
     """
     layers, reasons = factorizable(run.model, only=only, exclude=exclude)
-    costs = layer_costs(run.model, run.example)
-    for name in [name for name in layers if not costs[name].calls]:
-        del layers[name]
-        reasons[name] = "never called in a forward pass"
+    leave_uncalled(layers, reasons, run.planner.rows())
     for name, reason in reasons.items():
         run.keep(name, reason)
     if not layers:
@@ -60,7 +54,7 @@ def subjects(
 
 def look(run: Run, layers: Layers, samples: int) -> dict[str, Metric]:
     """Return the metric of every layer from training inputs, without labels; none without data."""
-    if run.data is None or not run.data.has("train") or not samples:
+    if not run.has_inputs or not samples:
         return {}
     batches = run.inputs(samples, batch=BATCH, seed=0)
     return metrics(run.model, layers, batches, run.generator)
@@ -75,7 +69,7 @@ def check_reachable(run: Run) -> None:
     if not run.limits() or run.edits:
         return
     only, exclude = (getattr(run.method, name, ()) for name in ("only", "exclude"))
-    form, costs = getattr(run.method, "form", "auto"), layer_costs(run.model, run.example)
+    form, costs = getattr(run.method, "form", "auto"), run.planner.rows()
     rows = {}
     for layer, module in factorizable(run.model, only=only, exclude=exclude)[0].items():
         if not costs[layer].calls:  # left alone, and without inputs whose size would count
@@ -118,7 +112,7 @@ def choices(
     With metrics scores are damages to the loss, which can be summed over layers; for a ``level``,
     at whose very ranks there is an option then, they are shares of a layer's own energy.
     """
-    costs = layer_costs(run.model, run.example)
+    costs = run.planner.rows()
     allowed = FORMS[:4] if form == "auto" else (form,)
     timed = run.clock is not None and "latency" in run.limits()
     found = {}
@@ -163,15 +157,14 @@ def factorize(
         reconstruct: training inputs from which the new layers are then refitted, one after the
             other, to what the dense network says; 0 for none.
     """
-    known = run.data is not None and run.data.has("train")
-    dense = copy.deepcopy(run.model) if known and reconstruct else None
+    dense = copy.deepcopy(run.model) if run.has_inputs and reconstruct else None
     run.apply(*with_kernels(edits, layers, seen))
     changed = {edit.layer for edit in edits}
     for name in layers:
         if name not in changed:
             run.keep(name, "no factorized form at the rank it needs is smaller")
-    if known and recalibrate:
-        mend(run.model, run.inputs(SETTLING))
+    if recalibrate:
+        run.recalibrate()
     if dense is not None:
         batches = run.inputs(reconstruct, batch=BATCH, seed=2)
         refit(dense, run.model, [edit.layer for edit in edits], batches)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pliant.codecs import address_map, tensors
-from pliant.cost import Packed, cost, layer_costs
+from pliant.cost import Packed
 from pliant.edits.encode import encoding
 from pliant.errors import BudgetError, MethodError, ModelError
 from pliant.families.code.sharing import draw, kmeans, mask, nearest, representatives
@@ -18,12 +18,10 @@ from pliant.method import Method
 from pliant.nn.layers import Factorizable
 from pliant.registry import Paper, register
 from pliant.run import Run
-from pliant.surgery.batchnorm import recalibrate
-from pliant.surgery.select import readable
+from pliant.surgery.select import leave_uncalled, readable
 
 MOST = 0.999  # highest pruning level that a budget may ask for
 HALVINGS = 12  # of the interval in which that level is searched
-SETTLING = 2048  # samples from which batch norms are re-estimated, if nothing is trained
 WHOLE = "its weights are whole numbers already: encode='auto' codes them in the file"
 NO_GAIN = "coded it would not be smaller: it holds too few weights"
 
@@ -100,10 +98,7 @@ class HAC(Method):
         """Choose the layers and the pruning level, and prune."""
         self._check()
         layers, reasons = readable(run.model, only=self.only, exclude=self.exclude)
-        calls = {name: row.calls for name, row in layer_costs(run.model, run.example).items()}
-        for name in [name for name in layers if not calls.get(name)]:
-            del layers[name]
-            reasons[name] = "never called in a forward pass"
+        leave_uncalled(layers, reasons, run.planner.rows())
         for name, module in run.model.named_modules():
             if isinstance(module, Packed):
                 reasons[name] = WHOLE
@@ -141,8 +136,8 @@ class HAC(Method):
             else:
                 edits.append(edit)
         run.apply(*edits)
-        if not run.step and run.data is not None and run.data.has("train"):
-            recalibrate(run.model, run.inputs(SETTLING))
+        if not run.step:
+            run.recalibrate()
 
     def _check(self) -> None:
         for name, least, most in (("prune", 0, MOST), ("masked", 0, 1), ("rate", 0, 1)):
@@ -226,7 +221,7 @@ class HAC(Method):
         bound = run.limits().get("bytes")
         if bound is None:
             return least
-        now = cost(run.model, run.example).bytes
+        now = run.planner.now().bytes
         rest = now - sum(module.weight.nbytes for module in layers.values())
         found = {level: rest + self._total(run, layers, level) for level in (least, MOST)}
         if found[least] <= bound:
