@@ -7,8 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from torch import Tensor
-
 from pliant.budget import Option
 from pliant.edits import Factor
 from pliant.errors import ModelError
@@ -16,10 +14,9 @@ from pliant.families.lowrank.options import forms_of, options, with_kernels
 from pliant.families.lowrank.refit import reconstruct as refit
 from pliant.math.forms import FORMS, max_ranks
 from pliant.math.metric import Metric
-from pliant.math.rank import energy_rank
-from pliant.math.svd import spectrum
 from pliant.nn.layers import Factorizable
 from pliant.observe.moments import metrics
+from pliant.observe.spectra import row
 from pliant.plan.allocate import cheapest
 from pliant.run import Run
 from pliant.surgery.select import factorizable, leave_uncalled
@@ -172,15 +169,4 @@ def factorize(
 
 def note_spectra(run: Run, layers: Layers, p: float) -> None:
     """Write the singular values and energy ranks of all layers into the history."""
-    values = {name: spectra(module.weight) for name, module in layers.items()}
-    run.note(
-        spectra={
-            name: {side: s.tolist() for side, s in row.items()} for name, row in values.items()
-        },
-        ranks={name: [energy_rank(s, p) for s in row.values()] for name, row in values.items()},
-    )
-
-
-def spectra(weight: Tensor) -> dict[str, Tensor]:
-    """Return the singular values of the input and the output unfolding of a kernel."""
-    return {"in": spectrum(weight.detach(), 1), "out": spectrum(weight.detach(), 0)}
+    run.note(**row(layers, p))

@@ -9,12 +9,13 @@ from pliant.budget import Limits, Option
 from pliant.cost import LayerCost, layer_costs
 from pliant.edits import Factor
 from pliant.errors import BudgetError
-from pliant.families.lowrank.factorize import factorize, spectra, subjects
+from pliant.families.lowrank.factorize import factorize, subjects
 from pliant.math.forms import max_ranks
 from pliant.math.rank import evbmf_rank
 from pliant.math.svd import unfold
 from pliant.method import Method
 from pliant.nn.layers import Factorizable
+from pliant.observe.spectra import spectra
 from pliant.registry import Paper, register
 from pliant.run import Run
 
