@@ -35,10 +35,8 @@ from pliant.observe.aside import Aside, Removable
 from pliant.observe.finite import check_example, check_weights
 from pliant.plan.planner import Planner
 from pliant.surgery.batchnorm import recalibrate
-from pliant.surgery.copies import follow, marks
-from pliant.surgery.followed import Followed
-from pliant.surgery.optim import Optimizers, add_gradient, carry, check_holds, several
-from pliant.surgery.pace import Pace
+from pliant.surgery.followers import Followers
+from pliant.surgery.optim import Optimizers, add_gradient, cancel_decay, check_holds
 
 RECALIBRATED = 2048  # samples from which batch norms are re-estimated
 
@@ -92,7 +90,6 @@ class Run:
         method: what is done to it.
         planner: spends the budget; knows the dense costs, the example and the target's clock.
         data: training data for methods that look at it, or None.
-        optimizers: their state follows the model through every edit.
         steps: optimizer steps that the training loop will take; 0 without training.
         seed: of everything random in the method.
         generator: the only source of randomness for methods.
@@ -106,8 +103,7 @@ class Run:
         unended: what was still to be done in the training when it was over.
         criterion: the loss of the task, from outputs and labels.
         epochs: what each epoch trains on, where the loop was told; see `batches`.
-        copies: networks of the same layers that follow every edit.
-        followed: sees whether optimizers follow every edit.
+        followers: optimizers and copies, which go along with every edit.
         heard: whether the loss was asked for since the last step.
         aside: what to take out of the model at the end, and what is kept beside it until then.
         finished: whether the compression has been made permanent.
@@ -119,7 +115,6 @@ class Run:
     method: Hooks
     planner: Planner
     data: Data | None
-    optimizers: list[Optimizer]
     steps: int
     seed: int
     generator: torch.Generator
@@ -133,8 +128,7 @@ class Run:
     unended: list[str] = field(default_factory=list)
     criterion: Callable[..., Tensor] = task_loss
     epochs: Epochs | None = None
-    copies: tuple[nn.Module, ...] = ()
-    followed: Followed = field(default_factory=Followed)
+    followers: Followers = field(default_factory=Followers)
     heard: bool = False
     aside: Aside = field(default_factory=Aside)
     finished: bool = False
@@ -177,15 +171,20 @@ class Run:
 
     @optimizer.setter
     def optimizer(self, given: Optimizers) -> None:
-        self.optimizers[:] = several(given)
-        self.followed.catch_up(self.optimizers, self._names())
+        factor = self._rate if self.method.uses("epoch") else None
+        self.followers.hand_over(self.model, given, factor)
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """All optimizers that were handed over."""
+        return self.followers.optimizers
 
     @property
     def lr(self) -> float:
         """Learning rate of a step as it is now, of the first group; 1 without an optimizer."""
         if self.optimizer is None:
             return 1.0
-        return float(self.optimizer.param_groups[0]["lr"]) * self._rate()
+        return float(self.optimizer.param_groups[0]["lr"]) * self._ahead()
 
     # For a training loop.
 
@@ -239,14 +238,16 @@ class Run:
         Raises:
             MethodError: the method chooses the data of an epoch, and the loop took others.
         """
+        whole = not self.aside.path  # not a view of a part
+        if whole and self.method.uses("epoch"):
+            self._check_epoch()
         with torch.enable_grad():
             penalty = self.method.penalty(self)
         if isinstance(penalty, Tensor) and penalty.requires_grad:  # a sum over nothing is a 0
             add_gradient(self.model, penalty)
         self.method.before_step(self)
-        if not self.aside.path:  # the whole run, not a part of it
-            self._check_epoch()
-            self.followed.listen()
+        if whole:
+            self.followers.stale.listen()
 
     def after_step(self) -> None:
         """Call after every optimizer step.
@@ -255,7 +256,7 @@ class Run:
             TrainingError: an optimizer stepped that still holds the weights of a layer that was
                 replaced, so that the new ones do not train.
         """
-        self.followed.check()
+        self.followers.stale.check()
         self.heard = False
         self.step += 1
         self.method.after_step(self)
@@ -306,7 +307,7 @@ class Run:
         kept = {id(parameter) for parameter in self.model.parameters()}
         self.carry("", Replaced(tuple(p for p in before if id(p) not in kept)))
         if not self.aside.path:
-            self.followed.stop()
+            self.followers.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to resume, as it is now: tensors and plain values only."""
@@ -399,8 +400,11 @@ class Run:
 
     def carry(self, layer: str, replaced: Replaced) -> None:
         """Tell the optimizers which parameters of a layer took the place of which."""
-        carry(self.optimizers, replaced, self._names())
-        self.followed.note(layer, replaced)
+        self.followers.carry(self.model, layer, replaced)
+
+    def spare(self, parameters: Iterable[Tensor]) -> None:
+        """Keep the weight decay of the coming step off parameters; call it in ``before_step``."""
+        cancel_decay(self.optimizers, parameters, self._ahead())
 
     def draw(self, count: int) -> tuple[Example, Any]:
         """Return more training samples, beside the batch that the loop has: see `Draws`.
@@ -480,28 +484,16 @@ class Run:
             model=model,
             planner=own,
             edits=edits,
-            optimizers=[],
-            copies=(),
-            followed=Followed(),
+            followers=Followers(),
             state={},
             reasons={},
             aside=Aside(),
         )
 
     def _edit(self, edit: Edit, *, weights: bool) -> None:
-        before = marks(self.model) if self.copies else {}
-        replaced = edit.apply(self.model, weights=weights)
-        self.carry(edit.layer, replaced)
-        if self.copies:
-            follow(self.copies, self.model, edit, before, replaced)
+        self.followers.edit(self.model, edit, weights=weights)
         self.edits.append(edit)
         self.planner.counted.clear()
-
-    def _names(self) -> dict[int, str]:
-        """Name parameters, where an optimizer was made with names."""
-        groups = [group for each in self.optimizers for group in each.param_groups]
-        named = any("param_names" in group for group in groups)
-        return {id(p): name for name, p in self.model.named_parameters()} if named else {}
 
     def _rate(self) -> float:
         """The factor of the learning rate in the present epoch."""
@@ -510,9 +502,7 @@ class Run:
         return self.epochs[min(self.began[1] + self.epoch, self.epochs.last)].rate
 
     def _check_epoch(self) -> None:
-        """See that the loop trains on what the method chose, at the learning rate it asks for."""
-        if not self.method.uses("epoch"):
-            return
+        """See that the loop trains on what the method chose."""
         name = type(self.method).__name__
         if self.epochs is None or self.epochs.at != self.epoch:
             raise MethodError(
@@ -525,10 +515,10 @@ class Run:
                 f"{name} multiplies the learning rate, but the run has no optimizer: hand it over, "
                 "pliant.start(..., optimizer=optimizer) or run.optimizer = optimizer."
             )
-        known = {id(pace.optimizer) for pace in self.aside.all(Pace)}
-        for optimizer in self.optimizers:
-            if id(optimizer) not in known:
-                self.aside.put(Pace(optimizer, self._rate))
+
+    def _ahead(self) -> float:
+        """By how much the next step multiplies the rates that the optimizers have now."""
+        return 1.0 if self.followers.stepping else self._rate()
 
     def _check_end(self, done: int, *, strict: bool) -> None:
         """Say what was still to be done in the training when it ended too early."""
@@ -624,16 +614,16 @@ def start(
             clock=clock,
         ),
         data=data,
-        optimizers=several(optimizer),
         steps=steps or (plan.steps if plan else 0),
         seed=seed,
         generator=torch.Generator().manual_seed(seed),
         edits=edits,
         criterion=criterion or task_loss,
         epochs=plan,
-        copies=tuple(copies),
+        followers=Followers(copies=tuple(copies)),
     )
     run.limits()  # a malformed budget is refused now
+    run.optimizer = optimizer
     try:
         method.refuse(run)
         method.prepare(run)

@@ -142,8 +142,8 @@ class Epochs:
         if self.change is None:
             return plain, None
         epoch = self.change(plain, self.data)
-        whole = isinstance(epoch.samples, float | int) and epoch.samples == 1
         self._check(epoch)
+        whole = not isinstance(epoch.samples, Tensor) and epoch.samples == 1
         if whole and epoch.batch == plain.batch:
             return epoch, None
         return epoch, self._chosen(epoch)

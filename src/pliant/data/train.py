@@ -28,8 +28,8 @@ class Train:
         batch: samples per batch and process.
         lr: highest learning rate.
         optimizer: "sgd", "adamw", or a function that takes the network and gives an optimizer or
-            several. Their groups keep learning rates of their own, which the schedule multiplies
-            by a share from 0 to 1.
+            several; it is called anew for fine-tuning. Their groups keep learning rates of their
+            own, which the schedule multiplies by a share from 0 to 1.
         momentum: of SGD.
         weight_decay: of both optimizers.
         nesterov: use Nesterov's momentum in SGD.

@@ -7,6 +7,7 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from pliant.data import Train
+from pliant.data.train import Make
 from pliant.errors import ModelError, TrainingError
 from pliant.surgery.optim import check_holds
 
@@ -28,7 +29,7 @@ def optimizers_of(model: nn.Module, train: Train) -> list[Optimizer]:
             "none; unfreeze some, or train for 0 epochs."
         )
     if not isinstance(train.optimizer, str):
-        return _made(model, train.optimizer(model))
+        return _made(model, train.optimizer)
     if train.optimizer == "adamw":
         return [AdamW(parameters, lr=train.lr, weight_decay=train.weight_decay)]
     return [
@@ -47,8 +48,16 @@ def optimizer_of(model: nn.Module, train: Train) -> Optimizer:
     return optimizers_of(model, train)[0]
 
 
-def _made(model: nn.Module, made: Any) -> list[Optimizer]:
-    """Check what a user's function gave."""
+def _made(model: nn.Module, make: Make) -> list[Optimizer]:
+    """Call a user's function, and check what it gives."""
+    try:
+        made: Any = make(model)
+    except Exception as error:  # a function of the user's may fail in any way
+        raise TrainingError(
+            f"Train(optimizer=...) is called with the network as it is, before the search and "
+            f"again before fine-tuning, when layers have been replaced, but it fails with "
+            f"{type(error).__name__}: {error}; choose parameters by model.named_parameters()."
+        ) from error
     found = [made] if isinstance(made, Optimizer) else made
     whole = isinstance(found, list | tuple) and found
     if not whole or not all(isinstance(each, Optimizer) for each in found):

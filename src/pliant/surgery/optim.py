@@ -70,7 +70,8 @@ def carry(optimizers: Optimizers, replaced: Replaced, names: Names | None = None
                 heirs = [new for new, parent in parents if parent is old]
                 _put(group, old, heirs, names or {})
         momentum = states[0].get("momentum_buffer") if states else None
-        if momentum is not None and replaced.project is not None:
+        alone = bool(states) and set(states[0]) == {"momentum_buffer"}  # else it is adaptive
+        if alone and momentum is not None and replaced.project is not None:
             values = replaced.project(momentum)
             for parameter, value in zip(replaced.added, values, strict=True):
                 optimizer.state[parameter]["momentum_buffer"] = value.to(parameter.dtype)
@@ -135,13 +136,18 @@ def add_gradient(model: nn.Module, penalty: Tensor) -> None:
 
 
 @torch.no_grad()
-def cancel_decay(optimizers: Optimizers, parameters: Iterable[Tensor]) -> None:
+def cancel_decay(optimizers: Optimizers, parameters: Iterable[Tensor], factor: float = 1.0) -> None:
     """Undo beforehand the weight decay that the coming step does to these parameters.
 
     Call it right before the step, with complete gradients. The optimizer keeps its groups, so it
     may be made before or after the method begins, by any trainer, and its state loads as before.
     Decay that joins the gradient (SGD, Adam) is taken off the gradient; decay that scales the
     weights (AdamW) is divided out of them. Nothing happens without an optimizer.
+
+    Args:
+        optimizers: that will step.
+        parameters: to spare.
+        factor: by which the step multiplies the learning rates that the optimizers have now.
     """
     spared = {id(parameter) for parameter in parameters}
     for group in [group for each in several(optimizers) for group in each.param_groups]:
@@ -150,7 +156,7 @@ def cancel_decay(optimizers: Optimizers, parameters: Iterable[Tensor]) -> None:
             if not decay or id(parameter) not in spared or parameter.grad is None:
                 continue
             if group.get("decoupled_weight_decay"):
-                parameter.div_(1 - float(group["lr"]) * decay)
+                parameter.div_(1 - float(group["lr"]) * factor * decay)
             else:
                 sign = -1.0 if group.get("maximize") else 1.0
                 parameter.grad.sub_(parameter, alpha=sign * decay)

@@ -18,7 +18,6 @@ from pliant.nn.filters import WEIGHTED, filter_size
 from pliant.observe.order import Order, order
 from pliant.registry import Paper, register
 from pliant.run import Run
-from pliant.surgery.optim import cancel_decay
 from pliant.surgery.select import check_patterns, matches, weighted
 
 
@@ -83,7 +82,7 @@ class WeightAlign(Method):
         """Keep the optimizer's weight decay off gains and biases."""
         spared = [layer.align.gain for layer in _aligned(run)]
         spared += [layer.layer.bias for layer in _aligned(run) if layer.layer.bias is not None]
-        cancel_decay(run.optimizers, spared)
+        run.spare(spared)
 
     def finalize(self, run: Run) -> None:
         """Fold the filters; the gains leave the optimizer, and the moments of the old filters."""

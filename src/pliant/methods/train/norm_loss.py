@@ -14,7 +14,6 @@ from pliant.method import Method
 from pliant.nn.filters import filter_layout
 from pliant.registry import Paper, register
 from pliant.run import Run
-from pliant.surgery.optim import cancel_decay
 from pliant.surgery.select import check_patterns, weighted
 
 MOST = 10.0  # of the weight: beyond it steps of usual length overshoot
@@ -67,7 +66,7 @@ class NormLoss(Method):
     def before_step(self, run: Run) -> None:
         """Keep the optimizer's weight decay off the covered weights."""
         if self.replace_decay:
-            cancel_decay(run.optimizers, [layer.weight for layer in self._layers(run)])
+            run.spare([layer.weight for layer in self._layers(run)])
 
     @torch.no_grad()
     def after_step(self, run: Run) -> None:

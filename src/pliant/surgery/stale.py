@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch.utils.hooks import RemovableHandle
 
 from pliant.edits import Replaced
 from pliant.errors import TrainingError
-from pliant.surgery.optim import carry
 
 
 @dataclass
@@ -33,7 +32,7 @@ class _Gone:
 
 
 @dataclass
-class Followed:
+class Stale:
     """Compares what optimizers move with what is in the network, wherever they were made.
 
     An optimizer that steps and still holds the weights of a layer that is gone trains nothing of
@@ -58,13 +57,12 @@ class Followed:
         if heirs and old:
             self.gone.append(_Gone(layer, old, heirs))
 
-    def catch_up(self, optimizers: Iterable[Optimizer], names: dict[int, str]) -> None:
-        """Carry optimizers over all that changed before they were handed over."""
-        for optimizer in optimizers:
-            for each in self.gone:
-                known = _ids([optimizer])
-                heirs = tuple(heir for heir in each.heirs if id(heir) not in known)
-                carry(optimizer, Replaced(tuple(each.held(optimizer)), heirs), names)
+    def missed(self, optimizer: Optimizer) -> Iterator[Replaced]:
+        """Yield what an optimizer would have followed, had it been handed over earlier."""
+        for each in self.gone:
+            known = _ids([optimizer])
+            heirs = tuple(heir for heir in each.heirs if id(heir) not in known)
+            yield Replaced(tuple(each.held(optimizer)), heirs)
 
     def listen(self) -> None:
         """Note every optimizer that steps from now on, if some old weight is still alive."""
