@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -43,10 +43,13 @@ def metrics(
 
     def see(name: str, inputs: Tensor, output: Tensor) -> None:
         rows = patches(layers[name], inputs.detach().float())
+        if not len(rows):  # an expert to which nothing was routed
+            return
         moments = self_product(rows.T) * (len(inputs) / len(rows))  # a mean over positions
         reads[name] = reads.get(name, torch.zeros((), device=rows.device)) + moments
         # The edge, not the tensor: an activation in place would change what the tensor is.
-        outputs.setdefault(name, []).append(get_gradient_edge(output))
+        if output.requires_grad:
+            outputs.setdefault(name, []).append(get_gradient_edge(output))
 
     count = 0
     with _tracked(layers.values()), capture(model, layers, see, gradients=True):
@@ -55,10 +58,26 @@ def metrics(
             result = call(model, batch)
             count += samples(batch)
             _gather(pulls, outputs, surprise(result, generator), layers)
+    unknown = _unknown(pulls, layers)
     return {
-        name: Metric(read / count, pulls[name] / count if name in pulls else None)
+        name: Metric(read / count, (pulls[name] if name in pulls else unknown(name)) / count)
+        if pulls
+        else Metric(read / count)
         for name, read in reads.items()
     }
+
+
+def _unknown(
+    pulls: Mapping[str, Tensor], layers: Mapping[str, Factorizable]
+) -> Callable[[str], Tensor]:
+    """Let outputs that no gradient reaches matter as much as those of other layers on average."""
+    mean = sum(float(pull.trace()) for pull in pulls.values()) / max(1, len(pulls))
+
+    def moments(name: str) -> Tensor:
+        weight = layers[name].weight
+        return torch.eye(len(weight), device=weight.device) * (mean / len(weight))
+
+    return moments
 
 
 def patches(module: Factorizable, inputs: Tensor) -> Tensor:
@@ -117,6 +136,8 @@ def _gather(
     layers: Mapping[str, Factorizable],
 ) -> None:
     """Add the second moments of the gradients by every output."""
+    if not outputs:
+        return
     names = [name for name, calls in outputs.items() for _ in calls]
     edges = [edge for calls in outputs.values() for edge in calls]
     gradients: Sequence[Tensor | None] = torch.autograd.grad(loss, edges, allow_unused=True)
