@@ -16,6 +16,7 @@ from pliant.errors import ModelError
 from pliant.math.metric import Metric
 from pliant.math.svd import self_product
 from pliant.nn.layers import Factorizable
+from pliant.observe.outputs import answers
 from pliant.observe.watch import capture, samples
 
 
@@ -152,32 +153,36 @@ def _gather(
 def surprise(result: Any, generator: torch.Generator) -> Tensor:
     """Return a scalar whose gradients have the Fisher information as second moments.
 
-    A sum over samples of the loss at a label drawn from the predictions of each, or, where the
-    output is not a row of logits, of the output in a random direction.
+    For one row of logits a sample it is the loss, summed over samples, at a label drawn from the
+    predictions of each. Any other output goes in a random direction; of several outputs every one
+    counts alike, by its own spread.
 
     Raises:
-        ModelError: the output is not finite.
+        ModelError: an output is not a number, or the network gives none.
     """
-    output: Tensor = _tensor(result).float()
-    if not torch.isfinite(output).all():
+    outputs = [output.float() for output in answers(result)]
+    if any(output.isnan().any() or output.isposinf().any() for output in outputs):
         raise ModelError(
             "The network must give finite outputs to be looked at, but some are not: its weights "
             "or inputs are broken; begin with a network that works, or train more gently."
         )
+    if len(outputs) > 1:
+        return sum((_moved(one, generator) / _spread(one) for one in outputs), torch.zeros(()))
+    (output,) = outputs
     if output.ndim == 2 and output.shape[1] > 1:
         chances = output.detach().softmax(1).cpu()
         labels = torch.multinomial(chances, 1, generator=generator)[:, 0].to(output.device)
         return F.cross_entropy(output, labels, reduction="sum")
+    return _moved(output, generator)
+
+
+def _moved(output: Tensor, generator: torch.Generator) -> Tensor:
+    """Go in a random direction; masked numbers, which are minus infinity, stay out of it."""
     direction = torch.randn(output.shape, generator=generator).to(output.device)
-    return (output * direction).sum() / max(1, output[0].numel()) ** 0.5
+    moves = torch.where(output.isneginf(), 0.0, output) * direction
+    return moves.sum() / max(1, output[:1].numel()) ** 0.5
 
 
-def _tensor(result: Any) -> Tensor:
-    """The main output: logits, the last hidden state, or the first tensor there is."""
-    for name in ("logits", "last_hidden_state"):
-        if hasattr(result, name):
-            return getattr(result, name)
-    if isinstance(result, Tensor):
-        return result
-    values: Iterable[Any] = result.values() if isinstance(result, Mapping) else result
-    return next(value for value in values if isinstance(value, Tensor))
+def _spread(output: Tensor) -> Tensor:
+    known = output.detach()[~output.isneginf()]
+    return known.std(correction=0).clamp_min(torch.finfo(known.dtype).eps)
