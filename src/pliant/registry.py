@@ -12,7 +12,7 @@ import types
 import typing
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields, is_dataclass
-from functools import cache
+from functools import cache, singledispatch
 from importlib.metadata import entry_points
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
@@ -242,16 +242,20 @@ def other_verb(entry: Entry, verb: Verb) -> MethodError:
     return MethodError(f"{entry.name} cannot {verb}, it can {entry.verb}: call {call}.")
 
 
+def options_of(method: Any) -> dict[str, Any]:
+    """Return name and options of a method; one that is not registered goes by its class."""
+    entry = entry_of(method)
+    options = {f.name: getattr(method, f.name) for f in fields(method)}
+    return {"name": entry.name if entry else type(method).__name__, "options": options}
+
+
+@singledispatch
 def plain(method: Any) -> dict[str, Any]:
     """Return a method as plain data, from which ``construct`` builds an equal one.
 
     Composed methods describe their parts; one that is not registered goes by its class.
     """
-    if hasattr(method, "plain"):
-        return dict(method.plain())
-    entry = entry_of(method)
-    options = {f.name: getattr(method, f.name) for f in fields(method)}
-    return {"name": entry.name if entry else type(method).__name__, "options": options}
+    return options_of(method)
 
 
 def _is_a(value: Any, hint: Any) -> bool:

@@ -85,7 +85,8 @@ def compress(
         float | None, typer.Option(help="weight of learning from the dense network, 0 to 1")
     ] = None,
     weights: Annotated[
-        str | None, typer.Option(help="safetensors file with the network's weights, or mnist5k for lenet5")
+        str | None,
+        typer.Option(help="safetensors file with the network's weights, or mnist5k for lenet5"),
     ] = None,
     architecture: Annotated[
         str | None, typer.Option(help="what builds the dense network of a .pliant file")

@@ -15,7 +15,8 @@ from torch.optim import SGD
 from pliant.api import compress
 from pliant.budget import Budget
 from pliant.data import Train, unpack
-from pliant.drivers.score import forward, task_loss
+from pliant.data.criterion import task_loss
+from pliant.drivers.score import forward
 from pliant.method import Method
 from pliant.result import Result
 from pliant.run import Run, start
@@ -81,12 +82,17 @@ def begin(method: Method, toy: Toy, budget: Budget | None) -> Walk:
     """Start a run with an optimizer, told of the steps to come."""
     model = toy.model().train()
     optimizer = SGD([p for p in model.parameters() if p.requires_grad], 0.01, momentum=0.9)
-    data = toy.data()
-    steps, example = EPOCHS * data.steps(BATCH), toy.inputs(1)
     strange: list[str] = []
     with _own_randomness("prepare", strange):
         run = start(
-            model, method, budget, data=data, example=example, optimizer=optimizer, steps=steps
+            model,
+            method,
+            budget,
+            data=toy.data(),
+            example=toy.inputs(1),
+            optimizer=optimizer,
+            epochs=EPOCHS,
+            batch=BATCH,
         )
     return Walk(run, optimizer, strange)
 
@@ -98,14 +104,13 @@ def walk(method: Method, toy: Toy, budget: Budget | None, *, stop: int | None = 
 
 
 def _walked(method: Method, toy: Toy, budget: Budget | None, stop: int | None) -> Walk:
-    now, data = begin(method, toy, budget), toy.data()
-    per_epoch = data.steps(BATCH)
+    now = begin(method, toy, budget)
     for step in range(now.run.steps):
         if step == stop:
             now = _again(now, method, toy, budget)
-        batches = data.batches("train", BATCH, epoch=step // per_epoch, start=step % per_epoch)
-        _step(now, next(iter(batches)), step)
-        if (step + 1) % per_epoch == 0:
+        _step(now, next(iter(now.run.batches())), step)
+        assert now.run.epochs is not None
+        if now.run.step == now.run.epochs.began(now.run.epoch + 1):
             now.run.after_epoch()
     with _own_randomness("finalize", now.strange):
         now.run.finish(strict=False)
@@ -119,7 +124,7 @@ def _step(now: Walk, batch: Any, step: int) -> None:
     now.optimizer.zero_grad()
     inputs, labels = unpack(batch)
     output = forward(run.model, inputs)
-    loss = run.loss(task_loss(output, labels), output, batch)
+    loss = run.loss(task_loss(output, labels, run.reduction), output, batch)
     loss.backward()
     with _own_randomness("before_step", now.strange):
         run.before_step()

@@ -18,7 +18,6 @@ from pliant.nn.filters import WEIGHTED, filter_size
 from pliant.observe.order import Order, order
 from pliant.registry import Paper, register
 from pliant.run import Run
-from pliant.surgery.optim import cancel_decay, carry
 from pliant.surgery.select import check_patterns, matches, weighted
 
 
@@ -83,13 +82,12 @@ class WeightAlign(Method):
         """Keep the optimizer's weight decay off gains and biases."""
         spared = [layer.align.gain for layer in _aligned(run)]
         spared += [layer.layer.bias for layer in _aligned(run) if layer.layer.bias is not None]
-        cancel_decay(run.optimizer, spared)
+        run.spare(spared)
 
     def finalize(self, run: Run) -> None:
         """Fold the filters; the gains leave the optimizer, and the moments of the old filters."""
         for aligned in _aligned(run):
-            if run.optimizer is not None:
-                carry(run.optimizer, Replaced((aligned.raw, aligned.align.gain), (aligned.raw,)))
+            run.carry("", Replaced((aligned.raw, aligned.align.gain), (aligned.raw,)))
             aligned.remove()
 
     def _chosen(self, run: Run, seen: Order) -> list[str]:
@@ -132,8 +130,8 @@ class WeightAlign(Method):
         align = Align(layer, scale=self.scale, eps=self.eps, gain=gain, learn=self.affine)
         aligned = Aligned(layer, align)
         run.hook(aligned)
-        if run.optimizer is not None and self.affine:
-            carry(run.optimizer, Replaced((aligned.raw,), (aligned.raw, align.gain)))
+        if self.affine:
+            run.carry(name, Replaced((aligned.raw,), (aligned.raw, align.gain)))
 
 
 def _calls(run: Run) -> Order:

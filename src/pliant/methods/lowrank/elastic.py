@@ -18,7 +18,7 @@ from pliant.data import unpack
 from pliant.edits import Factor, Nest, Settle, replay
 from pliant.edits.sizes import costs, count, weights_at
 from pliant.errors import BudgetError, MethodError
-from pliant.families.lowrank.factorize import Form, Layers, choices, look, subjects
+from pliant.families.lowrank.factorize import Form, Layers, check_reachable, choices, look, subjects
 from pliant.families.lowrank.nested import nested
 from pliant.families.lowrank.sizes import settle
 from pliant.math.divergence import divergence
@@ -108,6 +108,10 @@ class Elastic(Method):
     samples: int = 1024  # training inputs to look at; 0 looks at weights only
     only: tuple[str, ...] = ()  # name patterns of the layers to consider
     exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone
+
+    def refuse(self, run: Run) -> None:
+        """Refuse a budget that is out of reach."""
+        check_reachable(run, self.form, only=self.only, exclude=self.exclude)
 
     def prepare(self, run: Run) -> None:
         """Plan every size and build the largest."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pliant.families.lowrank.factorize import Form, factorize, look, plan, subjects
+from pliant.families.lowrank.factorize import Form, check_reachable, factorize, look, plan, subjects
 from pliant.method import Method
 from pliant.registry import Paper, register
 from pliant.run import Run
@@ -41,6 +41,10 @@ class Energy(Method):
     reconstruct: int = 0  # training inputs from which the layers are refitted in turn
     only: tuple[str, ...] = ()  # name patterns of the layers to consider
     exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone
+
+    def refuse(self, run: Run) -> None:
+        """Refuse a budget that is out of reach."""
+        check_reachable(run, self.form, only=self.only, exclude=self.exclude)
 
     def prepare(self, run: Run) -> None:
         """Factorize at once."""

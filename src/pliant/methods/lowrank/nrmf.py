@@ -14,6 +14,7 @@ from pliant.errors import MethodError
 from pliant.families.lowrank.factorize import (
     Form,
     Layers,
+    check_reachable,
     factorize,
     look,
     note_spectra,
@@ -91,6 +92,10 @@ class NRMF(Method):
     early: bool = False  # factorize each layer once its planned ranks hold p, within the search
     only: tuple[str, ...] = ()  # name patterns of the layers to consider
     exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone
+
+    def refuse(self, run: Run) -> None:
+        """Refuse a budget that is out of reach."""
+        check_reachable(run, self.form, only=self.only, exclude=self.exclude)
 
     def prepare(self, run: Run) -> None:
         """Choose the layers."""
@@ -204,8 +209,7 @@ class NRMF(Method):
     def _shrink(self, run: Run) -> None:
         """The proximal step of the penalty on both unfoldings, one after the other."""
         kind = self.shrinkage if self.shrinkage != "gradient" else "soft"
-        rate = run.optimizer.param_groups[0]["lr"] if run.optimizer else 1.0
-        threshold = run.state["alpha"] * rate * self._pace(run)
+        threshold = run.state["alpha"] * run.lr * self._pace(run)
         for module in self._layers(run).values():
             weight = module.weight
             for mode in (0, 1) if weight[0, 0].numel() > 1 else (0,):

@@ -8,7 +8,13 @@ from typing import Literal
 import torch
 
 from pliant.errors import MethodError
-from pliant.families.lowrank.factorize import factorize, note_spectra, plan, subjects
+from pliant.families.lowrank.factorize import (
+    check_reachable,
+    factorize,
+    note_spectra,
+    plan,
+    subjects,
+)
 from pliant.math.forms import blocks
 from pliant.math.norms import penalty_gradient
 from pliant.math.rank import energy_rank
@@ -53,6 +59,10 @@ class TRP(Method):
     form: Literal["output", "spatial"] = "output"  # channel-wise or spatial decomposition
     only: tuple[str, ...] = ()  # name patterns of the layers to consider
     exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone
+
+    def refuse(self, run: Run) -> None:
+        """Refuse a budget that is out of reach."""
+        check_reachable(run, self.form, only=self.only, exclude=self.exclude)
 
     def prepare(self, run: Run) -> None:
         """Choose the layers."""

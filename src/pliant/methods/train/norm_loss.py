@@ -14,7 +14,6 @@ from pliant.method import Method
 from pliant.nn.filters import filter_layout
 from pliant.registry import Paper, register
 from pliant.run import Run
-from pliant.surgery.optim import cancel_decay
 from pliant.surgery.select import check_patterns, weighted
 
 MOST = 10.0  # of the weight: beyond it steps of usual length overshoot
@@ -67,16 +66,15 @@ class NormLoss(Method):
     def before_step(self, run: Run) -> None:
         """Keep the optimizer's weight decay off the covered weights."""
         if self.replace_decay:
-            cancel_decay(run.optimizer, [layer.weight for layer in self._layers(run)])
+            run.spare([layer.weight for layer in self._layers(run)])
 
     @torch.no_grad()
     def after_step(self, run: Run) -> None:
         """Move the weights themselves, in the decoupled form."""
         if not self.decoupled:
             return
-        rate = run.optimizer.param_groups[0]["lr"] if run.optimizer else 1.0
         for layer in self._layers(run):
-            factor = 1 - 2 * rate * self.weight * (1 - 1 / _norms(layer))
+            factor = 1 - 2 * run.lr * self.weight * (1 - 1 / _norms(layer))
             scale_filters(layer.weight, factor, **filter_layout(layer))
 
     @torch.no_grad()
