@@ -11,7 +11,8 @@ import pytest
 from pliant import registry
 from pliant.errors import MethodError
 from pliant.method import Method
-from pliant.registry import Paper, build, construct, entries, entry_of, get, plain, register, say
+from pliant.registry import Paper, build, construct, entries, entry_of, get, plain, register
+from pliant.registry.options import say
 
 PAPER = Paper("Title", "A. Author", "Venue", 2020)
 

@@ -13,7 +13,7 @@ from pliant.budget import Budget
 from pliant.edits import Edit
 from pliant.errors import BudgetError, ChainError, MethodError
 from pliant.method import Method, uses
-from pliant.registry import build, entry_of, other_verb, plain
+from pliant.registry import build, check_options, entry_of, other_verb, plain
 from pliant.run import Run
 
 
@@ -263,7 +263,8 @@ def resolve(method: Method | Stage | str | Sequence[Any]) -> Method:
     """Return a method from a name, a spec string, a ``Method``, or a sequence of them (a chain).
 
     Raises:
-        MethodError: it is none of these, or the name belongs to another verb.
+        MethodError: it is none of these, the name belongs to another verb, or an option is out of
+            its range.
     """
     if isinstance(method, str):
         method = build(method)
@@ -276,6 +277,7 @@ def resolve(method: Method | Stage | str | Sequence[Any]) -> Method:
             f"A compression method is a name, a spec string, a Method or a sequence of them, "
             f"not {type(method).__name__}."
         )
+    check_options(method)
     return method
 
 

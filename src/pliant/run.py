@@ -21,6 +21,7 @@ from pliant.latency.clock import Clock
 from pliant.latency.memory import recall_layers, remembered
 from pliant.method import Method
 from pliant.observe.finite import check_example, check_weights
+from pliant.registry import check_options
 from pliant.surgery.optim import add_gradient, carry
 
 
@@ -375,11 +376,12 @@ def start(
 
     Raises:
         BudgetError: the budget is malformed, or bounds latency without a target.
-        MethodError: the target is none.
+        MethodError: the target is none, or an option of the method is out of its range.
         ModelError: there is neither data nor example, the model fails on it, or a weight is not
             finite.
         DataError: the example has no row, or is not finite.
     """
+    check_options(method)
     if not example:
         if data is None:
             raise ModelError(

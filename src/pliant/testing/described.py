@@ -9,8 +9,7 @@ from typing import Any
 from pliant.budget import Budget
 from pliant.errors import MethodError, PliantError
 from pliant.method import Method
-from pliant.registry import Entry, construct, plain
-from pliant.render.pages import options
+from pliant.registry import Entry, construct, options, plain
 
 
 def must(holds: Any, sentence: str) -> None:
