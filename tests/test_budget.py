@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pliant.budget import Budget, Option, allocate, cheapest
+from pliant.budget import Budget, Option
 from pliant.cost import Cost, LayerCost
 from pliant.errors import BudgetError
+from pliant.plan.allocate import allocate, cheapest
 
 
 @pytest.mark.parametrize(

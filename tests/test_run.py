@@ -165,7 +165,7 @@ def test_allocation_counts_what_has_no_options():
     rows = layer_costs(model, EXAMPLE)
     edits = [Factor("0", "output", (rank,)) for rank in (1, 2, 3)]
     options = [Option(1 / e.ranks[0], e.predict(rows["0"]), e) for e in edits]
-    (chosen,) = run.allocate({"0": [Option(0, rows["0"]), *options]})
+    (chosen,) = run.planner.allocate({"0": [Option(0, rows["0"]), *options]})
     run.apply(chosen)
     most = cost(model, EXAMPLE).params
     assert most <= 500 < most + 27 + 6  # one rank more would not fit

@@ -6,13 +6,13 @@ import json
 import math
 import platform
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pliant.cost import Cost, LayerCost, layer_costs
 from pliant.edits import Edit
@@ -287,3 +287,85 @@ def _finite(value: Any) -> Any:
 
 def _tuples(row: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
+
+
+# ---------------------------------------------------------------- other verbs
+
+
+Views = tuple[tuple[Tensor, ...], ...]
+"""What is clustered: views of the same samples, each sample a matrix (features, columns)."""
+
+
+@dataclass(frozen=True, eq=False)
+class Solution:
+    """What `recover` and `cluster` found.
+
+    Args:
+        values: named tensors, the wanted one first: ``recovered``, or ``labels``.
+        history: a row of plain numbers for each iteration that is worth a row.
+        converged: whether the method's own stopping rule was met.
+        iterations: how many were made in all.
+        seconds: how long it took.
+        seed: what randomness began with.
+        method: as plain data, options included.
+    """
+
+    values: Mapping[str, Any]
+    history: tuple[dict[str, Any], ...] = ()
+    converged: bool = True
+    iterations: int = 0
+    seconds: float = 0.0
+    seed: int = 0
+    method: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def value(self) -> Any:
+        """What was asked for: the first of the values."""
+        return next(iter(self.values.values()))
+
+    def plain(self) -> dict[str, Any]:
+        """Return all but the tensors as plain data; of those their shapes."""
+        return _described(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Finding:
+    """What `analyze` found out about a network.
+
+    Args:
+        values: named numbers and tensors, the main one first.
+        rows: a table of plain data, a row for each thing looked at.
+        text: the finding in one sentence.
+        seconds: how long it took.
+        seed: what randomness began with.
+        method: as plain data, options included.
+    """
+
+    values: Mapping[str, Any]
+    rows: tuple[dict[str, Any], ...] = ()
+    text: str = ""
+    seconds: float = 0.0
+    seed: int = 0
+    method: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def value(self) -> Any:
+        """What was asked for: the first of the values."""
+        return next(iter(self.values.values()))
+
+    def plain(self) -> dict[str, Any]:
+        """Return all but the tensors as plain data; of those their shapes."""
+        return _described(self)
+
+
+def _described(found: Solution | Finding) -> dict[str, Any]:
+    """Every field as plain data."""
+    plain = {f.name: getattr(found, f.name) for f in fields(found)}
+    shapes = {name: _plain(value) for name, value in found.values.items()}
+    rows = {k: [dict(row) for row in v] for k, v in plain.items() if isinstance(v, tuple)}
+    return {**plain, "values": shapes, "method": dict(found.method), **rows}
+
+
+def _plain(value: Any) -> Any:
+    """A number as it is, of anything larger its shape."""
+    return value if isinstance(value, int | float | str) else {"shape": list(value.shape)}

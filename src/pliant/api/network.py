@@ -29,14 +29,15 @@ from pliant.drivers.score import device_of
 from pliant.edits import from_json, to_json
 from pliant.edits import sizes as elastic
 from pliant.errors import BudgetError, DataError, ModelError
-from pliant.families.lowrank.factorize import check_reachable, note_spectra
+from pliant.families.lowrank.factorize import check_reachable
 from pliant.files import artifact
 from pliant.latency import Target, Where, as_target
 from pliant.method import Method
-from pliant.nn.factorized import factorizable
+from pliant.observe import spectra
 from pliant.registry import entry_of, plain
 from pliant.result import Report, Result, Side, cuts, layer_rows, side, timed, versions, where_timed
 from pliant.run import Run, start
+from pliant.surgery.select import factorizable
 
 CONTROL = "control"  # folder of the control run's checkpoint, and its phase in the history
 REFERENCE = "the same network trained for as many epochs without compression"
@@ -161,7 +162,7 @@ class Control(Method):
         """Note the singular values of every kernel."""
         layers, _ = factorizable(run.model, only=self.only, exclude=self.exclude)
         if layers:
-            note_spectra(run, layers, 0.95)
+            run.note(**spectra.row(layers, 0.95))
 
 
 @dataclass

@@ -11,20 +11,29 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 from torch.utils.flop_counter import flop_registry
 
+from pliant.cost.call import Example, call, evaluating, tensors
 from pliant.cost.macs import Formula, Packed, formula_of
 from pliant.errors import ModelError
 
-Example = tuple[Any, ...] | Mapping[str, Any]
+__all__ = [
+    "Cost",
+    "Example",
+    "LayerCost",
+    "call",
+    "cost",
+    "count",
+    "evaluating",
+    "layer_costs",
+    "tensors",
+]
 
 
 @dataclass(frozen=True)
@@ -102,13 +111,19 @@ def cost(model: nn.Module, example: Example) -> Cost:
     Raises:
         ModelError: the model fails on the example, or has parameters without a shape.
     """
+    return count(model, example)[0]
+
+
+def count(model: nn.Module, example: Example) -> tuple[Cost, dict[str, LayerCost]]:
+    """Measure a network and its layers in one forward pass: see `cost` and `layer_costs`."""
     layers, uncounted = _measure(model, example)
-    return Cost(
+    whole = Cost(
         params=_numbers(model.modules()),
         macs=sum(layer.macs for layer in layers.values()),
         bytes=sum(t.numel() * t.element_size() for t in _saved(model.modules())),
         uncounted=uncounted,
     )
+    return whole, layers
 
 
 def layer_costs(model: nn.Module, example: Example) -> dict[str, LayerCost]:
@@ -121,21 +136,6 @@ def layer_costs(model: nn.Module, example: Example) -> dict[str, LayerCost]:
         ModelError: the model fails on the example, or has parameters without a shape.
     """
     return _measure(model, example)[0]
-
-
-def call(model: nn.Module, example: Example) -> Any:
-    """Call a model with an example: a mapping as keyword arguments, a tuple as positions.
-
-    Its tensors go to the device of the model, which may have moved since the example was made.
-    """
-    device = next((t.device for t in chain(model.parameters(), model.buffers())), None)
-
-    def move(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    if isinstance(example, Mapping):
-        return model(**tree_map(move, dict(example)))
-    return model(*tree_map(move, tuple(example)))
 
 
 @dataclass
@@ -259,19 +259,15 @@ def _row(layer: nn.Module, seen: _Seen) -> LayerCost:
 @contextmanager
 def _measuring(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, no compiled code or fused attention that would skip the hooks."""
-    flags = [(module, module.training) for module in model.modules()]
     fused = torch.backends.mha.get_fastpath_enabled()
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        for module, _ in flags:
-            module.training = False
-        with torch.random.fork_rng(devices=devices), torch.no_grad(), _uncompiled():
+        forked = torch.random.fork_rng(devices=devices)
+        with evaluating(model), forked, torch.no_grad(), _uncompiled():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-        for module, training in flags:
-            module.training = training
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
@@ -355,12 +351,3 @@ def _first(value: Any) -> Any:
         rows = [_first(item) for item in value]
         return rows if isinstance(value, list) else tuple(rows)
     return value
-
-
-def tensors(value: Any) -> Iterator[Tensor]:
-    """Go through the tensors of a nested value, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from tensors(item)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pliant.cost import call
+from pliant.cost import call, evaluating
 from pliant.data import IGNORED, Data, unpack
 from pliant.data.splits import Split
 from pliant.errors import DataError, ModelError
@@ -56,10 +56,8 @@ def evaluate(
     """
     device = torch.device(device) if device is not None else device_of(model)
     model.to(device)
-    flags = {module: module.training for module in model.modules()}
     right = losses = count = answers = 0.0
-    try:
-        model.eval()
+    with evaluating(model):
         for sample in data.batches(split, batch):
             inputs, labels = unpack(moved(sample, device))
             scores = logits(forward(model, inputs))
@@ -68,9 +66,6 @@ def evaluate(
             count += size
             hits, asked = _right(scores, labels)
             right, answers = right + hits, answers + asked
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
     if not count:
         raise DataError(f"The {split} split must hold samples, but it gave none; check the loader.")
     return Score(right / answers if answers else math.nan, losses / count)

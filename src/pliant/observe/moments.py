@@ -15,7 +15,7 @@ from pliant.cost import Example, call
 from pliant.errors import ModelError
 from pliant.math.metric import Metric
 from pliant.math.svd import self_product
-from pliant.nn.factorized import Factorizable
+from pliant.nn.layers import Factorizable
 from pliant.observe.watch import capture, samples
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pliant.cost import Example, tensors
+from pliant.cost import Example, evaluating, tensors
 
 
 @contextmanager
@@ -40,20 +40,16 @@ def capture(
 
         return look
 
-    flags = {module: module.training for module in model.modules()}
     handles = [
         model.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True)
         for name in layers
     ]
     try:
-        with torch.set_grad_enabled(gradients):
-            model.eval()
+        with evaluating(model), torch.set_grad_enabled(gradients):
             yield
     finally:
         for handle in handles:
             handle.remove()
-        for module, flag in flags.items():
-            module.training = flag
 
 
 def samples(example: Example) -> int:

@@ -24,8 +24,8 @@ from torch.utils._pytree import tree_map
 
 from pliant.cost import Example, call
 from pliant.edits.prune import sides
-from pliant.nn.factorized import readable
 from pliant.observe.outputs import answers
+from pliant.surgery.select import readable
 
 Slot = tuple[str, str]
 """A layer and one of its sides."""

@@ -1,14 +1,85 @@
-"""Chooses layers by kind and by name."""
+"""Chooses layers by kind, by name, and by what can be done with them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
 
+from pliant.cost import LayerCost
 from pliant.errors import MethodError
 from pliant.nn.filters import WEIGHTED
+from pliant.nn.layers import KERNELS, Factorizable, obstacle, shared_weights, unreadable
+
+UNCALLED = "never called in a forward pass"
+
+
+def factorizable(
+    model: nn.Module, *, only: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> tuple[dict[str, Factorizable], dict[str, str]]:
+    """Split the weighted layers into those that can be factorized and the rest, with reasons.
+
+    Args:
+        model: any module.
+        only: shell patterns of layer names to consider; none means all.
+        exclude: shell patterns of layer names to leave alone.
+
+    Returns:
+        The factorizable layers by name, and for every other weighted layer why it is not.
+
+    Raises:
+        MethodError: a pattern matches no layer.
+    """
+    return _split(model, only, exclude, obstacle)
+
+
+def readable(
+    model: nn.Module, *, only: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> tuple[dict[str, Factorizable], dict[str, str]]:
+    """Split the weighted layers into those whose weight may be read and replaced, and the rest.
+
+    Like `factorizable`, but grouped layers and layers of a single channel are among them.
+    """
+    return _split(model, only, exclude, unreadable)
+
+
+def _split(
+    model: nn.Module,
+    only: Sequence[str],
+    exclude: Sequence[str],
+    why_not: Callable[[nn.Module, str, dict[int, list[str]]], str | None],
+) -> tuple[dict[str, Factorizable], dict[str, str]]:
+    layers: dict[str, Factorizable] = {}
+    reasons: dict[str, str] = {}
+    shared = shared_weights(model)
+    weighted = {n: module for n, module in model.named_modules() if isinstance(module, KERNELS)}
+    _check(weighted, (*only, *exclude))
+    for name, module in weighted.items():
+        if only and not matches(name, only):
+            reasons[name] = "not selected"
+        elif matches(name, exclude):
+            reasons[name] = "excluded by name"
+        elif reason := why_not(model, name, shared):
+            reasons[name] = reason
+        else:
+            layers[name] = module  # type: ignore[assignment]
+    return layers, reasons
+
+
+def leave_uncalled(
+    layers: dict[str, Factorizable], reasons: dict[str, str], costs: Mapping[str, LayerCost]
+) -> None:
+    """Move layers that no forward pass calls to those left alone, in place.
+
+    Args:
+        layers: by name.
+        reasons: why others are left alone.
+        costs: of all layers, which say how often each is called.
+    """
+    for name in [name for name in layers if name not in costs or not costs[name].calls]:
+        del layers[name]
+        reasons[name] = UNCALLED
 
 
 def weighted(
@@ -41,10 +112,14 @@ def check_patterns(model: nn.Module, patterns: Sequence[str]) -> None:
     Raises:
         MethodError: a pattern matches nothing.
     """
-    names = list(weighted(model))
+    _check(weighted(model), patterns)
+
+
+def _check(names: Iterable[str], patterns: Sequence[str]) -> None:
+    known = list(names)
     for pattern in patterns:
-        if not any(matches(name, (pattern,)) for name in names):
+        if not any(fnmatchcase(name, pattern) for name in known):
             raise MethodError(
                 f"The layer pattern {pattern!r} matches none of the model's layers: "
-                f"they are {', '.join(names[:8])}{' and more' if len(names) > 8 else ''}."
+                f"they are {', '.join(known[:8])}{' and more' if len(known) > 8 else ''}."
             )

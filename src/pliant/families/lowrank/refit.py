@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pliant.cost import Example, call
-from pliant.nn.factorized import Factorizable
+from pliant.nn.layers import Factorizable
 from pliant.observe.moments import patches, thinned
 from pliant.observe.watch import capture
 

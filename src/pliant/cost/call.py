@@ -1,0 +1,50 @@
+"""Calls a network: with an example, on its own device, in eval mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+Example = tuple[Any, ...] | Mapping[str, Any]
+
+
+def call(model: nn.Module, example: Example) -> Any:
+    """Call a model with an example: a mapping as keyword arguments, a tuple as positions.
+
+    Its tensors go to the device of the model, which may have moved since the example was made.
+    """
+    device = next((t.device for t in chain(model.parameters(), model.buffers())), None)
+
+    def move(value: Any) -> Any:
+        return value.to(device) if isinstance(value, Tensor) else value
+
+    if isinstance(example, Mapping):
+        return model(**tree_map(move, dict(example)))
+    return model(*tree_map(move, tuple(example)))
+
+
+def tensors(value: Any) -> Iterator[Tensor]:
+    """Go through the tensors of a nested value, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | list | tuple):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors(item)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Keep a model in eval mode inside the block; every flag is put back, also on an error."""
+    flags = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in flags:
+            module.training = False  # not eval(), which a model may have made its own
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training
