@@ -17,11 +17,12 @@ def call(model: nn.Module, example: Example) -> Any:
     """Call a model with an example: a mapping as keyword arguments, a tuple as positions.
 
     Its tensors go to the device of the model, which may have moved since the example was made.
+    They are copied, since a model may write into what it reads.
     """
     device = next((t.device for t in chain(model.parameters(), model.buffers())), None)
 
     def move(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
+        return value.to(device, copy=True) if isinstance(value, Tensor) else value
 
     if isinstance(example, Mapping):
         return model(**tree_map(move, dict(example)))

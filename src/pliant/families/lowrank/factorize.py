@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
@@ -25,6 +26,7 @@ Layers = Mapping[str, Factorizable]
 Form = Literal["auto", "tucker2", "input", "output", "spatial"]
 
 BATCH = 128  # samples per calibration batch
+HELD = 2**27  # numbers in the output of one layer, for all samples that are refitted from at once
 
 
 def subjects(
@@ -163,8 +165,14 @@ def factorize(
     if recalibrate:
         run.recalibrate()
     if dense is not None:
-        batches = run.inputs(reconstruct, batch=BATCH, seed=2)
+        batch = max(1, min(reconstruct, HELD // _largest(run)))
+        batches = run.inputs(reconstruct, batch=batch, seed=2)
         refit(dense, run.model, [edit.layer for edit in edits], batches)
+
+
+def _largest(run: Run) -> int:
+    """Numbers in the largest output that a layer gives for one sample."""
+    return max((math.prod(row.output) for row in run.planner.rows().values()), default=1) or 1
 
 
 def note_spectra(run: Run, layers: Layers, p: float) -> None:
