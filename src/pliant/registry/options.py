@@ -61,7 +61,7 @@ class OptionRow:
         name: as it is written in a spec.
         type: what it takes, with its range.
         default: its value.
-        text: what it does: the comment after the field.
+        text: what it does: the comment behind the field, or above it.
     """
 
     name: str
@@ -71,7 +71,7 @@ class OptionRow:
 
 
 def rows(kind: type) -> list[OptionRow]:
-    """Return the options of a method in order; descriptions are the comments after its fields."""
+    """Return the options of a method in order; descriptions are the comments at its fields."""
     known, comments = hints(kind), _comments(kind)
     return [
         OptionRow(f.name, say(known[f.name]), default(f), comments.get(f.name, ""))
@@ -80,12 +80,20 @@ def rows(kind: type) -> list[OptionRow]:
 
 
 def _comments(kind: type) -> dict[str, str]:
-    """What stands behind each field of a class."""
+    """What stands behind each field of a class, or in lines of their own above it."""
     try:
-        source = inspect.getsource(kind)
+        lines = inspect.getsource(kind).splitlines()
     except (OSError, TypeError):  # a class typed into a console
         return {}
-    return dict(re.findall(r"^ +(\w+): [^#\n]*#\s*(.+?)\s*$", source, re.MULTILINE))
+    found: dict[str, str] = {}
+    above: list[str] = []
+    for line in lines:
+        alone = re.match(r" +#\s*(.+?)\s*$", line)
+        field = re.match(r" +(\w+): [^#]*(?:#\s*(.+?)\s*)?$", line)
+        if field and (text := field[2] or " ".join(above)):
+            found.setdefault(field[1], text)
+        above = [*above, alone[1]] if alone else []
+    return found
 
 
 def written(value: Any) -> str:
@@ -154,7 +162,7 @@ def say(hint: Any) -> str:
         ranges = [str(mark) for mark in arguments[1:] if isinstance(mark, In)]
         return " ".join([say(arguments[0]), *ranges])
     if origin is Literal:
-        return "one of " + ", ".join(f'"{v}"' if isinstance(v, str) else repr(v) for v in arguments)
+        return "one of " * (len(arguments) > 1) + ", ".join(map(written, arguments))
     if origin in (typing.Union, types.UnionType):
         return " or ".join(say(argument) for argument in arguments)
     if origin is tuple:

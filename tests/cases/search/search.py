@@ -113,7 +113,7 @@ def logits_move_after_the_warm_up_only() -> None:
 def what_cannot_be_searched_is_refused() -> None:
     for method, sentence in (
         (EDARTS(warmup=1.0), "warmup"),
-        (EDARTS(batch=1), "at least 2 samples"),
+        (EDARTS(batch=1), "batch must be int of at least 2"),
         (EDARTS(anneal=2.0), "anneal"),
     ):
         with pytest.raises(MethodError, match=sentence):
