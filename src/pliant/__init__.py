@@ -17,7 +17,7 @@ from pliant.drivers.loop import evaluate, fit
 from pliant.errors import PliantError
 from pliant.files.onnx import to_onnx
 from pliant.method import Method
-from pliant.registry import Entry, In, Paper, entries, register
+from pliant.registry import Entry, Paper, entries, register
 from pliant.registry import build as method
 from pliant.result import Finding, Report, Result, Solution
 from pliant.run import Run, start
@@ -35,7 +35,6 @@ __all__ = [
     "Data",
     "Entry",
     "Finding",
-    "In",
     "Method",
     "Paper",
     "PliantError",
