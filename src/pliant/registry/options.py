@@ -118,7 +118,7 @@ def hints(kind: type) -> dict[str, Any]:
 
 def fault(method: Any) -> str:
     """Say which option is not what its field declares; nothing if all are."""
-    kind: Any = type(method)
+    kind: type = type(method)
     try:
         known = hints(kind)
     except NameError:  # a class that is not registered may import names for type checkers only
