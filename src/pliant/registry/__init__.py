@@ -14,7 +14,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, Literal, TypeVar
 
-from pliant.budget import Budget
+from pliant.budget import AXES
 from pliant.errors import MethodError
 from pliant.registry.options import In, OptionRow, fault, rows
 
@@ -107,10 +107,9 @@ def register(
     """
     if not name.isidentifier() or keyword.iskeyword(name):
         raise MethodError(f"A method's name must be a Python identifier, not {name!r}.")
-    if unknown := set(saves.split()) - {field.name for field in fields(Budget)}:
+    if unknown := set(saves.split()) - set(AXES):
         raise MethodError(
-            f"{name} cannot save {', '.join(sorted(unknown))}: the axes are "
-            f"{', '.join(field.name for field in fields(Budget))}."
+            f"{name} cannot save {', '.join(sorted(unknown))}: the axes are {', '.join(AXES)}."
         )
 
     def enter(kind: T) -> T:
