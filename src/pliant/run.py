@@ -36,6 +36,7 @@ from pliant.observe.aside import Aside, Removable
 from pliant.observe.finite import check_example, check_weights
 from pliant.observe.order import called_by
 from pliant.plan.planner import Planner
+from pliant.registry import check_options
 from pliant.surgery.batchnorm import recalibrate
 from pliant.surgery.followers import Followers
 from pliant.surgery.optim import Optimizers, add_gradient, cancel_decay, check_holds
@@ -613,12 +614,13 @@ def start(
 
     Raises:
         BudgetError: the budget is malformed, or bounds latency without a target.
-        MethodError: the target is none, or the method refuses.
+        MethodError: the target is none, the method refuses, or an option of it is out of range.
         TrainingError: an optimizer holds nothing of the network.
         ModelError: there is neither data nor example, the model fails on it, or a weight is not
             finite.
         DataError: the example has no row, or is not finite.
     """
+    check_options(method)
     if not example:
         if data is None:
             raise ModelError(
