@@ -8,10 +8,12 @@ import importlib
 import inspect
 import keyword
 import pkgutil
+import sys
 import types
 import typing
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, Literal, TypeVar, get_args, get_origin
@@ -53,6 +55,7 @@ class Entry:
         saves: the budget axes it can claim (``params``, ``macs``, ``bytes``, ``latency``).
         family: the folder it lives in.
         verb: the call that runs it.
+        renamed: options that had another name before, by that name.
     """
 
     name: str
@@ -61,6 +64,7 @@ class Entry:
     saves: tuple[str, ...]
     family: str
     verb: Verb = "compress"
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def summary(self) -> str:
@@ -72,7 +76,12 @@ _ENTRIES: dict[str, Entry] = {}
 
 
 def register(
-    name: str, *, paper: Paper, saves: str = "", verb: Verb = "compress"
+    name: str,
+    *,
+    paper: Paper,
+    saves: str = "",
+    verb: Verb = "compress",
+    renamed: Mapping[str, str] | None = None,
 ) -> Callable[[T], T]:
     """Enter a frozen dataclass into the list under ``name``; its family is its folder.
 
@@ -81,6 +90,7 @@ def register(
         paper: its source.
         saves: the axes of a budget that it can meet, with blanks between them.
         verb: the call that runs it.
+        renamed: options that had another name before, by that name: specs may go on using it.
 
     Raises:
         MethodError: the name is taken or no identifier, an axis is unknown, or the class is not
@@ -105,7 +115,8 @@ def register(
         if verb != "compress" and not callable(getattr(kind, verb, None)):
             raise MethodError(f"{kind.__name__} must have a method {verb}(...) to register for it.")
         family = kind.__module__.split(".")[-2] if "." in kind.__module__ else "other"
-        _ENTRIES[name] = Entry(name, kind, paper, tuple(saves.split()), family, verb)
+        old = dict(renamed or {})
+        _ENTRIES[name] = Entry(name, kind, paper, tuple(saves.split()), family, verb, old)
         return kind
 
     return enter
@@ -202,8 +213,8 @@ def construct(name: str, options: dict[str, Any]) -> Any:
     Raises:
         MethodError: the name or an option is unknown, or a value has the wrong type.
     """
-    kind = get(name).kind
-    known = [field.name for field in fields(kind)]
+    kind, options = get(name).kind, _by_new_names(get(name), options)
+    known = [field.name for field in settable(kind)]
     for option in options:
         if option not in known:
             raise MethodError(f"{name} has no option {option!r}{_near(option, known)}.")
@@ -215,6 +226,33 @@ def construct(name: str, options: dict[str, Any]) -> Any:
             raise MethodError(f"{name}: {option} must be {say(hints[option])}, not {value!r}.")
         values[option] = value
     return kind(**values)
+
+
+def settable(kind: type) -> list[Field[Any]]:
+    """Return the fields of a method that are options: a class may fix one it inherits."""
+    return [field for field in fields(kind) if field.init]
+
+
+def _by_new_names(entry: Entry, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Give options that go by an old name their new one, and say so."""
+    values = {}
+    for option, value in options.items():
+        name = entry.renamed.get(option, option)
+        if name != option and name in options:
+            raise MethodError(f"{entry.name}: {option} is now called {name}: give one of them.")
+        if name != option:
+            said = f"{entry.name}: the option {option} is now called {name}: use this name."
+            warnings.warn(said, DeprecationWarning, stacklevel=_calls_within() + 1)
+        values[name] = value
+    return values
+
+
+def _calls_within() -> int:
+    """Count the calls of this package below the one from outside, to warn where that one is."""
+    frame, calls = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("pliant."):
+        frame, calls = frame.f_back, calls + 1
+    return calls - 1
 
 
 def of_verb(method: Any, verb: Verb) -> Any:
@@ -250,7 +288,7 @@ def plain(method: Any) -> dict[str, Any]:
     if hasattr(method, "plain"):
         return dict(method.plain())
     entry = entry_of(method)
-    options = {f.name: getattr(method, f.name) for f in fields(method)}
+    options = {f.name: getattr(method, f.name) for f in settable(type(method))}
     return {"name": entry.name if entry else type(method).__name__, "options": options}
 
 

@@ -6,11 +6,11 @@ import inspect
 import re
 import typing
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pliant.registry import CALLS, Entry, default, entries, say
+from pliant.registry import CALLS, Entry, default, entries, say, settable
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def options(entry: Entry) -> list[OptionRow]:
     hints, comments = typing.get_type_hints(entry.kind), _comments(entry.kind)
     return [
         OptionRow(f.name, say(hints[f.name]), default(f), comments.get(f.name, ""))
-        for f in fields(entry.kind)
+        for f in settable(entry.kind)
     ]
 
 
@@ -45,12 +45,15 @@ def written(value: Any) -> str:
 
 
 def _comments(kind: type) -> dict[str, str]:
-    """What stands behind each field of a class."""
-    try:
-        source = inspect.getsource(kind)
-    except (OSError, TypeError):  # a class typed into a console
-        return {}
-    return dict(re.findall(r"^ +(\w+): [^#\n]*#\s*(.+?)\s*$", source, re.MULTILINE))
+    """What stands behind each field of a class, those it inherits included."""
+    comments: dict[str, str] = {}
+    for each in reversed(kind.__mro__[:-1]):
+        try:
+            source = inspect.getsource(each)
+        except (OSError, TypeError):  # a class typed into a console
+            continue
+        comments |= dict(re.findall(r"^ +(\w+): [^#\n]*#\s*(.+?)\s*$", source, re.MULTILINE))
+    return comments
 
 
 def prose(entry: Entry) -> str:
