@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -20,6 +21,7 @@ from pliant.families.prune.ranking import (
     ranking,
     up_to,
 )
+from pliant.families.prune.scores import Scores, weakest
 from pliant.latency.clock import AIM, Clock
 from pliant.run import Run
 from pliant.surgery.graph import Group
@@ -50,6 +52,22 @@ def allocate(
     if goal.limits:
         return by_group(within(run, groups, ranked, goal.limits))
     return by_group(up_to(ranked, goal.ratio))
+
+
+def by_ratios(scores: Scores, ratios: Mapping[str, float], *, least: float) -> dict[str, list[int]]:
+    """Return which units leave where every group has a ratio of its own: those of least importance.
+
+    Args:
+        scores: of all units.
+        ratios: share of the units of each group that leaves.
+        least: share that stays in any case; one unit always does.
+    """
+    leaving = {}
+    for name, values in scores.items():
+        most = len(values) - max(1, math.ceil(least * len(values) - 1e-9))
+        count = math.floor(len(values) * ratios[name] + 1e-9)
+        leaving[name] = weakest(values, min(most, count)).tolist()
+    return leaving
 
 
 def within(run: Run, groups: Sequence[Group], ranked: Sequence[Unit], limits: Limits) -> list[Unit]:
@@ -158,7 +176,8 @@ def check_reachable(run: Run, groups: Sequence[Group], *, least: float) -> None:
         BudgetError: the message names what is reachable.
     """
     limits = {axis: bound for axis, bound in run.limits().items() if axis != "latency"}
-    within(run, groups, _unscored(groups, least), limits)
+    if limits:
+        within(run, groups, _unscored(groups, least), limits)
 
 
 def _unscored(groups: Sequence[Group], least: float) -> list[Unit]:

@@ -33,7 +33,7 @@ class ChannelPruning(Method):
     least: float = 0.1  # share of the channels of a layer that stays in any case
     rounds: int = 1  # cuts, each an equal part of the way; between them the network trains
     start: float = 0.0  # share of the training before the first cut; 1 cuts when it is over
-    end: float = 0.5  # share of the training over which several cuts are spread
+    end: float = 0.5  # share of the training up to which several cuts are spread
     only: tuple[str, ...] = ()  # name patterns of the layers to consider
     exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone
 

@@ -51,7 +51,7 @@ class Schedule:
             return 0
         if not steps:
             return self.rounds
-        progress, width = step / steps - self.start, self.end - self.start
+        progress, width = max(0.0, step / steps - self.start), self.end - self.start
         if progress >= width:
             return self.rounds
         return min(self.rounds, 1 + int(progress * self.rounds / width + 1e-9))

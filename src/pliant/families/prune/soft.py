@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from pliant.families.prune.scores import Groups, Rows, Scores, rows_of, weakest
+from pliant.families.prune.scores import Groups, Rows, rows_of, weakest
 from pliant.nn.layers import Factorizable
 
 Decay = Literal["exponential", "linear", "constant"]
@@ -85,22 +85,6 @@ def alone(filters: Mapping[str, Rows], layers: Mapping[str, Factorizable]) -> di
     }
 
 
-def weakest_of(scores: Scores, ratios: Mapping[str, float], least: float) -> dict[str, Tensor]:
-    """Return which units of every kind have the smallest scores, (units,) indices.
-
-    Args:
-        scores: of all units.
-        ratios: share of the units of every kind.
-        least: share of them that is never among these; one unit never is.
-    """
-    chosen = {}
-    for name, values in scores.items():
-        most = len(values) - max(1, math.ceil(least * len(values) - 1e-9))
-        count = math.floor(len(values) * ratios[name] + 1e-9)
-        chosen[name] = weakest(values, min(most, count))
-    return chosen
-
-
 # ---------------------------------------------------------------- how
 
 
@@ -121,7 +105,11 @@ def fade_small(tensor: Tensor, count: int, factor: float) -> None:
 
 
 def fade_units(
-    model: nn.Module, rows: Rows, units: Tensor, factor: float, names: Sequence[str] = ("weight",)
+    model: nn.Module,
+    rows: Rows,
+    units: Sequence[int],
+    factor: float,
+    names: Sequence[str] = ("weight",),
 ) -> None:
     """Multiply what belongs to some units, in place, by a factor.
 
@@ -136,4 +124,4 @@ def fade_units(
         for name in names:
             tensor = getattr(model.get_submodule(layer), name)
             if tensor is not None:
-                fade(tensor, indices[units.to(indices.device)], factor)
+                fade(tensor, indices[list(units)], factor)

@@ -6,11 +6,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from torch import Tensor
-
 from pliant.errors import MethodError
 from pliant.families.prune import soft
-from pliant.families.prune.allocate import Goal, uniform_ratios
+from pliant.families.prune.allocate import Goal, by_ratios, uniform_ratios
 from pliant.families.prune.pruner import ChannelPruning
 from pliant.families.prune.ranking import Scope
 from pliant.families.prune.scores import Groups, Scores, magnitudes
@@ -94,7 +92,7 @@ class ASRFP(ChannelPruning):
 
     def allocation(self, run: Run, groups: Groups, goal: Goal) -> Leaving:
         chosen = self._weakest(run, 1.0)
-        return {group.name: chosen[group.name].tolist() for group in groups}
+        return {group.name: chosen[group.name] for group in groups}
 
     def adjust(self, run: Run, groups: Groups, leaving: Leaving) -> None:
         self._multiply(run, 1.0, 0.0)  # for good, those that stay too
@@ -135,9 +133,9 @@ class ASRFP(ChannelPruning):
             self._multiply(run, part, factor)
         run.note(alpha=factor, rate=part * max(run.state["ratios"].values(), default=self.ratio))
 
-    def _weakest(self, run: Run, part: float) -> dict[str, Tensor]:
+    def _weakest(self, run: Run, part: float) -> dict[str, list[int]]:
         ratios = {name: part * ratio for name, ratio in run.state["ratios"].items()}
-        return soft.weakest_of(self.scores(run, ()), ratios, self.least)
+        return by_ratios(self.scores(run, ()), ratios, least=self.least)
 
     def _multiply(self, run: Run, part: float, factor: float) -> None:
         for layer in run.state["weights"]:
