@@ -104,6 +104,15 @@ def what_has_left_counts_in_the_next_pass() -> None:
     assert unread == [0, 1, 2] and kept(run)["0", "out"] == (0,)
 
 
+def rounds_take_what_the_first_pass_took_first() -> None:
+    """Damages fall with the number: 36, 9, 4, 1; passes go all the way, the first cut a third."""
+    data = Data((torch.tensor([[1.0], [-1.0]]).repeat(16, 1), torch.arange(32) % 2), classes=2)
+    model = mirrored((1.0, 1.0, 1.0, 1.0), (6.0, -3.0, -2.0, -1.0))
+    method = GroupFisher(ratio=0.75, samples=32, passes=3, rounds=3)
+    run = start(model, method, data=data, steps=9)
+    assert kept(run)["0", "out"] == (0, 1, 2)
+
+
 def units_worth_nothing_leave_up_to_the_floor() -> None:
     """Where all scores are 0, those that have left count first."""
     data = Data((torch.tensor([[1.0], [-1.0]]).repeat(8, 1), torch.arange(16) % 2), classes=2)
@@ -135,6 +144,7 @@ CASES = (
             readers_of_one_unit_are_summed_before_the_square,
             damage_is_divided_by_what_leaves,
             what_has_left_counts_in_the_next_pass,
+            rounds_take_what_the_first_pass_took_first,
             units_worth_nothing_leave_up_to_the_floor,
             fisher_needs_inputs_and_sound_options,
         ),
