@@ -15,7 +15,6 @@ from pliant.errors import BudgetError
 from pliant.families.prune.ranking import (
     Unit,
     by_group,
-    fewest,
     floors_of,
     in_blocks,
     ranking,
@@ -139,6 +138,25 @@ def _measured(run: Run, clock: Clock, without: Without, least: int, most: int, l
     if count is None:
         raise clock.missed(limit, min(times))
     return count
+
+
+def fewest(most: int, fits: Callable[[int], bool], *, least: int = 0) -> int | None:
+    """Return the fewest first units of a ranking that fit, None if not even all of them do.
+
+    By bisection. The number returned was itself tried, so it fits however irregular ``fits`` is.
+
+    Args:
+        most: how many units there are.
+        fits: whether the network does without so many of them.
+        least: how many leave in any case.
+    """
+    if not fits(most):
+        return None
+    low, high = least, most
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if fits(middle) else (middle + 1, high)
+    return high
 
 
 def _blocks(clock: Clock, groups: Sequence[Group], ranked: Sequence[Unit]) -> list[list[Unit]]:

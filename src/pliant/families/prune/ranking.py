@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal
@@ -96,22 +96,3 @@ def by_group(units: Iterable[Unit]) -> dict[str, list[int]]:
 def floors_of(groups: Iterable[Group], least: float) -> dict[str, int]:
     """Return how many units of each group stay if a share of them must."""
     return {group.name: max(1, math.ceil(least * len(group.units) - 1e-9)) for group in groups}
-
-
-def fewest(most: int, fits: Callable[[int], bool], *, least: int = 0) -> int | None:
-    """Return the fewest first units of a ranking that fit, None if not even all of them do.
-
-    By bisection. The number returned was itself tried, so it fits however irregular ``fits`` is.
-
-    Args:
-        most: how many units there are.
-        fits: whether the network does without so many of them.
-        least: how many leave in any case.
-    """
-    if not fits(most):
-        return None
-    low, high = least, most
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle + 1, high)
-    return high
