@@ -70,6 +70,8 @@ class Prune:
             sliced = layers.in_layout_of(tensor, cut(tensor.detach()))
             if isinstance(tensor, nn.Parameter):
                 sliced = nn.Parameter(sliced, requires_grad=tensor.requires_grad)
+                if tensor.grad is not None:  # of the batches before, if a step takes several
+                    sliced.grad = layers.in_layout_of(tensor.grad, cut(tensor.grad))
                 old.append(tensor)
                 new.append(sliced)
                 cuts.append(cut)
