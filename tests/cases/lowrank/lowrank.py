@@ -1,5 +1,7 @@
 """Low-rank methods: what their papers compute, done by hand on kernels with known spectra."""
 
+import warnings
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -155,7 +157,9 @@ def a_layer_leaves_the_search_early() -> None:
         run.after_step()
         assert run.edits == edits and not run.state["factorized"]
         run.after_step()  # what has left is not shrunken again
-        run.finish()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the search is not over
+            run.finish(strict=False)
 
 
 def an_early_search_plans_as_often_however_long_it_is() -> None:
