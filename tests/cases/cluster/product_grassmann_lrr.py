@@ -7,7 +7,7 @@ from torch import Tensor
 
 import pliant
 from pliant.errors import PliantError
-from pliant.families.solve import grassmann
+from pliant.families.solve import grassmann, selfrep
 from pliant.methods.cluster.product_grassmann_lrr import ProductGrassmannLRR
 from pliant.solution import Solution
 from pliant.testing import Case
@@ -93,7 +93,7 @@ def closed_form_is_the_minimum_of_nuclear_norm_lrr() -> None:
         before, z = z, (u * (s - strength / (2 * top)).clamp_min(0)) @ vh
         if (z - before).abs().max() < 1e-12:
             break
-    assert (grassmann.representation(gram, strength, 20) - z).abs().max() < 1e-8
+    assert (selfrep.representation(gram, strength, 20) - z).abs().max() < 1e-8
 
 
 def iteration_agrees_with_the_closed_form() -> None:
@@ -101,7 +101,7 @@ def iteration_agrees_with_the_closed_form() -> None:
     strength = 0.05 * float(torch.linalg.eigvalsh(gram)[-1])
     for rank, gap in ((60, 1e-12), (2, 1e-6), (4, 1e-6), (8, 0.02)):
         found = solved(gram, rank=rank, solver="admm", tolerance=1e-9)
-        z, oracle = found.values["representation"], grassmann.representation(gram, strength, rank)
+        z, oracle = found.values["representation"], selfrep.representation(gram, strength, rank)
         assert objective(gram, z, strength) / objective(gram, oracle, strength) - 1 < gap
         assert int((torch.linalg.svdvals(z) > 1e-9).sum()) <= rank
         assert rank < 60 or (z - oracle).abs().max() < 1e-8
