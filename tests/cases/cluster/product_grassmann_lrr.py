@@ -1,4 +1,4 @@
-"""Clustering on Grassmann manifolds: Gram matrices by definition, the closed form as an oracle."""
+"""Clustering on product Grassmann manifolds: Gram matrices, the closed form as an oracle."""
 
 from collections.abc import Sequence
 
@@ -6,38 +6,17 @@ import torch
 from torch import Tensor
 
 import pliant
-from pliant.errors import PliantError
 from pliant.families.solve import grassmann, selfrep
 from pliant.methods.cluster.product_grassmann_lrr import ProductGrassmannLRR
-from pliant.solution import Solution
 from pliant.testing import Case
+from tests.cases.cluster import sets
+from tests.cases.cluster.sets import accuracy, bases, complementary, noise, objective, top
 
-MERGED = ((0, 1), (2, 3))  # groups that look the same, in each view
-
-
-def random(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
+OWN = "product_grassmann_lrr"
 
 
-def bases(*shape: int, seed: int = 0) -> Tensor:
-    return torch.linalg.qr(torch.randn(shape, generator=random(seed), dtype=torch.float64))[0]
-
-
-def complementary(seed: int, noise: float = 0.2) -> tuple[list[Tensor], Tensor]:
-    """Four groups of 15 subspaces; each of two views cannot tell two of the groups apart."""
-    truth, views, draw = torch.arange(4).repeat_interleave(15), [], random(seed)
-    for first, second in MERGED:
-        centres = torch.linalg.qr(torch.randn(4, 30, 3, generator=draw, dtype=torch.float64))[0]
-        centres[second] = centres[first]
-        moved = torch.randn(60, 30, 3, generator=draw, dtype=torch.float64)
-        views.append(torch.linalg.qr(centres[truth] + noise * moved)[0])
-    return views, truth
-
-
-def accuracy(labels: Tensor, truth: Tensor) -> float:
-    """The share of samples whose group is that of most of its members."""
-    counts = torch.stack([torch.bincount(truth[labels == k], minlength=4) for k in range(4)])
-    return float(counts.amax(1).sum()) / len(truth)
+def solved(gram: Tensor, **options: object) -> pliant.Solution:
+    return sets.solved(gram, OWN, **options)
 
 
 # ------------------------------------------------------------------ Gram matrices
@@ -66,20 +45,11 @@ def sets_that_span_too_little_are_refused() -> None:
         (torch.zeros(5, 6), "spans 0"),
         (bases(5, 3, 3), "choose another size"),
     ):
-        try:
-            pliant.cluster(x, 2, "product_grassmann_lrr")
-        except PliantError as refusal:
-            assert words in str(refusal), refusal
-        else:
-            raise AssertionError(words)
+        sets.refused(words, x, OWN, centre=False)
+    sets.refused("spans 0", flat, OWN)  # all vectors are the mean
 
 
 # ------------------------------------------------------------------ the oracle
-
-
-def objective(gram: Tensor, z: Tensor, strength: float) -> float:
-    error = torch.trace(z.T @ gram @ z) - 2 * torch.trace(gram @ z) + gram.trace()
-    return float(error + strength * torch.linalg.svdvals(z).sum())
 
 
 def closed_form_is_the_minimum_of_nuclear_norm_lrr() -> None:
@@ -98,18 +68,41 @@ def closed_form_is_the_minimum_of_nuclear_norm_lrr() -> None:
 
 def iteration_agrees_with_the_closed_form() -> None:
     gram = grassmann.product_gram(complementary(0)[0])
-    strength = 0.05 * float(torch.linalg.eigvalsh(gram)[-1])
-    for rank, gap in ((60, 1e-12), (2, 1e-6), (4, 1e-6), (8, 0.02)):
-        found = solved(gram, rank=rank, solver="admm", tolerance=1e-9)
-        z, oracle = found.values["representation"], selfrep.representation(gram, strength, rank)
-        assert objective(gram, z, strength) / objective(gram, oracle, strength) - 1 < gap
-        assert int((torch.linalg.svdvals(z) > 1e-9).sum()) <= rank
-        assert rank < 60 or (z - oracle).abs().max() < 1e-8
+    for share in (0.05, 0.3, 1.0):
+        strength = share * top(gram)
+        for rank, gap in ((60, 1e-9), (2, 1e-6), (4, 1e-6), (8, 0.02)):
+            found = solved(gram, rank=rank, strength=share, solver="admm", tolerance=1e-9)
+            z, oracle = found.values["representation"], selfrep.representation(gram, strength, rank)
+            assert objective(gram, z, strength) / objective(gram, oracle, strength) - 1 < gap
+            assert int((torch.linalg.svdvals(z) > 1e-9).sum()) <= rank
+            assert rank < 60 or share > 0.05 or (z - oracle).abs().max() < 1e-8
 
 
-def solved(gram: Tensor, **options: object) -> Solution:
-    method = ProductGrassmannLRR(precomputed=True, **options)  # type: ignore[arg-type]
-    return pliant.cluster(gram, 4, method)
+def two_sweeps_are_those_of_the_equations() -> None:
+    """ADMM by hand, with inverses and whole matrices, for two paces."""
+    gram = noise(9, 20) @ noise(9, 20).T
+    strength = 0.1 * top(gram)
+    for start, growth in ((0.3, 1.01), (0.8, 1.4)):
+        mu, eye = start * top(gram), torch.eye(9, dtype=torch.float64)
+        p = q = torch.linalg.eigh(gram)[1][:, -3:]
+        s, y = eye[:3, :3], 0 * gram
+        for _ in range(2):
+            z = torch.linalg.inv(2 * gram + mu * eye) @ (2 * gram + mu * p @ s @ q.T - y)
+            t = z + y / mu
+            p = nearest(t @ q @ s.T)
+            q = nearest(t.T @ p @ s)
+            u, sigma, vh = torch.linalg.svd(p.T @ t @ q)
+            s = u @ torch.diag((sigma - strength / mu).clamp_min(0)) @ vh
+            y, mu = y + mu * (z - p @ s @ q.T), mu * growth
+        options = {"rank": 3, "strength": 0.1, "mu": start, "growth": growth, "iterations": 2}
+        found = solved(gram, solver="admm", **options)
+        assert (found.values["representation"] - p @ s @ q.T).abs().max() < 1e-9
+
+
+def nearest(matrix: Tensor) -> Tensor:
+    """The orthonormal factor of the polar decomposition, by M (M^T M)^(-1/2)."""
+    values, vectors = torch.linalg.eigh(matrix.T @ matrix)
+    return matrix @ (vectors / values.sqrt()) @ vectors.T
 
 
 # ------------------------------------------------------------------ groups
@@ -126,50 +119,55 @@ def views_complete_one_another() -> None:
     assert sum(full) / 3 < 1.0
 
 
-def found(views: Sequence[Tensor], truth: Tensor, rank: int | None = None) -> float:
-    labels = pliant.cluster(list(views), 4, ProductGrassmannLRR(rank=rank)).value
-    return accuracy(labels, truth)
+def found(views: Sequence[Tensor], truth: Tensor, rank: int = 4) -> float:
+    method = ProductGrassmannLRR(rank=rank, affinity="sizes", centre=False)
+    return accuracy(pliant.cluster(list(views), 4, method).value, truth)
 
 
-def the_robust_error_bears_strange_samples() -> None:
-    """Its objective falls from round to round, and strange samples weigh less."""
+def strange_samples_do_not_mix_the_groups() -> None:
+    """With the robust error, six samples of no group leave the others where they belong."""
     views, truth = complementary(1)
     views = [torch.cat([view, bases(6, 30, 3, seed=9 + k)]) for k, view in enumerate(views)]
-    rows = pliant.cluster(
-        views, 4, 'product_grassmann_lrr(solver="admm", error="l21", growth=1.05)'
-    )
-    values = [row["objective"] for row in rows.history]
-    assert len(values) > 1 and values[-1] < values[0]
-    assert accuracy(rows.value[:60], truth) > 0.9
+    spec = 'product_grassmann_lrr(solver="admm", error="l21", growth=1.05)'
+    assert accuracy(pliant.cluster(views, 4, spec).value[:60], truth) > 0.9
 
 
 def a_gram_matrix_may_be_given() -> None:
-    views, truth = complementary(0)
-    labels = solved(grassmann.product_gram(views)).value
-    assert torch.equal(labels, pliant.cluster(views, 4, "product_grassmann_lrr").value)
-    try:
-        solved(torch.randn(6, 6, generator=random(0)))
-    except PliantError as refusal:
-        assert "Gram matrix" in str(refusal)
-    else:
-        raise AssertionError("an asymmetric matrix was taken")
+    views, _ = complementary(0)
+    gram = grassmann.product_gram(views)
+    labels = pliant.cluster(views, 4, "product_grassmann_lrr(centre=False)").value
+    assert torch.equal(solved(gram).value, labels)
+    sets.refused("Gram matrix", noise(6, 6), OWN, precomputed=True)
+
+
+def what_all_sets_share_tells_none_apart() -> None:
+    """A common image moves nothing if it is taken off, and spoils the groups if it is not."""
+    x, truth = sets.families(2)
+    moved = x + 3 * noise(1, 30, 1, seed=5)
+    plain, there = (pliant.cluster(y, 4, f"{OWN}(size=3)").value for y in (x, moved))
+    assert torch.equal(plain, there) and accuracy(plain, truth) > 0.9
+    left = pliant.cluster(moved, 4, f"{OWN}(size=3, centre=False)").value
+    assert accuracy(left, truth) < 0.7
 
 
 CASES = [
     Case(
-        "product_grassmann_lrr",
+        OWN,
         variants=(
-            'product_grassmann_lrr(solver="admm", size=2, rank=5)',
-            'product_grassmann_lrr(solver="admm", error="l21", growth=1.05)',
+            f'{OWN}(solver="admm", size=2, rank=5)',
+            f'{OWN}(solver="admm", error="l21", growth=1.05)',
         ),
         own=(
             gram_is_that_of_the_projectors,
             sets_that_span_too_little_are_refused,
             closed_form_is_the_minimum_of_nuclear_norm_lrr,
             iteration_agrees_with_the_closed_form,
+            two_sweeps_are_those_of_the_equations,
             views_complete_one_another,
-            the_robust_error_bears_strange_samples,
+            strange_samples_do_not_mix_the_groups,
             a_gram_matrix_may_be_given,
+            what_all_sets_share_tells_none_apart,
+            *sets.shared(OWN),
         ),
     )
 ]

@@ -8,6 +8,7 @@ product of manifolds are one subspace per view; their likenesses add up.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,31 +56,41 @@ def product_gram(views: Sequence[Tensor], weights: Sequence[float] = ()) -> Tens
     return torch.stack(grams).sum(0)
 
 
-def gram_of(
-    name: str, views: Views, size: int, weights: Sequence[float], *, precomputed: bool
-) -> Tensor:
+def gram_of(name: str, views: Views, method: Any) -> Tensor:
     """Return the Gram matrix (N, N) of the samples, the weighted sum over views.
 
     Args:
         name: of the method that asks, for its refusals.
         views: sets of column vectors, or Gram matrices if they are precomputed.
-        size: dimensions of every subspace, fewer where a set has fewer vectors.
-        weights: of the views; 1 each if empty.
-        precomputed: whether the views are Gram matrices.
+        method: holds the options `size`, `centre`, `weights` and `precomputed`.
 
     Raises:
         DataError: subspaces are not defined, or a precomputed matrix is no Gram matrix.
         MethodError: the weights do not fit the views.
     """
+    weights = method.weights
     if weights and (len(weights) != len(views) or min(weights) < 0):
         raise MethodError(
             f"{name}: weights must be one number of 0 or more for each of the {len(views)} views, "
-            f"not {tuple(weights)}."
+            f"not {weights}."
         )
-    if precomputed:
+    if method.precomputed:
         given = zip(weights or (1.0,) * len(views), views, strict=True)
         return torch.stack([weight * _given(view) for weight, view in given]).sum(0)
-    return product_gram([_points(number, view, size) for number, view in enumerate(views)], weights)
+    if method.centre:
+        views = tuple(centred(view) for view in views)
+    bases = [_points(number, view, method.size) for number, view in enumerate(views)]
+    return product_gram(bases, weights)
+
+
+def centred(sets: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Take the mean of all column vectors off each of them.
+
+    What all sets share, such as a mean image, would otherwise be the first direction of every
+    subspace and tell none of them apart.
+    """
+    mean = torch.cat([one.double() for one in sets], 1).mean(1, keepdim=True)
+    return tuple(one.double() - mean for one in sets)
 
 
 def _points(number: int, view: tuple[Tensor, ...], size: int) -> Tensor:

@@ -23,20 +23,30 @@ SETTLED = 1e-4  # relative change of the robust objective at which reweighting s
 ROUNDS = 20  # of reweighting, at most
 SMOOTHING = 1e-8  # of robust errors, relative to their mean: keeps weights finite
 TINY = 1e-12
+NEGLIGIBLE = 1e-6  # a singular value of Z below this share of the largest is none
 
 
 def representation(gram: Tensor, strength: float, rank: int) -> Tensor:
     """Minimise tr(Z^T G Z) - 2 tr(G Z) + strength * (nuclear norm of Z) over rank(Z) <= rank.
 
-    The global optimum in closed form: of the eigenvectors of G with the `rank` largest
-    eigenvalues d, each is kept with the gain max(0, 1 - strength / (2 d)). At full rank this is
-    low-rank representation (LRR) itself.
+    The global optimum in closed form, see `factors`. At full rank this is low-rank representation
+    (LRR) itself.
+    """
+    left, right = factors(gram, strength, rank)
+    return left @ right.T
+
+
+def factors(gram: Tensor, strength: float, rank: int) -> tuple[Tensor, Tensor]:
+    """Return that optimum as two factors (N, rank).
+
+    Of the eigenvectors of G with the `rank` largest eigenvalues d, each is kept with the gain
+    max(0, 1 - strength / (2 d)).
     """
     values, vectors = torch.linalg.eigh(gram)
     values, vectors = values[-rank:], vectors[:, -rank:]
     safe = values.clamp_min(torch.finfo(values.dtype).tiny)
     gain = (1 - strength / (2 * safe)).clamp_min(0)
-    return (vectors * gain) @ vectors.T
+    return vectors * gain, vectors
 
 
 def errors(gram: Tensor, z: Tensor) -> Tensor:
@@ -88,11 +98,12 @@ class Fit:
         """Return the pace that options ask for, with mu in units of the largest eigenvalue.
 
         A weight far below the eigenvalues lets Z drift to the identity, and the factors to a
-        subspace of no meaning.
+        subspace of no meaning; one below the strength shrinks all factors to zero in the first
+        sweep, after which they are arbitrary.
         """
         scale = float(self.values.max().clamp_min(TINY))
-        mu, growth = method.mu * scale, method.growth
-        return Pace(mu, growth, 1e6 * scale, method.iterations, method.tolerance)
+        mu = max(method.mu, 2 * method.strength) * scale
+        return Pace(mu, method.growth, 1e6 * scale, method.iterations, method.tolerance)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,20 +114,24 @@ class Represented:
         z: (N, N).
         rows: of the history, one per round of reweighting.
         converged: whether the last round met its stopping rule.
-        blocks: of the last iteration; empty for a closed form.
+        blocks: at the end; of a closed form the factors "u" and "v" of Z = U V^T.
+        residuals: of the constraints after each iteration of the last round.
     """
 
     z: Tensor
     rows: tuple[dict[str, Any], ...]
     converged: bool
     blocks: Blocks
+    residuals: tuple[float, ...] = ()
 
 
 def closed_form(gram: Tensor, strength: float, rank: int) -> Represented:
     """Return the global optimum for squared errors."""
-    z = representation(gram, strength, rank)
-    value = float(errors(gram, z).sum() + strength * torch.linalg.svdvals(z).sum())
-    return Represented(z, ({"round": 0, "objective": value, "iterations": 1},), True, {})
+    left, right = factors(gram, strength, rank)
+    z = left @ right.T
+    value = float(errors(gram, z).sum() + strength * nuclear_norm(z))
+    row = {"round": 0, "objective": value, "iterations": 1}
+    return Represented(z, (row,), True, {"u": left, "v": right})
 
 
 def iterated(
@@ -147,7 +162,7 @@ def iterated(
     z = product(solved.blocks)
     if not robust:
         value = float(errors(gram, z).sum() + penalty(solved.blocks))
-        return Represented(z, (_row(0, value, solved),), solved.converged, solved.blocks)
+        return _represented(z, [_row(0, value, solved)], solved)
     smooth = SMOOTHING * errors(gram, z).mean() + TINY
     scale = (errors(gram, z) + smooth).rsqrt().mean()
     rows: list[dict[str, Any]] = []
@@ -159,7 +174,11 @@ def iterated(
         rows.append(_row(number, float(sizes + penalty(solved.blocks)), solved))
         if number and abs(rows[-1]["objective"] / rows[-2]["objective"] - 1) < SETTLED:
             break
-    return Represented(z, tuple(rows), solved.converged, solved.blocks)
+    return _represented(z, rows, solved)
+
+
+def _represented(z: Tensor, rows: list[dict[str, Any]], solved: Solved) -> Represented:
+    return Represented(z, tuple(rows), solved.converged, solved.blocks, solved.residuals)
 
 
 def _row(number: int, objective: float, solved: Solved) -> dict[str, Any]:
@@ -193,9 +212,16 @@ def check_options(name: str, method: Any) -> None:
 # ---------------------------------------------------------------- groups
 
 
-def grouped(found: Represented, groups: int, generator: torch.Generator) -> Solution:
-    """Cut the graph of a representation: ``labels``, ``representation`` and ``affinity``."""
-    likeness = affinity(found.z)
+def grouped(found: Represented, groups: int, how: str, generator: torch.Generator) -> Solution:
+    """Cut the graph of a representation: ``labels``, ``representation`` and ``affinity``.
+
+    Args:
+        found: the representation.
+        groups: how many there are.
+        how: a name in `AFFINITIES`.
+        generator: of k-means.
+    """
+    likeness = AFFINITIES[how](found.z)
     values = {
         "labels": normalized_cut(likeness, groups, generator),
         "representation": found.z,
@@ -205,9 +231,25 @@ def grouped(found: Represented, groups: int, generator: torch.Generator) -> Solu
     return Solution(values, found.rows, found.converged, made)
 
 
-def affinity(z: Tensor) -> Tensor:
+def sizes(z: Tensor) -> Tensor:
     """Return how strongly samples represent one another, symmetric: (|Z| + |Z^T|) / 2."""
     return (z.abs() + z.abs().T) / 2
+
+
+def angles(z: Tensor) -> Tensor:
+    """Return squared cosines between samples in the space that Z spans, symmetric.
+
+    With Z = U S V^T a sample is a row of U S^(1/2), of length 1; the same for V, and the mean of
+    both (Liu et al. 2013, Robust Recovery of Subspace Structures by Low-Rank Representation).
+    """
+    u, s, vh = torch.linalg.svd(z)
+    s = torch.where(s > NEGLIGIBLE * s.max(), s, 0).sqrt()
+    rows = [torch.nn.functional.normalize(basis * s, dim=1) for basis in (u, vh.T)]
+    return torch.stack([(one @ one.T).square() for one in rows]).mean(0)
+
+
+AFFINITIES: dict[str, Callable[[Tensor], Tensor]] = {"sizes": sizes, "angles": angles}
+"""What a representation says of the likeness of samples, by name."""
 
 
 def normalized_cut(likeness: Tensor, groups: int, generator: torch.Generator) -> Tensor:

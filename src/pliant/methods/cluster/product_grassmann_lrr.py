@@ -53,13 +53,15 @@ class ProductGrassmannLRR:
     """
 
     size: int = 5  # p, dimensions of a subspace; fewer where a set has fewer vectors
-    rank: int | None = None  # r, the most that Z may have; the number of groups if None
+    centre: bool = True  # take the mean of all vectors of a view off them first
+    rank: int | None = None  # r, the most that Z may have; one more than the groups if None
     strength: float = 0.05  # lambda, in units of the largest eigenvalue of the Gram matrix
     weights: tuple[float, ...] = ()  # w, of the views; 1 each if empty
+    affinity: Literal["angles", "sizes"] = "angles"  # of samples: in the space of Z, or its entries
     solver: Literal["spectral", "admm"] = "spectral"  # closed form or iteration
     error: Literal["fro", "l21"] = "fro"  # squared, or robust to single samples (admm only)
     precomputed: bool = False  # x is a Gram matrix of the samples, or one per view
-    mu: float = 0.15  # weight of the constraint at first, in units of the largest eigenvalue
+    mu: float = 0.15  # at first, in units of the largest eigenvalue; at least twice the strength
     growth: float = 1.01  # rho, of mu in each iteration
     tolerance: float = 1e-6  # of the iteration
     iterations: int = 2000  # at most
@@ -67,11 +69,12 @@ class ProductGrassmannLRR:
     def cluster(self, views: Views, groups: int, generator: torch.Generator) -> Solution:
         """Represent the samples by one another and cut the graph of their affinities."""
         check_options("product_grassmann_lrr", self)
-        gram = self.gram(views)
-        rank = min(self.rank or groups, len(gram))
+        gram = gram_of("product_grassmann_lrr", views, self)
+        rank = min(self.rank or groups + 1, len(gram))
         strength = self.strength * float(torch.linalg.eigvalsh(gram)[-1])
         if self.solver == "spectral":
-            return grouped(closed_form(gram, strength, rank), groups, generator)
+            found = closed_form(gram, strength, rank)
+            return grouped(found, groups, self.affinity, generator)
         found = iterated(
             gram,
             lambda fit: self._sweeps(fit, strength, rank),
@@ -79,17 +82,7 @@ class ProductGrassmannLRR:
             lambda now: strength * nuclear_norm(_product(now)),
             robust=self.error == "l21",
         )
-        return grouped(found, groups, generator)
-
-    def gram(self, views: Views) -> Tensor:
-        """Return the Gram matrix (N, N) of the samples, the weighted sum over views.
-
-        Raises:
-            DataError: subspaces are not defined, or a precomputed matrix is no Gram matrix.
-            MethodError: the weights do not fit the views.
-        """
-        name, whole = "product_grassmann_lrr", self.precomputed
-        return gram_of(name, views, self.size, self.weights, precomputed=whole)
+        return grouped(found, groups, self.affinity, generator)
 
     def _sweeps(self, fit: Fit, strength: float, rank: int) -> Solved:
         """The tri-factorization: Z, then P and Q by Procrustes, then S by soft thresholding."""
