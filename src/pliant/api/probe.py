@@ -18,7 +18,7 @@ from pliant.drivers.score import device_of
 from pliant.errors import DataError, ModelError
 from pliant.observe.finite import check_weights
 from pliant.registry import of_verb, plain
-from pliant.solution import Finding
+from pliant.result import Finding
 
 BATCH = 256  # inputs of one forward call, where they came as one tensor
 

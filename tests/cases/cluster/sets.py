@@ -10,7 +10,7 @@ from pliant.errors import PliantError
 from pliant.families.solve import selfrep
 from pliant.families.solve.grassmann import grassmann_gram, points
 from pliant.registry import construct
-from pliant.solution import Solution
+from pliant.result import Solution
 
 MERGED = ((0, 1), (2, 3))  # groups that look the same, in each view
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pliant.errors import DataError, MethodError
-from pliant.solution import Views
+from pliant.result import Views
 
 DEPENDENT = 1e-9  # a singular value below this share of the largest is none
 

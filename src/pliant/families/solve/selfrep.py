@@ -16,7 +16,7 @@ from torch import Tensor
 from pliant.errors import MethodError, require
 from pliant.families.solve.admm import Blocks, Pace, Solved
 from pliant.families.solve.options import check_pace, positive
-from pliant.solution import Solution
+from pliant.result import Solution
 
 RESTARTS = 20  # of k-means
 SETTLED = 1e-4  # relative change of the robust objective at which reweighting stops

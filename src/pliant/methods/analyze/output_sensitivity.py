@@ -15,7 +15,7 @@ from pliant.data.splits import Split
 from pliant.errors import DataError, MethodError, ModelError
 from pliant.observe.watch import capture
 from pliant.registry import Paper, register
-from pliant.solution import Finding
+from pliant.result import Finding
 
 BATCH, MOST_DRAWS = 256, 1000
 SUMS_TO_ONE = 1e-4  # how far sums of probabilities may be from 1

@@ -12,7 +12,7 @@ from pliant.families.solve.bilinear import PENALTIES, SOLVERS, product
 from pliant.families.solve.grassmann import gram_of
 from pliant.families.solve.selfrep import check_options, closed_form, grouped, iterated
 from pliant.registry import Paper, register
-from pliant.solution import Solution, Views
+from pliant.result import Solution, Views
 
 
 @register(

@@ -20,7 +20,7 @@ from pliant.families.solve.selfrep import (
 )
 from pliant.math.svd import polar, soft_spectrum
 from pliant.registry import Paper, register
-from pliant.solution import Solution, Views
+from pliant.result import Solution, Views
 
 
 @register(

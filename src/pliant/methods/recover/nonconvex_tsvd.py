@@ -16,7 +16,7 @@ from pliant.families.solve.cubes import check_mask, check_shape, from_cube, to_c
 from pliant.families.solve.options import check_pace, positive
 from pliant.families.solve.split import NOTHING, Bound, Objective, split
 from pliant.registry import Paper, register
-from pliant.solution import Solution
+from pliant.result import Solution
 
 MOST_ROUNDS = 50
 
