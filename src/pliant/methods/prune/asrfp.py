@@ -55,7 +55,6 @@ class ASRFP(ChannelPruning):
     alpha: Share = 1.0  # alpha_0, factor at the beginning
     # factor wanted at the end of an exponential decay
     sigma: Annotated[float, In(0, open="low")] = 1e-5
-    )
     # D, share of the training in which the ratio reaches three quarters
     ramp: AtLeast0 = 0.125
     decay: soft.Decay = "exponential"  # of the factor

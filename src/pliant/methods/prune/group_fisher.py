@@ -63,7 +63,6 @@ class GroupFisher(ChannelPruning):
     samples: Annotated[int, In(1)] = 1024  # training inputs of one scoring
     # how often channels are scored on the way of a cut
     passes: Annotated[int, In(1, MOST_PASSES)] = 4
-    )
 
     def prepare(self, run: Run) -> None:
         if not run.has_inputs:
