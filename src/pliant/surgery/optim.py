@@ -15,14 +15,16 @@ def carry(optimizer: Optimizer, replaced: Replaced) -> None:
     """Put the new parameters where the old ones were, keeping the state of all that survived.
 
     The new parameters join the group of the parameter they replace, with its learning rate and
-    weight decay. SGD's momentum is linear in the gradient, so it is carried over by the chain
-    rule; adaptive state (Adam's squares) is not, so those parameters start afresh. Where a
-    parameter lost some of its rows, all of its state loses the same ones and nothing else changes.
+    weight decay; where none is replaced, that of the nearest one. SGD's momentum is linear in the
+    gradient, so it is carried over by the chain rule; adaptive state (Adam's squares) is not, so
+    those parameters start afresh. Where a parameter lost or gained rows, all of its state does
+    alike and nothing else changes.
     Groups and state are changed in place: schedulers and wrappers keep seeing them.
     """
     if replaced.cuts:
         _cut(optimizer, replaced)
         return
+    _join(optimizer, replaced)
     gone, added = {id(parameter) for parameter in replaced.removed}, list(replaced.added)
     for group in optimizer.param_groups:
         places = [i for i, parameter in enumerate(group["params"]) if id(parameter) in gone]
@@ -40,8 +42,18 @@ def carry(optimizer: Optimizer, replaced: Replaced) -> None:
                 optimizer.state[parameter]["momentum_buffer"] = value.to(parameter.dtype)
 
 
+def _join(optimizer: Optimizer, replaced: Replaced) -> None:
+    """Put parameters that replace none behind the nearest one that the optimizer knows."""
+    for near in replaced.beside:
+        for group in optimizer.param_groups:
+            places = [i for i, parameter in enumerate(group["params"]) if parameter is near]
+            if places:
+                group["params"][places[0] + 1 : places[0] + 1] = replaced.added
+                return
+
+
 def _cut(optimizer: Optimizer, replaced: Replaced) -> None:
-    """Put every parameter where the larger one was, with the part of its state that it keeps."""
+    """Put every parameter where the old one was, with what becomes of its state."""
     rows = zip(replaced.removed, replaced.added, replaced.cuts, strict=True)
     for old, new, cut in rows:
         for group in optimizer.param_groups:
