@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_map
 from pliant.budget import Budget
 from pliant.cost import Cost, Example, LayerCost, count
 from pliant.data import Data
-from pliant.edits import Edit, Replaced, from_json, to_json
+from pliant.edits import Edit, Replaced, apply, from_json, to_json
 from pliant.errors import BudgetError, ModelError, PliantError
 from pliant.latency import Where
 from pliant.latency.clock import Clock
@@ -333,7 +333,7 @@ class Run:
         )
 
     def _edit(self, edit: Edit, *, weights: bool) -> None:
-        replaced = edit.apply(self.model, weights=weights)
+        replaced = apply(self.model, edit, weights=weights)
         if self.optimizer is not None:
             carry(self.optimizer, replaced)
         self.edits.append(edit)

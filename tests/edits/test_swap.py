@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +22,7 @@ from tests.edits import held
 from tests.edits.held import Whole
 
 
-def net() -> nn.Sequential:
+def net() -> Any:
     return nn.Sequential(
         *(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU()),
         *(nn.Conv2d(8, 12, (3, 2), stride=(2, 1), padding=1, padding_mode="reflect"), nn.ReLU()),
@@ -29,7 +30,7 @@ def net() -> nn.Sequential:
     )
 
 
-def signal() -> nn.Sequential:
+def signal() -> Any:
     return nn.Sequential(
         *(nn.Conv1d(2, 6, 5, dilation=2, padding="same"), nn.ReLU()),
         *(nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(6, 4, bias=False)),

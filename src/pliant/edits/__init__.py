@@ -18,6 +18,7 @@ from pliant.edits.merge import Merge
 from pliant.edits.nest import Nest
 from pliant.edits.prune import Prune
 from pliant.edits.quantize import Quantize
+from pliant.edits.record import apply, complete, made, note
 from pliant.edits.settle import Settle
 from pliant.edits.swap import Swap
 from pliant.errors import EditError
@@ -36,8 +37,12 @@ __all__ = [
     "Replaced",
     "Settle",
     "Swap",
+    "apply",
+    "complete",
     "from_json",
     "layer_of",
+    "made",
+    "note",
     "replay",
     "to_json",
 ]
@@ -64,7 +69,7 @@ def replay(model: nn.Module, edits: Iterable[Edit], *, weights: bool = True) -> 
         EditError: an edit does not fit the model.
     """
     for edit in edits:
-        edit.apply(model, weights=weights)
+        apply(model, edit, weights=weights)
 
 
 def to_json(edits: Iterable[Edit]) -> list[dict[str, Any]]:

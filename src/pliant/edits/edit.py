@@ -37,6 +37,9 @@ class Replaced:
 OPTIONAL: Mapping[str, Any] = {"optional": True}
 """Metadata of a field that may be missing in a file, and is where it has its default."""
 
+LAYER = "layer"
+"""Key in the metadata of a field, besides ``layer``, that holds the name of a layer."""
+
 
 @runtime_checkable
 class Edit(Protocol):

@@ -32,7 +32,7 @@ from pliant.codecs.container import (
     read,
     reading,
 )
-from pliant.edits import Edit, replay
+from pliant.edits import Edit, complete, replay
 from pliant.errors import ArtifactError, ModelError
 from pliant.files.manifest import DTYPES, UNCODED, VERSION, Manifest, Spec, parse, write
 from pliant.nn.align import Align
@@ -61,7 +61,8 @@ def save(
             a file of another kind is refused.
         model: as the edits have made it. Parametrizations of the dense network, such as weight
             norm, stay: what builds the network puts them on again.
-        edits: what was done to the dense network, in order.
+        edits: what was done to the network, in order; what was done before, by an earlier
+            compression or in the file that it was loaded from, is put before it.
         source: what builds the dense network, for commands: a zoo name or module:callable.
         extra: plain data to keep beside it: class names, input shape, normalization.
         encode: store each tensor coded, without loss, where that is smaller: ``hac`` by Huffman,
@@ -69,6 +70,7 @@ def save(
             which few are distinct: pruned, shared or quantized ones. None stores all as they are.
 
     Raises:
+        EditError: other edits have been made of the network than those given.
         ModelError: the compression is not finished, or the model has state that is not made of
             tensors.
         ArtifactError: `extra` is not plain data.
@@ -89,7 +91,7 @@ def save(
         version=VERSION if coded else UNCODED,
         pliant=_own_version(),
         source=source,
-        edits=tuple(edits),
+        edits=complete(model, tuple(edits)),
         tensors={name: Spec.of(tensor) for name, tensor in tensors.items()},
         aliases=aliases,
         sha256=hashlib.sha256(weights).hexdigest(),
