@@ -416,7 +416,6 @@ def parametrized() -> nn.Module:
     ("build", "layer", "says"),
     [
         (tied, "0", "tied to 1.weight"),
-        (twice_named, "2", "tied to 1.weight"),
         (parametrized, "0", "parametrized"),
         (lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4))), "0", "parametrized"),
         (old_weight_norm, "0", "forward-pre hook"),
@@ -443,6 +442,24 @@ def test_a_layer_that_cannot_be_read_is_refused(
     with pytest.raises(EditError, match=says):
         Factor(layer, "svd", (2,)).apply(model)
     assert [id(module) for module in model.modules()] == before
+
+
+def test_a_layer_with_two_names_is_replaced_under_both() -> None:
+    model = twice_named()
+    Factor("1", "svd", (2,)).apply(model)
+    assert model[1] is model[2] and isinstance(model[1], nn.Sequential)
+
+
+def test_hooks_go_on_and_their_handles_stay_good() -> None:
+    model, calls = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), []
+    before = model[1].register_forward_pre_hook(lambda *_: calls.append("before"))
+    after = model[1].register_forward_hook(lambda module, args, output: output * 0 + 7)
+    Factor("1", "svd", (2,)).apply(model)
+    assert torch.equal(model(torch.randn(2, 4)), torch.full((2, 4), 7.0))
+    after.remove()
+    before.remove()
+    assert not torch.equal(model(torch.randn(2, 4)), torch.full((2, 4), 7.0))
+    assert calls == ["before"]
 
 
 @pytest.mark.parametrize(

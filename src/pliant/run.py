@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from pliant.budget import Budget
-from pliant.cost import Cost, Example, LayerCost, count
+from pliant.cost import Cost, Example, LayerCost, bare, count
 from pliant.data import Data
 from pliant.edits import Edit, Replaced, apply, from_json, to_json
 from pliant.errors import BudgetError, ModelError, PliantError
@@ -381,6 +381,7 @@ def start(
                 "Counting needs the inputs of one forward call: give example=(inputs,) or data."
             )
         example = data.example()
+    model = bare(model)
     check_weights(model)
     check_example(example)
     times = (saved or {}).get("clock")

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from pliant.budget import Budget
 from pliant.compose import Stage, bounds, check_axes, resolve
-from pliant.cost import Example, cost
+from pliant.cost import Example, bare, cost
 from pliant.data import Data, Train, unpack
 from pliant.data.splits import Split
 from pliant.drivers import checkpoint
@@ -102,11 +102,11 @@ def compress(
     asked = resolve(method), _budget(budget), train, seed
     given = (example,) if isinstance(example, Tensor) else example
     with own_randomness(seed, _place(model)):
-        task = _Task(model, Data.of(data, seed=seed), *asked, given, resume)
+        task = _Task(bare(model), Data.of(data, seed=seed), *asked, given, resume)
         task.folder = Path(folder) if folder is not None else None
         task.watch = watch or task.watch
         task.target = None if target is None else as_target(target)
-        return task.go(control=control, strict=strict, name=name or type(model).__name__)
+        return task.go(control=control, strict=strict, name=name or type(bare(model)).__name__)
 
 
 # ---------------------------------------------------------------- refusals

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pliant.cost.call import Example, call, evaluating, tensors
+from pliant.cost.call import Example, bare, call, evaluating, tensors
 from pliant.cost.macs import OWN, Formula, Packed, formula_of, products
 from pliant.cost.owned import FLOAT, itemsize, numbers, own, stored_bytes, subtree
 from pliant.errors import ModelError
@@ -30,6 +30,7 @@ __all__ = [
     "Cost",
     "Example",
     "LayerCost",
+    "bare",
     "call",
     "cost",
     "count",

@@ -32,6 +32,7 @@ from pliant.codecs.container import (
     read,
     reading,
 )
+from pliant.cost import bare
 from pliant.edits import Edit, complete, replay
 from pliant.errors import ArtifactError, ModelError
 from pliant.files.manifest import DTYPES, UNCODED, VERSION, Manifest, Spec, parse, write
@@ -77,7 +78,7 @@ def save(
         OutputError: a file of another kind is there, or the file cannot be written; an existing
             one is as it was.
     """
-    path = Path(path)
+    path, model = Path(path), bare(model)
     check_replaceable(path, ".pliant", is_pliant)
     if encode is not None and encode not in codec.CHOICES:
         raise ArtifactError(
@@ -216,7 +217,9 @@ def load(path: str | Path, model: nn.Module | Callable[[], nn.Module] | None = N
     for name, own in built.state_dict(keep_vars=True).items():
         if own.dtype != tensors[name].dtype:
             own.data = own.data.to(tensors[name].dtype)
-    built.load_state_dict(tensors)
+    state = built.state_dict()  # with the versions of its modules, which some of them ask for
+    state.update(tensors)
+    built.load_state_dict(state)
     return built
 
 
