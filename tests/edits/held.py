@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, Optimizer
 
 from pliant import compress, load
-from pliant.cost import layer_costs
+from pliant.cost import LayerCost, module_cost
 from pliant.data import Train
 from pliant.edits import Edit, from_json, replay, to_json
 from pliant.files.onnx import to_onnx
@@ -129,12 +129,26 @@ def costs_what_it_predicts(whole: Whole) -> None:
     """One edit after the other, on the network as it is then; all of them must run."""
     model, example = whole.model(), (whole.inputs(1),)
     for edit in whole.edits:
-        predicted = edit.predict(layer_costs(model, example)[edit.layer])
+        predicted = edit.predict(module_cost(model, example, edit.layer))
         edit.apply(model)
-        rows = layer_costs(model, example)
-        parts = [row for name, row in rows.items() if f"{name}.".startswith(f"{edit.layer}.")]
-        for axis in ("params", "macs", "bytes"):
-            assert getattr(predicted, axis) == sum(getattr(row, axis) for row in parts), axis
+        agree(edit.layer, predicted, module_cost(model, example, edit.layer))
+
+
+def costs_are_what_was_predicted(whole: Whole) -> None:
+    """Each edit from the prediction of the last one; measured when all are done."""
+    model, example = whole.model(), (whole.inputs(1),)
+    expected: dict[str, LayerCost] = {}
+    for edit in whole.edits:
+        before = expected.get(edit.layer) or module_cost(whole.model(), example, edit.layer)
+        expected[edit.layer] = edit.predict(before)
+        edit.apply(model)
+    for layer, predicted in expected.items():
+        agree(layer, predicted, module_cost(model, example, layer))
+
+
+def agree(layer: str, predicted: LayerCost, found: LayerCost) -> None:
+    for axis in ("params", "macs", "bytes", "input", "output", "calls"):
+        assert getattr(predicted, axis) == getattr(found, axis), f"{axis} of {layer}"
 
 
 # ---------------------------------------------------------------- within a training

@@ -21,6 +21,7 @@ from pliant.edits.quantize import Quantize
 from pliant.edits.record import apply, complete, made, note
 from pliant.edits.settle import Settle
 from pliant.edits.swap import Swap
+from pliant.edits.widen import Widen
 from pliant.errors import EditError
 
 __all__ = [
@@ -37,6 +38,7 @@ __all__ = [
     "Replaced",
     "Settle",
     "Swap",
+    "Widen",
     "apply",
     "complete",
     "from_json",
@@ -58,6 +60,7 @@ EDITS: dict[str, type] = {
     "quantize": Quantize,
     "settle": Settle,
     "swap": Swap,
+    "widen": Widen,
 }
 """The closed set of edits that a file may name."""
 

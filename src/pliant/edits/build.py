@@ -85,7 +85,7 @@ def build(
     old = list(layer.parameters())
     like = next((p for p in (*old, *model.parameters()) if p.is_floating_point()), torch.empty(0))
     try:
-        with _drawing(seed, name, like.device), like.device:
+        with drawing(seed, name, like.device), like.device:
             new = kind.build(layer, spec)
         new.to(like.dtype).train(layer.training)
         if weights and isinstance(new, Filled):
@@ -101,9 +101,9 @@ def build(
 
 
 @contextmanager
-def _drawing(seed: int, name: str, device: torch.device) -> Iterator[None]:
+def drawing(seed: int, name: str, device: torch.device | None = None) -> Iterator[None]:
     """Draw random numbers that depend on the seed and the name only."""
-    devices = [device] if device.type == "cuda" else []
+    devices = [device] if device is not None and device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         mixed = zlib.crc32(f"{seed} {name}".encode())
         torch.default_generator.manual_seed(mixed)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pliant.cost import Example, call
-from pliant.edits import replay
+from pliant.edits import Edit, replay
 from pliant.edits.prune import Prune, sides
 from pliant.errors import EditError
 from pliant.observe.outputs import alike, answers
@@ -81,6 +81,25 @@ def prove(model: nn.Module, example: Example, edits: Sequence[Prune]) -> None:
         raise EditError(f"These channels cannot be removed: without them {problem}.")
 
 
+def prove_same(model: nn.Module, example: Example, edits: Sequence[Edit], sentence: str) -> None:
+    """Make sure that an edited network runs, and computes what it did before.
+
+    Both are tried as copies with random weights, in evaluation.
+
+    Args:
+        model: not touched.
+        example: the inputs of one forward call.
+        edits: what is to be done.
+        sentence: how the refusal begins.
+
+    Raises:
+        EditError: the edited network fails in forward, or computes something else.
+    """
+    random = _randomized(model)
+    if problem := _differs(random, example, random, edits):
+        raise EditError(f"{sentence}: with the edits {problem}.")
+
+
 def ignore(model: nn.Module, edits: Iterable[Prune]) -> None:
     """Let all layers ignore, in place, the inputs that edits would remove."""
     for edit in edits:
@@ -133,14 +152,20 @@ def _every_second(group: Group) -> list[int]:
 
 def _problem(random: nn.Module, example: Example, edits: Sequence[Prune]) -> str:
     """Say what goes wrong in a cut network, or nothing."""
-    whole, small = copy.deepcopy(random), copy.deepcopy(random)
+    whole = copy.deepcopy(random)
     ignore(whole, edits)
-    replay(small, edits)
+    return _differs(whole, example, random, edits)
+
+
+def _differs(whole: nn.Module, example: Example, random: nn.Module, edits: Sequence[Edit]) -> str:
+    """Say how one network differs from another after edits, or nothing."""
+    edited = copy.deepcopy(random)
+    replay(edited, edits)
     sample = first_sample(example, random)
     with torch.no_grad(), slow_attention():
         wanted = answers(call(whole, sample))
         try:
-            found = answers(call(small, sample))
+            found = answers(call(edited, sample))
         except Exception as error:  # a model may fail in any way
             line = str(error).strip().splitlines()[0] if str(error).strip() else ""
             return f"the forward pass fails ({type(error).__name__}: {line[:120]})"
