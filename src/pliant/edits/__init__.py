@@ -14,11 +14,13 @@ from pliant.edits.edit import Edit, Replaced, layer_of
 from pliant.edits.encode import Encode
 from pliant.edits.factor import Factor
 from pliant.edits.fold import Fold
+from pliant.edits.insert import Insert
 from pliant.edits.merge import Merge
 from pliant.edits.nest import Nest
 from pliant.edits.prune import Prune
 from pliant.edits.quantize import Quantize
 from pliant.edits.record import apply, complete, made, note
+from pliant.edits.remove import Remove
 from pliant.edits.settle import Settle
 from pliant.edits.swap import Swap
 from pliant.edits.widen import Widen
@@ -31,10 +33,12 @@ __all__ = [
     "Encode",
     "Factor",
     "Fold",
+    "Insert",
     "Merge",
     "Nest",
     "Prune",
     "Quantize",
+    "Remove",
     "Replaced",
     "Settle",
     "Swap",
@@ -53,11 +57,13 @@ EDITS: dict[str, type] = {
     "choose": Choose,
     "encode": Encode,
     "factor": Factor,
+    "insert": Insert,
     "merge": Merge,
     "nest": Nest,
     "prune": Prune,
     "fold": Fold,
     "quantize": Quantize,
+    "remove": Remove,
     "settle": Settle,
     "swap": Swap,
     "widen": Widen,

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from pliant.errors import EditError
 from pliant.nn.kinds import Filled, Kind, Spec
@@ -65,6 +64,7 @@ def build(
     *,
     seed: int,
     weights: bool,
+    freeze: bool = True,
 ) -> nn.Module:
     """Make a new layer for the layer of a name: on its device, in its type and mode.
 
@@ -75,13 +75,14 @@ def build(
         spec: what is set of the new one.
         seed: of its random numbers; the random state outside stays as it is.
         weights: whether it begins with what the old layer has learned.
+        freeze: whether it does not learn where the old layer does not.
 
     Raises:
         EditError: the kind does not fit the layer.
     """
     layer = model.get_submodule(name)
-    if parametrize.is_parametrized(layer):
-        raise EditError(f"{name} is parametrized: remove its parametrizations first.")
+    if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+        raise EditError(f"{name} is never called: MultiheadAttention reads its weight directly.")
     old = list(layer.parameters())
     like = next((p for p in (*old, *model.parameters()) if p.is_floating_point()), torch.empty(0))
     try:
@@ -94,7 +95,7 @@ def build(
     except EditError as error:
         raise EditError(f"{name} {error}") from None
     known = {id(parameter) for parameter in old}
-    if old and not any(parameter.requires_grad for parameter in old):
+    if freeze and old and not any(parameter.requires_grad for parameter in old):
         for parameter in new.parameters():
             parameter.requires_grad_(parameter.requires_grad and id(parameter) in known)
     return new

@@ -30,6 +30,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from torch import nn
+from torch.nn.utils import parametrize
 
 from pliant.cost import LayerCost
 from pliant.edits.build import build, kind_of
@@ -73,6 +74,8 @@ class Swap:
         module, kind = layer_of(model, self.layer), self._kind()
         if not self.layer:
             raise EditError("The model is this single layer: wrap it in nn.Sequential.")
+        if parametrize.is_parametrized(module):
+            raise EditError(f"{self.layer} is parametrized: remove its parametrizations first.")
         before = list(model.parameters())
         new = build(kind, model, self.layer, self.spec, seed=self.seed, weights=weights)
         if new is not module:

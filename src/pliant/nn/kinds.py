@@ -12,6 +12,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pliant.cost import LayerCost
 from pliant.errors import EditError
 from pliant.nn.filters import WEIGHTED, filter_count
+from pliant.nn.inserted import Conv, Copy, Linear, Residual
+from pliant.nn.scatter import Gather, Scatter
 from pliant.nn.separable import Separable
 
 Spec = Mapping[str, Any]
@@ -90,3 +92,13 @@ SWAPS: dict[str, type[Kind]] = {
     "separable": Separable,
 }
 """The closed set of layers that a file may put in the place of another; a line for each."""
+
+INSERTS: dict[str, type[Kind]] = {
+    "conv": Conv,
+    "copy": Copy,
+    "gather": Gather,
+    "linear": Linear,
+    "residual": Residual,
+    "scatter": Scatter,
+}
+"""The closed set of what a file may put before, behind or between layers; a line for each."""

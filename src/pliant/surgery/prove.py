@@ -40,7 +40,7 @@ def cuttable(model: nn.Module, example: Example) -> tuple[list[Group], dict[str,
     Raises:
         ModelError: the network answers with no tensor that could be compared.
     """
-    random = _randomized(model)
+    random = randomized(model)
     found, reasons = trace(random, example)
     good = found
     while failing := _failing(random, example, sorted(good, key=lambda g: len(g.slots))):
@@ -77,7 +77,7 @@ def prove(model: nn.Module, example: Example, edits: Sequence[Prune]) -> None:
     Raises:
         EditError: the cut network fails in forward, or computes something else.
     """
-    if problem := _problem(_randomized(model), example, edits):
+    if problem := _problem(randomized(model), example, edits):
         raise EditError(f"These channels cannot be removed: without them {problem}.")
 
 
@@ -95,8 +95,8 @@ def prove_same(model: nn.Module, example: Example, edits: Sequence[Edit], senten
     Raises:
         EditError: the edited network fails in forward, or computes something else.
     """
-    random = _randomized(model)
-    if problem := _differs(random, example, random, edits):
+    random = randomized(model)
+    if problem := differs(random, example, random, edits):
         raise EditError(f"{sentence}: with the edits {problem}.")
 
 
@@ -154,11 +154,18 @@ def _problem(random: nn.Module, example: Example, edits: Sequence[Prune]) -> str
     """Say what goes wrong in a cut network, or nothing."""
     whole = copy.deepcopy(random)
     ignore(whole, edits)
-    return _differs(whole, example, random, edits)
+    return differs(whole, example, random, edits)
 
 
-def _differs(whole: nn.Module, example: Example, random: nn.Module, edits: Sequence[Edit]) -> str:
-    """Say how one network differs from another after edits, or nothing."""
+def differs(whole: nn.Module, example: Example, random: nn.Module, edits: Sequence[Edit]) -> str:
+    """Say how a network differs from what another becomes by edits, or nothing.
+
+    Args:
+        whole: not touched.
+        example: the inputs of one forward call.
+        random: not touched either; a copy of it is edited.
+        edits: what is to be done.
+    """
     edited = copy.deepcopy(random)
     replay(edited, edits)
     sample = first_sample(example, random)
@@ -173,7 +180,7 @@ def _differs(whole: nn.Module, example: Example, random: nn.Module, edits: Seque
     return "" if same else "the rest of the network computes something else"
 
 
-def _randomized(model: nn.Module) -> nn.Module:
+def randomized(model: nn.Module) -> nn.Module:
     """Copy a model with other weights, none of which is special as zeros and ones are."""
     model = copy.deepcopy(model).eval()
     generator = torch.Generator().manual_seed(0)
