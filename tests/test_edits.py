@@ -16,7 +16,7 @@ from pliant.cost import LayerCost, layer_costs
 from pliant.edits import Edit, Factor, Replaced, from_json, replay, to_json
 from pliant.errors import EditError
 from pliant.math import forms
-from pliant.nn import factorized as layers
+from pliant.nn import factorized
 from pliant.surgery.optim import carry
 
 CONVS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
@@ -96,7 +96,7 @@ def test_full_rank_computes_what_the_dense_layer_does(geometry: str, form: str) 
         wanted = model(x)
         full("0", model[0].weight, form).apply(model)
         assert relative(model(x), wanted) < 1e-5
-    assert [name for name, _ in model[0].named_children()] == list(layers.NAMES[form])
+    assert [name for name, _ in model[0].named_children()] == list(factorized.NAMES[form])
 
 
 @pytest.mark.parametrize(("geometry", "form"), CASES)

@@ -19,12 +19,16 @@ from pliant.edits import Edit, Replaced, apply, from_json, to_json
 from pliant.errors import BudgetError, ModelError, PliantError
 from pliant.latency import Where
 from pliant.latency.clock import Clock
+from pliant.nn.layers import Factorizable
 from pliant.observe.aside import Aside, Removable
 from pliant.observe.finite import check_example, check_weights
+from pliant.observe.order import called_by
 from pliant.plan.planner import Planner
 from pliant.surgery.batchnorm import recalibrate
 from pliant.surgery.optim import add_gradient, carry
+from pliant.surgery.select import factorizable, leave_unused, readable
 
+ROUTED = 256  # samples that may call layers to which one sample is not routed
 RECALIBRATED = 2048  # samples from which batch norms are re-estimated
 
 
@@ -252,6 +256,35 @@ class Run:
         """Re-estimate batch norms from training inputs; without these they stay as they are."""
         if self.has_inputs:
             recalibrate(self.model, self.inputs(samples))
+
+    def factorizable(
+        self, only: Sequence[str] = (), exclude: Sequence[str] = ()
+    ) -> tuple[dict[str, Factorizable], dict[str, str]]:
+        """Return the layers in use that can be factorized, and why others cannot.
+
+        Raises:
+            MethodError: a name pattern matches no layer.
+        """
+        return self._in_use(*factorizable(self.model, only=only, exclude=exclude))
+
+    def readable(
+        self, only: Sequence[str] = (), exclude: Sequence[str] = ()
+    ) -> tuple[dict[str, Factorizable], dict[str, str]]:
+        """Return the layers in use whose weight may be read and replaced, and why others' may not.
+
+        Raises:
+            MethodError: a name pattern matches no layer.
+        """
+        return self._in_use(*readable(self.model, only=only, exclude=exclude))
+
+    def _in_use(
+        self, layers: dict[str, Factorizable], reasons: dict[str, str]
+    ) -> tuple[dict[str, Factorizable], dict[str, str]]:
+        called = {name for name, row in self.planner.rows().items() if row.calls}
+        if self.has_inputs and layers.keys() - called:  # what one sample is not routed to
+            called |= called_by(self.model, layers, self.inputs(ROUTED))
+        leave_unused(layers, reasons, called, self.planner.readers())
+        return layers, reasons
 
     def replay(self, edits: Sequence[Edit]) -> None:
         """Apply, with shapes only, those of the edits of a saved run that are still missing.

@@ -182,7 +182,12 @@ def inspect(path: str | Path) -> Manifest:
         return parse(read(archive, MANIFEST, least=2, most=MANIFEST_LIMIT))
 
 
-def load(path: str | Path, model: nn.Module | Callable[[], nn.Module] | None = None) -> nn.Module:
+def load(
+    path: str | Path,
+    model: nn.Module | Callable[[], nn.Module] | None = None,
+    *,
+    manifest: Manifest | None = None,
+) -> nn.Module:
     """Rebuild a compressed network: replay its edits on the dense one, then load the tensors.
 
     Args:
@@ -190,6 +195,7 @@ def load(path: str | Path, model: nn.Module | Callable[[], nn.Module] | None = N
         model: the dense architecture, freshly built, or a function without arguments that
             builds it. It is changed in place, on its device, once the whole file has been
             found to fit; its training mode stays. Types of numbers become those of the file.
+        manifest: what `inspect` has read of this very file; read now if None.
 
     Returns:
         The model.
@@ -200,8 +206,9 @@ def load(path: str | Path, model: nn.Module | Callable[[], nn.Module] | None = N
     """
     path = Path(path)
     with opened(path) as archive:
-        with reading(path):
-            manifest = parse(read(archive, MANIFEST, least=2, most=MANIFEST_LIMIT))
+        if manifest is None:
+            with reading(path):
+                manifest = parse(read(archive, MANIFEST, least=2, most=MANIFEST_LIMIT))
         built = _built(path, manifest, model)
         with reading(path):
             # What a function built is nobody's yet: no need to try on a copy first.

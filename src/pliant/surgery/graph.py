@@ -29,7 +29,8 @@ from pliant.edits.prune import sides
 from pliant.errors import ModelError
 from pliant.nn.layers import shared_weights
 from pliant.observe.outputs import answers
-from pliant.surgery.select import readable
+from pliant.observe.readers import readers
+from pliant.surgery.select import READ, readable
 
 Slot = tuple[str, str]
 """A layer and one of its sides."""
@@ -90,7 +91,7 @@ def trace(model: nn.Module, example: Example) -> tuple[list[Group], dict[str, st
         raise
     except Exception:  # a model may object to such numbers in any way
         probe = _spread(model, example, MOVES)
-    _pin_unreadable(model, probe)
+    _pin_unreadable(model, example, probe)
     probe.tie_groups()
     return _groups(probe), _reasons(probe)
 
@@ -283,9 +284,11 @@ def slow_attention() -> Iterator[None]:
 # ---------------------------------------------------------------- groups
 
 
-def _pin_unreadable(model: nn.Module, probe: _Probe) -> None:
+def _pin_unreadable(model: nn.Module, example: Example, probe: _Probe) -> None:
     """Keep the channels of layers whose tensors cannot be cut."""
     _, reasons = readable(model)
+    for name, reader in readers(model, first_sample(example, model)).items():
+        reasons.setdefault(name, READ.format(reader))
     for names in shared_weights(model).values():
         for name in names:
             other = next(n for n in names if n != name)

@@ -17,7 +17,6 @@ from pliant.method import Method
 from pliant.nn.layers import Factorizable
 from pliant.registry import Paper, register
 from pliant.run import Run
-from pliant.surgery.select import leave_uncalled, readable
 
 WHOLE = "its weights are whole numbers already: encode='auto' codes them in the file"
 NO_GAIN = "coded it would not be smaller: it holds too few weights"
@@ -80,8 +79,7 @@ class HAC(Method):
     def prepare(self, run: Run) -> None:
         """Choose the layers and the pruning level, and prune."""
         self._check()
-        layers, reasons = readable(run.model, only=self.only, exclude=self.exclude)
-        leave_uncalled(layers, reasons, run.planner.rows())
+        layers, reasons = run.readable(self.only, self.exclude)
         for name, module in run.model.named_modules():
             if isinstance(module, Packed):
                 reasons[name] = WHOLE
