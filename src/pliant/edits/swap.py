@@ -11,7 +11,8 @@ of `pliant.nn.kinds`; nothing else knows it. The class has:
   of numbers, training mode and random state are taken care of. A parameter of the old layer that
   the new one holds too, as the same object, keeps its place and its state in the optimizer. Raise
   an `EditError` where the layer or a setting does not fit: its text goes on with a sentence that
-  begins with the layer's name ("must be a convolution without groups ...").
+  begins with the layer's name ("must be a convolution without groups ..."). Settings may come
+  from a file of anybody's: refuse those that would build without bounds.
 - ``fill(self, layer)``, only if the new layer begins with what the old one has learned: it sets
   the new weights, without gradients. It is left out when a file is read or a run is resumed.
 - ``predict(before, spec)``, a class method: the cost of all that the new layer holds, from the

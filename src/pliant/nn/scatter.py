@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from pliant.cost import LayerCost
 from pliant.errors import EditError
 
+MOST = 2**20  # channels: what comes from a file must not fill the memory
+
 
 class Gather(nn.Module):
     """Picks out channels, in the order that is said.
@@ -101,10 +103,10 @@ def _whole(places: Sequence[Any]) -> list[int]:
 
 def _check(places: Sequence[Any], of: int) -> None:
     whole = _whole(places)
-    fits = len({*whole}) == len(places) and all(0 <= place < of for place in whole)
+    fits = len({*whole}) == len(places) and all(0 <= place < of <= MOST for place in whole)
     if not places or not fits:
         raise EditError(
-            f"has channels whose places must be different whole numbers below {of}, "
+            f"has channels whose places must be different whole numbers below {min(of, MOST)}, "
             f"not {str(places)[:60]}."
         )
 
