@@ -127,11 +127,12 @@ def exports_with_equal_outputs(whole: Whole, folder: Path) -> None:
 
 def costs_what_it_predicts(whole: Whole) -> None:
     """One edit after the other, on the network as it is then; all of them must run."""
-    model, example = whole.model(), (whole.inputs(1),)
-    for edit in whole.edits:
-        predicted = edit.predict(module_cost(model, example, edit.layer))
-        edit.apply(model)
-        agree(edit.layer, predicted, module_cost(model, example, edit.layer))
+    for dtype in (torch.float32, torch.float64):
+        model, example = whole.model().to(dtype), (whole.inputs(1).to(dtype),)
+        for edit in whole.edits:
+            predicted = edit.predict(module_cost(model, example, edit.layer))
+            edit.apply(model)
+            agree(edit.layer, predicted, module_cost(model, example, edit.layer))
 
 
 def costs_are_what_was_predicted(whole: Whole) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pliant import zoo
 from pliant.cost import cost, module_cost
-from pliant.edits import Edit, Insert, Prune, replay
+from pliant.edits import Edit, Insert, Prune, made, replay
 from pliant.errors import EditError
 from pliant.nn.kinds import INSERTS
 from pliant.surgery.optim import carry
@@ -141,6 +141,21 @@ def test_those_that_were_there_keep_their_names_and_places() -> None:
     named.add_module("first", nn.Linear(4, 4))
     Insert("", "linear", spec).apply(named)
     assert [name for name, _ in named.named_children()] == ["first", "added"]
+
+
+def test_a_copy_has_neither_hooks_nor_a_past() -> None:
+    """What looks at a block, and what was made of it, is of the block alone."""
+    model, seen = Net().eval(), []
+    handle = model.stage1[1].conv1.register_forward_hook(lambda *_: seen.append(1))
+    replay(model.stage1[1], [Prune("conv1", "out", (0, 1), 8), Prune("bn1", "channels", (0, 1), 8),
+                             Prune("conv2", "in", (0, 1), 8)])  # fmt: skip
+    replay(model, [Insert("stage1", "copy", {"start": "same"})])
+    model(torch.zeros(1, 3, 8, 8))
+    assert len(seen) == 1 and len(made(model)) == 4
+    handle.remove()
+    fresh = Net()
+    replay(fresh, made(model), weights=False)
+    assert held.sizes(fresh) == held.sizes(model)
 
 
 def test_a_row_in_the_place_of_a_layer_answers_for_it() -> None:

@@ -17,6 +17,7 @@ from torch import nn
 from pliant.cost import LayerCost
 from pliant.edits.build import build, kind_of
 from pliant.edits.edit import OPTIONAL, Replaced, exchanged, layer_of
+from pliant.edits.record import forget
 from pliant.errors import EditError
 from pliant.nn import layers
 from pliant.nn.factorized import answer_for
@@ -77,6 +78,7 @@ class Insert:
         near = ".".join(part for part in (self.layer, _neighbour(names, place)) if part)
         before = list(model.parameters())
         new = build(kind, model, near, self.spec, seed=self.seed, weights=weights, freeze=False)
+        forget(new)
         if row:
             _put(module, new, place)
         else:
@@ -142,8 +144,7 @@ def _put(row: nn.Sequential, new: nn.Module, place: int) -> None:
     children = list(row.named_children())
     children.insert(place, (_name([name for name, _ in children], place), new))
     row._modules.clear()
-    for name, child in children:
-        row.add_module(name, child)
+    row._modules.update(children)
 
 
 def _become_row(model: nn.Module, name: str, new: nn.Module, place: int) -> None:

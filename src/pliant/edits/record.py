@@ -30,6 +30,12 @@ def note(model: nn.Module, edits: Iterable[Edit]) -> None:
     setattr(model, _RECORD, tuple(_plan(edit) for edit in edits))
 
 
+def forget(model: nn.Module) -> None:
+    """Let a copy of a part of a model not say what was made of the part itself."""
+    for module in model.modules():
+        vars(module).pop(_RECORD, None)
+
+
 def made(model: nn.Module) -> tuple[Edit, ...]:
     """Return all edits that made a model, and the modules it was put together from, in order."""
     found: list[Edit] = []

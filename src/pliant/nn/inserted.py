@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pliant.cost import LayerCost
 from pliant.errors import EditError
 from pliant.nn.filters import WEIGHTED
+from pliant.nn.layers import drop_hooks
 
 _CONVS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 _NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -124,6 +125,7 @@ class Copy:
         if spec["start"] not in STARTS:
             raise EditError(f"is copied as {', '.join(STARTS)}, not as {spec['start']!r}.")
         new: nn.Module = copy.deepcopy(layer)
+        drop_hooks(new)
         if spec["start"] == "fresh":
             for module in new.modules():
                 if callable(reset := getattr(module, "reset_parameters", None)):
