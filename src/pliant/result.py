@@ -61,7 +61,7 @@ class LayerRow:
     """One layer, changed or left alone.
 
     Args:
-        layer: its name in the dense network.
+        layer: its name in the dense network; of a new layer, its name now.
         kind: its class there.
         form: what it became: ``dense``, or the form of its factorization.
         ranks: the ranks of the form, empty where it stayed dense.

@@ -84,16 +84,46 @@ def where_timed(run: Run) -> dict[str, Any]:
 
 
 def layer_rows(run: Run) -> tuple[LayerRow, ...]:
-    """Return one row for every layer of the dense network, changed or not."""
+    """Return one row for every layer of the dense network, changed or not, and for new ones."""
     now: dict[str, list[LayerCost]] = {layer: [] for layer in run.layers}
+    new: dict[str, LayerCost] = {}
     for name, row in layer_costs(run.model, run.example).items():
         if (owner := _owner(name, now)) is not None:
             now[owner].append(row)
+        else:
+            new[name] = row
     edits: dict[str, list[Edit]] = {layer: [] for layer in run.layers}
+    around = [edit for edit in run.edits if _owner(edit.layer, edits) is None]  # of whole blocks
     for edit in run.edits:
         if (owner := _owner(edit.layer, edits)) is not None:
             edits[owner].append(edit)
-    return tuple(_row(run, layer, edits[layer], now[layer]) for layer in run.layers)
+    for layer, found in edits.items():
+        if not found and _changed(run.layers[layer], now[layer]):
+            found += [edit for edit in around if _within(layer, edit.layer)]
+    rows = [_row(run, layer, edits[layer], now[layer]) for layer in run.layers]
+    return (*rows, *(_added(name, row, around) for name, row in new.items()))
+
+
+def _within(name: str, block: str) -> bool:
+    return not block or name.startswith(f"{block}.")
+
+
+def _changed(before: LayerCost, parts: Sequence[LayerCost]) -> bool:
+    return any(getattr(before, axis) != sum(getattr(p, axis) for p in parts) for axis in AXES)
+
+
+def _added(name: str, row: LayerCost, around: Sequence[Edit]) -> LayerRow:
+    """The row of a layer that the dense network did not have."""
+    forms = [edit.form for edit in around if _within(name, edit.layer)]
+    return LayerRow(
+        layer=name,
+        kind=row.kind,
+        form=forms[-1] if forms else "added",
+        ranks=(),
+        kept=None,
+        before=dict.fromkeys(AXES, 0),
+        after={axis: getattr(row, axis) for axis in AXES},
+    )
 
 
 def _owner(name: str, layers: Mapping[str, Any]) -> str | None:

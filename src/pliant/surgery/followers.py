@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.optim import Optimizer
 
-from pliant.edits import Edit, Replaced
+from pliant.edits import Edit, Replaced, apply
 from pliant.surgery.copies import follow, marks
 from pliant.surgery.optim import Optimizers, carry, several
 from pliant.surgery.pace import Pace
@@ -52,7 +52,7 @@ class Followers:
     def edit(self, model: nn.Module, edit: Edit, *, weights: bool) -> None:
         """Edit a network, and let all follow."""
         before = marks(model) if self.copies else {}
-        replaced = edit.apply(model, weights=weights)
+        replaced = apply(model, edit, weights=weights)
         self.carry(model, edit.layer, replaced)
         if self.copies:
             follow(self.copies, model, edit, before, replaced)

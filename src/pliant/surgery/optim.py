@@ -45,11 +45,12 @@ def carry(optimizers: Optimizers, replaced: Replaced, names: Names | None = None
 
     A new parameter joins the group of the one it replaces, with its learning rate and weight
     decay; where several left, that of the first with as many axes, so that biases stay among
-    biases. What stands for parameters that no optimizer held is held by none. SGD's momentum is
+    biases. One that replaces none joins the nearest. What stands for parameters that no optimizer
+    held is held by none. SGD's momentum is
     linear in the gradient, so it is carried over by the chain rule; adaptive state (Adam's
     squares) is not, so those parameters start afresh. Where a parameter lost some of its rows,
-    all of its state loses the same ones and nothing else changes. Groups and state are changed in
-    place: schedulers and wrappers keep seeing them.
+    all of its state loses the same ones, and gains where it gained. Groups and state are changed
+    in place: schedulers and wrappers keep seeing them.
 
     Args:
         optimizers: of the model.
@@ -62,6 +63,7 @@ def carry(optimizers: Optimizers, replaced: Replaced, names: Names | None = None
             for optimizer in known:
                 _cut(optimizer, old, new, cut, names or {})
         return
+    _join(known, replaced, names or {})
     parents = _parents(known, replaced)
     for optimizer in known:
         states = [optimizer.state.pop(old, {}) for old in replaced.removed]
@@ -75,6 +77,15 @@ def carry(optimizers: Optimizers, replaced: Replaced, names: Names | None = None
             values = replaced.project(momentum)
             for parameter, value in zip(replaced.added, values, strict=True):
                 optimizer.state[parameter]["momentum_buffer"] = value.to(parameter.dtype)
+
+
+def _join(optimizers: Sequence[Optimizer], replaced: Replaced, names: Names) -> None:
+    """Put parameters that replace none behind the nearest one that an optimizer knows."""
+    for near in replaced.beside:
+        for group in (group for each in optimizers for group in each.param_groups):
+            if any(parameter is near for parameter in group["params"]):
+                _put(group, near, [near, *replaced.added], names)
+                return
 
 
 def _parents(
