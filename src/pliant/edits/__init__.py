@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from typing import Any
 
 from torch import nn
@@ -15,6 +15,7 @@ from pliant.edits.factor import Factor
 from pliant.edits.fold import Fold
 from pliant.edits.merge import Merge
 from pliant.edits.nest import Nest
+from pliant.edits.pack import Pack
 from pliant.edits.prune import Prune
 from pliant.edits.quantize import Quantize
 from pliant.edits.settle import Settle
@@ -30,6 +31,7 @@ __all__ = [
     "Fold",
     "Merge",
     "Nest",
+    "Pack",
     "Prune",
     "Quantize",
     "Replaced",
@@ -47,6 +49,7 @@ EDITS: dict[str, type] = {
     "factor": Factor,
     "merge": Merge,
     "nest": Nest,
+    "pack": Pack,
     "prune": Prune,
     "fold": Fold,
     "quantize": Quantize,
@@ -94,7 +97,8 @@ def _edit(row: Any) -> Edit:
     kind = EDITS[name]
     values = {key: value for key, value in row.items() if key != "edit"}
     expected = {f.name: str(f.type) for f in fields(kind) if f.compare}
-    if set(values) != set(expected):
+    needed = {f.name for f in fields(kind) if f.compare and f.default is MISSING}
+    if not needed <= set(values) <= set(expected):
         raise EditError(
             f"The edit {name} takes {', '.join(sorted(expected))}, "
             f"not {', '.join(sorted(map(str, values)))[:200]}."

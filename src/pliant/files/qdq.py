@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from pliant.nn.kinds import applied
 from pliant.nn.layers import replace
-from pliant.nn.quantized import Quantized, applied
+from pliant.nn.quantized import Quantized
 
 WIDE = 8  # bits of an integer in the graph
 MOST = 2**31  # of a 32-bit bias
@@ -64,7 +65,7 @@ class Integers(nn.Module):
         bias: Tensor | None = layer.bias
         if self.whole:
             bias = _dequantized(self.bias, self.bias_scales)
-        x = applied(layer, self.kind, x, weight, bias)
+        x = applied(layer, x, weight, bias)
         return self._rounded(x, "output", layer.bits.output)
 
     def _bias(self, layer: Quantized, scales: Tensor) -> bool:
