@@ -330,17 +330,25 @@ def _outputs(network: Any, inputs: Any) -> list[Tensor]:
 
 
 def _largest(outputs: list[Tensor]) -> float:
-    return max((float(output.abs().max()) for output in outputs if output.numel()), default=0.0)
+    """The largest finite number."""
+    return max(
+        (float(o.nan_to_num(0.0, 0.0, 0.0).abs().max()) for o in outputs if o.numel()), default=0.0
+    )
 
 
 def _difference(wanted: Any, found: Any) -> float:
-    """The largest absolute difference; infinite where shapes or numbers make no sense."""
+    """The largest absolute difference; infinite where shapes or numbers make no sense.
+
+    Infinities of one sign are equal, as masked scores are, and so is what is no number in both.
+    """
     worst = 0.0
     for mine, other in zip(wanted, found, strict=True):
         if mine.shape != other.shape:
             return float("inf")
         if mine.numel():
-            gap = float((mine.double() - other.double()).abs().max())
+            one, two = mine.double(), other.double()
+            same = (one == two) | (one.isnan() & two.isnan())
+            gap = float((one - two).abs().masked_fill(same, 0.0).max())
             worst = max(worst, gap if gap == gap else float("inf"))
     return worst
 

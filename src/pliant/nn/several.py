@@ -49,13 +49,18 @@ class Several:
     """
 
     packings: dict[str, Packing]
+    like: Tensor
 
     def __getattr__(self, name: str) -> Any:
         """Unpack a weight; anything else is found as in any module."""
         packing = self.__dict__.get("packings", {}).get(name)
         if packing is None:
             return nn.Module.__getattr__(self, name)  # type: ignore[arg-type]
-        return packing.rows(self).to(self.like.dtype)
+        return self.unpacked(packing)
+
+    def unpacked(self, packing: Packing) -> Tensor:
+        """Return one weight."""
+        return packing.rows(self).to(self.like.dtype)  # type: ignore[arg-type]
 
     @property
     def numbers(self) -> int:
@@ -127,6 +132,9 @@ KINDS: Mapping[type[nn.Module], type[Any]] = {
 }
 
 
+_PRIVATE = ("_flat_weights_names", "_all_weights", "_qkv_same_embed_dim")
+
+
 def quantized(
     layer: nn.Module,
     bits: int,
@@ -147,12 +155,9 @@ def quantized(
     kind = KINDS[type(layer)]
     new: Any = object.__new__(kind)
     nn.Module.__init__(new)
-    own = {name: value for name, value in vars(layer).items() if name.startswith("_flat_weights_")}
-    new.__dict__.update(own, packings={})
+    kept = {name: vars(layer)[name] for name in _PRIVATE if name in vars(layer)}
+    vars(new).update(kept, packings={}, _flat_weight_refs=[])
     take_after(new, layer)
-    for name in ("_all_weights", "_qkv_same_embed_dim"):
-        if hasattr(layer, name):
-            new.__dict__[name] = getattr(layer, name)
     first = next(iter(weights_of(layer).values()))
     new.register_buffer("like", first.new_empty(0), persistent=False)
     for name, parameter in layer._parameters.items():

@@ -28,7 +28,8 @@ class Layers:
         single: those with one weight.
         several: those with several weights.
         tied: for layers that share the weight of one before them: which one.
-        reasons: for every other layer with a weight, why it stays.
+        reasons: for every other module with parameters, why it stays.
+        called: those with one weight that a forward pass calls, in order.
     """
 
     single: dict[str, Any] = field(default_factory=dict)
@@ -36,10 +37,12 @@ class Layers:
     tied: dict[str, str] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
 
+    called: tuple[str, ...] = ()
+
     @property
     def reading(self) -> list[str]:
         """Those whose input can be rounded: all with one weight but tables, in order."""
-        return [n for n, m in self.single.items() if kinds.kind_of(m) not in kinds.TABLE]
+        return [n for n in self.called if kinds.kind_of(self.single[n]) not in kinds.TABLE]
 
 
 def packable(
@@ -72,13 +75,29 @@ def packable(
         else:
             chosen[name] = module
     calls = _called(model, example, chosen)
-    for name in [name for name in chosen if calls.get(name, UNCALLED)]:
-        found.reasons[name] = calls.get(name, UNCALLED)
+    for name in [name for name in chosen if calls.get(name)]:
+        found.reasons[name] = calls[name]
         del chosen[name]
-    _tie(model, chosen, found)
-    for name in [name for name in calls if name in chosen]:
+    _tie(model, chosen, calls, found)
+    _others(model, named, found)
+    places = {name: place for place, name in enumerate(calls)}
+    for name in sorted(chosen, key=lambda name: places.get(name, -1)):
         (found.several if weights_of(chosen[name]) else found.single)[name] = chosen[name]
+    found.called = tuple(name for name in calls if name in found.single)
     return found
+
+
+def _others(model: nn.Module, named: Mapping[str, nn.Module], found: Layers) -> None:
+    """Say of every module that holds parameters and is no known layer why it stays."""
+    for name, module in model.named_modules():
+        own = [p for p in module._parameters.values() if p is not None]
+        if own and name not in named and name.rpartition(".")[0] not in found.several:
+            wide = any(p.dim() > 1 for p in own)
+            found.reasons[name] = (
+                f"its class {type(module).__name__} uses tensors of its own in a way of its own"
+                if wide
+                else "it holds no matrix: there is nothing to pack"
+            )
 
 
 def _weighted(model: nn.Module, name: str, module: nn.Module) -> bool:
@@ -120,8 +139,13 @@ def _differs(layer: Any, given: Any, output: Any) -> str:
     return f"its class {type(layer).__name__} computes something else than {kind.__name__} does"
 
 
-def _tie(model: nn.Module, chosen: dict[str, Any], found: Layers) -> None:
-    """Find out which layers hold one weight, and drop those of which not all can be packed."""
+def _tie(
+    model: nn.Module, chosen: dict[str, Any], calls: Mapping[str, str], found: Layers
+) -> None:
+    """Find out which layers hold one weight, and drop those of which not all can be packed.
+
+    A layer that is never called is packed only if its weight is used by another one.
+    """
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
         for own in module._parameters.values():
@@ -130,7 +154,11 @@ def _tie(model: nn.Module, chosen: dict[str, Any], found: Layers) -> None:
     order = {name: place for place, (name, _) in enumerate(model.named_modules())}
     for name, module in list(chosen.items()):
         weights = list(weights_of(module).values()) or [module.weight]
-        others = {other for weight in weights for other in owners[id(weight)]} - {name}
+        owning = {other for weight in weights for other in owners[id(weight)]} - {name}
+        others = {other for other in owning if not other.startswith(f"{name}.")}
+        if not calls.keys() & {name, *others}:
+            found.reasons[name] = UNCALLED
+            continue
         if not others:
             continue
         if reason := _apart(chosen, name, module, others):
