@@ -14,6 +14,7 @@ from pliant.edits.encode import Encode
 from pliant.edits.factor import Factor
 from pliant.edits.fold import Fold
 from pliant.edits.merge import Merge
+from pliant.edits.multiply import Multiply
 from pliant.edits.nest import Nest
 from pliant.edits.pack import Pack
 from pliant.edits.prune import Prune
@@ -30,6 +31,7 @@ __all__ = [
     "Factor",
     "Fold",
     "Merge",
+    "Multiply",
     "Nest",
     "Pack",
     "Prune",
@@ -48,6 +50,7 @@ EDITS: dict[str, type] = {
     "encode": Encode,
     "factor": Factor,
     "merge": Merge,
+    "multiply": Multiply,
     "nest": Nest,
     "pack": Pack,
     "prune": Prune,

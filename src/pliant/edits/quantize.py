@@ -15,6 +15,7 @@ from pliant.errors import EditError
 from pliant.math.quantize import best_scales, grouping
 from pliant.nn import kinds
 from pliant.nn.packed import Bits, Values
+from pliant.nn.product import Product
 from pliant.nn.quantized import Quantized
 from pliant.nn.several import Several
 
@@ -145,7 +146,7 @@ def unpackable(model: nn.Module, name: str) -> str | None:
     module: Any = model.get_submodule(name)
     if not name:
         return "the model is this single layer: wrap it in nn.Sequential"
-    if isinstance(module, Quantized | Several):
+    if isinstance(module, Quantized | Several | Product):
         return "it is quantized already"
     if parametrize.is_parametrized(module):
         return "its weight is parametrized: remove the parametrization first"

@@ -139,9 +139,7 @@ def _differs(layer: Any, given: Any, output: Any) -> str:
     return f"its class {type(layer).__name__} computes something else than {kind.__name__} does"
 
 
-def _tie(
-    model: nn.Module, chosen: dict[str, Any], calls: Mapping[str, str], found: Layers
-) -> None:
+def _tie(model: nn.Module, chosen: dict[str, Any], calls: Mapping[str, str], found: Layers) -> None:
     """Find out which layers hold one weight, and drop those of which not all can be packed.
 
     A layer that is never called is packed only if its weight is used by another one.

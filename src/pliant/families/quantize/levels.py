@@ -107,4 +107,4 @@ def damages(
 
 
 def _energy(values: Tensor) -> float:
-    return float(values.float().square().sum())
+    return float(values.detach().float().square().sum())
