@@ -1,4 +1,4 @@
-"""A convolution or Linear that multiplies small unsigned integers, exactly, in short accumulators."""
+"""A convolution or Linear that multiplies small unsigned integers, exactly, in short sums."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class Product(nn.Module):
     A real number is s (q - z). What the layer reads is turned into codes and, for a convolution,
     into the rows that its kernel meets, with the code of zero around an image. Their product with
     the codes of the weight is exact; then come the terms that the codes of zero bring in, one
-    computed while the rows are packed and the others beforehand, the scales, and the bias. ``weight``
-    is the weight in floating point; gradients pass to what the layer reads as if nothing were
-    rounded but what lies outside of the range.
+    computed from the rows and the others beforehand, the scales, and the bias. ``weight`` is the
+    weight in floating point; gradients pass straight through to what the layer reads, where it
+    lies within its range.
 
     Args:
         layer: the convolution or Linear it replaces; its bias stays the same parameter.
@@ -112,8 +112,8 @@ class Product(nn.Module):
     def multiplied(self, x: Tensor) -> Tensor:
         """Return what the layer gives without its bias, computed from whole numbers."""
         if self.kind in kinds.LINEAR:
-            rows = codes(x.float(), self.input_scale, self.input_zero, self.bits).flatten(0, -2)
-            return self._whole(rows, 0, 1).view(*x.shape[:-1], -1)
+            rows = codes(x.float(), self.input_scale, self.input_zero, self.bits)
+            return self._whole(rows.reshape(-1, self.depth), 0, 1).view(*x.shape[:-1], -1)
         batched = x.dim() == len(self.shape)
         images = x if batched else x[None]
         most = max(1, AT_ONCE // max(1, images[0].numel() * self.depth // self.shape[1]))

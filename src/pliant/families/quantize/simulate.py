@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,6 +16,24 @@ from pliant.nn.product import Affine
 from pliant.observe.watch import capture
 
 KEPT = 2**14  # numbers of one batch among which quantiles are looked for
+
+
+@dataclass(frozen=True)
+class Follow:
+    """How a range follows what is read, batch by batch.
+
+    Args:
+        momentum: share of the range so far.
+        within: share of a batch that its range holds.
+    """
+
+    momentum: float
+    within: float
+
+    def __call__(self, seen: Tensor | None, x: Tensor) -> Tensor:
+        """Return the range after one more batch."""
+        batch = extent(x, self.within)
+        return batch if seen is None else seen.lerp(batch.to(seen), 1 - self.momentum)
 
 
 class Rounded(nn.Module):
@@ -51,27 +70,18 @@ class Simulated:
     """A layer that rounds while it trains; ``remove`` leaves it as it was, with its new weight.
 
     Args:
+        name: of the layer.
         layer: a convolution or Linear.
         bits: of a code.
         seen: least and largest number of what it reads, as calibrated.
+        follow: how this range goes on in the training.
         channels: whether every output channel has a scale.
-        momentum: share of the range so far at every batch of the training.
-        within: share of a batch that its range holds.
     """
 
     def __init__(
-        self,
-        name: str,
-        layer: Any,
-        bits: int,
-        seen: Tensor,
-        *,
-        channels: bool,
-        momentum: float,
-        within: float,
+        self, name: str, layer: Any, bits: int, seen: Tensor, follow: Follow, *, channels: bool
     ) -> None:
-        self.name, self.layer = name, layer
-        self.momentum, self.within = momentum, within
+        self.name, self.layer, self.follow = name, layer, follow
         self.rounded = Rounded(bits, seen.to(layer.weight.device), channels=channels)
         parametrize.register_parametrization(layer, "weight", self.rounded)
         self.handle = layer.register_forward_pre_hook(self._see, with_kwargs=True)
@@ -81,7 +91,8 @@ class Simulated:
         weight = self.layer.parametrizations.weight.original.detach()
         bits, bias = self.rounded.bits, self.layer.bias
         scales, zero = weight_codes(weight, bits, channels=self.rounded.channels)
-        found = affine(*self.rounded.seen.tolist(), bits)
+        low, high = self.rounded.seen.tolist()
+        found = affine(low, high, bits)
         return Affine(weight, scales, zero, None if bias is None else bias.detach(), found)
 
     def remove(self) -> None:
@@ -93,11 +104,12 @@ class Simulated:
             self.layer.register_parameter("bias", self.layer._parameters.pop("bias"))
 
     def _see(self, layer: nn.Module, args: Any, kwargs: Any) -> Any:
-        x, *rest = (*args, *kwargs.values())
+        given = [*args, *kwargs.values()]
+        x, rest = given[0], given[1:]
         if layer.training:
-            batch = extent(x.detach(), self.within)
-            self.rounded.seen.lerp_(batch.to(self.rounded.seen), 1 - self.momentum)
-        scale, zero = affine(*self.rounded.seen.tolist(), self.rounded.bits)
+            self.rounded.seen.copy_(self.follow(self.rounded.seen, x.detach()))
+        low, high = self.rounded.seen.tolist()
+        scale, zero = affine(low, high, self.rounded.bits)
         most = 2**self.rounded.bits - 1
         found = torch.fake_quantize_per_tensor_affine(x.float(), scale, zero, 0, most)
         return (found.to(x.dtype), *rest), {}
@@ -131,27 +143,20 @@ def extent(x: Tensor, within: float) -> Tensor:
 
 
 def extents(
-    model: nn.Module,
-    layers: Sequence[str],
-    batches: Sequence[Example],
-    *,
-    momentum: float,
-    within: float,
+    model: nn.Module, layers: Sequence[str], batches: Sequence[Example], follow: Follow
 ) -> Mapping[str, Tensor]:
-    """Return the range of what each layer reads, a moving mean over batches.
+    """Return the range of what each layer reads.
 
     Args:
         model: any module; it stays as it is.
         layers: names of layers in it.
         batches: inputs of forward calls.
-        momentum: share of the range so far at every batch.
-        within: share of a batch that its range holds.
+        follow: how the range follows them.
     """
     found: dict[str, Tensor] = {}
 
     def see(name: str, inputs: Tensor, output: Tensor) -> None:
-        batch = extent(inputs, within)
-        found[name] = found[name].lerp(batch, 1 - momentum) if name in found else batch
+        found[name] = follow(found.get(name), inputs)
 
     with capture(model, layers, see):
         for batch in batches:

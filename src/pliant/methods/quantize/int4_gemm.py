@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from math import inf
-from typing import Literal
+from typing import Any, Literal
 
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from pliant.families.quantize.layers import Layers, packable
 from pliant.families.quantize.levels import damages
 from pliant.families.quantize.options import check
 from pliant.families.quantize.plan import smaller, spent
-from pliant.families.quantize.simulate import Simulated, extents, weight_codes
+from pliant.families.quantize.simulate import Follow, Simulated, extents, weight_codes
 from pliant.math.gemm import codes
 from pliant.method import Method
 from pliant.nn import kinds
@@ -92,13 +92,12 @@ class Int4Gemm(Method):
             moved = {name: [_moved(run, edit) for edit in row] for name, row in ways.items()}
             scores = damages(run.model, moved, looks[0])
         plan = spent(run, ways, scores, {})
-        how = {"momentum": self.momentum, "within": self.within}
-        seen = extents(run.model, list(plan), looks, **how)
+        follow = Follow(self.momentum, self.within)
+        seen = extents(run.model, list(plan), looks, follow)
         for name, edit in plan.items():
             assert isinstance(edit, Multiply)
-            layer = run.model.get_submodule(name)
-            how_wide = edit.bits, seen[name]
-            run.aside.put(Simulated(name, layer, *how_wide, channels=edit.channels, **how))
+            layer, channels = run.model.get_submodule(name), edit.channels
+            run.aside.put(Simulated(name, layer, edit.bits, seen[name], follow, channels=channels))
 
     def finalize(self, run: Run) -> None:
         """Turn rounded layers into layers of codes."""
@@ -141,7 +140,8 @@ def _unfit(layers: Layers) -> dict[str, str]:
 def _moved(run: Run, edit: Edit) -> dict[str, Tensor]:
     """By how much codes move the weight of a layer."""
     assert isinstance(edit, Multiply)
-    weight = run.model.get_submodule(edit.layer).weight.detach()  # type: ignore[union-attr]
+    layer: Any = run.model.get_submodule(edit.layer)
+    weight = layer.weight.detach()
     scales, zero = weight_codes(weight, edit.bits, channels=edit.channels)
     scales = scales.view(-1, *[1] * (weight.dim() - 1))
     found = codes(weight.float(), scales, weight.new_tensor(zero), edit.bits)
