@@ -51,11 +51,11 @@ def deployable(network: nn.Module) -> Deployable:
         network: changed in place.
     """
     found = [m for m in network.modules() if isinstance(m, Quantized)]
-    written: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # tied layers share what is written
-    for layer in found:
-        rows = written.setdefault(layer.keeper, _written(layer.packing, layer.keeper))
-        table = layer.kind in kinds.TABLE
-        kinds.put(network, layer, Rows(layer, *rows) if table else Integers(layer, *rows))
+    keepers = {layer: layer.keeper for layer in found}  # tied layers share what is written
+    written = {keeper: _written(layer.packing, keeper) for layer, keeper in keepers.items()}
+    for layer, keeper in keepers.items():
+        kind = Rows if layer.kind in kinds.TABLE else Integers
+        kinds.put(network, layer, kind(layer, *written[keeper]))
     for module in network.modules():
         if isinstance(module, Several):
             _unpack_in_graph(module)

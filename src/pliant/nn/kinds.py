@@ -133,7 +133,7 @@ def take_after(new: nn.Module, layer: nn.Module) -> None:
     """
     for name, value in vars(layer).items():
         own = name.startswith("_") and name != "_reversed_padding_repeated_twice"
-        if not own and name not in vars(new) and name != "forward":
+        if not own and not hasattr(new, name):
             setattr(new, name, value)
     for name in _HOOKS:
         vars(new)[name] = vars(layer)[name]  # the same dict: its handles still take hooks out

@@ -74,7 +74,7 @@ class Product(nn.Module):
         self.kind, self.bits = kinds.kind_of(layer), bits
         kinds.take_after(self, layer)
         self.shape = tuple(layer.weight.shape)
-        self.bias = layer.bias
+        self.register_parameter("bias", layer.bias)
         self._allocate(layer.weight, channels=channels)
         if values is not None:
             self._fill(values)

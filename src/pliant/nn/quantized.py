@@ -46,7 +46,7 @@ class Quantized(nn.Module):
         self.source = source
         self.shape = tuple(layer.weight.shape)
         self.packing = Packing(tuple(kinds.to_rows(layer, layer.weight).shape), bits)
-        self.bias = getattr(layer, "bias", None)
+        self.register_parameter("bias", getattr(layer, "bias", None))
         self._allocate(layer.weight)
         if values is not None:
             self._fill(values)

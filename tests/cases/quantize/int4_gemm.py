@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from pliant.budget import Budget
 from pliant.cost import layer_costs
+from pliant.data import Data
 from pliant.edits import Multiply
 from pliant.errors import EditError, MethodError, ModelError
 from pliant.families.quantize.simulate import Rounded, extent, weight_codes
@@ -203,8 +205,6 @@ def packed_weights_take_half_a_byte() -> None:
 
 
 def run_of(spec: Int4Gemm, model: nn.Module, x: Tensor, steps: int = 0) -> Run:
-    from pliant.data import Data
-
     labels = torch.arange(len(x)) % 4
     return start(model, spec, data=Data((x, labels), classes=4), steps=steps)
 
@@ -275,8 +275,6 @@ def training_rounds_weights_and_inputs() -> None:
 
 
 def a_budget_chooses_eight_or_four() -> None:
-    from pliant.budget import Budget
-
     toy, found = TOYS["bare"], []
     for share in (0.34, 0.26):
         run = start(toy.model(), Int4Gemm(samples=16), Budget(bytes=share), data=toy.data())

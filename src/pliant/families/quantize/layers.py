@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from pliant.cost import Example, call
 from pliant.edits.quantize import unpackable
@@ -79,11 +80,11 @@ def packable(
         found.reasons[name] = calls[name]
         del chosen[name]
     _tie(model, chosen, calls, found)
-    _others(model, named, found)
     places = {name: place for place, name in enumerate(calls)}
     for name in sorted(chosen, key=lambda name: places.get(name, -1)):
         (found.several if weights_of(chosen[name]) else found.single)[name] = chosen[name]
     found.called = tuple(name for name in calls if name in found.single)
+    _others(model, named, found)
     return found
 
 
@@ -91,7 +92,8 @@ def _others(model: nn.Module, named: Mapping[str, nn.Module], found: Layers) -> 
     """Say of every module that holds parameters and is no known layer why it stays."""
     for name, module in model.named_modules():
         own = [p for p in module._parameters.values() if p is not None]
-        if own and name not in named and name.rpartition(".")[0] not in found.several:
+        part = isinstance(module, ParametrizationList) or name.rpartition(".")[0] in found.several
+        if own and name not in named and not part:
             wide = any(p.dim() > 1 for p in own)
             found.reasons[name] = (
                 f"its class {type(module).__name__} uses tensors of its own in a way of its own"
