@@ -16,7 +16,9 @@ from pliant.edits.factor import Factor
 from pliant.edits.fold import Fold
 from pliant.edits.insert import Insert
 from pliant.edits.merge import Merge
+from pliant.edits.multiply import Multiply
 from pliant.edits.nest import Nest
+from pliant.edits.pack import Pack
 from pliant.edits.prune import Prune
 from pliant.edits.quantize import Quantize
 from pliant.edits.record import apply, complete, made, note
@@ -35,7 +37,9 @@ __all__ = [
     "Fold",
     "Insert",
     "Merge",
+    "Multiply",
     "Nest",
+    "Pack",
     "Prune",
     "Quantize",
     "Remove",
@@ -59,7 +63,9 @@ EDITS: dict[str, type] = {
     "factor": Factor,
     "insert": Insert,
     "merge": Merge,
+    "multiply": Multiply,
     "nest": Nest,
+    "pack": Pack,
     "prune": Prune,
     "fold": Fold,
     "quantize": Quantize,
@@ -119,7 +125,8 @@ def _edit(row: Any) -> Edit:
     kind = EDITS[name]
     values = {key: value for key, value in row.items() if key != "edit"}
     expected = {f.name: str(f.type) for f in fields(kind) if f.compare}
-    needed = {f.name for f in fields(kind) if f.compare and not f.metadata.get("optional")}
+    optional = {f.name for f in fields(kind) if f.metadata.get("optional")}
+    needed = {f.name for f in fields(kind) if f.compare and f.default is MISSING} - optional
     if not needed <= set(values) <= set(expected):
         raise EditError(
             f"The edit {name} takes {', '.join(sorted(expected))}, "
