@@ -86,6 +86,12 @@ def test_a_form_of_ones_own_sees_the_map():
     assert torch.equal(peaks["fine"], torch.stack([torch.arange(6.0), torch.full((6,), 63.0)], 1))
 
 
+def test_the_scores_of_the_network_come_with_any_side_and_form():
+    model, x = TOYS["residual"].model().eval(), torch.randn(3, 3, 6, 6)
+    for how in ({"side": "input"}, {"form": lambda maps: maps.amax((2, 3))}, {"form": "flat"}):
+        assert torch.allclose(Rows(model, ("stem", ""), **how).of((x,))[""], model(x), atol=1e-6)
+
+
 @pytest.mark.parametrize("name", TOYS)
 def test_grams_are_products_of_the_rows_in_float64(name):
     toy = TOYS[name]

@@ -31,8 +31,8 @@ class Rows:
 
     Args:
         model: any module; it stays as it is.
-        layers: names of submodules that read and give one tensor; "" is the network itself,
-            whose output are its class scores.
+        layers: names of submodules that read and give one tensor; "" stands for the class scores
+            of the network, whatever the side and the form.
         side: whether what the layers give or what they read is wanted.
         form: how the tensor of one sample, channels by positions, becomes rows of float numbers:
             "mean" over the positions, one row (channels,); "flat", one row (channels *
@@ -86,9 +86,7 @@ class Rows:
 
         def see(name: str, given: Tensor, output: Tensor) -> None:
             seen: Any = given if self.side == "input" else output
-            if name == "" and self.side == "output":
-                seen = logits(seen)
-            found[name] = self._rows(name, seen, count, spots)
+            found[name] = self._rows(name, seen if name else logits(output), count, spots)
 
         with capture(self.model, self.layers, see):
             call(self.model, example)
@@ -166,7 +164,8 @@ class Rows:
         layer = self.model.get_submodule(name)
         last = seen.dim() > 2 and any(hasattr(layer, mark) for mark in LAST)
         map_ = seen.movedim(-1, 1) if last else seen
-        rows = self._formed(map_.unsqueeze(1) if map_.dim() == 1 else map_, spots)
+        map_ = map_.unsqueeze(1) if map_.dim() == 1 else map_
+        rows = self._formed(map_, spots) if name or self.form == "pixels" else map_.flatten(1)
         rows = rows if rows.dtype == torch.float64 else rows.float()
         if not torch.isfinite(rows).all():
             raise ModelError(
