@@ -18,9 +18,9 @@ from pliant.errors import ArtifactError, BudgetError, ModelError
 from pliant.files import artifact
 from pliant.math.forms import max_ranks
 from pliant.method import Method
-from pliant.nn.factorized import factorizable
 from pliant.result import Report
 from pliant.run import Run
+from pliant.surgery.select import factorizable
 from pliant.zoo import build
 
 PLAN = Train(epochs=2, finetune=1, batch=16, lr=0.05)

@@ -159,12 +159,54 @@ class Attention(nn.Module):
         return F.scaled_dot_product_attention(x, x, x)
 
 
-def test_unknown_arithmetic_is_named() -> None:
+class ByHand(nn.Module):
+    """Attention in two products, and a vector in one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weights = torch.einsum("bhld,bhsd->bhls", x, x).softmax(-1)
+        return (weights @ x) @ torch.ones(8)
+
+
+def test_products_outside_of_layers_are_counted_where_they_run() -> None:
     x = torch.randn(2, 4)
-    assert cost(nn.Sequential(nn.Linear(4, 4), Scale()), (x,)).uncounted == ("1",)
-    assert cost(nn.Sequential(Functional()), (x,)).uncounted == ("0",)
-    assert cost(Functional(), (x,)).uncounted == ("Functional",)
-    assert cost(nn.Sequential(Attention()), (torch.randn(2, 3, 4, 8),)).uncounted == ("0",)
+    assert cost(nn.Sequential(nn.Linear(4, 4), Scale()), (x,)).macs == 16
+    for model in (nn.Sequential(Functional()), Functional()):
+        assert (cost(model, (x,)).macs, cost(model, (x,)).uncounted) == (16, ())
+    one = torch.randn(2, 3, 5, 8)  # a sample of 3 heads, 5 positions, 8 features
+    assert cost(nn.Sequential(Attention()), (one,)).macs == 3 * 5 * 5 * 8 * 2
+    assert cost(ByHand(), (one,)).macs == 3 * 5 * 5 * 8 * 2 + 3 * 5 * 8
+
+
+class Bilinear(nn.Module):
+    """Owns a weight of its own class, which no formula knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(6, 4, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("bi,oij,bj->bo", x, self.weight, x)
+
+
+def test_a_layer_of_ones_own_has_its_products_in_its_row() -> None:
+    model, x = nn.Sequential(Bilinear(), nn.Linear(6, 2)), torch.randn(3, 4)
+    rows = layer_costs(model, (x,))
+    assert 6 * 4 * 4 <= rows["0"].macs <= 2 * 6 * 4 * 4  # by the order that einsum chooses
+    assert cost(model, (x,)).macs == rows["0"].macs + 12
+
+
+@torch.library.custom_op("pliant_test::twice", mutates_args=())
+def twice(x: Tensor) -> Tensor:
+    return 2 * x
+
+
+class Foreign(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return twice(x)
+
+
+def test_where_foreign_operators_run_is_named() -> None:
+    assert cost(nn.Sequential(nn.Linear(4, 4), Foreign()), (torch.randn(2, 4),)).uncounted == ("1",)
 
 
 def test_layer_that_is_never_called_says_so() -> None:

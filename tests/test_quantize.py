@@ -23,13 +23,13 @@ from pliant.families.quantize.tuning import block_errors
 from pliant.files.onnx import to_onnx
 from pliant.math.quantize import best_scales, grouping
 from pliant.methods.quantize.groupwise_ptq import GroupwisePTQ
-from pliant.nn.factorized import readable
 from pliant.nn.quantized import Quantized
 from pliant.observe.ranges import unread
 from pliant.registry import build as method_of
 from pliant.run import start
 from pliant.surgery.blocks import blocks
 from pliant.surgery.fold import foldable
+from pliant.surgery.select import readable
 from pliant.testing.toys import TOYS
 
 QUICK: dict[str, Any] = {"samples": 16, "independent": 2, "joint": 1, "batch": 8}

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
+from pliant.api.report import layer_rows, side
 from pliant.budget import Budget, Option
 from pliant.cost import cost, layer_costs
 from pliant.edits import Factor
 from pliant.errors import BudgetError, ModelError, PliantError
 from pliant.method import Method
-from pliant.result import LayerRow, Report, layer_rows, side
+from pliant.result import LayerRow, Report
 from pliant.run import Run, start
 
 EXAMPLE = (torch.zeros(1, 3, 6, 6),)
@@ -165,7 +166,7 @@ def test_allocation_counts_what_has_no_options():
     rows = layer_costs(model, EXAMPLE)
     edits = [Factor("0", "output", (rank,)) for rank in (1, 2, 3)]
     options = [Option(1 / e.ranks[0], e.predict(rows["0"]), e) for e in edits]
-    (chosen,) = run.allocate({"0": [Option(0, rows["0"]), *options]})
+    (chosen,) = run.planner.allocate({"0": [Option(0, rows["0"]), *options]})
     run.apply(chosen)
     most = cost(model, EXAMPLE).params
     assert most <= 500 < most + 27 + 6  # one rank more would not fit

@@ -19,7 +19,7 @@ from pliant.cli import app
 from pliant.data import Data
 from pliant.errors import DataError, MethodError, ModelError
 from pliant.registry import Paper, register
-from pliant.solution import Finding, Solution, Views
+from pliant.result import Finding, Solution, Views
 from pliant.testing import checks
 
 PAPER = Paper("Title", "A. Author", "Venue", 2020, "https://example.org")

@@ -30,9 +30,9 @@ from pliant.files import artifact
 from pliant.files.onnx import to_onnx
 from pliant.latency import Target, compare
 from pliant.math.forms import forms_for, max_ranks
-from pliant.nn.factorized import factorizable
 from pliant.registry import construct, plain
 from pliant.run import Run, start
+from pliant.surgery.select import factorizable
 
 Settings = Mapping[str, Any]
 Values = dict[str, Any]

@@ -17,7 +17,8 @@ from pliant.latency import Target, compare
 from pliant.latency.builds import built
 from pliant.latency.clock import Clock
 from pliant.math.forms import max_ranks
-from pliant.nn.factorized import Factorizable, factorizable
+from pliant.nn.layers import Factorizable
+from pliant.surgery.select import factorizable
 
 Settings = Mapping[str, Any]
 FORMS = ("tucker2", "input", "output", "spatial")

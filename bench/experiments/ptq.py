@@ -26,11 +26,11 @@ from pliant.errors import require
 from pliant.families.quantize.tuning import block_errors
 from pliant.files.onnx import to_onnx
 from pliant.math.quantize import levels
-from pliant.nn.factorized import readable
 from pliant.registry import build, plain
 from pliant.run import start
 from pliant.surgery.blocks import blocks
 from pliant.surgery.fold import foldable
+from pliant.surgery.select import readable
 
 Settings = Mapping[str, Any]
 LIBRARIES = ("onnx", "onnxruntime", "torchao")

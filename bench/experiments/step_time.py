@@ -23,9 +23,9 @@ from pliant.compose import resolve
 from pliant.data import Data
 from pliant.errors import PliantError
 from pliant.method import Method
-from pliant.nn.factorized import factorizable
 from pliant.registry import construct, plain
 from pliant.run import Run, start
+from pliant.surgery.select import factorizable
 
 Settings = Mapping[str, Any]
 STEPS = 1_000_000  # of the training that is pretended: its search never ends here

@@ -7,6 +7,7 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
+from pliant import _moved
 from pliant.api import analyze, cluster, compress, load, recover
 from pliant.budget import Budget
 from pliant.compose import Stage, chain, together
@@ -18,9 +19,10 @@ from pliant.files.onnx import to_onnx
 from pliant.method import Method
 from pliant.registry import Entry, Paper, entries, register
 from pliant.registry import build as method
-from pliant.result import Report, Result
+from pliant.result import Finding, Report, Result, Solution
 from pliant.run import Run, start
-from pliant.solution import Finding, Solution
+
+_moved.install()
 
 try:
     __version__ = version("pliant")

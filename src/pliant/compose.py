@@ -142,12 +142,11 @@ class Chain(Method):
         """Note what a stage missed of its own budget; the chain's is checked at the end."""
         if (budget := self.stages[run.state["stage"]].budget) is None:
             return
-        timed = part.clock is not None and "latency" in budget.given()
         # A clock of its own: the run's measures the finished network, and only once.
-        clock = replace(part.clock, final=None) if timed and part.clock else None
-        own = replace(part, budget=budget, clock=clock)
+        clock = replace(part.clock, final=None) if part.clock and budget.latency else None
+        own = replace(part.planner, budget=budget, clock=clock)
         name = _name(part.method)
-        run.missed.extend(f"after {name}, {miss}" for miss in own.exceeded(own.measured()))
+        run.missed.extend(f"after {name}, {miss}" for miss in own.misses(own.measured()))
 
     def _end(self, run: Run, stage: int) -> int:
         """The step at which the share of a stage is over."""
@@ -346,6 +345,6 @@ def _claims(method: Method, axis: str) -> bool:
     return entry is not None and axis in entry.saves
 
 
-def _name(method: Method) -> str:
+def _name(method: object) -> str:
     entry = entry_of(method)
     return entry.name if entry else type(method).__name__.lower()

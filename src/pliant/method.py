@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from pliant.run import Run
+from pliant.run import Run
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ HOOKS = ("prepare", "loss", "penalty", "before_step", "after_step", "after_epoch
 """The names of the hooks, in the order in which a run calls them."""
 
 
-def uses(method: Method, hook: str) -> bool:
+def uses(method: object, hook: str) -> bool:
     """Say whether a method, or any part of a composed one, overrides a hook."""
     parts = getattr(method, "parts", None)
     if parts is not None:

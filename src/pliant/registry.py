@@ -16,7 +16,7 @@ from functools import cache
 from importlib.metadata import entry_points
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
-from pliant.budget import Budget
+from pliant.budget import AXES
 from pliant.errors import MethodError
 
 Verb = Literal["compress", "recover", "cluster", "analyze"]
@@ -88,10 +88,9 @@ def register(
     """
     if not name.isidentifier() or keyword.iskeyword(name):
         raise MethodError(f"A method's name must be a Python identifier, not {name!r}.")
-    if unknown := set(saves.split()) - {field.name for field in fields(Budget)}:
+    if unknown := set(saves.split()) - set(AXES):
         raise MethodError(
-            f"{name} cannot save {', '.join(sorted(unknown))}: the axes are "
-            f"{', '.join(field.name for field in fields(Budget))}."
+            f"{name} cannot save {', '.join(sorted(unknown))}: the axes are {', '.join(AXES)}."
         )
 
     def enter(kind: T) -> T:

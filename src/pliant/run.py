@@ -2,33 +2,59 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
-from pliant.budget import Budget, Limits, Option, allocate, shown
-from pliant.cost import Cost, Example, LayerCost, cost, layer_costs
+from pliant.budget import Budget
+from pliant.cost import Cost, Example, LayerCost, bare, count
 from pliant.data import Data
 from pliant.edits import Edit, Replaced, from_json, to_json
 from pliant.errors import BudgetError, ModelError, PliantError
 from pliant.latency import Where
 from pliant.latency.clock import Clock
-from pliant.latency.memory import recall_layers, remembered
-from pliant.method import Method
+from pliant.nn.layers import Factorizable
+from pliant.observe.aside import Aside, Removable
 from pliant.observe.finite import check_example, check_weights
+from pliant.observe.order import called_by
+from pliant.plan.planner import Planner
+from pliant.surgery.batchnorm import recalibrate
 from pliant.surgery.optim import add_gradient, carry
+from pliant.surgery.select import factorizable, leave_unused, readable
+
+ROUTED = 256  # samples that may call layers to which one sample is not routed
+RECALIBRATED = 2048  # samples from which batch norms are re-estimated
 
 
-class Removable(Protocol):
-    """Something put into a model that can be taken out again, as a hook's handle can."""
+class Hooks(Protocol):
+    """What a run calls: see `pliant.method.Method`, which does nothing at each of these moments."""
 
-    def remove(self) -> None:
-        """Take it out."""
+    def prepare(self, run: Run, /) -> None:
+        """Before training."""
+
+    def loss(self, run: Run, loss: Tensor, output: Any, batch: Any, /) -> Tensor:
+        """When a batch has gone through the network."""
+
+    def penalty(self, run: Run, /) -> Tensor | None:
+        """Before the step."""
+
+    def before_step(self, run: Run, /) -> None:
+        """When gradients are complete."""
+
+    def after_step(self, run: Run, /) -> None:
+        """When weights have moved."""
+
+    def after_epoch(self, run: Run, /) -> None:
+        """When one pass over the data is over."""
+
+    def finalize(self, run: Run, /) -> None:
+        """At the end."""
 
 
 @dataclass
@@ -38,12 +64,9 @@ class Run:
     Args:
         model: the network, changed in place.
         method: what is done to it.
-        budget: what the result may cost, or None.
+        planner: spends the budget; knows the dense costs, the example and the target's clock.
         data: training data for methods that look at it, or None.
-        example: inputs of one forward call, for counting.
         optimizer: its state follows the model through every edit.
-        cost: the cost of the dense network, to which fractions of a budget refer.
-        layers: the dense cost of every layer.
         steps: optimizer steps that the training loop will take; 0 without training.
         seed: of everything random in the method.
         generator: the only source of randomness for methods.
@@ -54,22 +77,17 @@ class Run:
         log: the history that the report draws.
         reasons: for every layer left alone, why.
         missed: what stages of a chain missed of budgets of their own.
-        handles: what to take out of the model at the end, each with the path of its owner.
+        aside: what to take out of the model at the end, and what is kept beside it until then.
         finished: whether the compression has been made permanent.
-        path: of a view, the scopes it lies in; empty for the whole run.
         began: of a view, step and epoch of the whole run at which its own clock began.
-        clock: measures on the target, or None where none was named.
         observe: called whenever a stage of a chain is over; what it returns enters the history.
     """
 
     model: nn.Module
-    method: Method
-    budget: Budget | None
+    method: Hooks
+    planner: Planner
     data: Data | None
-    example: Example
     optimizer: Optimizer | None
-    cost: Cost
-    layers: dict[str, LayerCost]
     steps: int
     seed: int
     generator: torch.Generator
@@ -80,12 +98,35 @@ class Run:
     log: list[dict[str, Any]] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
     missed: list[str] = field(default_factory=list)
-    handles: list[tuple[str, Removable]] = field(default_factory=list)
+    aside: Aside = field(default_factory=Aside)
     finished: bool = False
-    path: str = ""
     began: tuple[int, int] = (0, 0)
-    clock: Clock | None = None
     observe: Callable[[Run], Mapping[str, Any]] | None = None
+
+    @property
+    def budget(self) -> Budget | None:
+        """What the result may cost."""
+        return self.planner.budget
+
+    @property
+    def example(self) -> Example:
+        """Inputs of one forward call."""
+        return self.planner.example
+
+    @property
+    def cost(self) -> Cost:
+        """What the dense network costs."""
+        return self.planner.dense
+
+    @property
+    def layers(self) -> dict[str, LayerCost]:
+        """What every layer of the dense network costs."""
+        return self.planner.layers
+
+    @property
+    def clock(self) -> Clock | None:
+        """Measures on the target, if one was named."""
+        return self.planner.clock
 
     # For a training loop.
 
@@ -132,46 +173,22 @@ class Run:
             finally:
                 self.close()
             self.finished = True
-        after = self.measured()
+        after = self.planner.measured()
         if strict and (misses := self.misses(after)):
             raise BudgetError(f"The result misses the budget: {'; '.join(misses)}.")
         return after
 
     def misses(self, after: Cost) -> list[str]:
         """Say what stages missed, and which axes of the budget a cost exceeds, and by how much."""
-        return [*self.missed, *self.exceeded(after)]
-
-    def measured(self) -> Cost:
-        """Return what the network costs now; milliseconds, where there is a clock, are final."""
-        now = cost(self.model, self.example)
-        if self.clock is None:
-            return now
-        return replace(now, latency_ms=self.clock.sides(self.model)[1].median_ms)
-
-    def exceeded(self, after: Cost) -> list[str]:
-        """Say which axes of the budget a cost exceeds, and by how much.
-
-        A latency exceeds its bound when even the fast end of its spread does.
-        """
-        slack = {}
-        if self.clock is not None and self.clock.final is not None:
-            slack["latency"] = after.latency - self.clock.least(self.model)
-        return [
-            f"{axis} is {shown(axis, getattr(after, axis))} where {shown(axis, bound)} was allowed"
-            for axis, bound in self.limits().items()
-            if getattr(after, axis) - slack.get(axis, 0.0) > bound
-        ]
+        return [*self.missed, *self.planner.misses(after)]
 
     def close(self) -> None:
         """Take everything that the method handed to ``hook`` out of the model.
 
         Parameters that leave the model with it leave the optimizer too.
         """
-        mine = [handle for path, handle in self.handles if path.startswith(self.path)]
-        self.handles[:] = [pair for pair in self.handles if not pair[0].startswith(self.path)]
         before = list(self.model.parameters())
-        for handle in reversed(mine):
-            handle.remove()
+        self.aside.clear()
         kept = {id(parameter) for parameter in self.model.parameters()}
         if self.optimizer is not None:
             carry(self.optimizer, Replaced(tuple(p for p in before if id(p) not in kept)))
@@ -188,7 +205,7 @@ class Run:
             "missed": list(self.missed),
             "generator": self.generator.get_state(),
             "finished": self.finished,
-            "clock": self.clock and remembered(self.clock),
+            "clock": self.clock and self.clock.remember(),
         }
 
     def load_state_dict(self, saved: Mapping[str, Any]) -> None:
@@ -216,7 +233,8 @@ class Run:
         self.reasons.clear()
         self.reasons.update(saved["reasons"])
         self.missed[:] = saved.get("missed", ())
-        recall_layers(self.clock, saved.get("clock"))
+        if self.clock is not None:
+            self.clock.recall_layers(saved.get("clock"))
 
     def inputs(self, samples: int, *, batch: int = 256, seed: int = 1) -> list[Example]:
         """Return training inputs for statistics: see `pliant.data.Data.calibration`.
@@ -228,6 +246,45 @@ class Run:
         """
         assert self.data is not None
         return self.data.calibration(samples, batch=batch, seed=self.seed + seed)
+
+    @property
+    def has_inputs(self) -> bool:
+        """Whether there are training inputs to calibrate on."""
+        return self.data is not None and self.data.has("train")
+
+    def recalibrate(self, samples: int = RECALIBRATED) -> None:
+        """Re-estimate batch norms from training inputs; without these they stay as they are."""
+        if self.has_inputs:
+            recalibrate(self.model, self.inputs(samples))
+
+    def factorizable(
+        self, only: Sequence[str] = (), exclude: Sequence[str] = ()
+    ) -> tuple[dict[str, Factorizable], dict[str, str]]:
+        """Return the layers in use that can be factorized, and why others cannot.
+
+        Raises:
+            MethodError: a name pattern matches no layer.
+        """
+        return self._in_use(*factorizable(self.model, only=only, exclude=exclude))
+
+    def readable(
+        self, only: Sequence[str] = (), exclude: Sequence[str] = ()
+    ) -> tuple[dict[str, Factorizable], dict[str, str]]:
+        """Return the layers in use whose weight may be read and replaced, and why others' may not.
+
+        Raises:
+            MethodError: a name pattern matches no layer.
+        """
+        return self._in_use(*readable(self.model, only=only, exclude=exclude))
+
+    def _in_use(
+        self, layers: dict[str, Factorizable], reasons: dict[str, str]
+    ) -> tuple[dict[str, Factorizable], dict[str, str]]:
+        called = {name for name, row in self.planner.rows().items() if row.calls}
+        if self.has_inputs and layers.keys() - called:  # what one sample is not routed to
+            called |= called_by(self.model, layers, self.inputs(ROUTED))
+        leave_unused(layers, reasons, called, self.planner.readers())
+        return layers, reasons
 
     def replay(self, edits: Sequence[Edit]) -> None:
         """Apply, with shapes only, those of the edits of a saved run that are still missing.
@@ -257,60 +314,7 @@ class Run:
 
     def limits(self) -> dict[str, float]:
         """Return the budget in absolute numbers for the whole network; empty without one."""
-        return self.budget.limits(self.cost) if self.budget else {}
-
-    def allocate(
-        self, options: Mapping[str, Sequence[Option]], *, rule: Literal["max", "sum"] = "max"
-    ) -> list[Edit]:
-        """Spend the budget over layers with options, all others staying as they are now.
-
-        Raises:
-            BudgetError: the budget cannot be met; the message names what is reachable.
-        """
-        return self.settle(lambda limits: self._plan(options, limits, rule))
-
-    def settle(self, make: Callable[[Limits], list[Edit]]) -> list[Edit]:
-        """Plan edits for the budget; with a latency in it the plan is measured before it is made.
-
-        Args:
-            make: gives edits for limits, from options that `priced` has put milliseconds into.
-
-        Raises:
-            BudgetError: the budget cannot be met; the message names what is reachable.
-        """
-        limits = self.limits()
-        if self.clock is None or "latency" not in limits:
-            return make(limits)
-        rows = layer_costs(self.model, self.example)
-        return self.clock.settle(self.model, rows, limits, make)
-
-    def check(self, options: Mapping[str, Sequence[Option]]) -> None:
-        """Raise a BudgetError if no choice among the options meets the budget; build nothing."""
-        self._plan(options, self.limits(), "max")
-
-    def priced(
-        self, options: Mapping[str, Sequence[Option]]
-    ) -> tuple[Mapping[str, Sequence[Option]], Cost]:
-        """Return options with what the budget asks for, and the cost of everything else.
-
-        Where the budget bounds latency, the options get milliseconds, and those that are not
-        measured faster than their layer are left out.
-        """
-        now, rows = cost(self.model, self.example), layer_costs(self.model, self.example)
-        fixed = now.without(rows[layer] for layer in options)
-        if self.clock is None or "latency" not in self.limits():
-            return options, fixed
-        options, rest = self.clock.priced(self.model, options, rows, edited=bool(self.edits))
-        return options, replace(fixed, latency_ms=rest)
-
-    def _plan(
-        self,
-        options: Mapping[str, Sequence[Option]],
-        limits: Limits,
-        rule: Literal["max", "sum"],
-    ) -> list[Edit]:
-        priced, fixed = self.priced(options)
-        return allocate(priced, limits, fixed=fixed, rule=rule)
+        return self.planner.limits()
 
     def hook(self, handle: Removable) -> None:
         """Hand over what was put into the model: it is taken out when the run ends, however so.
@@ -318,7 +322,7 @@ class Run:
         Args:
             handle: of a hook, or anything with ``remove()``: masks, parametrizations.
         """
-        self.handles.append((self.path, handle))
+        self.aside.put(handle)
 
     def note(self, **values: Any) -> None:
         """Add a row to the history: plain values, stamped with step and epoch."""
@@ -329,25 +333,49 @@ class Run:
         """Record why a layer stays as it is; where times are known, they are the reason."""
         self.reasons[layer] = (self.clock and self.clock.why_not(layer)) or reason
 
-    def scope(self, key: str, **changes: Any) -> Run:
+    def scope(self, key: str, *, budget: Budget | None = None, **changes: Any) -> Run:
         """Return a view of this run with a state of its own, for one part of a composed method.
 
-        Model, edits, log, reasons and what was missed are shared; ``changes`` replaces fields
-        such as budget.
+        Model, edits, log, reasons and what was missed are shared.
+
+        Args:
+            key: of the part's state.
+            budget: of the part.
+            changes: other fields of the view, such as its method and its steps.
         """
-        state = self.state.setdefault(key, {})
-        return replace(self, state=state, path=f"{self.path}{key}/", **changes)
+        state, planner = self.state.setdefault(key, {}), replace(self.planner, budget=budget)
+        return replace(self, state=state, planner=planner, aside=self.aside.scope(key), **changes)
+
+    def rehearsal(self, *, budget: Budget | None = None) -> Run:
+        """Return a run on a copy of the network, to try edits on: this one stays as it is.
+
+        Args:
+            budget: to plan for; the run's own if None.
+        """
+        model, edits = copy.deepcopy(self.model), list(self.edits)
+        own = replace(self.planner, model=model, edits=edits, budget=budget or self.budget)
+        return replace(
+            self,
+            model=model,
+            planner=own,
+            edits=edits,
+            optimizer=None,
+            state={},
+            reasons={},
+            aside=Aside(),
+        )
 
     def _edit(self, edit: Edit, *, weights: bool) -> None:
         replaced = edit.apply(self.model, weights=weights)
         if self.optimizer is not None:
             carry(self.optimizer, replaced)
         self.edits.append(edit)
+        self.planner.counted.clear()
 
 
 def start(
     model: nn.Module,
-    method: Method,
+    method: Hooks,
     budget: Budget | None = None,
     *,
     data: Data | None = None,
@@ -386,24 +414,31 @@ def start(
                 "Counting needs the inputs of one forward call: give example=(inputs,) or data."
             )
         example = data.example()
+    model = bare(model)
     check_weights(model)
     check_example(example)
     times = (saved or {}).get("clock")
     clock = None if target is None else Clock.start(model, example, target, times)
-    dense = cost(model, example)
+    dense, layers = count(model, example)
+    edits: list[Edit] = []
     run = Run(
         model=model,
         method=method,
-        budget=budget,
+        planner=Planner(
+            model=model,
+            example=example,
+            budget=budget,
+            dense=replace(dense, latency_ms=clock.timing.median_ms) if clock else dense,
+            layers=layers,
+            edits=edits,
+            clock=clock,
+        ),
         data=data,
-        example=example,
         optimizer=optimizer,
-        cost=replace(dense, latency_ms=clock.timing.median_ms) if clock else dense,
-        layers=layer_costs(model, example),
         steps=steps,
         seed=seed,
         generator=torch.Generator().manual_seed(seed),
-        clock=clock,
+        edits=edits,
     )
     run.limits()  # a malformed budget is refused now
     try:

@@ -20,7 +20,7 @@ from pliant.errors import DataError, ModelError
 from pliant.families.analyze.inputs import shown as split_of
 from pliant.observe.finite import check_weights
 from pliant.registry import of_verb, plain
-from pliant.solution import Finding
+from pliant.result import Finding
 
 BATCH = 256  # inputs of one forward call, where they came as one tensor
 

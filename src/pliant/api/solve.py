@@ -15,7 +15,7 @@ from pliant.data.sources import generator, key_of
 from pliant.drivers.devices import own_randomness
 from pliant.errors import DataError, MethodError
 from pliant.registry import of_verb, plain
-from pliant.solution import Solution, Views
+from pliant.result import Solution, Views
 
 
 def recover(x: Any, known: Any, method: Any, *, seed: int = 0) -> Solution:

@@ -10,13 +10,14 @@ from pliant.cli import console, source
 from pliant.cost import Example, LayerCost, cost, layer_costs
 from pliant.data import load
 from pliant.edits import Factor
-from pliant.families.lowrank.factorize import spectra
 from pliant.math.forms import max_ranks
 from pliant.math.rank import energy_rank, evbmf_rank
 from pliant.math.svd import unfold
-from pliant.nn.factorized import Factorizable, factorizable
+from pliant.nn.layers import Factorizable
 from pliant.observe.finite import check_example, check_weights
+from pliant.observe.spectra import spectra
 from pliant.render import table, words
+from pliant.surgery.select import factorizable
 
 SHARES = (0.9, 0.95, 0.98)
 

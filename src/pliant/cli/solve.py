@@ -13,7 +13,7 @@ from pliant.cli import console, source
 from pliant.data import load
 from pliant.errors import DataError, OutputError
 from pliant.render import table, words
-from pliant.solution import Finding, Solution
+from pliant.result import Finding, Solution
 
 JSON = Annotated[bool, typer.Option("--json", help="print JSON")]
 SEED = Annotated[int, typer.Option(help="of everything random")]

@@ -3,28 +3,40 @@
 One multiply-accumulate (MAC) is one product added to a sum, as the field counts them: half of
 what `torch.utils.flop_counter` calls flops. Convolutions, linear layers, attention and recurrent
 layers have MACs. Normalisation, activation, pooling, dropout, reshaping and embedding look-ups
-are *known* to be zero. Biases count as parameters and not as MACs. Whatever else owns parameters
-or multiplies matrices is named in `Cost.uncounted`, so a missing number is never a silent 0.
+are *known* to be zero. Biases count as parameters and not as MACs. Products outside of these layers
+(attention written by hand, a weight that its parent reads, a class of one's own) are counted as
+they run. Only operators that are not PyTorch's own are not seen through: where they run is named
+in `Cost.uncounted`, so a missing number is never a silent 0.
 """
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
-from torch.utils.flop_counter import flop_registry
 
-from pliant.cost.macs import Formula, Packed, formula_of
+from pliant.cost.call import Example, bare, call, evaluating, tensors
+from pliant.cost.macs import OWN, Formula, Packed, formula_of, products
 from pliant.errors import ModelError
 
-Example = tuple[Any, ...] | Mapping[str, Any]
+__all__ = [
+    "Cost",
+    "Example",
+    "LayerCost",
+    "bare",
+    "call",
+    "cost",
+    "count",
+    "evaluating",
+    "layer_costs",
+    "tensors",
+]
 
 
 @dataclass(frozen=True)
@@ -60,10 +72,10 @@ class Cost:
 
     Attributes:
         params: numbers in all parameters; a shared one counts once.
-        macs: multiply-accumulates of all counted layers.
+        macs: multiply-accumulates, those outside of layers included.
         bytes: parameters and saved buffers, what a state dict takes.
         latency_ms: milliseconds on a target, None where not measured.
-        uncounted: layers whose multiply-accumulates are not known and not in `macs`.
+        uncounted: modules that run operators whose multiply-accumulates are not known.
     """
 
     params: int
@@ -91,9 +103,7 @@ def cost(model: nn.Module, example: Example) -> Cost:
     """Measure parameters, multiply-accumulates and bytes of a network, on one sample.
 
     The model is run once in eval mode without gradients on the first row of `example`; its
-    flags, statistics, hooks and the random state are left as they were. A class of layers that
-    owns parameters and makes no products with them (but by numbers, as batch norms do) may say
-    so by ``multiplies = False``; else it is named as uncounted.
+    flags, statistics, hooks and the random state are left as they were.
 
     Args:
         model: any module; it is called with one sample on its own device.
@@ -102,13 +112,19 @@ def cost(model: nn.Module, example: Example) -> Cost:
     Raises:
         ModelError: the model fails on the example, or has parameters without a shape.
     """
-    layers, uncounted = _measure(model, example)
-    return Cost(
+    return count(model, example)[0]
+
+
+def count(model: nn.Module, example: Example) -> tuple[Cost, dict[str, LayerCost]]:
+    """Measure a network and its layers in one forward pass: see `cost` and `layer_costs`."""
+    layers, outside, uncounted = _measure(model, example)
+    whole = Cost(
         params=_numbers(model.modules()),
-        macs=sum(layer.macs for layer in layers.values()),
+        macs=outside + sum(layer.macs for layer in layers.values()),
         bytes=sum(t.numel() * t.element_size() for t in _saved(model.modules())),
         uncounted=uncounted,
     )
+    return whole, layers
 
 
 def layer_costs(model: nn.Module, example: Example) -> dict[str, LayerCost]:
@@ -121,21 +137,6 @@ def layer_costs(model: nn.Module, example: Example) -> dict[str, LayerCost]:
         ModelError: the model fails on the example, or has parameters without a shape.
     """
     return _measure(model, example)[0]
-
-
-def call(model: nn.Module, example: Example) -> Any:
-    """Call a model with an example: a mapping as keyword arguments, a tuple as positions.
-
-    Its tensors go to the device of the model, which may have moved since the example was made.
-    """
-    device = next((t.device for t in chain(model.parameters(), model.buffers())), None)
-
-    def move(value: Any) -> Any:
-        return value.to(device) if isinstance(value, Tensor) else value
-
-    if isinstance(example, Mapping):
-        return model(**tree_map(move, dict(example)))
-    return model(*tree_map(move, tuple(example)))
 
 
 @dataclass
@@ -155,7 +156,8 @@ class _Watch:
     seen: dict[str, _Seen] = field(default_factory=dict)
     stack: list[str] = field(default_factory=list)
     inside: int = 0  # how many layers with a formula are running
-    strays: set[str] = field(default_factory=set)
+    outside: Counter[str] = field(default_factory=Counter)  # products outside of such layers
+    foreign: set[str] = field(default_factory=set)
 
     def enter(self, name: str, *, known: bool) -> Callable[..., None]:
         def hook(module: nn.Module, args: Any) -> None:
@@ -177,22 +179,14 @@ class _Watch:
 
         return hook
 
-    def stray(self) -> None:
-        """Note that arithmetic ran outside every layer that has a formula."""
-        if not self.inside:
-            self.strays.add(self.stack[-1] if self.stack else "")
-
-
-_ATEN = torch.ops.aten
-_PRODUCTS = {  # what multiplies and adds; the registry lacks vectors and attention on CPUs
-    *flop_registry,
-    *(_ATEN.mv, _ATEN.addmv, _ATEN.dot, _ATEN.vdot, _ATEN.addbmm),
-    _ATEN._scaled_dot_product_flash_attention_for_cpu,
-}
+    @property
+    def here(self) -> str:
+        """The module that runs now."""
+        return self.stack[-1] if self.stack else ""
 
 
 class _Operations(TorchDispatchMode):
-    """Sees matrix products and convolutions that no layer with a formula accounts for."""
+    """Counts products that no layer with a formula accounts for."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -205,12 +199,18 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        if func._overloadpacket in _PRODUCTS:
-            self.watch.stray()
-        return func(*args, **(kwargs or {}))
+        output = func(*args, **(kwargs or {}))
+        if not self.watch.inside:
+            self.watch.outside[self.watch.here] += products(func, args, kwargs or {}, output)
+            if func.namespace not in OWN:
+                self.watch.foreign.add(self.watch.here)
+        return output
 
 
-def _measure(model: nn.Module, example: Example) -> tuple[dict[str, LayerCost], tuple[str, ...]]:
+def _measure(
+    model: nn.Module, example: Example
+) -> tuple[dict[str, LayerCost], int, tuple[str, ...]]:
+    """Costs of layers, products that belong to none of them, and where some are not known."""
     _refuse_lazy(model)
     layers = dict(_layers(model))
     watch = _Watch()
@@ -223,10 +223,13 @@ def _measure(model: nn.Module, example: Example) -> tuple[dict[str, LayerCost], 
             leave = module.register_forward_hook(watch.leave(name, formula), with_kwargs=True)
             hooks.callback(leave.remove)
         _run(model, example, watch)
-        rows = {n: _row(layer, watch.seen.get(n, _Seen(calls=0))) for n, layer in layers.items()}
-    unknown = {name for name, layer in layers.items() if formula_of(layer) is None}
-    named = [name for name, _ in model.named_modules() if name in unknown | watch.strays]
-    return rows, tuple(name or type(model).__name__ for name in named)
+        rows = {
+            name: _row(layer, watch.seen.get(name, _Seen()), watch.outside[name])
+            for name, layer in layers.items()
+        }
+    named = [name or type(model).__name__ for name, _ in _modules(model) if name in watch.foreign]
+    outside = sum(macs for name, macs in watch.outside.items() if name not in layers)
+    return rows, outside, tuple(named)
 
 
 def _run(model: nn.Module, example: Example, watch: _Watch) -> None:
@@ -242,12 +245,12 @@ def _run(model: nn.Module, example: Example, watch: _Watch) -> None:
         ) from error
 
 
-def _row(layer: nn.Module, seen: _Seen) -> LayerCost:
+def _row(layer: nn.Module, seen: _Seen, products: int) -> LayerCost:
     owned, weight = list(_subtree(layer)), getattr(layer, "weight", None)
     return LayerCost(
         kind=parametrize.type_before_parametrizations(layer).__name__,
         params=_numbers(owned),
-        macs=seen.macs,
+        macs=seen.macs + products,
         bytes=sum(t.numel() * t.element_size() for t in _saved(owned)),
         weight=tuple(weight.shape) if isinstance(weight, Tensor) else (),
         input=seen.input,
@@ -259,19 +262,15 @@ def _row(layer: nn.Module, seen: _Seen) -> LayerCost:
 @contextmanager
 def _measuring(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, no compiled code or fused attention that would skip the hooks."""
-    flags = [(module, module.training) for module in model.modules()]
     fused = torch.backends.mha.get_fastpath_enabled()
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        for module, _ in flags:
-            module.training = False
-        with torch.random.fork_rng(devices=devices), torch.no_grad(), _uncompiled():
+        forked = torch.random.fork_rng(devices=devices)
+        with evaluating(model), forked, torch.no_grad(), _uncompiled():
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
-        for module, training in flags:
-            module.training = training
 
 
 def _uncompiled() -> AbstractContextManager[Any]:
@@ -355,12 +354,3 @@ def _first(value: Any) -> Any:
         rows = [_first(item) for item in value]
         return rows if isinstance(value, list) else tuple(rows)
     return value
-
-
-def tensors(value: Any) -> Iterator[Tensor]:
-    """Go through the tensors of a nested value, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from tensors(item)

@@ -1,10 +1,12 @@
-"""Multiply-accumulates of one layer, from what it read and gave in a forward pass."""
+"""Multiply-accumulates of a layer or an operator, from what it read and gave in a forward pass."""
 
 import math
 from collections.abc import Callable
 from typing import Any, Protocol, runtime_checkable
 
+import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import flop_registry
 
 Formula = Callable[[Any, list[Tensor], list[Tensor]], int]
 
@@ -79,8 +81,41 @@ _FORMULAS: tuple[tuple[tuple[type[nn.Module], ...], Formula], ...] = (
 
 def formula_of(layer: nn.Module) -> Formula | None:
     """Return what counts the multiply-accumulates of a layer, None where that is not known."""
-    if getattr(type(layer), "multiplies", True) is False:
-        return _zero
     if isinstance(layer, Packed):
         return _own_count
     return next((formula for kinds, formula in _FORMULAS if isinstance(layer, kinds)), None)
+
+
+OWN = ("aten", "prims", "prim", "profiler")
+"""The operators that PyTorch's own dispatcher brings: all products among them are known."""
+
+_ATEN = torch.ops.aten
+
+
+def _attention_of(query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> int:
+    """Queries (..., L, E) times keys (..., S, E), and weights times values (..., S, V)."""
+    return query.shape[:-1].numel() * key.shape[-2] * (query.shape[-1] + value.shape[-1])
+
+
+def _sum_of_products(total: Tensor, first: Tensor, second: Tensor, **options: Any) -> int:
+    return first.numel() * second.shape[-1]
+
+
+_PRODUCTS: dict[Any, Callable[..., int]] = {  # what the registry of flops lacks
+    _ATEN.mv: lambda matrix, vector: matrix.numel(),
+    _ATEN.addmv: lambda total, matrix, vector, **options: matrix.numel(),
+    _ATEN.dot: lambda one, other: one.numel(),
+    _ATEN.vdot: lambda one, other: one.numel(),
+    _ATEN.addbmm: _sum_of_products,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: _attention_of,
+}
+
+
+def products(operator: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> int:
+    """Count the multiply-accumulates of one call of an operator; 0 if it makes none."""
+    packet = operator._overloadpacket
+    if packet in _PRODUCTS:
+        return _PRODUCTS[packet](*args, **kwargs)
+    if packet in flop_registry:
+        return int(flop_registry[packet](*args, **kwargs, out_val=output)) // 2
+    return 0

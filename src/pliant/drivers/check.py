@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pliant.cost import evaluating
 from pliant.data import Data, unpack
 from pliant.drivers.score import device_of, forward, moved
 from pliant.errors import DataError, MethodError, PliantError, TrainingError
@@ -49,15 +50,8 @@ def check_data(model: nn.Module, data: Data) -> None:
     """
     if not data.has("train"):
         raise DataError("Training needs the train split, but the data has none; give it to Data.")
-    flags = {module: module.training for module in model.modules()}
-    try:
-        with torch.no_grad():
-            inputs = moved(data.example(), device_of(model))
-            model.eval()
-            output = logits(forward(model, inputs))
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
+    with evaluating(model), torch.no_grad():
+        output = logits(forward(model, moved(data.example(), device_of(model))))
     data.check(output.shape[1] if output.dim() == 2 else None)
 
 

@@ -2,14 +2,14 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pliant.cost import call
+from pliant.cost import call, evaluating
 from pliant.data import IGNORED, Data, unpack
 from pliant.data.splits import Split
 from pliant.errors import DataError, ModelError
@@ -24,10 +24,15 @@ class Score:
     Attributes:
         accuracy: share of right answers, in 0..1; nan where labels are not classes.
         loss: mean loss of the task.
+        hits: for every answer that was asked for whether it was right, in the order of the split;
+            empty where labels are not classes.
+        classes: how many answers there are to choose from; 0 where labels are not classes.
     """
 
     accuracy: float
     loss: float
+    hits: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool), compare=False)
+    classes: int = 0
 
 
 @torch.no_grad()
@@ -56,24 +61,24 @@ def evaluate(
     """
     device = torch.device(device) if device is not None else device_of(model)
     model.to(device)
-    flags = {module: module.training for module in model.modules()}
-    right = losses = count = answers = 0.0
-    try:
-        model.eval()
+    losses = count = 0.0
+    rights: list[Tensor] = []
+    classes = 0
+    with evaluating(model):
         for sample in data.batches(split, batch):
             inputs, labels = unpack(moved(sample, device))
             scores = logits(forward(model, inputs))
             size = len(scores)
             losses += float(task_loss(scores, labels)) * size
             count += size
-            hits, asked = _right(scores, labels)
-            right, answers = right + hits, answers + asked
-    finally:
-        for module, flag in flags.items():
-            module.training = flag
+            if not labels.is_floating_point():
+                rights.append(_right(scores, labels).cpu())
+                classes = scores.shape[1] if scores.dim() == 2 else scores.shape[-1]
     if not count:
         raise DataError(f"The {split} split must hold samples, but it gave none; check the loader.")
-    return Score(right / answers if answers else math.nan, losses / count)
+    hits = torch.cat(rights) if rights else torch.empty(0, dtype=torch.bool)
+    accuracy = float(hits.sum()) / len(hits) if len(hits) else math.nan
+    return Score(accuracy, losses / count, hits, classes)
 
 
 def forward(model: nn.Module, inputs: Any) -> Any:
@@ -148,10 +153,6 @@ def _classes_second(scores: Tensor, labels: Tensor) -> Tensor:
     return scores
 
 
-def _right(scores: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Count right answers and questions."""
-    if labels.is_floating_point():
-        return 0.0, 0.0
-    asked = labels != IGNORED
-    hits = (_classes_second(scores, labels).argmax(1) == labels) & asked
-    return float(hits.sum()), float(asked.sum())
+def _right(scores: Tensor, labels: Tensor) -> Tensor:
+    """Say of every answer that was asked for whether it is right."""
+    return (_classes_second(scores, labels).argmax(1) == labels)[labels != IGNORED]

@@ -10,7 +10,7 @@ from pliant.cost import LayerCost, layer_costs
 from pliant.edits.edit import Replaced, layer_of
 from pliant.errors import EditError
 from pliant.nn.cells import MixedOp
-from pliant.nn.factorized import replace
+from pliant.nn.layers import replace
 from pliant.nn.operations import operation
 
 

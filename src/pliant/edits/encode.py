@@ -13,8 +13,7 @@ from pliant.codecs import address_map, tensors
 from pliant.cost import LayerCost
 from pliant.edits.edit import Replaced, layer_of
 from pliant.errors import EditError
-from pliant.nn import coded
-from pliant.nn import factorized as layers
+from pliant.nn import coded, layers
 
 _TYPES = {
     str(kind).removeprefix("torch."): kind

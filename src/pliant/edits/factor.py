@@ -14,7 +14,7 @@ from pliant.cost import LayerCost
 from pliant.edits.edit import Replaced, layer_of
 from pliant.errors import EditError
 from pliant.math import forms
-from pliant.nn import factorized as layers
+from pliant.nn import factorized, layers
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Factor:
         if weights:
             kernels = self.kernels or forms.decompose(module.weight.detach(), self.form, self.ranks)
         dense: Any = module.weight
-        new = layers.factorized(module, self.form, self.ranks, kernels)
+        new = factorized.factorized(module, self.form, self.ranks, kernels)
         layers.replace(model, self.layer, new)
         added: tuple[Any, ...] = tuple(child.weight for child in new)
         return Replaced((dense,), added, lambda grad: _pull_back(grad, added, self.form))

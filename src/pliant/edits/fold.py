@@ -13,7 +13,7 @@ from pliant.cost import LayerCost
 from pliant.edits.edit import Replaced, layer_of
 from pliant.errors import EditError
 from pliant.math.quantize import column
-from pliant.nn import factorized as layers
+from pliant.nn import layers
 
 
 @dataclass(frozen=True)

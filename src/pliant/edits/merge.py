@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pliant.cost import LayerCost
 from pliant.edits.edit import Replaced, layer_of
 from pliant.errors import EditError
-from pliant.nn import factorized as layers
+from pliant.nn import factorized, layers
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Merge:
         setattr(first, "out_features" if _linear(first) else "out_channels", self.outputs)
         layers.replace(model, self.reader, nn.Identity().train(second.training))
         for name in (self.layer, self.reader):
-            layers.answer_anew(model, name)
+            factorized.answer_anew(model, name)
         return Replaced(old, tuple(first.parameters()))
 
     def predict(self, before: LayerCost) -> LayerCost:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from pliant.cost import LayerCost
 from pliant.edits.edit import Replaced, layer_of
 from pliant.errors import EditError
-from pliant.nn import factorized as layers
+from pliant.nn import layers
 
 Cut = Callable[[Tensor], Tensor]
 

@@ -10,7 +10,7 @@ from pliant.cost import LayerCost
 from pliant.edits.edit import Replaced, layer_of
 from pliant.errors import EditError
 from pliant.math.quantize import best_scales, grouping
-from pliant.nn import factorized as layers
+from pliant.nn import layers
 from pliant.nn.quantized import Bits, Quantized, Values
 
 LEAST, MOST = 2, 8  # bits

@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pliant.cost import LayerCost
 from pliant.edits.edit import Replaced, layer_of
 from pliant.errors import EditError
-from pliant.nn import factorized as layers
+from pliant.nn import layers
 from pliant.nn.filters import WEIGHTED, filter_count
 
 

@@ -32,6 +32,7 @@ from pliant.codecs.container import (
     read,
     reading,
 )
+from pliant.cost import bare
 from pliant.edits import Edit, replay
 from pliant.errors import ArtifactError, ModelError
 from pliant.files.manifest import DTYPES, UNCODED, VERSION, Manifest, Spec, parse, write
@@ -75,7 +76,7 @@ def save(
         OutputError: a file of another kind is there, or the file cannot be written; an existing
             one is as it was.
     """
-    path = Path(path)
+    path, model = Path(path), bare(model)
     check_replaceable(path, ".pliant", is_pliant)
     if encode is not None and encode not in codec.CHOICES:
         raise ArtifactError(
@@ -179,7 +180,12 @@ def inspect(path: str | Path) -> Manifest:
         return parse(read(archive, MANIFEST, least=2, most=MANIFEST_LIMIT))
 
 
-def load(path: str | Path, model: nn.Module | Callable[[], nn.Module] | None = None) -> nn.Module:
+def load(
+    path: str | Path,
+    model: nn.Module | Callable[[], nn.Module] | None = None,
+    *,
+    manifest: Manifest | None = None,
+) -> nn.Module:
     """Rebuild a compressed network: replay its edits on the dense one, then load the tensors.
 
     Args:
@@ -187,6 +193,7 @@ def load(path: str | Path, model: nn.Module | Callable[[], nn.Module] | None = N
         model: the dense architecture, freshly built, or a function without arguments that
             builds it. It is changed in place, on its device, once the whole file has been
             found to fit; its training mode stays. Types of numbers become those of the file.
+        manifest: what `inspect` has read of this very file; read now if None.
 
     Returns:
         The model.
@@ -197,8 +204,9 @@ def load(path: str | Path, model: nn.Module | Callable[[], nn.Module] | None = N
     """
     path = Path(path)
     with opened(path) as archive:
-        with reading(path):
-            manifest = parse(read(archive, MANIFEST, least=2, most=MANIFEST_LIMIT))
+        if manifest is None:
+            with reading(path):
+                manifest = parse(read(archive, MANIFEST, least=2, most=MANIFEST_LIMIT))
         built = _built(path, manifest, model)
         with reading(path):
             # What a function built is nobody's yet: no need to try on a copy first.
@@ -214,7 +222,9 @@ def load(path: str | Path, model: nn.Module | Callable[[], nn.Module] | None = N
     for name, own in built.state_dict(keep_vars=True).items():
         if own.dtype != tensors[name].dtype:
             own.data = own.data.to(tensors[name].dtype)
-    built.load_state_dict(tensors)
+    state = built.state_dict()  # with the versions of its modules, which some of them ask for
+    state.update(tensors)
+    built.load_state_dict(state)
     return built
 
 

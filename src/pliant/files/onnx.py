@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pliant.codecs.container import check_replaceable
-from pliant.cost import Example, call
+from pliant.cost import Example, bare, call
 from pliant.errors import ArtifactError, ModelError, OutputError, require
 from pliant.files.qdq import deployable
 from pliant.nn.coded import decoded
@@ -84,6 +84,7 @@ def to_onnx(
         require(module, "onnx")
     path = Path(path)
     check_replaceable(path, "ONNX", _is_onnx)
+    model = bare(model)
     network, batch = _prepared(model, example)
     args, kwargs = ((), dict(batch)) if isinstance(batch, Mapping) else (batch, None)
     traced = copy.deepcopy(network)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from pliant.nn.factorized import replace
+from pliant.nn.layers import replace
 from pliant.nn.quantized import Quantized, applied
 
 WIDE = 8  # bits of an integer in the graph

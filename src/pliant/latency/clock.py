@@ -16,11 +16,11 @@ from pliant.edits import Edit, Factor
 from pliant.errors import BudgetError
 from pliant.latency.builds import built, edited
 from pliant.latency.compare import Comparison, Timing, compare, interleaved, measure, quiet
-from pliant.latency.memory import name_of, recalled
+from pliant.latency.memory import KEPT, belongs, name_of, recalled, remembered
 from pliant.latency.table import LatencyTable, input_shape, signature
 from pliant.latency.target import Target, Where, as_target
 from pliant.math.forms import forms_for, max_ranks
-from pliant.nn.factorized import obstacle
+from pliant.nn.layers import obstacle
 
 Plan = Callable[[Mapping[str, float]], list[Any]]
 """Gives edits for limits, with prices as the clock knows them now."""
@@ -68,7 +68,7 @@ class Clock:
         target: Where,
         saved: Mapping[str, Any] | None = None,
     ) -> Clock:
-        """Measure a dense network on a target, or recall what was `remembered` of both."""
+        """Measure a dense network on a target, or recall what was remembered of both."""
         target = as_target(target)
         dense = copy.deepcopy(model).cpu().eval()
         found = recalled(saved, dense, target) or {
@@ -76,6 +76,16 @@ class Clock:
             "timing": measure(dense, example, target),
         }
         return cls(target, dense, example, **found)
+
+    def remember(self) -> dict[str, Any]:
+        """Return all that was measured, but for the finished network, as plain data."""
+        kept = {name: getattr(self, name) for name in (*KEPT, "layers")}
+        return remembered(self.dense, self.target, self.timing, self.table, **kept)
+
+    def recall_layers(self, saved: Mapping[str, Any] | None) -> None:
+        """Take the times of layers that a report of the saved run would show."""
+        if saved and belongs(saved, self.dense, self.target):
+            self.layers = dict(saved["layers"])
 
     # ------------------------------------------------------------ prices
 

@@ -6,7 +6,7 @@ import hashlib
 import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -14,9 +14,6 @@ from pliant.edits import Edit, to_json
 from pliant.latency.compare import Timing
 from pliant.latency.table import VERSION, LatencyTable
 from pliant.latency.target import Target
-
-if TYPE_CHECKING:
-    from pliant.latency.clock import Clock
 
 KEPT = ("dense_ms", "weighed")  # fields of a clock that are plain data and make plans
 
@@ -29,17 +26,18 @@ def name_of(network: nn.Module, edits: Sequence[Edit] = ()) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def remembered(clock: Clock) -> dict[str, Any]:
-    """Return all that a clock has measured, but for the finished network, as plain data."""
+def remembered(
+    dense: nn.Module, target: Target, timing: Timing, table: LatencyTable, **kept: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return what was measured of a network on a target as plain data; ``kept`` as it is."""
     return {
         "version": VERSION,
-        "network": name_of(clock.dense),
-        "target": clock.target.plain(),
-        "machine": clock.target.digest(),
-        "timing": asdict(clock.timing),
-        "times": dict(clock.table.times),
-        "layers": dict(clock.layers),
-        **{name: dict(getattr(clock, name)) for name in KEPT},
+        "network": name_of(dense),
+        "target": target.plain(),
+        "machine": target.digest(),
+        "timing": asdict(timing),
+        "times": dict(table.times),
+        **{name: dict(values) for name, values in kept.items()},
     }
 
 
@@ -49,7 +47,7 @@ def recalled(saved: Mapping[str, Any] | None, dense: nn.Module, target: Target) 
     On another machine the run goes on with the times of the one on which it was planned. They
     are not mixed with the table there, since only times of one machine can be compared.
     """
-    if not saved or not _belongs(saved, dense, target):
+    if not saved or not belongs(saved, dense, target):
         return {}
     here = saved["machine"] == target.digest()
     table = LatencyTable.of(target) if here else LatencyTable(target)
@@ -58,12 +56,7 @@ def recalled(saved: Mapping[str, Any] | None, dense: nn.Module, target: Target) 
     return {"table": table, "timing": Timing(**saved["timing"]), **plain}
 
 
-def recall_layers(clock: Clock | None, saved: Mapping[str, Any] | None) -> None:
-    """Give a clock the times of layers that a report of the saved run would show."""
-    if clock and saved and _belongs(saved, clock.dense, clock.target):
-        clock.layers = dict(saved["layers"])
-
-
-def _belongs(saved: Mapping[str, Any], dense: nn.Module, target: Target) -> bool:
+def belongs(saved: Mapping[str, Any], dense: nn.Module, target: Target) -> bool:
+    """Say whether what was remembered is of this network on this target."""
     asked = (VERSION, name_of(dense), target.plain())
     return (saved.get("version"), saved["network"], saved["target"]) == asked

@@ -20,7 +20,7 @@ from contextlib import (
     redirect_stderr,
     redirect_stdout,
 )
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -28,9 +28,6 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from pliant.cost import Example, tensors
 from pliant.errors import ModelError, require
-
-if TYPE_CHECKING:
-    from pliant.latency.target import Target
 
 Sampler = Callable[[], float]
 """Runs a network for a moment and returns the seconds of one pass."""
@@ -47,6 +44,26 @@ CACHES = 2**24  # bytes: copies with large weights together fill what would keep
 LARGE = 2**20  # bytes of weights that are large
 CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}  # by number of axes
 ESCAPES = re.compile(r"\x1b\[[0-9;]*m")  # colours of a terminal
+
+
+class Settings(Protocol):
+    """What a runtime must know of a target: see `pliant.latency.Target`."""
+
+    @property
+    def runtime(self) -> str:
+        """Its name."""
+
+    @property
+    def threads(self) -> int:
+        """Of one inference."""
+
+    @property
+    def dtype(self) -> str:
+        """Of weights and inputs."""
+
+    @property
+    def device(self) -> str:
+        """Where the network lies."""
 
 
 class Copies(nn.Module):
@@ -80,7 +97,7 @@ def copies_of(layer: nn.Module) -> list[nn.Module]:
 
 
 def samplers(
-    models: Sequence[nn.Module], inputs: Example, target: Target, builds: int = 1
+    models: Sequence[nn.Module], inputs: Example, target: Settings, builds: int = 1
 ) -> list[Sampler]:
     """Make samplers of one network, or of copies of a layer; their time is that of one of them.
 
@@ -198,7 +215,7 @@ def channels_last(tensor: Tensor) -> Tensor:
     return tensor if layout is None else tensor.contiguous(memory_format=layout)
 
 
-def _torch(model: nn.Module, inputs: Example, target: Target) -> Build:
+def _torch(model: nn.Module, inputs: Example, target: Settings) -> Build:
     dtype = getattr(torch, target.dtype)
 
     def put(value: Any) -> Any:
@@ -257,7 +274,7 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _onnx(model: nn.Module, inputs: Example, target: Target) -> Build:
+def _onnx(model: nn.Module, inputs: Example, target: Settings) -> Build:
     require("onnx", "onnx")
     runtime = require("onnxruntime", "onnx")
     options = runtime.SessionOptions()

@@ -20,7 +20,8 @@ from pliant.errors import OutputError
 from pliant.latency.compare import interleaved, quiet
 from pliant.latency.target import Target
 from pliant.math.forms import form_params, max_ranks
-from pliant.nn.factorized import Factorizable, factorized
+from pliant.nn.factorized import factorized
+from pliant.nn.layers import Factorizable
 
 VERSION = 2  # of what times mean: those of another one are not read
 STEPS = (1, 2, 4, 8, 16)  # multiples to which ranks may be rounded up

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -41,11 +42,11 @@ class Metric:
 
     def enter(self, weight: Tensor) -> Tensor:
         """Scale a kernel's outputs so that plain errors of the result are sensitivities."""
-        return weight if self.outputs is None else _mix(weight, self._roots()[0])
+        return weight if self.outputs is None else _mix(weight, self._roots[0])
 
     def leave(self, kernel: Tensor) -> Tensor:
         """Undo ``enter`` on the last kernel of a factorization."""
-        return kernel if self.outputs is None else _mix(kernel, self._roots()[1])
+        return kernel if self.outputs is None else _mix(kernel, self._roots[1])
 
     def energy(self, weight: Tensor) -> float:
         """Return what losing the whole kernel would cost: tr(G W C W^T)."""
@@ -73,6 +74,7 @@ class Metric:
         *first, last = forms.decompose(dense, form, ranks, moments=seen, sweeps=sweeps, sizes=sizes)
         return tuple(norm_shares(*first, self.leave(last)))
 
+    @cached_property
     def _roots(self) -> tuple[Tensor, Tensor]:
         assert self.outputs is not None
         values, vectors = torch.linalg.eigh(dampen(self.outputs.double(), SENSITIVITY_DAMPING))

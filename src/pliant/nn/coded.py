@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pliant.codecs import tensors
-from pliant.nn.factorized import replace
+from pliant.nn.layers import replace
 
 TILE = 1 << 20  # numbers of a kernel that are decoded at once
 

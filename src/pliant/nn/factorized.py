@@ -1,27 +1,16 @@
-"""Which layers have a channel rank, and the plain modules that a factorization puts in."""
+"""The plain modules that a factorization puts in: two or three layers in a row."""
 
 from __future__ import annotations
 
-import fnmatch
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
-from pliant.errors import EditError, MethodError
-
-Factorizable = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
-_CONVS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
-    1: nn.Conv1d,
-    2: nn.Conv2d,
-    3: nn.Conv3d,
-}
-_WEIGHTED = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.RNNBase)
-
-_Obstacle = Callable[[nn.Module, str, nn.Module, dict[int, list[str]]], str | None]
+from pliant.errors import EditError
+from pliant.nn.layers import Factorizable, in_layout_of
 
 _GEOMETRY = (
     *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation"),
@@ -36,132 +25,6 @@ NAMES = {
     "svd": ("reduce", "expand"),
 }
 """Names of the children that replace a layer, by form."""
-
-
-def factorizable(
-    model: nn.Module, *, only: Sequence[str] = (), exclude: Sequence[str] = ()
-) -> tuple[dict[str, Factorizable], dict[str, str]]:
-    """Split the weighted layers into those that can be factorized and the rest, with reasons.
-
-    Args:
-        model: any module.
-        only: shell patterns of layer names to consider; none means all.
-        exclude: shell patterns of layer names to leave alone.
-
-    Returns:
-        The factorizable layers by name, and for every other weighted layer why it is not.
-
-    Raises:
-        MethodError: a pattern matches no layer.
-    """
-    return _split(model, only, exclude, _obstacle)
-
-
-def readable(
-    model: nn.Module, *, only: Sequence[str] = (), exclude: Sequence[str] = ()
-) -> tuple[dict[str, Factorizable], dict[str, str]]:
-    """Split the weighted layers into those whose weight may be read and replaced, and the rest.
-
-    Like `factorizable`, but grouped layers and layers of a single channel are among them.
-    """
-    return _split(model, only, exclude, _unreadable)
-
-
-def _split(
-    model: nn.Module, only: Sequence[str], exclude: Sequence[str], obstacle: _Obstacle
-) -> tuple[dict[str, Factorizable], dict[str, str]]:
-    layers: dict[str, Factorizable] = {}
-    reasons: dict[str, str] = {}
-    shared = _shared_weights(model)
-    names = [name for name, module in model.named_modules() if isinstance(module, _WEIGHTED)]
-    for pattern in (*only, *exclude):
-        if not fnmatch.filter(names, pattern):
-            raise MethodError(
-                f"The layer pattern {pattern!r} matches none of the model's layers: "
-                f"they are {', '.join(names[:8])}{' and more' if len(names) > 8 else ''}."
-            )
-    for name, module in model.named_modules():
-        if not isinstance(module, _WEIGHTED):
-            continue
-        if only and not _matches(name, only):
-            reasons[name] = "not selected"
-        elif _matches(name, exclude):
-            reasons[name] = "excluded by name"
-        elif reason := obstacle(model, name, module, shared):
-            reasons[name] = reason
-        else:
-            layers[name] = module  # type: ignore[assignment]
-    return layers, reasons
-
-
-def obstacle(model: nn.Module, name: str) -> str | None:
-    """Say why the layer of this very name cannot be factorized, or None if it can.
-
-    Raises:
-        AttributeError: the model has no such module.
-    """
-    return _obstacle(model, name, model.get_submodule(name), _shared_weights(model))
-
-
-def unreadable(model: nn.Module, name: str) -> str | None:
-    """Say why the weight of the layer of this name cannot be read and replaced, or None if it can.
-
-    Raises:
-        AttributeError: the model has no such module.
-    """
-    return _unreadable(model, name, model.get_submodule(name), _shared_weights(model))
-
-
-def _matches(name: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _shared_weights(model: nn.Module) -> dict[int, list[str]]:
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    return {key: names for key, names in owners.items() if len(names) > 1}
-
-
-def _obstacle(
-    model: nn.Module, name: str, module: nn.Module, shared: dict[int, list[str]]
-) -> str | None:
-    """Say why a layer cannot be factorized, or None if it can."""
-    if reason := _unreadable(model, name, module, shared):
-        return reason
-    if getattr(module, "groups", 1) != 1:
-        return "a grouped convolution has no cross-channel rank"
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    if min(weight.shape[:2]) < 2:
-        return "a single channel has no rank to lower"
-    return None
-
-
-def _unreadable(
-    model: nn.Module, name: str, module: nn.Module, shared: dict[int, list[str]]
-) -> str | None:
-    """Say why a layer cannot be replaced by one made from its weight, or None if it can."""
-    if not name:
-        return "the model is this single layer: wrap it in nn.Sequential"
-    if parametrize.is_parametrized(module):
-        return "its weight is parametrized: remove the parametrization first"
-    if type(module) not in (*_CONVS.values(), nn.Linear):
-        return f"{type(module).__name__} has no factorized form here"
-    if _weight_norm_hooked(module):
-        return "its weight is computed by a forward-pre hook: remove it first"
-    if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
-        return "MultiheadAttention reads this weight directly"
-    weight: Tensor = module.weight  # type: ignore[assignment]
-    if id(weight) in shared:
-        others = [other for other in shared[id(weight)] if other != f"{name}.weight"]
-        return f"its weight is tied to {others[0]}"
-    return None
-
-
-def _weight_norm_hooked(module: nn.Module) -> bool:
-    return not isinstance(getattr(module, "weight", None), nn.Parameter) and isinstance(
-        module, (nn.Linear, nn.modules.conv._ConvNd)
-    )
 
 
 def factorized(
@@ -214,13 +77,6 @@ def answer_anew(model: nn.Module, name: str) -> None:
     if isinstance(row, nn.Sequential) and vars(row).pop("weight", None) is not None:
         for weight in [part.weight for part in row if hasattr(part, "weight")][:1]:
             object.__setattr__(row, "weight", weight)
-
-
-def in_layout_of(dense: Tensor, kernel: Tensor) -> Tensor:
-    """Keep 2-d kernels in channels_last, where the dense one is: that is faster on many CPUs."""
-    if dense.dim() == 4 and not dense.is_contiguous():
-        return kernel.contiguous(memory_format=torch.channels_last)
-    return kernel
 
 
 def _parts(module: Factorizable, form: str, ranks: Sequence[int]) -> Iterator[Any]:
@@ -278,19 +134,3 @@ def _conv(module: Any, source: int, target: int, axes: Sequence[int], *, bias: b
         device=module.weight.device,
         dtype=module.weight.dtype,
     )
-
-
-def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put ``module`` in the place of the submodule called ``name``.
-
-    The transformer blocks around it leave their fused inference path, which would read the
-    weight of a layer that is no longer there; the plain path computes the same.
-    """
-    *path, child = name.split(".")
-    setattr(model.get_submodule(".".join(path)), child, module)
-    for depth in range(len(path) + 1):
-        around = model.get_submodule(".".join(path[:depth]))
-        if isinstance(around, nn.TransformerEncoderLayer):
-            around.activation_relu_or_gelu = 0  # PyTorch's own sign for "cannot be fused"
-        if isinstance(around, nn.TransformerEncoder):
-            around.use_nested_tensor = False

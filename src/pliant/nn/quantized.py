@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pliant.codecs.packing import pack, packed_bytes, unpack
 from pliant.math.quantize import column, integers, levels
-from pliant.nn.factorized import Factorizable
+from pliant.nn.layers import Factorizable
 
 _CONV: tuple[str, ...] = ("in_channels", "out_channels", "kernel_size", "stride", "padding")
 _CONV += ("dilation", "groups", "padding_mode", "_reversed_padding_repeated_twice")

@@ -1,10 +1,10 @@
-"""What a method keeps beside a network while a run lasts, handed over by `run.hook`."""
+"""What a method keeps beside a network while a run lasts: hooks, masks, a teacher."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
-from typing import Any, TypeVar
+from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +13,54 @@ from pliant.cost import Example, call
 from pliant.errors import ModelError
 from pliant.observe.outputs import logits
 
-T = TypeVar("T")
+
+class Removable(Protocol):
+    """Something put beside a model that can be taken away again, as a hook's handle can."""
+
+    def remove(self) -> None:
+        """Take it away."""
 
 
-def held(handles: Iterable[tuple[str, Any]], path: str, kind: type[T]) -> T:
-    """Return what of this kind was handed over under a path: ``held(run.handles, run.path, ...)``.
+T = TypeVar("T", bound=Removable)
 
-    It is in none of the run's state, so it is not saved: ``prepare`` makes it again on resuming.
+
+@dataclass
+class Aside:
+    """Holds what lies beside the network, each thing under the scope of the method it is for.
+
+    Nothing of it is saved: ``prepare`` makes it again on resuming.
+
+    Args:
+        kept: every thing with its scope, shared by all scopes of a run.
+        path: the scope that this view stands for; those within it begin with it.
     """
-    return next(thing for at, thing in handles if at == path and isinstance(thing, kind))
+
+    kept: list[tuple[str, Removable]] = field(default_factory=list)
+    path: str = ""
+
+    def put(self, thing: T) -> T:
+        """Keep a thing until the method's part of the run ends, and return it."""
+        self.kept.append((self.path, thing))
+        return thing
+
+    def get(self, kind: type[T]) -> T:
+        """Return the thing of this kind that was put under this very scope."""
+        return self.all(kind)[0]
+
+    def all(self, kind: type[T]) -> list[T]:
+        """Return all things of this kind that were put under this very scope."""
+        return [thing for at, thing in self.kept if at == self.path and isinstance(thing, kind)]
+
+    def clear(self) -> None:
+        """Take everything away that lies in this scope or within it, the last first."""
+        mine = [thing for at, thing in self.kept if at.startswith(self.path)]
+        self.kept[:] = [pair for pair in self.kept if not pair[0].startswith(self.path)]
+        for thing in reversed(mine):
+            thing.remove()
+
+    def scope(self, key: str) -> Aside:
+        """Return the view of a scope within this one."""
+        return Aside(self.kept, f"{self.path}{key}/")
 
 
 class Teacher:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pliant.cost import Example, tensors
+from pliant.cost import Example, call, evaluating, tensors
 
 
 @contextmanager
@@ -30,33 +31,119 @@ def capture(
         layers: names of submodules that read one tensor, however it is passed, and return one.
         see: gets the tensors as they are, part of the autograd graph if there is one; of several
             inputs the first, None where there is none.
-        gradients: whether the block records gradients.
+        gradients: whether the block records gradients; the layers do even where the model
+            switches them off around them, as for a frozen backbone.
     """
 
     def hook(name: str) -> Callable[..., None]:
         def look(module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
-            given: Any = next(tensors((args, kwargs)), None)
-            see(name, given, output)
+            see(name, first_tensor(args, kwargs), output)
 
         return look
 
-    flags = {module: module.training for module in model.modules()}
+    layers = list(layers)
     handles = [
         model.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True)
         for name in layers
     ]
+    if gradients:
+        handles += [
+            model.get_submodule(name).register_forward_pre_hook(record_gradients) for name in layers
+        ]
     try:
-        with torch.set_grad_enabled(gradients):
-            model.eval()
+        with evaluating(model), torch.set_grad_enabled(gradients):
             yield
     finally:
         for handle in handles:
             handle.remove()
-        for module, flag in flags.items():
-            module.training = flag
+
+
+def record_gradients(module: nn.Module, args: Any) -> None:
+    """Switch gradients on, as a hook before a layer: who switched them off puts back what was."""
+    if not torch.is_inference_mode_enabled():
+        torch.set_grad_enabled(True)
+
+
+def first_tensor(args: Any, kwargs: Any) -> Any:
+    """Return the first tensor of a call, None where there is none."""
+    return next(tensors((args, kwargs)), None)
 
 
 def samples(example: Example) -> int:
     """Count the samples of a batch of inputs."""
     values = example.values() if isinstance(example, Mapping) else example
     return len(next(value for value in values if isinstance(value, Tensor)))
+
+
+class Stepped:
+    """One forward pass that stops at every call of some layers, until it is asked to go on.
+
+    The pass runs in a thread of its own, and only while `until` waits for it. So two networks can
+    be walked side by side, and no more than one layer's output is held of each.
+
+    Args:
+        model: any module; in eval mode meanwhile, without gradients.
+        layers: names of submodules that return one tensor.
+        example: inputs of the call.
+    """
+
+    def __init__(self, model: nn.Module, layers: Iterable[str], example: Example) -> None:
+        self._model, self._layers, self._example = model, list(layers), example
+        self._go, self._stopped = threading.Semaphore(0), threading.Semaphore(0)
+        self._now: tuple[str, Tensor] | None = None
+        self._error: BaseException | None = None
+        self._ended = self._left = False
+        self._early: dict[str, list[Tensor]] = {}
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> Stepped:
+        """Begin; nothing runs yet."""
+        self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Leave the pass where it is."""
+        self._left = True
+        self._go.release()
+        self._thread.join()
+
+    def until(self, layer: str) -> Tensor | None:
+        """Return the next output of a layer; None if the pass ends without calling it again.
+
+        Outputs of other layers that come before are kept until they are asked for.
+        """
+        while not self._early.get(layer):
+            if self._ended:
+                return None
+            self._go.release()
+            self._stopped.acquire()
+            if self._error is not None:
+                raise self._error
+            if self._now is not None:
+                name, output = self._now
+                self._early.setdefault(name, []).append(output)
+        return self._early[layer].pop(0)
+
+    def _run(self) -> None:
+        self._go.acquire()
+        try:
+            if not self._left:
+                with capture(self._model, self._layers, self._stop):
+                    call(self._model, self._example)
+        except _Left:
+            pass
+        except BaseException as error:  # handed to who waits
+            self._error = error
+        self._now, self._ended = None, True
+        self._stopped.release()
+
+    def _stop(self, name: str, inputs: Tensor, output: Tensor) -> None:
+        self._now = (name, output)
+        self._stopped.release()
+        self._go.acquire()
+        if self._left:
+            raise _Left
+
+
+class _Left(Exception):
+    """Ends a pass that nobody wants to go on."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pliant.cost import Example, call
+from pliant.cost import Example, call, evaluating
 from pliant.observe.watch import capture, samples
 
 
@@ -31,12 +31,10 @@ def recalibrate(model: nn.Module, batches: Iterable[Example]) -> int:
     ]
     if not norms:
         return 0
-    flags = {module: module.training for module in model.modules()}
     momenta = {norm: norm.momentum for norm in norms}
     try:
-        model.eval()  # dropout stays off: only the norms see training mode
         most = 0
-        with torch.no_grad():
+        with evaluating(model), torch.no_grad():  # only the norms see training mode, not dropout
             for batch in batches:
                 size = samples(batch)
                 if size < 2 or 2 * size < most:
@@ -48,8 +46,6 @@ def recalibrate(model: nn.Module, batches: Iterable[Example]) -> int:
     finally:
         for norm in norms:
             norm.momentum = momenta[norm]
-        for module, flag in flags.items():
-            module.training = flag
     return len(norms)
 
 

@@ -14,9 +14,9 @@ from torch.utils._pytree import tree_map
 from pliant.cost import Example, call
 from pliant.edits import Edit, Fold, Merge, replay
 from pliant.edits.merge import fits
-from pliant.nn.factorized import readable
 from pliant.observe.outputs import alike, answers
 from pliant.observe.watch import capture
+from pliant.surgery.select import readable
 
 TOLERANCE = 1e-3  # of the largest output: rounding stays far below, a wrong fold far above
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from pliant.api import analyze, cluster, recover
 from pliant.errors import PliantError
 from pliant.registry import Verb, build, entry_of, plain
-from pliant.solution import Finding, Solution
+from pliant.result import Finding, Solution
 from pliant.testing import described
 from pliant.testing.case import Case
 from pliant.testing.described import must

@@ -9,7 +9,7 @@ import pliant
 from pliant.errors import PliantError
 from pliant.families.solve import grassmann
 from pliant.methods.cluster.product_grassmann_lrr import ProductGrassmannLRR
-from pliant.solution import Solution
+from pliant.result import Solution
 from pliant.testing import Case
 
 MERGED = ((0, 1), (2, 3))  # groups that look the same, in each view

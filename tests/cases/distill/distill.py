@@ -12,7 +12,7 @@ from pliant.math.divergence import divergence, mean_where, neighbour_means
 from pliant.method import Method
 from pliant.methods.distill.kd import KD
 from pliant.methods.distill.oskd import OSKD
-from pliant.observe.aside import Teacher, held
+from pliant.observe.aside import Teacher
 from pliant.run import Run, start
 from pliant.testing import Case
 
@@ -172,7 +172,7 @@ def the_divergence_by_hand() -> None:
 def the_teacher_is_the_network_as_it_was() -> None:
     """Frozen at the start; the loss is the mixture, and moves with the student only."""
     run = trained(KD(weight=0.25), steps=3)
-    teacher = held(run.handles, "", Teacher)
+    teacher = run.aside.get(Teacher)
     first = net()
     scores = teacher.scores((INPUTS,), torch.device("cpu"))
     assert torch.equal(scores, first(INPUTS))
@@ -186,13 +186,13 @@ def the_teacher_is_the_network_as_it_was() -> None:
 def a_stage_is_taught_by_what_it_found() -> None:
     """In a chain the copy is made when the stage begins; in one loop it is the dense network."""
     run = trained(chain(Method(), "kd"), steps=4)
-    ((path, teacher),) = run.handles
+    ((path, teacher),) = run.aside.kept
     assert path == "stage1/" and isinstance(teacher, Teacher)
     halfway = trained(Method(), steps=2)
     scores = teacher.scores((INPUTS,), torch.device("cpu"))
     assert torch.equal(scores, halfway.model(INPUTS))
     run = trained(together("kd", "energy(p=0.5)"), steps=1)
-    dense = held(run.handles, "part0/", Teacher)
+    dense = run.aside.scope("part0").get(Teacher)
     assert torch.equal(dense.scores((INPUTS,), torch.device("cpu")), net()(INPUTS))
     assert run.edits and type(run.model[0]) is not nn.Linear  # type: ignore[index]
 

@@ -29,7 +29,6 @@ from pliant.math.forms import compose
 from pliant.math.metric import Metric
 from pliant.method import Method
 from pliant.methods.lowrank.elastic import Elastic, Precision
-from pliant.observe.aside import held
 from pliant.result import Report
 from pliant.run import Run, start
 from pliant.testing import Case
@@ -164,7 +163,7 @@ def the_dense_network_can_teach_all_sizes() -> None:
     wanted = (wanted + divergence(small, aim, 4.0)) / 2
     assert torch.allclose(run.loss(task, output, (x, y)), wanted)
     run.close()
-    assert not run.handles
+    assert not run.aside.kept
 
 
 def precision_is_that_of_the_training_after_resuming() -> None:
@@ -189,7 +188,7 @@ def precision_is_that_of_the_training_after_resuming() -> None:
     again.load_state_dict(copy.deepcopy(run.state_dict()))
     again.model.load_state_dict(run.model.state_dict())
     assert torch.equal(loss(again), loss(run))
-    assert held(again.handles, "stage1/", Precision).kind == torch.bfloat16
+    assert again.aside.scope("stage1").get(Precision).kind == torch.bfloat16
     again.close()
     assert not again.model._forward_pre_hooks
 

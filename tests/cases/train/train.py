@@ -9,7 +9,7 @@ from pliant.errors import MethodError
 from pliant.math.filters import filter_norms, norm_gap
 from pliant.methods.train.norm_loss import NormLoss
 from pliant.run import Run, start
-from pliant.surgery.decay import cancel_decay
+from pliant.surgery.optim import cancel_decay
 from pliant.testing import Case
 
 

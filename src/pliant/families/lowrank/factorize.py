@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from torch import Tensor
-
-from pliant.budget import Option, cheapest
-from pliant.cost import layer_costs
+from pliant.budget import Option
 from pliant.edits import Factor
 from pliant.errors import ModelError
 from pliant.families.lowrank.options import forms_of, options, with_kernels
 from pliant.families.lowrank.refit import reconstruct as refit
 from pliant.math.forms import FORMS, max_ranks
 from pliant.math.metric import Metric
-from pliant.math.rank import energy_rank
-from pliant.math.svd import spectrum
-from pliant.nn.factorized import Factorizable, factorizable
+from pliant.nn.layers import Factorizable
 from pliant.observe.moments import metrics
+from pliant.observe.spectra import row
+from pliant.plan.allocate import cheapest
 from pliant.run import Run
-from pliant.surgery.batchnorm import recalibrate as mend
+from pliant.surgery.select import factorizable
 
 Layers = Mapping[str, Factorizable]
 Form = Literal["auto", "tucker2", "input", "output", "spatial"]
 
 BATCH = 128  # samples per calibration batch
-SETTLING = 2048  # samples from which batch norms are re-estimated
+HELD = 2**27  # numbers in the output of one layer, for all samples that are refitted from at once
 
 
 def subjects(
@@ -40,11 +38,7 @@ def subjects(
         ModelError: there are none.
         MethodError: a name pattern matches no layer.
     """
-    layers, reasons = factorizable(run.model, only=only, exclude=exclude)
-    costs = layer_costs(run.model, run.example)
-    for name in [name for name in layers if not costs[name].calls]:
-        del layers[name]
-        reasons[name] = "never called in a forward pass"
+    layers, reasons = run.factorizable(only, exclude)
     for name, reason in reasons.items():
         run.keep(name, reason)
     if not layers:
@@ -58,7 +52,7 @@ def subjects(
 
 def look(run: Run, layers: Layers, samples: int) -> dict[str, Metric]:
     """Return the metric of every layer from training inputs, without labels; none without data."""
-    if run.data is None or not run.data.has("train") or not samples:
+    if not run.has_inputs or not samples:
         return {}
     batches = run.inputs(samples, batch=BATCH, seed=0)
     return metrics(run.model, layers, batches, run.generator)
@@ -73,7 +67,7 @@ def check_reachable(run: Run) -> None:
     if not run.limits() or run.edits:
         return
     only, exclude = (getattr(run.method, name, ()) for name in ("only", "exclude"))
-    form, costs = getattr(run.method, "form", "auto"), layer_costs(run.model, run.example)
+    form, costs = getattr(run.method, "form", "auto"), run.planner.rows()
     rows = {}
     for layer, module in factorizable(run.model, only=only, exclude=exclude)[0].items():
         if not costs[layer].calls:  # left alone, and without inputs whose size would count
@@ -82,7 +76,7 @@ def check_reachable(run: Run) -> None:
         for kind in forms_of(shape, FORMS if form == "auto" else (form,)):
             edit = Factor(layer, kind, (1,) * len(max_ranks(shape, kind)))
             rows[layer].append(Option(1.0, edit.predict(costs[layer]), edit))
-    run.check(rows)
+    run.planner.check(rows)
 
 
 def plan(
@@ -104,7 +98,7 @@ def plan(
     if not run.limits():
         return cheapest(choices(run, layers, form, seen, level=1 - p), 1 - p)
     rows = choices(run, layers, form, seen)
-    found = run.allocate(rows, rule="sum" if seen else "max")
+    found = run.planner.allocate(rows, rule="sum" if seen else "max")
     return [edit for edit in found if isinstance(edit, Factor)]  # options hold no other edits
 
 
@@ -114,9 +108,13 @@ def choices(
     """Return what can be done with every layer: see `pliant.families.lowrank.options.options`.
 
     With metrics scores are damages to the loss, which can be summed over layers; for a ``level``,
-    at whose very ranks there is an option then, they are shares of a layer's own energy.
+    at whose very ranks there is an option then, they are shares of a layer's own energy. A layer
+    that no calibration input reached (an expert to which none was routed) counts as the others do
+    on average.
     """
-    costs = layer_costs(run.model, run.example)
+    costs = run.planner.rows()
+    worth = {n: seen[n].energy(m.weight.detach()) for n, m in layers.items() if n in seen}
+    usual = sum(worth.values()) / max(1, len(worth))
     allowed = FORMS[:4] if form == "auto" else (form,)
     timed = run.clock is not None and "latency" in run.limits()
     found = {}
@@ -136,7 +134,7 @@ def choices(
             steps=steps,
             level=level,
         )
-        scale = metric.energy(module.weight.detach()) if metric and level is None else 1.0
+        scale = worth.get(name, usual) if seen and level is None else 1.0
         found[name] = [replace(row, score=row.score * scale) for row in rows]
     return found
 
@@ -161,31 +159,25 @@ def factorize(
         reconstruct: training inputs from which the new layers are then refitted, one after the
             other, to what the dense network says; 0 for none.
     """
-    known = run.data is not None and run.data.has("train")
-    dense = copy.deepcopy(run.model) if known and reconstruct else None
+    dense = copy.deepcopy(run.model) if run.has_inputs and reconstruct else None
     run.apply(*with_kernels(edits, layers, seen))
     changed = {edit.layer for edit in edits}
     for name in layers:
         if name not in changed:
             run.keep(name, "no factorized form at the rank it needs is smaller")
-    if known and recalibrate:
-        mend(run.model, run.inputs(SETTLING))
+    if recalibrate:
+        run.recalibrate()
     if dense is not None:
-        batches = run.inputs(reconstruct, batch=BATCH, seed=2)
+        batch = max(1, min(reconstruct, HELD // _largest(run)))
+        batches = run.inputs(reconstruct, batch=batch, seed=2)
         refit(dense, run.model, [edit.layer for edit in edits], batches)
+
+
+def _largest(run: Run) -> int:
+    """Numbers in the largest output that a layer gives for one sample."""
+    return max((math.prod(row.output) for row in run.planner.rows().values()), default=1) or 1
 
 
 def note_spectra(run: Run, layers: Layers, p: float) -> None:
     """Write the singular values and energy ranks of all layers into the history."""
-    values = {name: spectra(module.weight) for name, module in layers.items()}
-    run.note(
-        spectra={
-            name: {side: s.tolist() for side, s in row.items()} for name, row in values.items()
-        },
-        ranks={name: [energy_rank(s, p) for s in row.values()] for name, row in values.items()},
-    )
-
-
-def spectra(weight: Tensor) -> dict[str, Tensor]:
-    """Return the singular values of the input and the output unfolding of a kernel."""
-    return {"in": spectrum(weight.detach(), 1), "out": spectrum(weight.detach(), 0)}
+    run.note(**row(layers, p))

@@ -13,7 +13,7 @@ from pliant.edits import Factor
 from pliant.families.lowrank.losses import Losses, losses
 from pliant.math import forms
 from pliant.math.metric import Metric
-from pliant.nn.factorized import Factorizable
+from pliant.nn.layers import Factorizable
 
 LEVELS = 48  # rungs per form that a plan considers
 

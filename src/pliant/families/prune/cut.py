@@ -24,11 +24,11 @@ from pliant.families.prune.channels import (
     up_to,
 )
 from pliant.latency.clock import AIM, Clock
-from pliant.nn.factorized import readable
 from pliant.run import Run
 from pliant.surgery.batchnorm import absorb, recalibrate
 from pliant.surgery.graph import Group
 from pliant.surgery.prove import cuttable, edits_of, ignore, prove
+from pliant.surgery.select import readable
 
 
 @dataclass(frozen=True)

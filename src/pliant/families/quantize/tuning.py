@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from pliant.cost import Example, call
 from pliant.math.quantize import FLOOR, column, learnable, levels
-from pliant.nn.factorized import Factorizable, replace
+from pliant.nn.layers import Factorizable, replace
 from pliant.nn.quantized import Bits, Values, applied
 
 Outputs = Literal["classes", "values"]

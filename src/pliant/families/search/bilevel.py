@@ -245,7 +245,7 @@ def _adam(
 
 def mend(run: Run, count: int = 512) -> None:
     """Re-estimate batch norms, which saw mixtures of operations, for what is left of them."""
-    if run.data is not None and run.data.has("train"):
+    if run.has_inputs:
         recalibrate(run.model, run.inputs(count, batch=128, seed=0))
 
 

@@ -14,7 +14,7 @@ from pliant.errors import DataError, MethodError, ModelError
 from pliant.families.analyze.inputs import check_logits, logits, shown
 from pliant.observe.watch import capture
 from pliant.registry import Paper, register
-from pliant.solution import Finding
+from pliant.result import Finding
 
 BATCH, MOST_DRAWS = 256, 1000
 NULL = 1e-9  # of the outputs' own variance: a mean that moves less does not move at all

@@ -19,7 +19,7 @@ from pliant.families.solve.grassmann import (
     representation,
 )
 from pliant.registry import Paper, register
-from pliant.solution import Solution, Views
+from pliant.result import Solution, Views
 
 SETTLED = 1e-4  # relative change of the robust objective at which reweighting stops
 ROUNDS = 20  # of reweighting, at most

@@ -5,24 +5,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from pliant.codecs import address_map, tensors
-from pliant.cost import Packed, cost, layer_costs
+from pliant.codecs import address_map
+from pliant.cost import Packed
 from pliant.edits.encode import encoding
-from pliant.errors import BudgetError, MethodError, ModelError
-from pliant.families.code.sharing import draw, kmeans, mask, nearest, representatives
+from pliant.errors import MethodError
+from pliant.families.code.shared import MOST, Shared, coded_bytes, lowest_level, shared, twin
 from pliant.method import Method
-from pliant.nn.factorized import Factorizable, readable
+from pliant.nn.layers import Factorizable
 from pliant.registry import Paper, register
 from pliant.run import Run
-from pliant.surgery.batchnorm import recalibrate
 
-MOST = 0.999  # highest pruning level that a budget may ask for
-HALVINGS = 12  # of the interval in which that level is searched
-SETTLING = 2048  # samples from which batch norms are re-estimated, if nothing is trained
 WHOLE = "its weights are whole numbers already: encode='auto' codes them in the file"
 NO_GAIN = "coded it would not be smaller: it holds too few weights"
 
@@ -30,20 +25,6 @@ PAPER = 'hac(zeros=True, rate=0.001, format="shac")'
 """The method as it was published."""
 
 Layers = dict[str, Factorizable]
-
-
-@dataclass(frozen=True)
-class Shared:
-    """Weights that share values: ``levels[index]``, and zero where the mask is not set."""
-
-    mask: Tensor
-    index: Tensor
-    levels: Tensor
-
-    @property
-    def weight(self) -> Tensor:
-        """The weights."""
-        return self.levels[self.index.long()] * self.mask
 
 
 @register(
@@ -98,11 +79,7 @@ class HAC(Method):
     def prepare(self, run: Run) -> None:
         """Choose the layers and the pruning level, and prune."""
         self._check()
-        layers, reasons = readable(run.model, only=self.only, exclude=self.exclude)
-        calls = {name: row.calls for name, row in layer_costs(run.model, run.example).items()}
-        for name in [name for name in layers if not calls.get(name)]:
-            del layers[name]
-            reasons[name] = "never called in a forward pass"
+        layers, reasons = run.readable(self.only, self.exclude)
         for name, module in run.model.named_modules():
             if isinstance(module, Packed):
                 reasons[name] = WHOLE
@@ -140,8 +117,8 @@ class HAC(Method):
             else:
                 edits.append(edit)
         run.apply(*edits)
-        if not run.step and run.data is not None and run.data.has("train"):
-            recalibrate(run.model, run.inputs(SETTLING))
+        if not run.step:
+            run.recalibrate()
 
     def _check(self) -> None:
         for name, least, most in (("prune", 0, MOST), ("masked", 0, 1), ("rate", 0, 1)):
@@ -160,7 +137,7 @@ class HAC(Method):
     def _prune(self, run: Run, level: float) -> None:
         """Zero the smallest weights of the layers that coding will make smaller."""
         for name, module in self._subjects(run).items():
-            found = self._shared(module.weight, level, _twin(run.generator))
+            found = self._shared(module.weight, level, twin(run.generator))
             if not self._left(run, name, found, module.weight):
                 run.state["masks"][name] = found.mask
                 module.weight.mul_(found.mask)
@@ -182,7 +159,7 @@ class HAC(Method):
 
     def _left(self, run: Run, name: str, found: Shared, weight: Tensor) -> bool:
         """Leave a layer alone from now on if coding would not make it smaller."""
-        if self._bytes(found, weight) < weight.nbytes:
+        if coded_bytes(found, weight, self.format) < weight.nbytes:
             return False
         run.keep(name, NO_GAIN)
         run.state["layers"].remove(name)
@@ -191,77 +168,26 @@ class HAC(Method):
 
     def _shared(self, weight: Tensor, level: float, generator: torch.Generator) -> Shared:
         """Prune a weight and share a few values among it."""
-        if not torch.isfinite(weight).all():
-            raise ModelError("hac: weights must be finite to share values, and some are not.")
-        kept = mask(weight, level)
-        pruned = (weight * kept).float()
-        known = pruned if self.zeros or not kept.any() else pruned[kept]
-        if self.share == "ws":
-            levels = kmeans(known, self.values)
-            return Shared(kept, nearest(pruned, levels), levels)
-        levels = representatives(known, self.values)
-        return Shared(kept, draw(pruned, levels, generator), levels)
+        return shared(weight, level, self.values, self.share, generator, zeros=self.zeros)
 
     def _move(self, run: Run, name: str, module: Factorizable) -> None:
         """Move each value by what its weights would have moved; they stay together."""
-        masks, levels = run.state["masks"][name], run.state["levels"][name]
-        now = Shared(masks, run.state["index"][name], levels)
-        moved = (module.weight.float() - now.weight) * masks
-        places = now.index.flatten().long()
-        step = torch.zeros_like(levels).index_add_(0, places, moved.flatten())
-        if self.rate is None:
-            step /= torch.zeros_like(levels).index_add_(0, places, masks.flatten().float()).clamp(1)
-        levels.add_(step, alpha=1.0 if self.rate is None else self.rate)
+        state = run.state
+        now = Shared(state["masks"][name], state["index"][name], state["levels"][name])
+        now.move(module.weight, self.rate)
         module.weight.copy_(now.weight)
 
-    # How many bytes a pruning level costs.
-
     def _level(self, run: Run, layers: Layers, least: float) -> float:
-        """Return the lowest pruning level from ``least`` on that meets the budget.
-
-        Raises:
-            BudgetError: none does.
-        """
+        """Return the lowest pruning level from ``least`` on that meets the budget."""
         bound = run.limits().get("bytes")
         if bound is None:
             return least
-        now = cost(run.model, run.example).bytes
-        rest = now - sum(module.weight.nbytes for module in layers.values())
-        found = {level: rest + self._total(run, layers, level) for level in (least, MOST)}
-        if found[least] <= bound:
-            return least
-        if found[MOST] > bound:
-            raise BudgetError(
-                f"hac reaches {found[MOST]:,} bytes where {bound:,.0f} are asked for, and "
-                f"{rest:,} of them are not of layers that it codes: ask for less."
-            )
-        low, high = least, MOST
-        for _ in range(HALVINGS):
-            middle = (low + high) / 2
-            fits = rest + self._total(run, layers, middle) <= bound
-            low, high = (low, middle) if fits else (middle, high)
-        return high
+        rest = run.planner.now().bytes - sum(module.weight.nbytes for module in layers.values())
 
-    def _total(self, run: Run, layers: Layers, level: float) -> int:
-        generator, total = _twin(run.generator), 0
-        for module in layers.values():
-            weight = module.weight.detach()
-            found = self._shared(weight, level, generator)
-            total += min(weight.nbytes, self._bytes(found, weight))
-        return total
+        def total(level: float) -> int:
+            generator = twin(run.generator)
+            weights = [module.weight.detach() for module in layers.values()]
+            found = [(weight, self._shared(weight, level, generator)) for weight in weights]
+            return rest + sum(min(w.nbytes, coded_bytes(f, w, self.format)) for w, f in found)
 
-    def _bytes(self, found: Shared, weight: Tensor) -> int:
-        """Predict the coded kernel, with pruned weights apart from a value that is zero by now."""
-        index = found.index[found.mask].cpu().numpy()
-        counts = np.bincount(index, minlength=1)
-        zeros, shape = weight.numel() - len(index), tensors.matrix(tuple(weight.shape))
-        size = weight.element_size()
-        return min(
-            address_map.predict(counts[counts > 0], zeros, shape, size, form)
-            for form in (address_map.FORMS if self.format == "auto" else (self.format,))
-        )
-
-
-def _twin(generator: torch.Generator) -> torch.Generator:
-    """Return a generator that will draw the same numbers, and leave this one as it is."""
-    return torch.Generator().set_state(generator.get_state())
+        return lowest_level(total, least, bound, rest)

@@ -11,7 +11,7 @@ from pliant.data import unpack
 from pliant.errors import DataError, MethodError
 from pliant.math.divergence import divergence
 from pliant.method import Method
-from pliant.observe.aside import Teacher, held
+from pliant.observe.aside import Teacher
 from pliant.observe.outputs import logits
 from pliant.registry import Paper, register
 from pliant.run import Run
@@ -63,6 +63,6 @@ class KD(Method):
                 "leave it out of a regression."
             )
         scores = logits(output)
-        target = held(run.handles, run.path, Teacher).scores(inputs, scores.device)
+        target = run.aside.get(Teacher).scores(inputs, scores.device)
         gap = divergence(scores, target, self.temperature)
         return (1 - self.weight) * loss + self.weight * gap

@@ -13,7 +13,7 @@ from pliant.data import unpack
 from pliant.errors import DataError, MethodError, ModelError
 from pliant.math.divergence import divergences, mean_where, neighbour_means
 from pliant.method import Method
-from pliant.observe.aside import Tap, held
+from pliant.observe.aside import Tap
 from pliant.observe.order import order
 from pliant.observe.outputs import logits
 from pliant.registry import Paper, register
@@ -123,7 +123,7 @@ class OSKD(Method):
     def _rows(self, run: Run, output: Any) -> Tensor:
         if self.look_at == "logits":
             return logits(output)
-        return F.normalize(held(run.handles, run.path, Tap).take().flatten(1), dim=1)
+        return F.normalize(run.aside.get(Tap).take().flatten(1), dim=1)
 
     def _gaps(self, rows: Tensor, target: Tensor) -> Tensor:
         if self.measure == "kl":

@@ -18,8 +18,7 @@ from pliant.nn.filters import WEIGHTED, filter_size
 from pliant.observe.order import Order, order
 from pliant.registry import Paper, register
 from pliant.run import Run
-from pliant.surgery.decay import cancel_decay
-from pliant.surgery.optim import carry
+from pliant.surgery.optim import cancel_decay, carry
 from pliant.surgery.select import check_patterns, matches, weighted
 
 
@@ -160,4 +159,4 @@ def _swaps(run: Run, seen: Order, layers: list[str]) -> list[Swap]:
 
 def _aligned(run: Run) -> list[Aligned]:
     """Return what this method put into the network."""
-    return [thing for at, thing in run.handles if at == run.path and isinstance(thing, Aligned)]
+    return run.aside.all(Aligned)

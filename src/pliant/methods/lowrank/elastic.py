@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
@@ -25,7 +24,7 @@ from pliant.families.lowrank.sizes import settle
 from pliant.math.divergence import divergence
 from pliant.math.metric import Metric
 from pliant.method import Method
-from pliant.observe.aside import Teacher, held
+from pliant.observe.aside import Teacher
 from pliant.observe.outputs import logits
 from pliant.registry import Paper, register
 from pliant.run import Run
@@ -119,7 +118,7 @@ class Elastic(Method):
         layers = subjects(run, self.only, self.exclude)
         seen = look(run, layers, self.samples)
         tables = [Settle(name, self.sizes) for name in norms]
-        planned = replace(run, model=copy.deepcopy(run.model))
+        planned = run.rehearsal()
         replay(planned.model, tables)  # their bytes count
         edits = self._factors(planned, layers, seen)
         if edits:
@@ -134,12 +133,12 @@ class Elastic(Method):
         inputs, target = unpack(batch)[0], logits(output).detach().float()
         temperatures = [HARD]
         if self.learn_from == "dense":
-            target = held(run.handles, run.path, Teacher).scores(inputs, target.device).float()
+            target = run.aside.get(Teacher).scores(inputs, target.device).float()
             loss = (loss + divergence(logits(output).float(), target, SOFT)) / 2
             temperatures = [HARD, SOFT]
         args, names = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
         for size in self._sampled(run):
-            with held(run.handles, run.path, Precision).again(target.device.type):
+            with run.aside.get(Precision).again(target.device.type):
                 weights = weights_at(run.model, run.edits, size)
                 found = logits(functional_call(run.model, weights, args, dict(names)))
             gaps = [divergence(found.float(), target, each) for each in temperatures]
@@ -207,7 +206,7 @@ class Elastic(Method):
 def _planned(run: Run, rows: dict[str, list[Option]], limits: dict[str, float]) -> Plan:
     # All of these are counts, so a whole number bounds them as well.
     budget = Budget(**{axis: max(1, int(bound)) for axis, bound in limits.items()})
-    found = replace(run, budget=budget).allocate(rows, rule="sum")
+    found = replace(run.planner, budget=budget).allocate(rows, rule="sum")
     return {edit.layer: edit for edit in found if isinstance(edit, Factor)}
 
 

@@ -9,12 +9,13 @@ from pliant.budget import Limits, Option
 from pliant.cost import LayerCost, layer_costs
 from pliant.edits import Factor
 from pliant.errors import BudgetError
-from pliant.families.lowrank.factorize import factorize, spectra, subjects
+from pliant.families.lowrank.factorize import factorize, subjects
 from pliant.math.forms import max_ranks
 from pliant.math.rank import evbmf_rank
 from pliant.math.svd import unfold
 from pliant.method import Method
-from pliant.nn.factorized import Factorizable
+from pliant.nn.layers import Factorizable
+from pliant.observe.spectra import spectra
 from pliant.registry import Paper, register
 from pliant.run import Run
 
@@ -97,7 +98,7 @@ def _scaled(
             )
         return edits
 
-    return run.settle(best)  # type: ignore[arg-type,return-value]
+    return run.planner.settle(best)  # type: ignore[arg-type,return-value]
 
 
 def _at(
@@ -131,7 +132,7 @@ def _tried(run: Run, edits: list[Factor], limits: Limits) -> tuple[list[Factor],
         ]
         for edit in edits
     }
-    priced, fixed = run.priced(options)
+    priced, fixed = run.planner.priced(options)
     taken = [rows[-1] for rows in priced.values()]
     fits = all(
         getattr(fixed, axis) + sum(getattr(row.cost, axis) for row in taken) <= bound

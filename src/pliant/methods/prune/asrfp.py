@@ -15,10 +15,10 @@ from pliant.families.prune.channels import filters_of
 from pliant.families.prune.cut import cut, subjects, uniform_shares
 from pliant.families.prune.masks import fade, fade_small, unit_norms, weakest
 from pliant.method import Method
-from pliant.nn.factorized import readable
 from pliant.registry import Paper, register
 from pliant.run import Run
 from pliant.surgery.prove import edits_of
+from pliant.surgery.select import readable
 
 Decay = Literal["exponential", "linear", "constant"]
 

@@ -30,13 +30,13 @@ from pliant.families.quantize.tuning import (
 )
 from pliant.math.quantize import Grouping
 from pliant.method import Method
-from pliant.nn.factorized import readable
 from pliant.nn.quantized import Values
 from pliant.observe.ranges import begun, harm, observe, unread
 from pliant.registry import Paper, register
 from pliant.run import Run
 from pliant.surgery.blocks import blocks
 from pliant.surgery.fold import foldable
+from pliant.surgery.select import readable
 
 CHOICES = (8, 4, 3, 2)  # bits among which a budget chooses
 LONGEST = 100_000  # steps of one stage
@@ -101,7 +101,7 @@ class GroupwisePTQ(Method):
                 "groupwise_ptq needs inputs to find the ranges of activations, but there are "
                 "none: pass data, or round weights only with activations=0."
             )
-        folded = replace(run, model=copy.deepcopy(run.model), reasons={})
+        folded = run.rehearsal()
         replay(folded.model, foldable(folded.model, run.example))
         choices = self._choices(folded)
         _spent(folded, choices, {name: [0.0] * len(row) for name, row in choices.items()})
@@ -275,4 +275,4 @@ def _spent(
         ]
         for name, edits in choices.items()
     }
-    return {edit.layer: edit for edit in run.allocate(options, rule="sum")}  # type: ignore[misc]
+    return {edit.layer: edit for edit in run.planner.allocate(options, rule="sum")}  # type: ignore[misc]

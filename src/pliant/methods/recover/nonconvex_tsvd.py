@@ -14,7 +14,7 @@ from pliant.families.solve.admm import Blocks, Pace, Solved, admm
 from pliant.families.solve.concave import Name, named
 from pliant.families.solve.tsvd import mean_over_slices, singular_values, spectral_map
 from pliant.registry import Paper, register
-from pliant.solution import Solution
+from pliant.result import Solution
 
 MOST_ROUNDS = 50
 NOTHING = 1e-12  # a size below which there is nothing to weigh by

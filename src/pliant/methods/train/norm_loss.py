@@ -14,7 +14,7 @@ from pliant.method import Method
 from pliant.nn.filters import filter_layout
 from pliant.registry import Paper, register
 from pliant.run import Run
-from pliant.surgery.decay import cancel_decay
+from pliant.surgery.optim import cancel_decay
 from pliant.surgery.select import check_patterns, weighted
 
 MOST = 10.0  # of the weight: beyond it steps of usual length overshoot

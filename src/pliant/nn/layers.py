@@ -1,0 +1,129 @@
+"""Which layers can be read and replaced, and how a layer takes the place of another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+Factorizable = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
+
+
+_PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
+
+
+KERNELS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.RNNBase)
+
+
+Shared = dict[int, list[str]]
+"""The names of every parameter that several layers have, by its identity."""
+
+
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
+)
+
+
+def obstacle(model: nn.Module, name: str, shared: Shared | None = None) -> str | None:
+    """Say why the layer of this name cannot be factorized, or None if it can.
+
+    Args:
+        model: holds the layer.
+        name: of the layer.
+        shared: what `shared_weights` gives, where many layers are asked about.
+
+    Raises:
+        AttributeError: the model has no such module.
+    """
+    if reason := unreadable(model, name, shared):
+        return reason
+    module: Any = model.get_submodule(name)
+    if getattr(module, "groups", 1) != 1:
+        return "a grouped convolution has no cross-channel rank"
+    if min(module.weight.shape[:2]) < 2:
+        return "a single channel has no rank to lower"
+    return None
+
+
+def unreadable(model: nn.Module, name: str, shared: Shared | None = None) -> str | None:
+    """Say why the weight of the layer of this name cannot be read and replaced, None if it can.
+
+    Args:
+        model: holds the layer.
+        name: of the layer.
+        shared: what `shared_weights` gives, where many layers are asked about.
+
+    Raises:
+        AttributeError: the model has no such module.
+    """
+    module: Any = model.get_submodule(name)
+    if not name:
+        return "the model is this single layer: wrap it in nn.Sequential"
+    if parametrize.is_parametrized(module):
+        return "its weight is parametrized: remove the parametrization first"
+    if type(module) not in _PLAIN:
+        return f"{type(module).__name__} has no factorized form here"
+    if _weight_norm_hooked(module):
+        return "its weight is computed by a forward-pre hook: remove it first"
+    if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
+        return "MultiheadAttention reads this weight directly"
+    if not module.weight.is_floating_point():
+        return f"its weight is of {str(module.weight.dtype).removeprefix('torch.')}, not real"
+    tied = shared_weights(model) if shared is None else shared
+    owners = tied.get(id(module.weight), ())
+    if others := [other for other in owners if other != f"{name}.weight"]:
+        return f"its weight is tied to {others[0]}"
+    return None
+
+
+def shared_weights(model: nn.Module) -> Shared:
+    """Return the names of all parameters that more than one layer has.
+
+    A layer that is registered under several names is one layer.
+    """
+    owners: Shared = {}
+    for path, module in model.named_modules():
+        for child, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            owners.setdefault(id(parameter), []).append(f"{path}.{child}".lstrip("."))
+    return {key: names for key, names in owners.items() if len(names) > 1}
+
+
+def _weight_norm_hooked(module: nn.Module) -> bool:
+    return not isinstance(getattr(module, "weight", None), nn.Parameter) and isinstance(
+        module, (nn.Linear, nn.modules.conv._ConvNd)
+    )
+
+
+def in_layout_of(dense: Tensor, kernel: Tensor) -> Tensor:
+    """Keep 2-d kernels in channels_last, where the dense one is: that is faster on many CPUs."""
+    if dense.dim() == 4 and not dense.is_contiguous():
+        return kernel.contiguous(memory_format=torch.channels_last)
+    return kernel
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` in the place of the submodule called ``name``, under all names that it has.
+
+    Hooks of the old layer go on with the new one, and their handles stay good. The transformer
+    blocks around it leave their fused inference path, which would read the weight of a layer that
+    is no longer there; the plain path computes the same.
+    """
+    *path, _ = name.split(".")
+    old = model.get_submodule(name)
+    if not any(part is old for part in module.modules()):
+        for kind in _HOOKS:
+            setattr(module, kind, getattr(old, kind))
+    for parent in list(model.modules()):
+        for child, layer in list(parent._modules.items()):
+            if layer is old and parent is not module:
+                setattr(parent, child, module)
+    for depth in range(len(path) + 1):
+        around = model.get_submodule(".".join(path[:depth]))
+        if isinstance(around, nn.TransformerEncoderLayer):
+            around.activation_relu_or_gelu = 0  # PyTorch's own sign for "cannot be fused"
+        if isinstance(around, nn.TransformerEncoder):
+            around.use_nested_tensor = False
