@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pliant.budget import Budget
 from pliant.cost import cost
-from pliant.data import Data, Train
+from pliant.data import Data, Epoch, Train
 from pliant.drivers.loop import evaluate, fit
 from pliant.edits import Edit
 from pliant.method import Method
@@ -33,9 +33,18 @@ class Observed(Method):
     def parts(self) -> tuple[Method, ...]:
         return (self.method,)
 
+    def refuse(self, run: Run) -> None:
+        self.method.refuse(run)
+
     def prepare(self, run: Run) -> None:
         self.method.prepare(run)
         self.look(run)
+
+    def epoch(self, epoch: Epoch, data: Data) -> Epoch:
+        return self.method.epoch(epoch, data)
+
+    def weigh(self, run: Run, losses: Tensor, output: Any, batch: Any) -> Tensor | None:
+        return self.method.weigh(run, losses, output, batch)
 
     def loss(self, run: Run, loss: Tensor, output: Any, batch: Any) -> Tensor:
         return self.method.loss(run, loss, output, batch)

@@ -2,15 +2,16 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pliant.cost import call, evaluating
 from pliant.data import IGNORED, Data, unpack
+from pliant.data.criterion import classes_second, task_loss
+from pliant.data.sources import moved
 from pliant.data.splits import Split
 from pliant.errors import DataError, ModelError
 from pliant.math.divergence import divergence
@@ -24,10 +25,15 @@ class Score:
     Attributes:
         accuracy: share of right answers, in 0..1; nan where labels are not classes.
         loss: mean loss of the task.
+        hits: for every answer that was asked for whether it was right, in the order of the split;
+            empty where labels are not classes.
+        classes: how many answers there are to choose from; 0 where labels are not classes.
     """
 
     accuracy: float
     loss: float
+    hits: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool), compare=False)
+    classes: int = 0
 
 
 @torch.no_grad()
@@ -56,7 +62,9 @@ def evaluate(
     """
     device = torch.device(device) if device is not None else device_of(model)
     model.to(device)
-    right = losses = count = answers = 0.0
+    losses = count = 0.0
+    rights: list[Tensor] = []
+    classes = 0
     with evaluating(model):
         for sample in data.batches(split, batch):
             inputs, labels = unpack(moved(sample, device))
@@ -64,11 +72,14 @@ def evaluate(
             size = len(scores)
             losses += float(task_loss(scores, labels)) * size
             count += size
-            hits, asked = _right(scores, labels)
-            right, answers = right + hits, answers + asked
+            if not labels.is_floating_point():
+                rights.append(_right(scores, labels).cpu())
+                classes = scores.shape[1] if scores.dim() == 2 else scores.shape[-1]
     if not count:
         raise DataError(f"The {split} split must hold samples, but it gave none; check the loader.")
-    return Score(right / answers if answers else math.nan, losses / count)
+    hits = torch.cat(rights) if rights else torch.empty(0, dtype=torch.bool)
+    accuracy = float(hits.sum()) / len(hits) if len(hits) else math.nan
+    return Score(accuracy, losses / count, hits, classes)
 
 
 def forward(model: nn.Module, inputs: Any) -> Any:
@@ -96,25 +107,6 @@ def shapes(inputs: Any) -> str:
     )
 
 
-def task_loss(output: Any, labels: Any) -> Tensor:
-    """Return the mean loss: cross-entropy for whole-number labels, squared error for others.
-
-    Class scores are (N, C) with labels (N,), or (N, C, ...) or (N, ..., C) with labels (N, ...).
-
-    Raises:
-        DataError: there are no labels.
-    """
-    if not isinstance(labels, Tensor):
-        raise DataError(
-            "Training and scoring need labels, but the batch has none: give (inputs, labels), "
-            "or a mapping with labels."
-        )
-    scores = logits(output)
-    if labels.is_floating_point():
-        return F.mse_loss(scores, labels.to(scores.dtype).reshape(scores.shape))
-    return F.cross_entropy(_classes_second(scores, labels), labels, ignore_index=IGNORED)
-
-
 def distillation(output: Any, teacher: Any, temperature: float) -> Tensor:
     """Return the divergence from a teacher's softened classes (Hinton et al. 2015), times T^2."""
     return divergence(logits(output), logits(teacher), temperature)
@@ -125,28 +117,6 @@ def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def moved(value: Any, device: torch.device) -> Any:
-    """Move the tensors of a batch to a device, whatever holds them."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: moved(item, device) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return tuple(moved(item, device) for item in value)
-    return value
-
-
-def _classes_second(scores: Tensor, labels: Tensor) -> Tensor:
-    """Bring (N, ..., C) into (N, C, ...), the order of cross-entropy."""
-    if scores.dim() > 2 and (scores.shape[0], *scores.shape[2:]) != tuple(labels.shape):
-        return scores.movedim(-1, 1)
-    return scores
-
-
-def _right(scores: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Count right answers and questions."""
-    if labels.is_floating_point():
-        return 0.0, 0.0
-    asked = labels != IGNORED
-    hits = (_classes_second(scores, labels).argmax(1) == labels) & asked
-    return float(hits.sum()), float(asked.sum())
+def _right(scores: Tensor, labels: Tensor) -> Tensor:
+    """Say of every answer that was asked for whether it is right."""
+    return (classes_second(scores, labels).argmax(1) == labels)[labels != IGNORED]

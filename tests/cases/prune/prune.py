@@ -28,7 +28,6 @@ from pliant.testing import Case, toys
 
 NONE = "no channels that can be removed"
 REFUSES = {"shared": NONE, "single": NONE}
-TOYS = tuple(name for name in toys.TOYS if name != "bare") + ("bare",)  # the last one is exported
 
 
 def pair(*norms: float) -> nn.Sequential:
@@ -200,7 +199,7 @@ def fisher_needs_inputs_and_sound_options() -> None:
     with pytest.raises(DataError, match="give data, or take magnitude"):
         run_of(pair(1.0, 2.0), GroupFisher())
     for options in ({"samples": 0}, {"looks": 0}, {"looks": 1000}):
-        with pytest.raises(MethodError, match="samples must be"):
+        with pytest.raises(MethodError, match="(samples|looks) must be int"):
             run_of(pair(1.0, 2.0), GroupFisher(**options))
 
 
@@ -389,7 +388,6 @@ def a_budget_sets_the_rate() -> None:
 CASES = [
     Case(
         "magnitude",
-        toys=TOYS,
         refuses=REFUSES,
         variants=('magnitude(norm="l1", scope="local")', "magnitude(rounds=3)"),
         own=(
@@ -402,14 +400,12 @@ CASES = [
     ),
     Case(
         "random",
-        toys=TOYS,
         refuses=REFUSES,
         variants=('random(scope="global", rounds=2)',),
         own=(lots_are_of_the_seed,),
     ),
     Case(
         "group_fisher",
-        toys=TOYS,
         refuses=REFUSES,
         variants=("group_fisher(looks=1, samples=8)", "group_fisher(rounds=2)"),
         own=(
@@ -423,7 +419,6 @@ CASES = [
     ),
     Case(
         "asrfp",
-        toys=TOYS,
         refuses=REFUSES,
         variants=(
             "asrfp(alpha=0.0, ramp=0.0)",

@@ -58,17 +58,24 @@ def look(run: Run, layers: Layers, samples: int) -> dict[str, Metric]:
     return metrics(run.model, layers, batches, run.generator)
 
 
-def check_reachable(run: Run) -> None:
-    """Refuse a budget that not even factors of rank one would meet, before any training.
+def check_reachable(
+    run: Run, form: Form = "auto", *, only: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> None:
+    """Refuse a budget that not even factors of rank one would meet, before any work.
+
+    Args:
+        run: about to start.
+        form: of the factors.
+        only: name patterns of the layers to consider.
+        exclude: name patterns of the layers to leave alone.
 
     Raises:
         BudgetError: the message names what is reachable.
+        MethodError: a name pattern matches no layer.
     """
-    if not run.limits() or run.edits:
+    if not run.limits():
         return
-    only, exclude = (getattr(run.method, name, ()) for name in ("only", "exclude"))
-    form, costs = getattr(run.method, "form", "auto"), run.planner.rows()
-    rows = {}
+    costs, rows = run.planner.rows(), dict[str, list[Option]]()
     for layer, module in factorizable(run.model, only=only, exclude=exclude)[0].items():
         if not costs[layer].calls:  # left alone, and without inputs whose size would count
             continue

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from pliant.cost import Example, call
 from pliant.data import Data, unpack
 from pliant.data.splits import Split
-from pliant.errors import DataError, MethodError, ModelError
+from pliant.errors import DataError, ModelError
 from pliant.observe.watch import capture
-from pliant.registry import Paper, register
+from pliant.registry import In, Paper, register
 from pliant.result import Finding
 
 BATCH, MOST_DRAWS = 256, 1000
@@ -51,16 +51,12 @@ class OutputSensitivity:
     1
     """
 
-    noise: float = 0.1  # sigma, standard deviation of what is added to normalised inputs
-    draws: int = 1  # of noise for each input
+    # sigma, standard deviation of what is added to normalised inputs
+    noise: Annotated[float, In(0, open="low")] = 0.1
+    draws: Annotated[int, In(1, MOST_DRAWS)] = 1  # of noise for each input
 
     def analyze(self, model: nn.Module, data: Data, generator: torch.Generator) -> Finding:
         """Compare outputs with and without noise, in eval mode and in the same batches."""
-        if not 0 < self.noise < float("inf") or not 1 <= self.draws <= MOST_DRAWS:
-            raise MethodError(
-                f"output_sensitivity: noise must be positive and draws 1 to {MOST_DRAWS}, not "
-                f"{self.noise} and {self.draws}."
-            )
         with capture(model, (), lambda *_: None):  # eval mode, no gradients, flags put back
             changes = torch.cat(list(self._changes(model, data, generator)))
         samples, outputs = changes.shape

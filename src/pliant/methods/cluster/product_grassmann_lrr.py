@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from pliant.families.solve.grassmann import (
     product_gram,
     representation,
 )
-from pliant.registry import Paper, register
+from pliant.registry import In, Paper, register
 from pliant.result import Solution, Views
 
 SETTLED = 1e-4  # relative change of the robust objective at which reweighting stops
@@ -56,17 +56,21 @@ class ProductGrassmannLRR:
     'spectral'
     """
 
-    size: int = 5  # p, dimensions of a subspace; fewer where a set has fewer vectors
-    rank: int | None = None  # r, the most that Z may have; the number of groups if None
-    strength: float = 0.05  # lambda, in units of the largest eigenvalue of the Gram matrix
-    weights: tuple[float, ...] = ()  # w, of the views; 1 each if empty
+    # p, dimensions of a subspace; fewer where a set has fewer vectors
+    size: Annotated[int, In(1)] = 5
+    # r, the most that Z may have; the number of groups if None
+    rank: Annotated[int, In(1)] | None = None
+    # lambda, in units of the largest eigenvalue of the Gram matrix
+    strength: Annotated[float, In(0, 2, "high")] = 0.05
+    weights: tuple[Annotated[float, In(0)], ...] = ()  # w, of the views; 1 each if empty
     solver: Literal["spectral", "admm"] = "spectral"  # closed form or iteration
     error: Literal["fro", "l21"] = "fro"  # squared, or robust to single samples (admm only)
     precomputed: bool = False  # x is a Gram matrix of the samples, or one per view
-    mu: float = 0.15  # weight of the constraint at first, in units of the largest eigenvalue
-    growth: float = 1.01  # rho, of mu in each iteration
-    tolerance: float = 1e-6  # of the iteration
-    iterations: int = 2000  # at most
+    # weight of the constraint at first, in units of the largest eigenvalue
+    mu: Annotated[float, In(0, open="low")] = 0.15
+    growth: Annotated[float, In(1, 10, "low")] = 1.01  # rho, of mu in each iteration
+    tolerance: Annotated[float, In(0, open="low")] = 1e-6  # of the iteration
+    iterations: Annotated[int, In(1)] = 2000  # at most
 
     def cluster(self, views: Views, groups: int, generator: torch.Generator) -> Solution:
         """Represent the samples by one another and cut the graph of their affinities."""

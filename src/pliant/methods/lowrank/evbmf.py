@@ -9,7 +9,7 @@ from pliant.budget import Limits, Option
 from pliant.cost import LayerCost, layer_costs
 from pliant.edits import Factor
 from pliant.errors import BudgetError
-from pliant.families.lowrank.factorize import factorize, subjects
+from pliant.families.lowrank.factorize import check_reachable, factorize, subjects
 from pliant.math.forms import max_ranks
 from pliant.math.rank import evbmf_rank
 from pliant.math.svd import unfold
@@ -50,6 +50,10 @@ class EVBMF(Method):
 
     only: tuple[str, ...] = ()  # name patterns of the layers to consider
     exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone
+
+    def refuse(self, run: Run) -> None:
+        """Refuse a budget that is out of reach."""
+        check_reachable(run, only=self.only, exclude=self.exclude)
 
     def prepare(self, run: Run) -> None:
         """Factorize at once."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
@@ -14,6 +14,7 @@ from pliant.errors import MethodError
 from pliant.families.lowrank.factorize import (
     Form,
     Layers,
+    check_reachable,
     factorize,
     look,
     note_spectra,
@@ -27,7 +28,7 @@ from pliant.math.prox import shrink
 from pliant.math.rank import energy_rank
 from pliant.math.svd import spectrum
 from pliant.method import Method
-from pliant.registry import Paper, register
+from pliant.registry import In, Paper, register
 from pliant.run import Run
 
 Shrinkage = Literal["soft", "relative", "reweighted", "gradient"]
@@ -79,18 +80,25 @@ class NRMF(Method):
     0.1
     """
 
-    alpha: float | None = 0.5  # weight of the penalty; None: found for the budget and p
+    # weight of the penalty; None: found for the budget and p
+    alpha: Annotated[float, In(0)] | None = 0.5
     shrinkage: Shrinkage = "reweighted"  # rule; "soft" and "gradient" are the paper's penalty
-    interval: int = 15  # k, steps between two shrinkages; fewer where the search is short
+    # k, steps between two shrinkages; fewer where the search is short
+    interval: Annotated[int, In(1)] = 15
     keep_norm: bool = True  # scale shrunken kernels back to their norm
-    search: float = 0.1  # share of the training before the factorization
-    p: float = 0.95  # energy kept, if there is no budget
+    search: Annotated[float, In(0, 1)] = 0.1  # share of the training before the factorization
+    p: Annotated[float, In(0, 1)] = 0.95  # energy kept, if there is no budget
     form: Form = "auto"  # of the factors; "auto" takes the best per layer
-    samples: int = 1024  # training inputs to look at; 0 looks at weights only
-    reconstruct: int = 512  # training inputs to refit layers from, if no training follows
+    samples: Annotated[int, In(0)] = 1024  # training inputs to look at; 0 looks at weights only
+    # training inputs to refit layers from, if no training follows
+    reconstruct: Annotated[int, In(0)] = 512
     early: bool = False  # factorize each layer once its planned ranks hold p, within the search
     only: tuple[str, ...] = ()  # name patterns of the layers to consider
     exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone
+
+    def refuse(self, run: Run) -> None:
+        """Refuse a budget that is out of reach."""
+        check_reachable(run, self.form, only=self.only, exclude=self.exclude)
 
     def prepare(self, run: Run) -> None:
         """Choose the layers."""
@@ -204,8 +212,7 @@ class NRMF(Method):
     def _shrink(self, run: Run) -> None:
         """The proximal step of the penalty on both unfoldings, one after the other."""
         kind = self.shrinkage if self.shrinkage != "gradient" else "soft"
-        rate = run.optimizer.param_groups[0]["lr"] if run.optimizer else 1.0
-        threshold = run.state["alpha"] * rate * self._pace(run)
+        threshold = run.state["alpha"] * run.lr * self._pace(run)
         for module in self._layers(run).values():
             weight = module.weight
             for mode in (0, 1) if weight[0, 0].numel() > 1 else (0,):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from pliant.families.prune.channels import filters_of
 from pliant.families.prune.cut import cut, subjects, uniform_shares
 from pliant.families.prune.masks import fade, fade_small, unit_norms, weakest
 from pliant.method import Method
-from pliant.registry import Paper, register
+from pliant.registry import In, Paper, register
 from pliant.run import Run
 from pliant.surgery.prove import edits_of
 from pliant.surgery.select import readable
@@ -55,20 +55,25 @@ class ASRFP(Method):
     0.4
     """
 
-    rate: float = 0.4  # P, share of the filters that leaves, if there is no budget
-    alpha: float = 1.0  # alpha_0, factor at the beginning
-    sigma: float = 1e-5  # factor wanted at the end of an exponential decay
-    ramp: float = 0.125  # D, share of the training in which the rate reaches three quarters
+    # P, share of the filters that leaves, if there is no budget
+    rate: Annotated[float, In(0, 1, "high")] = 0.4
+    alpha: Annotated[float, In(0, 1)] = 1.0  # alpha_0, factor at the beginning
+    # factor wanted at the end of an exponential decay
+    sigma: Annotated[float, In(0, open="low")] = 1e-5
+    # D, share of the training in which the rate reaches three quarters
+    ramp: Annotated[float, In(0)] = 0.125
     decay: Decay = "exponential"  # of the factor
-    zero_from: float = 0.9  # share of the epochs from which the factor is 0
-    interval: int = 1  # epochs between two maskings
-    epochs: int = 0  # T, parts of the training after which filters fade; 0: the epochs themselves
-    search: float = 1.0  # share of the training before the filters leave
+    zero_from: Annotated[float, In(0)] = 0.9  # share of the epochs from which the factor is 0
+    interval: Annotated[int, In(1)] = 1  # epochs between two maskings
+    # T, parts of the training after which filters fade; 0: the epochs themselves
+    epochs: Annotated[int, In(0)] = 0
+    search: Annotated[float, In(0, 1)] = 1.0  # share of the training before the filters leave
     norm: Literal["l1", "l2"] = "l2"  # of a filter
     unit: Literal["filter", "weight"] = "filter"  # what fades; single weights never leave
     norms: bool = False  # fade the batch norms of these channels too
     every: bool = False  # fade filters that cannot leave too, as in the paper
-    least: float = 0.1  # share of the filters of a layer that stays in any case
+    # share of the filters of a layer that stays in any case
+    least: Annotated[float, In(0, 1)] = 0.1
     only: tuple[str, ...] = ()  # name patterns of the layers to consider
     exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone
 

@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 from torch import Tensor
 
 from pliant.cost import cost, layer_costs
 from pliant.errors import BudgetError, DataError, MethodError
 from pliant.families.prune.channels import Place, after, leaving, numbered, ranking, up_to
-from pliant.families.prune.cut import Rounds, cut_in_rounds, on_the_way, silenced, within
+from pliant.families.prune.cut import (
+    MOST_ROUNDS,
+    Rounds,
+    cut_in_rounds,
+    on_the_way,
+    silenced,
+    within,
+)
 from pliant.families.prune.fisher import group_fisher
 from pliant.method import Method
-from pliant.registry import Paper, register
+from pliant.registry import In, Paper, register
 from pliant.run import Run
 from pliant.surgery.graph import Group
 from pliant.surgery.prove import edits_of
@@ -53,12 +61,14 @@ class GroupFisher(Method):
     1024
     """
 
-    share: float = 0.5  # of the channels that leaves, if there is no budget
-    samples: int = 1024  # training inputs of one look
-    looks: int = 4  # how often scores are taken on the way of a cut
-    least: float = 0.1  # share of the channels of a layer that stays in any case
-    rounds: int = 1  # cuts; several are spread over the training
-    during: float = 0.5  # share of the training in which they are made
+    # of the channels that leaves, if there is no budget
+    share: Annotated[float, In(0, 1, "high")] = 0.5
+    samples: Annotated[int, In(1)] = 1024  # training inputs of one look
+    looks: Annotated[int, In(1, MOST_LOOKS)] = 4  # how often scores are taken on the way of a cut
+    # share of the channels of a layer that stays in any case
+    least: Annotated[float, In(0, 1)] = 0.1
+    rounds: Annotated[int, In(1, MOST_ROUNDS)] = 1  # cuts; several are spread over the training
+    during: Annotated[float, In(0, 1)] = 0.5  # share of the training in which they are made
     only: tuple[str, ...] = ()  # name patterns of the layers to consider
     exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 from pliant.families.prune.channels import Place, Scope, filter_norms, ranking, relative
-from pliant.families.prune.cut import Rounds, cut_in_rounds
+from pliant.families.prune.cut import MOST_ROUNDS, Rounds, cut_in_rounds
 from pliant.method import Method
-from pliant.registry import Paper, register
+from pliant.registry import In, Paper, register
 from pliant.run import Run
 from pliant.surgery.graph import Group
 
@@ -40,12 +40,14 @@ class Magnitude(Method):
     0.5
     """
 
-    share: float = 0.5  # of the channels that leaves, if there is no budget
+    # of the channels that leaves, if there is no budget
+    share: Annotated[float, In(0, 1, "high")] = 0.5
     norm: Literal["l1", "l2"] = "l2"  # of a filter
     scope: Scope = "global"  # rank all channels together, or those of each layer
-    least: float = 0.1  # share of the channels of a layer that stays in any case
-    rounds: int = 1  # cuts; several are spread over the training
-    during: float = 0.5  # share of the training in which they are made
+    # share of the channels of a layer that stays in any case
+    least: Annotated[float, In(0, 1)] = 0.1
+    rounds: Annotated[int, In(1, MOST_ROUNDS)] = 1  # cuts; several are spread over the training
+    during: Annotated[float, In(0, 1)] = 0.5  # share of the training in which they are made
     only: tuple[str, ...] = ()  # name patterns of the layers to consider
     exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone
 

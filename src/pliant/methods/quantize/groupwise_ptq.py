@@ -7,7 +7,7 @@ import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +32,7 @@ from pliant.math.quantize import Grouping
 from pliant.method import Method
 from pliant.nn.quantized import Values
 from pliant.observe.ranges import begun, harm, observe, unread
-from pliant.registry import Paper, register
+from pliant.registry import In, Paper, register
 from pliant.run import Run
 from pliant.surgery.blocks import blocks
 from pliant.surgery.fold import foldable
@@ -72,21 +72,26 @@ class GroupwisePTQ(Method):
     4
     """
 
-    bits: int = 4  # b_w, of a weight: 2 to 8; a budget chooses them by layer
-    activations: int = 4  # b_a, of what layers read: 2 to 8; 0 leaves it in floating point
-    ends: int = 8  # bits of both in the first and the last layer
-    groups: int = 4  # G, scales of a layer: 1 is per layer; 0 is one for every channel
+    # b_w, of a weight: 2 to 8; a budget chooses them by layer
+    bits: Annotated[int, In(LEAST, MOST)] = 4
+    # b_a, of what layers read: 2 to 8; 0 leaves it in floating point
+    activations: Literal[0] | Annotated[int, In(LEAST, MOST)] = 4
+    ends: Annotated[int, In(LEAST, MOST)] = 8  # bits of both in the first and the last layer
+    # G, scales of a layer: 1 is per layer; 0 is one for every channel
+    groups: Annotated[int, In(0)] = 4
     grouping: Grouping = "range"  # which channels share one
-    samples: int = 256  # N_cal, training inputs to look at
-    independent: int = 200  # steps of stage 1, in which blocks learn by themselves
-    joint: int = 200  # steps of stage 2, in which they learn together
-    batch: int = 32  # samples of a step
-    lr: float = 1e-4  # of weights in stage 1
-    scale_lr: float = 3e-3  # of the logarithms of scales in stage 1
-    slowdown: float = 0.3  # learning rates of stage 2, in units of those of stage 1
-    features: float = 1.0  # mu, weight of each block's error in stage 2
-    answers: float = 1.0  # nu, weight of the divergence from the dense answer
-    temperature: float = 4.0  # T, softens answers
+    samples: Annotated[int, In(1)] = 256  # N_cal, training inputs to look at
+    # steps of stage 1, in which blocks learn by themselves
+    independent: Annotated[int, In(0, LONGEST)] = 200
+    joint: Annotated[int, In(0, LONGEST)] = 200  # steps of stage 2, in which they learn together
+    batch: Annotated[int, In(1)] = 32  # samples of a step
+    lr: Annotated[float, In(0, 1)] = 1e-4  # of weights in stage 1
+    scale_lr: Annotated[float, In(0, 1)] = 3e-3  # of the logarithms of scales in stage 1
+    # learning rates of stage 2, in units of those of stage 1
+    slowdown: Annotated[float, In(0, 1)] = 0.3
+    features: Annotated[float, In(0)] = 1.0  # mu, weight of each block's error in stage 2
+    answers: Annotated[float, In(0)] = 1.0  # nu, weight of the divergence from the dense answer
+    temperature: Annotated[float, In(0, open="low")] = 4.0  # T, softens answers
     outputs: Outputs = "classes"  # whether answers are compared by KL or by squared error
     correct: bool = True  # shift biases by the mean error before the stages
     integer: bool = False  # round sums' inputs too, to 8 bits, for runtimes of integers

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from pliant.errors import DataError, MethodError
 from pliant.families.solve.admm import Blocks, Pace, Solved, admm
 from pliant.families.solve.concave import Name, named
 from pliant.families.solve.tsvd import mean_over_slices, singular_values, spectral_map
-from pliant.registry import Paper, register
+from pliant.registry import In, Paper, register
 from pliant.result import Solution
 
 MOST_ROUNDS = 50
@@ -54,16 +54,20 @@ class NonconvexTSVD:
 
     penalty: Name = "mcp"  # g, on singular values; "l1" is the TNN itself
     error_penalty: Name = "mcp"  # h, on errors
-    scale: float = 0.5  # of g: a, in units of the largest singular value of round 0
-    error_scale: float = 0.5  # of h, in units of the typical error of round 0
-    strength: float = 1.0  # lambda, in units of 1 / sqrt(max(n1, n2) n3)
+    # of g: a, in units of the largest singular value of round 0
+    scale: Annotated[float, In(0, open="low")] = 0.5
+    # of h, in units of the typical error of round 0
+    error_scale: Annotated[float, In(0, open="low")] = 0.5
+    # lambda, in units of 1 / sqrt(max(n1, n2) n3)
+    strength: Annotated[float, In(0, open="low")] = 1.0
     majorizer: Literal["weights", "shift"] = "weights"  # bound by a weighted norm, or a linear term
-    rounds: int = 6  # after the first, at most
-    settled: float = 1e-4  # relative change of a round at which it stops
-    axis: int = -1  # of the tubes: bands, frames or colours
-    iterations: int = 600  # of each round, at most
-    tolerance: float = 1e-7  # of each round, for numbers of at most 1
-    growth: float = 1.05  # rho, of the penalty mu in each iteration
+    rounds: Annotated[int, In(0, MOST_ROUNDS)] = 6  # after the first, at most
+    # relative change of a round at which it stops
+    settled: Annotated[float, In(0, open="low")] = 1e-4
+    axis: Annotated[int, In(-3, 2)] = -1  # of the tubes: bands, frames or colours
+    iterations: Annotated[int, In(1)] = 600  # of each round, at most
+    tolerance: Annotated[float, In(0, open="low")] = 1e-7  # of each round, for numbers of at most 1
+    growth: Annotated[float, In(1, 10, "low")] = 1.05  # rho, of the penalty mu in each iteration
 
     def recover(self, x: Tensor, known: Tensor | None, generator: torch.Generator) -> Solution:
         """Complete x where it is not known, or free it from errors if all of it is."""
