@@ -45,6 +45,7 @@ class Followers:
         for optimizer in self.optimizers:
             for replaced in self.stale.missed(optimizer):
                 carry(optimizer, replaced, self._names(model))
+        self.stale.settle(self.optimizers)
         for pace in self.paces:
             pace.remove()
         self.paces[:] = [Pace(each, factor) for each in self.optimizers if factor is not None]
@@ -61,6 +62,7 @@ class Followers:
         """Tell the optimizers which parameters of a layer took the place of which."""
         carry(self.optimizers, replaced, self._names(model))
         self.stale.note(layer, replaced)
+        self.stale.settle(self.optimizers)
 
     @property
     def stepping(self) -> bool:
