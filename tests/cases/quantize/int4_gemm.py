@@ -224,7 +224,7 @@ def bits_are_those_asked_for() -> None:
         run.finish()
         assert [edit.bits for edit in run.edits] == wanted  # type: ignore[attr-defined]
     assert run.reasons["0"] == "the first and the last layer were to stay in floating point"
-    with pytest.raises(MethodError, match="ends must be 0, or from 2 to 8"):
+    with pytest.raises(MethodError, match="ends must be 0 or int in 2..8"):
         run_of(Int4Gemm(ends=1), rows(), noise(16, 32))
     with pytest.raises(MethodError, match="needs inputs"):
         start(rows(), Int4Gemm(), example=(noise(1, 32),))

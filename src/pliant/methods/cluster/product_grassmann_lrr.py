@@ -12,7 +12,7 @@ from pliant.families.solve.admm import Blocks, Solved, admm
 from pliant.families.solve.grassmann import gram_of
 from pliant.families.solve.selfrep import (
     Fit,
-    check_options,
+    check_error,
     closed_form,
     grouped,
     iterated,
@@ -72,7 +72,7 @@ class ProductGrassmannLRR:
 
     def cluster(self, views: Views, groups: int, generator: torch.Generator) -> Solution:
         """Represent the samples by one another and cut the graph of their affinities."""
-        check_options("product_grassmann_lrr", self)
+        check_error("product_grassmann_lrr", self)
         gram = gram_of("product_grassmann_lrr", views, self)
         rank = min(self.rank or groups + 1, len(gram))
         strength = self.strength * float(torch.linalg.eigvalsh(gram)[-1])

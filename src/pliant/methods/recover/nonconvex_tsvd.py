@@ -9,11 +9,9 @@ from typing import Annotated, Any, Literal
 import torch
 from torch import Tensor
 
-from pliant.errors import MethodError
 from pliant.families.solve.admm import Pace, Solved
 from pliant.families.solve.concave import Name, named
 from pliant.families.solve.cubes import check_mask, check_shape, from_cube, to_cube
-from pliant.families.solve.options import check_pace, positive
 from pliant.families.solve.split import NOTHING, Bound, Objective, split
 from pliant.registry import In, Paper, register
 from pliant.result import Solution
@@ -72,7 +70,7 @@ class NonconvexTSVD:
 
     def recover(self, x: Tensor, known: Tensor | None, generator: torch.Generator) -> Solution:
         """Complete x where it is not known, or free it from errors if all of it is."""
-        self._check(x)
+        check_shape("nonconvex_tsvd", x, self.axis)
         size = float(x.abs().max()) or 1.0
         cube = to_cube(x.double(), self.axis) / size
         mask = None if known is None else to_cube(known, self.axis)
@@ -84,14 +82,6 @@ class NonconvexTSVD:
             values = {name: torch.where(known, x, value) for name, value in values.items()}
         inner = sum(row["iterations"] for row in rows)
         return Solution(values, tuple(rows), rows[-1]["settled"], inner)
-
-    def _check(self, x: Tensor) -> None:
-        name = "nonconvex_tsvd"
-        check_shape(name, x, self.axis)
-        positive(name, self, "scale", "error_scale", "strength", "settled")
-        check_pace(name, self)
-        if not 0 <= self.rounds <= MOST_ROUNDS:
-            raise MethodError(f"{name}: rounds must be 0 to {MOST_ROUNDS}, not {self.rounds}.")
 
     def _rounds(
         self, cube: Tensor, mask: Tensor | None
