@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from pliant.data.splits import Split
 from pliant.errors import DataError, ModelError
 
 SUMS_TO_ONE = 1e-4  # how far sums of probabilities may be from 1
+BATCH = 32  # samples of one forward call, of which whole maps are held
 
 
 def shown(data: Data) -> Split:
@@ -27,6 +29,55 @@ def shown(data: Data) -> Split:
         if data.has(split):
             return split
     raise DataError("A network is looked at on inputs, but the data have none: give some.")
+
+
+@dataclass(frozen=True, eq=False)
+class Samples:
+    """Inputs that are looked at.
+
+    Args:
+        inputs: (samples, channels, *positions), at least two.
+        labels: classes (samples,), None where there are none.
+    """
+
+    inputs: Tensor
+    labels: Tensor | None
+
+    def batches(self) -> Iterator[Tensor]:
+        """Yield the inputs of one forward call after the other."""
+        return iter(self.inputs.split(BATCH))
+
+
+def first(data: Data, most: int) -> Samples:
+    """Return the first inputs of the split to look at.
+
+    Raises:
+        DataError: they are not one tensor of real numbers with positions, or there is only one.
+    """
+    found, labels, count = [], [], 0
+    for batch in data.batches(shown(data), BATCH):
+        given, classes = unpack(batch)
+        values = list(given.values() if isinstance(given, Mapping) else given)
+        fits = len(values) == 1 and isinstance(values[0], Tensor) and values[0].dim() > 2
+        if isinstance(given, Mapping) or not fits or not values[0].is_floating_point():
+            raise DataError(
+                "Positions are looked at in one tensor (samples, channels, ...) of real numbers, "
+                f"but {', '.join(_described(value) for value in values) or 'nothing'} came."
+            )
+        found.append(values[0][: most - count])
+        labels.append(classes[: most - count] if isinstance(classes, Tensor) else None)
+        count += len(found[-1])
+        if count >= most:
+            break
+    if count < 2:
+        raise DataError(f"At least 2 inputs must be looked at, but {count} came.")
+    known = [one for one in labels if one is not None and one.dim() == 1]
+    whole = len(known) == len(found) and not known[0].is_floating_point()
+    return Samples(torch.cat(found), torch.cat(known) if whole else None)
+
+
+def _described(value: Any) -> str:
+    return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else str(type(value))
 
 
 def labelled(data: Data, split: Split, batch: int) -> Iterator[tuple[Example, Tensor]]:
