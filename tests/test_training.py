@@ -1150,6 +1150,7 @@ def test_a_stage_that_was_never_trained_is_named() -> None:
 
 def test_a_missed_budget_is_said_after_the_end() -> None:
     run = start(net(), AtTheEnd(), Budget(params=0.1), example=(samples()[0],), steps=6)
+    run.after_step()
     with pytest.raises(TrainingError):
         run.finish()
     with pytest.raises(BudgetError):

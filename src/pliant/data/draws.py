@@ -61,7 +61,7 @@ class Draws:
 
     def _drawn(self, place: list[int], count: int, rows: Tensor | None) -> tuple[Any, list[int]]:
         source, key = self.data.indexed("train"), key_of(self.seed, place[0])
-        if self.order is None or self.order[0] != place[0]:
+        if self.order is None:
             order = torch.arange(len(source)) if rows is None else rows
             order = order[torch.randperm(len(order), generator=generator(key))]
             mine = rows_of_rank(order, self.rank, self.world, even=True)

@@ -136,7 +136,7 @@ def batch_norm_hides_a_fading() -> None:
         assert difference(training=False) < 1e-3
 
 
-def schedules_are_those_of_the_card() -> None:
+def schedules_are_those_of_the_paper() -> None:
     for sigma, values in (
         (1e-5, {10: 0.562, 50: 0.0562, 100: 0.0032}),
         (1e-7, {10: 0.447, 50: 0.0178, 100: 0.0003}),
@@ -217,7 +217,7 @@ CASES = (
             a_masking_is_a_step_of_weight_decay,
             surgery_is_the_masked_network,
             batch_norm_hides_a_fading,
-            schedules_are_those_of_the_card,
+            schedules_are_those_of_the_paper,
             fading_counts_epochs_or_parts_of_the_training,
             single_weights_fade_too,
             every_convolution_fades_if_asked,
