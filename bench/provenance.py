@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from bench.data import ROOT
-from pliant.result import versions
+from pliant.api.report import versions
 
 
 def now() -> str:

@@ -37,8 +37,8 @@ from pliant.errors import ArtifactError, ModelError, OutputError
 from pliant.files import artifact, manifest
 from pliant.files.artifact import MANIFEST, WEIGHTS, Manifest, inspect, load, save
 from pliant.math.forms import forms_for, max_ranks
-from pliant.nn import factorized as layers
 from pliant.run import start
+from pliant.surgery import select as layers
 
 
 def tiny() -> nn.Sequential:

@@ -48,7 +48,7 @@ def test_a_budget_is_read(text, values):
         ("params", "axis=value"),
         ("params=", "axis=value"),
         ("0.3", "axis=value"),
-        ("weights=0.3", "an axis of bytes, latency, macs, params"),
+        ("weights=0.3", "an axis of bytes, drop, latency, macs, params"),
         ("params=much", "expected a fraction such as 0.3 or 30%"),
         ("params=k", "expected a fraction"),
         ("params=%", "expected a fraction"),

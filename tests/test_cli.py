@@ -42,6 +42,8 @@ class Small(nn.Module):
 
 
 def cli(*words: str | Path, code: int = 0) -> Any:
+    if words[:1] == ("compress",) and code == 0:
+        words = (*words, "--allow-drop")  # a few steps on a few samples
     result = CliRunner().invoke(app, [str(word) for word in words])
     if result.exit_code != code and not isinstance(result.exception, SystemExit):
         raise result.exception
@@ -260,7 +262,7 @@ def test_a_method_is_shown_with_its_options() -> None:
     assert "Exploiting Elasticity" in said and "interval" in said and "Saves" in said
     shown = json.loads(cli("show", "nrmf", "--json").stdout)
     options = {row["name"]: row for row in shown["options"]}
-    assert options["p"]["type"] == "float" and options["p"]["default"] == 0.95
+    assert options["p"]["type"] == "float in 0..1" and options["p"]["default"] == 0.95
     assert "energy kept" in options["p"]["text"]
     assert options["exclude"]["default"] == []
 
@@ -388,3 +390,20 @@ def test_nothing_is_drawn_where_nobody_looks(capsys: pytest.CaptureFixture[str])
     with progress.Bars(quiet=False) as bars:
         bars.watch({"phase": "prepare"})
     assert capsys.readouterr() == ("", "")
+
+
+def test_a_loss_of_accuracy_has_an_exit_code_of_its_own(tmp_path: Path) -> None:
+    """Half of the right answers are gone: the budget is met, and no script takes it for good."""
+    words = [*SMALL, "--epochs", "3", "--lr", "0.05", "--control", "--no-onnx"]
+    words += ["--method", "energy(p=0.05, recalibrate=False)"]
+    run = CliRunner().invoke(app, [str(w) for w in (*words, "--out", tmp_path / "a")])
+    assert run.exit_code == 3, run.output
+    assert "Accuracy lost" in run.stdout and "points" in run.stderr
+    verdict = json.loads((tmp_path / "a" / "report.json").read_text())["verdict"]
+    assert verdict["holds"] is False and verdict["lost"] > verdict["bound"] == 2.0
+    assert verdict["low"] < verdict["lost"] < verdict["high"] and verdict["samples"] > 100
+    allowed = [*words, "--out", tmp_path / "b", "--allow-drop"]
+    assert CliRunner().invoke(app, [str(w) for w in allowed]).exit_code == 0
+    wide = [*words, "--out", tmp_path / "c", "--lose", "100"]
+    run = CliRunner().invoke(app, [str(w) for w in wide])
+    assert run.exit_code == 0 and "Accuracy kept" in run.stdout

@@ -61,6 +61,7 @@ def machine() -> list[str]:
     return [processor(), torch.backends.cpu.get_cpu_capability(), torch.__version__]
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.slow  # data-aware plans of two whole networks
 @pytest.mark.parametrize(("network", "method"), CASES)
 def test_plans_and_factors_are_as_before(network: str, method: str) -> None:

@@ -16,7 +16,7 @@ from pliant.cost import LayerCost, layer_costs
 from pliant.edits import Edit, Factor, Replaced, from_json, replay, to_json
 from pliant.errors import EditError
 from pliant.math import forms
-from pliant.nn import factorized as layers
+from pliant.nn import factorized
 from pliant.surgery.optim import carry
 
 CONVS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
@@ -96,7 +96,7 @@ def test_full_rank_computes_what_the_dense_layer_does(geometry: str, form: str) 
         wanted = model(x)
         full("0", model[0].weight, form).apply(model)
         assert relative(model(x), wanted) < 1e-5
-    assert [name for name, _ in model[0].named_children()] == list(layers.NAMES[form])
+    assert [name for name, _ in model[0].named_children()] == list(factorized.NAMES[form])
 
 
 @pytest.mark.parametrize(("geometry", "form"), CASES)
@@ -416,7 +416,6 @@ def parametrized() -> nn.Module:
     ("build", "layer", "says"),
     [
         (tied, "0", "tied to 1.weight"),
-        (twice_named, "2", "tied to 1.weight"),
         (parametrized, "0", "parametrized"),
         (lambda: nn.Sequential(parametrizations.weight_norm(nn.Linear(4, 4))), "0", "parametrized"),
         (old_weight_norm, "0", "forward-pre hook"),
@@ -443,6 +442,24 @@ def test_a_layer_that_cannot_be_read_is_refused(
     with pytest.raises(EditError, match=says):
         Factor(layer, "svd", (2,)).apply(model)
     assert [id(module) for module in model.modules()] == before
+
+
+def test_a_layer_with_two_names_is_replaced_under_both() -> None:
+    model = twice_named()
+    Factor("1", "svd", (2,)).apply(model)
+    assert model[1] is model[2] and isinstance(model[1], nn.Sequential)
+
+
+def test_hooks_go_on_and_their_handles_stay_good() -> None:
+    model, calls = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), []
+    before = model[1].register_forward_pre_hook(lambda *_: calls.append("before"))
+    after = model[1].register_forward_hook(lambda module, args, output: output * 0 + 7)
+    Factor("1", "svd", (2,)).apply(model)
+    assert torch.equal(model(torch.randn(2, 4)), torch.full((2, 4), 7.0))
+    after.remove()
+    before.remove()
+    assert not torch.equal(model(torch.randn(2, 4)), torch.full((2, 4), 7.0))
+    assert calls == ["before"]
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from pliant.files import artifact
 from pliant.files import onnx as export
 from pliant.files.onnx import Exported, to_onnx, to_program
 from pliant.math.forms import forms_for, max_ranks
-from pliant.nn import factorized as layers
+from pliant.surgery import select as layers
 
 
 def signal() -> nn.Module:

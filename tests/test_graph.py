@@ -21,8 +21,8 @@ from pliant.cost import cost, layer_costs
 from pliant.data import Data, Train
 from pliant.edits import Prune, from_json, replay, to_json
 from pliant.errors import EditError, ModelError
-from pliant.families.prune.channels import after
-from pliant.families.prune.cut import Rounds
+from pliant.families.prune.allocate import after
+from pliant.families.prune.schedule import Schedule
 from pliant.surgery.batchnorm import absorb
 from pliant.surgery.graph import Group
 from pliant.surgery.optim import carry
@@ -320,11 +320,12 @@ def test_a_constant_is_put_into_the_next_bias() -> None:
 
 
 def test_rounds_go_equal_parts_of_the_way() -> None:
-    rounds = Rounds(0.5, 0.0, 4, 0.5)
-    assert [rounds.due(p) for p in (0, 0.1, 0.125, 0.3, 0.49, 0.5, 1)] == [1, 1, 2, 3, 4, 4, 4]
+    schedule = Schedule(4, 0.0, 0.5)
+    due = [schedule.due(step, 1000) for step in (0, 100, 125, 300, 490, 500, 1000)]
+    assert due == [1, 1, 2, 3, 4, 4, 4]
     left = 1.0
     for done in range(4):
-        left *= 1 - rounds.step_share(done, final=False)
+        left *= 1 - schedule.ratio(0.5, done, done + 1)
         assert left == pytest.approx(1 - 0.5 * (done + 1) / 4)
 
 
@@ -372,3 +373,39 @@ def test_nothing_to_remove_is_said_in_a_sentence() -> None:
 
 def data() -> Data:
     return Data((torch.randn(8, 3), torch.arange(8) % 2), classes=2)
+
+
+def finite(net: Any, x: Tensor) -> Tensor:
+    out: Tensor = net.c(net.b(net.a(x).relu()).relu()).mean((2, 3))
+    assert torch.isfinite(out).all(), "diverged"
+    return torch.distributions.Normal(out, 1.0).mean
+
+
+def plain(net: Any, x: Tensor) -> Tensor:
+    out: Tensor = net.c(net.b(net.a(x).relu()).relu()).mean((2, 3))
+    return out
+
+
+def test_networks_that_check_their_numbers_are_traced_by_moved_values() -> None:
+    """The same groups as without the checks, residual sums and grouped layers included."""
+    layers = {"a": conv(3, 8), "b": conv(8, 8), "c": conv(8, 4)}
+    checked, _ = cuttable(Net(finite, **layers), IMAGE)
+    free, _ = cuttable(Net(plain, **layers), IMAGE)
+    assert [(g.name, g.slots, g.units) for g in checked] == [
+        (g.name, g.slots, g.units) for g in free
+    ]
+    assert [group.name for group in checked] == ["a", "b"]
+
+
+def test_a_module_under_two_names_is_cut_as_one() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = nn.Sequential(conv(3, 8), nn.ReLU(), conv(8, 4))
+            self.body, self.head = self.net[:-1], self.net[-1]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.body(x)).mean((2, 3))  # type: ignore[no-any-return]
+
+    groups, _ = cuttable(Twice(), IMAGE)
+    assert [(group.name, len(group.units)) for group in groups] == [("net.0", 8)]

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD
 
+from pliant.api.report import layer_rows, side
 from pliant.budget import Budget, Option
 from pliant.cost import cost, layer_costs
 from pliant.edits import Factor
 from pliant.errors import BudgetError, ModelError, PliantError
 from pliant.method import Method
-from pliant.result import LayerRow, Report, layer_rows, side
+from pliant.result import LayerRow, Report
 from pliant.run import Run, start
 
 EXAMPLE = (torch.zeros(1, 3, 6, 6),)

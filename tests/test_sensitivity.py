@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import pliant
 from pliant.cost import layer_costs
 from pliant.families.lowrank.losses import losses
 from pliant.families.lowrank.options import options, ranks_at
@@ -357,3 +358,58 @@ def test_reconstruction_goes_by_the_order_of_calls():
     reconstruct(dense, other, ["second", "first", "never"], batches)
     for name, tensor in one.state_dict().items():
         assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+class Frozen(nn.Module):
+    """A backbone that runs without gradients, as in transfer learning."""
+
+    def __init__(self, *, frozen: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8))
+        self.head, self.frozen = nn.Linear(8, 4), frozen
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
+            features = self.body(x)
+        return self.head(features)  # type: ignore[no-any-return]
+
+
+def test_a_backbone_without_gradients_is_looked_at_as_any_other() -> None:
+    x = torch.randn(32, 6)
+    found = []
+    for frozen in (True, False):
+        model = Frozen(frozen=frozen)
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+        found.append(metrics(model, layers, [(x,)], torch.Generator().manual_seed(0)))
+        assert torch.is_grad_enabled()
+    for name in ("body.0", "body.2", "head"):
+        assert torch.equal(found[0][name].outputs, found[1][name].outputs)  # type: ignore[arg-type]
+
+
+class Routed(nn.Module):
+    """Experts, of which one gets no sample."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.zeros_like(x)
+        for number, expert in enumerate(self.experts):
+            rows = (x[:, 0] > 0) == bool(number) if number < 2 else x[:, 0] > 1e9
+            out[rows] = expert(x[rows])
+        return self.head(out)  # type: ignore[no-any-return]
+
+
+def test_an_expert_without_samples_is_no_error_and_counts_as_the_others() -> None:
+    model, x = Routed(), torch.randn(64, 6)
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    found = metrics(model, layers, [(x[:32],), (x[32:],)], torch.Generator().manual_seed(0))
+    assert set(found) == {"experts.0", "experts.1", "head"}
+    share = (x[:, 0] <= 0)[:, None] * x
+    assert torch.allclose(found["experts.0"].inputs, share.T @ share / 64, atol=1e-5)
+    data = (x, torch.zeros(64, dtype=torch.long))
+    rows = pliant.compress(model, data, "nrmf(samples=64)", "params=0.6").report.layers
+    assert not any(row.reason == "never called in a forward pass" for row in rows)

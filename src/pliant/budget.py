@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from pliant.cost import Cost, LayerCost
@@ -12,6 +13,11 @@ from pliant.errors import BudgetError
 
 Limits = Mapping[str, float]
 """Absolute upper bounds by axis, for example ``{"params": 60_000}``."""
+
+AXES = ("params", "macs", "bytes", "latency")
+"""What a budget can bound; a network costs so much of each."""
+
+LOSE = 2.0  # points of the score that a result may lose where nothing else is said
 
 _SUFFIX = {"k": 1e3, "m": 1e6, "g": 1e9}
 
@@ -26,6 +32,8 @@ class Budget:
         bytes: bytes of the state dict.
         latency: milliseconds on the target (a number), or a share of the dense network's
             (text, such as ``"50%"``).
+        drop: points of a percent of the score that may be lost, of the same network without
+            compression; `LOSE` if None. It is no axis: it judges what came out.
 
     Raises:
         BudgetError: a value is not positive, or a fraction is above 1.
@@ -38,8 +46,15 @@ class Budget:
     macs: int | float | None = None
     bytes: int | float | None = None
     latency: float | str | None = None
+    drop: float | None = None
 
     def __post_init__(self) -> None:
+        if self.drop is not None and (
+            isinstance(self.drop, bool)
+            or not isinstance(self.drop, int | float)
+            or not 0 <= self.drop <= 100
+        ):
+            raise BudgetError(f"drop is in points of the score, 0 to 100, not {self.drop!r}.")
         for axis, value in self.given().items():
             if axis == "latency" and isinstance(value, str):
                 share_of(value)
@@ -58,12 +73,13 @@ class Budget:
     def parse(cls, text: str) -> Budget:
         """Read ``"params=0.3,macs=12M"``: fractions, percentages, counts with k, M or G.
 
-        A latency is in milliseconds, with or without ``ms``, or a percentage.
+        Bytes may be written as ``500kB``. A latency is in milliseconds, with or without ``ms``,
+        or a percentage; ``drop`` in points.
 
         Raises:
             BudgetError: an axis is unknown or a value is not a number.
         """
-        axes = {field.name for field in fields(cls)}
+        axes = {*AXES, "drop"}
         values: dict[str, Any] = {}
         for item in filter(None, (part.strip() for part in text.split(","))):
             axis, _, value = (part.strip() for part in item.partition("="))
@@ -79,7 +95,7 @@ class Budget:
 
     def given(self) -> dict[str, Any]:
         """Return the axes that are bounded, with their values as they were written."""
-        return {f.name: v for f in fields(self) if (v := getattr(self, f.name)) is not None}
+        return {axis: v for axis in AXES if (v := getattr(self, axis)) is not None}
 
     def limits(self, dense: Cost) -> dict[str, float]:
         """Return the bounds in absolute numbers, given the cost of the dense network.
@@ -126,7 +142,11 @@ def shown(axis: str, value: float) -> str:
 def _number(axis: str, text: str) -> int | float | str:
     if axis == "latency" and text.endswith("%"):
         return text
+    if axis == "bytes":
+        text = re.sub(r"(?<=[\dkKmMgG])i?B$", "", text)
     try:
+        if axis == "drop":
+            return float(text)
         if text.endswith("%"):
             return float(text[:-1]) / 100
         scale = _SUFFIX.get(text[-1].lower(), 1)

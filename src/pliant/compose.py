@@ -15,7 +15,7 @@ from pliant.data.criterion import beside
 from pliant.edits import Edit
 from pliant.errors import BudgetError, ChainError, MethodError
 from pliant.method import Method
-from pliant.registry import build, entry_of, other_verb, plain
+from pliant.registry import build, check_options, entry_of, other_verb, plain
 from pliant.run import Run
 
 
@@ -326,7 +326,8 @@ def resolve(method: Method | Stage | str | Sequence[Any]) -> Method:
     """Return a method from a name, a spec string, a ``Method``, or a sequence of them (a chain).
 
     Raises:
-        MethodError: it is none of these, or the name belongs to another verb.
+        MethodError: it is none of these, the name belongs to another verb, or an option is out of
+            its range.
     """
     if isinstance(method, str):
         method = build(method)
@@ -339,6 +340,7 @@ def resolve(method: Method | Stage | str | Sequence[Any]) -> Method:
             f"A compression method is a name, a spec string, a Method or a sequence of them, "
             f"not {type(method).__name__}."
         )
+    check_options(method)
     return method
 
 

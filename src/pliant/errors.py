@@ -44,6 +44,10 @@ class OutputError(PliantError):
     """A result that cannot be written: the folder exists, the disk is full."""
 
 
+class AccuracyWarning(UserWarning):
+    """A smaller network lost more of its score than it may."""
+
+
 class MissingExtraError(PliantError, ImportError):
     """An optional dependency is not installed; the message names the extra to install."""
 

@@ -4,27 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-import platform
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from pliant.cost import Cost, LayerCost, layer_costs
 from pliant.edits import Edit
-from pliant.edits import sizes as elastic
 from pliant.errors import PliantError
 from pliant.files import artifact
-from pliant.latency.compare import Timing
-from pliant.latency.target import machine
-from pliant.run import Run
-
-AXES = ("params", "macs", "bytes")
-LIBRARIES = ("pliant", "torch", "lightning-fabric", "onnxruntime", "numpy")
 
 
 @dataclass(frozen=True)
@@ -45,11 +34,34 @@ class Side:
 
 
 @dataclass(frozen=True)
+class Verdict:
+    """What the smaller network lost of its score, and whether that may be.
+
+    Args:
+        bound: points of a percent that may be lost.
+        lost: points that were lost on the split that was scored; None where nothing was.
+        low: lower end of an interval of 95 % for what is lost on all such samples.
+        high: its upper end.
+        samples: how many samples were scored.
+        holds: whether no more was lost than may be; None where it was not measured.
+        note: what to know besides, in a sentence; empty if nothing.
+    """
+
+    bound: float
+    lost: float | None = None
+    low: float | None = None
+    high: float | None = None
+    samples: int = 0
+    holds: bool | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
 class LayerRow:
     """One layer, changed or left alone.
 
     Args:
-        layer: its name in the dense network.
+        layer: its name in the dense network; of a new layer, its name now.
         kind: its class there.
         form: what it became: ``dense``, or the form of its factorization.
         ranks: the ranks of the form, empty where it stayed dense.
@@ -79,6 +91,7 @@ class Report:
     layer and unfolding). ``seconds`` is by stage, ``export`` what was written and how it compares,
     ``target`` where milliseconds were measured and how sure their comparison is. ``sizes`` are
     those of an elastic network, each by itself, from the largest; empty for any other.
+    ``verdict`` judges what was lost.
     """
 
     model: str
@@ -99,6 +112,7 @@ class Report:
     train: dict[str, Any] = field(default_factory=dict)
     target: dict[str, Any] = field(default_factory=dict)
     sizes: tuple[Side, ...] = ()
+    verdict: Verdict | None = None
 
     def to_json(self) -> str:
         """Return the report as JSON; numbers that are not finite become null."""
@@ -114,6 +128,7 @@ class Report:
         try:
             raw = json.loads(text)
             raw["before"], raw["after"] = (Side(**_tuples(raw[s])) for s in ("before", "after"))
+            raw["verdict"] = Verdict(**raw["verdict"]) if raw.get("verdict") else None
             raw["sizes"] = tuple(Side(**_tuples(row)) for row in raw.get("sizes", ()))
             raw["layers"] = tuple(LayerRow(**_tuples(row)) for row in raw["layers"])
             raw["history"], raw["misses"] = tuple(raw["history"]), tuple(raw["misses"])
@@ -155,126 +170,6 @@ class Result:
             OutputError: a file of another kind is there, or the file cannot be written.
         """
         return artifact.save(path, self.model, self.edits, source=source, encode=encode)
-
-
-def side(cost: Cost, *, accuracy: float | None = None, loss: float | None = None) -> Side:
-    """Return a cost and its score as one side of a report."""
-    return Side(
-        params=cost.params,
-        macs=cost.macs,
-        bytes=cost.bytes,
-        latency_ms=cost.latency_ms,
-        accuracy=accuracy,
-        loss=loss,
-        uncounted=cost.uncounted,
-    )
-
-
-def timed(run: Run, before: Side, after: Side) -> tuple[Side, Side]:
-    """Put the times of the dense and of the finished network into both sides, if measured."""
-    if run.clock is None:
-        return before, after
-    old, new = run.clock.sides(run.model)
-    return _took(before, old), _took(after, new)
-
-
-def cuts(run: Run, measured: Callable[[nn.Module], Side]) -> tuple[Side, ...]:
-    """Cut an elastic network to each of its sizes and measure it, as it comes out of the file.
-
-    The time of the largest is that of the finished network: they are built alike.
-    """
-    rows = []
-    for size in range(elastic.count(run.edits)):
-        network = elastic.of_size(run.model, run.edits, size)
-        row = measured(network)
-        if run.clock is not None:
-            timing = run.clock.beside(network) if size else run.clock.sides(run.model)[1]
-            row = _took(row, timing)
-        rows.append(row)
-    return tuple(rows)
-
-
-def _took(found: Side, timing: Timing) -> Side:
-    return replace(found, latency_ms=timing.median_ms, latency_spread_ms=timing.spread_ms)
-
-
-def where_timed(run: Run) -> dict[str, Any]:
-    """Say where milliseconds were measured, and how sure the comparison of both networks is.
-
-    ``times_faster`` is the median of the ratios, between the ends of its interval.
-    """
-    if run.clock is None:
-        return {}
-    final = run.clock.finish(run.model)
-    return {
-        "name": str(run.clock.target),
-        **run.clock.target.plain(),
-        "verdict": final.verdict,
-        "times_faster": [final.low, final.speedup, final.high],
-        "rounds": final.a.repeats,
-    }
-
-
-def layer_rows(run: Run) -> tuple[LayerRow, ...]:
-    """Return one row for every layer of the dense network, changed or not."""
-    now: dict[str, list[LayerCost]] = {layer: [] for layer in run.layers}
-    for name, row in layer_costs(run.model, run.example).items():
-        if (owner := _owner(name, now)) is not None:
-            now[owner].append(row)
-    edits: dict[str, list[Edit]] = {layer: [] for layer in run.layers}
-    for edit in run.edits:
-        if (owner := _owner(edit.layer, edits)) is not None:
-            edits[owner].append(edit)
-    return tuple(_row(run, layer, edits[layer], now[layer]) for layer in run.layers)
-
-
-def _owner(name: str, layers: Mapping[str, Any]) -> str | None:
-    """The dense layer that a layer of now was made from: itself, or the nearest around it."""
-    while name not in layers and name:
-        name = name.rpartition(".")[0]
-    return name if name in layers else None
-
-
-def _row(run: Run, layer: str, edits: Sequence[Edit], parts: Sequence[LayerCost]) -> LayerRow:
-    before, times = run.layers[layer], _times(run, layer, changed=bool(edits))
-    return LayerRow(
-        layer=layer,
-        kind=before.kind,
-        form="+".join(dict.fromkeys(edit.form for edit in edits)) or "dense",
-        ranks=tuple(rank for edit in edits for rank in getattr(edit, "ranks", ())),
-        kept=next((kept for e in reversed(edits) if (kept := getattr(e, "kept", None))), None),
-        before={axis: getattr(before, axis) for axis in AXES} | times[0],
-        after={axis: sum(getattr(p, axis) for p in parts) for axis in AXES} | times[1],
-        reason="" if edits else run.reasons.get(layer) or _default_reason(before),
-    )
-
-
-def _times(run: Run, layer: str, *, changed: bool) -> tuple[dict[str, float], dict[str, float]]:
-    """Milliseconds of a layer before and after, empty where it was not measured."""
-    if run.clock is None or layer not in run.clock.layers:
-        return {}, {}
-    before, after = run.clock.layers[layer]
-    return {"latency": before}, {"latency": after if changed else before}
-
-
-def _default_reason(before: LayerCost) -> str:
-    if len(before.weight) > 1:
-        return "the method changes no shapes here"
-    return "nothing to factorize: no kernel with channels"
-
-
-def versions() -> dict[str, str]:
-    """Return the versions that a result depends on: Python, the libraries and the machine."""
-    found = {
-        "python": platform.python_version(),
-        "machine": f"{machine()}, {torch.get_num_threads()} threads",
-    }
-    for library in LIBRARIES:
-        try:
-            found[library] = version(library)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def _finite(value: Any) -> Any:
@@ -328,6 +223,55 @@ class Solution:
         return _described(self)
 
 
+@dataclass(frozen=True)
+class Curves:
+    """Lines that a report of a finding draws.
+
+    Args:
+        title: its heading.
+        caption: what there is to see.
+        lines: named points (x, y) from left to right.
+        x: what the horizontal axis counts.
+        y: what the vertical axis counts.
+        bands: (x, low, high) around lines of the same name, where they are known to lie.
+    """
+
+    title: str
+    caption: str
+    lines: Mapping[str, Sequence[tuple[float, float]]]
+    x: str
+    y: str
+    bands: Mapping[str, Sequence[tuple[float, float, float]]] = field(default_factory=dict)
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Heat:
+    """Maps over images that a report of a finding draws, such as where a decision comes from.
+
+    Args:
+        title: its heading.
+        caption: what there is to see.
+        images: (images, channels, height, width), in any scale.
+        maps: (images, rows, columns), positive for, negative against.
+        labels: a line of text below each image.
+    """
+
+    title: str
+    caption: str
+    images: Tensor
+    maps: Tensor
+    labels: tuple[str, ...]
+
+    def plain(self) -> dict[str, Any]:
+        """Return all but the tensors as plain data; of those their shapes."""
+        shapes = {"images": _plain(self.images), "maps": _plain(self.maps)}
+        return {"title": self.title, "caption": self.caption, "labels": list(self.labels), **shapes}
+
+
 @dataclass(frozen=True, eq=False)
 class Finding:
     """What `analyze` found out about a network.
@@ -339,6 +283,7 @@ class Finding:
         seconds: how long it took.
         seed: what randomness began with.
         method: as plain data, options included.
+        figures: what a report of it draws.
     """
 
     values: Mapping[str, Any]
@@ -347,6 +292,7 @@ class Finding:
     seconds: float = 0.0
     seed: int = 0
     method: Mapping[str, Any] = field(default_factory=dict)
+    figures: tuple[Curves | Heat, ...] = ()
 
     @property
     def value(self) -> Any:
@@ -362,7 +308,11 @@ def _described(found: Solution | Finding) -> dict[str, Any]:
     """Every field as plain data."""
     plain = {f.name: getattr(found, f.name) for f in fields(found)}
     shapes = {name: _plain(value) for name, value in found.values.items()}
-    rows = {k: [dict(row) for row in v] for k, v in plain.items() if isinstance(v, tuple)}
+    rows = {
+        k: [row.plain() if isinstance(row, Curves | Heat) else dict(row) for row in v]
+        for k, v in plain.items()
+        if isinstance(v, tuple)
+    }
     return {**plain, "values": shapes, "method": dict(found.method), **rows}
 
 

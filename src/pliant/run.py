@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from pliant.budget import Budget
-from pliant.cost import Cost, Example, LayerCost, count
+from pliant.cost import Cost, Example, LayerCost, bare, count
 from pliant.data import Data, Epoch, unpack
 from pliant.data.criterion import Reduction, task_loss, weighted
 from pliant.data.draws import Draws, ranks
@@ -31,13 +31,18 @@ from pliant.errors import (
 )
 from pliant.latency import Where
 from pliant.latency.clock import Clock
+from pliant.nn.layers import Factorizable
 from pliant.observe.aside import Aside, Removable
 from pliant.observe.finite import check_example, check_weights
+from pliant.observe.order import called_by
 from pliant.plan.planner import Planner
+from pliant.registry import check_options
 from pliant.surgery.batchnorm import recalibrate
 from pliant.surgery.followers import Followers
 from pliant.surgery.optim import Optimizers, add_gradient, cancel_decay, check_holds
+from pliant.surgery.select import factorizable, leave_unused, readable
 
+ROUTED = 256  # samples that may call layers to which one sample is not routed
 RECALIBRATED = 2048  # samples from which batch norms are re-estimated
 
 
@@ -374,6 +379,35 @@ class Run:
         if self.has_inputs:
             recalibrate(self.model, self.inputs(samples))
 
+    def factorizable(
+        self, only: Sequence[str] = (), exclude: Sequence[str] = ()
+    ) -> tuple[dict[str, Factorizable], dict[str, str]]:
+        """Return the layers in use that can be factorized, and why others cannot.
+
+        Raises:
+            MethodError: a name pattern matches no layer.
+        """
+        return self._in_use(*factorizable(self.model, only=only, exclude=exclude))
+
+    def readable(
+        self, only: Sequence[str] = (), exclude: Sequence[str] = ()
+    ) -> tuple[dict[str, Factorizable], dict[str, str]]:
+        """Return the layers in use whose weight may be read and replaced, and why others' may not.
+
+        Raises:
+            MethodError: a name pattern matches no layer.
+        """
+        return self._in_use(*readable(self.model, only=only, exclude=exclude))
+
+    def _in_use(
+        self, layers: dict[str, Factorizable], reasons: dict[str, str]
+    ) -> tuple[dict[str, Factorizable], dict[str, str]]:
+        called = {name for name, row in self.planner.rows().items() if row.calls}
+        if self.has_inputs and layers.keys() - called:  # what one sample is not routed to
+            called |= called_by(self.model, layers, self.inputs(ROUTED))
+        leave_unused(layers, reasons, called, self.planner.readers())
+        return layers, reasons
+
     def replay(self, edits: Sequence[Edit]) -> None:
         """Apply, with shapes only, those of the edits of a saved run that are still missing.
 
@@ -583,18 +617,20 @@ def start(
 
     Raises:
         BudgetError: the budget is malformed, or bounds latency without a target.
-        MethodError: the target is none, or the method refuses.
+        MethodError: the target is none, the method refuses, or an option of it is out of range.
         TrainingError: an optimizer holds nothing of the network.
         ModelError: there is neither data nor example, the model fails on it, or a weight is not
             finite.
         DataError: the example has no row, or is not finite.
     """
+    check_options(method)
     if not example:
         if data is None:
             raise ModelError(
                 "Counting needs the inputs of one forward call: give example=(inputs,) or data."
             )
         example = data.example()
+    model = bare(model)
     check_weights(model)
     check_example(example)
     check_holds(model, optimizer)

@@ -7,6 +7,7 @@ import math
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -16,25 +17,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pliant.budget import Budget
+from pliant.api.report import cuts, layer_rows, side, timed, versions, where_timed
+from pliant.api.verdict import judge, said
+from pliant.budget import LOSE, Budget
 from pliant.compose import Stage, bounds, check_axes, resolve
-from pliant.cost import Example, cost
+from pliant.cost import Example, bare, cost
 from pliant.data import Data, Train, unpack
 from pliant.data.splits import Split
 from pliant.drivers import checkpoint
 from pliant.drivers.check import check_data
 from pliant.drivers.devices import own_randomness
 from pliant.drivers.loop import Watch, epochs_of, evaluate, fit
-from pliant.drivers.score import device_of
+from pliant.drivers.score import Score, device_of
 from pliant.edits import from_json, to_json
 from pliant.edits import sizes as elastic
-from pliant.errors import BudgetError, DataError, ModelError
+from pliant.errors import AccuracyWarning, BudgetError, DataError, ModelError
 from pliant.files import artifact
 from pliant.latency import Target, Where, as_target
 from pliant.method import Method
 from pliant.observe import spectra
-from pliant.result import Report, Result, Side, cuts, layer_rows, side, timed, versions, where_timed
-from pliant.run import Run, start
+from pliant.result import Report, Result, Side
+from pliant.run import RECALIBRATED, Run, start
+from pliant.surgery.batchnorm import recalibrate
 from pliant.surgery.select import factorizable
 
 CONTROL = "control"  # folder of the control run's checkpoint, and its phase in the history
@@ -76,7 +80,9 @@ def compress(
         target: where milliseconds are measured, such as ``"onnxruntime,threads=2"``, or a
             function that measures (see `Target.of`): for a budget with a latency, and the report.
         seed: of everything random; the caller's random state stays untouched.
-        strict: raise where the budget is missed; otherwise the report says so.
+        strict: raise where the budget is missed; otherwise the report says so. What was lost of
+            the score is judged in `report.verdict`; more than the budget's ``drop`` (2 points
+            where none is given) is warned of by an `AccuracyWarning`.
         example: inputs of one forward call; taken from the data if not given.
         name: what the report calls the model; its class if not given.
         control: also train a copy without the method for as many epochs, and report that as the
@@ -100,11 +106,11 @@ def compress(
     asked = resolve(method), _budget(budget), train, seed
     given = (example,) if isinstance(example, Tensor) else example
     with own_randomness(seed, _place(model)):
-        task = _Task(model, Data.of(data, seed=seed), *asked, given, resume)
+        task = _Task(bare(model), Data.of(data, seed=seed), *asked, given, resume)
         task.folder = Path(folder) if folder is not None else None
         task.watch = watch or task.watch
         task.target = None if target is None else as_target(target)
-        return task.go(control=control, strict=strict, name=name or type(model).__name__)
+        return task.go(control=control, strict=strict, name=name or type(bare(model)).__name__)
 
 
 # ---------------------------------------------------------------- refusals
@@ -186,7 +192,7 @@ class _Task:
         with self._stage("prepare"):
             run = self._begin()
         reference, rows = self._reference(control=control)
-        before = self._side(reference, run)
+        before, dense = self._fair(reference, run)
         with self._stage("finish", show=False):
             if self.train is not None and self._epochs():
                 self._fit(run, self.train, self.folder, self.watch, reference)
@@ -195,11 +201,16 @@ class _Task:
                 run.finish(strict=False)
         self._split_time(run)
         run.finish(strict=strict)
-        sides = before, self._side(run.model, run)
+        after, small = self._side(run.model, run)
+        sides = before, after
         with self._stage("measure"):
             sides = timed(run, *sides)
         found = self._sizes(run)
-        report = replace(self._report(run, name, sides, rows), sizes=found)
+        bound = LOSE if self.budget is None or self.budget.drop is None else self.budget.drop
+        verdict = judge(dense, small, bound)
+        report = replace(self._report(run, name, sides, rows), sizes=found, verdict=verdict)
+        if verdict.holds is False:
+            warnings.warn(said(verdict), AccuracyWarning, stacklevel=3)
         edits = tuple(from_json(to_json(run.edits)))  # a plan: without the tensors of factors
         return Result(run.model.to(device_of(self.model)).eval(), edits, report)
 
@@ -270,29 +281,47 @@ class _Task:
         asked: dict[str, Any] = {"folder": folder, "resume": self.resume, "watch": watch}
         fit(run, self.data, plan, teacher=teacher if plan.distill else None, **asked)
 
-    def _side(self, network: nn.Module, run: Run) -> Side:
+    def _fair(self, network: nn.Module, run: Run) -> tuple[Side, Score | None]:
+        """Measure the dense network with what any network gets: batch norms of these inputs.
+
+        It counts as the better of itself and of a copy whose batch norms were re-estimated from
+        the inputs that the smaller network is re-estimated from.
+        """
+        found, score = self._side(network, run)
+        if score is None or not run.has_inputs or not math.isfinite(score.accuracy):
+            return found, score
+        again = copy.deepcopy(network)
+        if not recalibrate(again, run.inputs(RECALIBRATED)):
+            return found, score
+        anew, better = self._side(again, run)
+        if better is None or better.accuracy <= score.accuracy:
+            return found, score
+        network.load_state_dict(again.state_dict())
+        return anew, better
+
+    def _side(self, network: nn.Module, run: Run) -> tuple[Side, Score | None]:
         with self._stage("measure"):
             return self._measured(network, run)
 
-    def _measured(self, network: nn.Module, run: Run) -> Side:
+    def _measured(self, network: nn.Module, run: Run) -> tuple[Side, Score | None]:
         """Measure costs and, if there is a split to measure on, the score."""
         costs = cost(network, run.example)
         if self.split is None:
-            return side(costs)
+            return side(costs), None
         score = evaluate(network, self.data, self.split)
         known = math.isfinite(score.accuracy)
-        return side(costs, accuracy=score.accuracy if known else None, loss=score.loss)
+        return side(costs, accuracy=score.accuracy if known else None, loss=score.loss), score
 
     def _sizes(self, run: Run) -> tuple[Side, ...]:
         """Measure every size that the file of an elastic network holds."""
         if not elastic.cuttable(run.edits):
             return ()
         with self._stage("sizes"):
-            return cuts(run, lambda network: self._measured(network, run))
+            return cuts(run, lambda network: self._measured(network, run)[0])
 
     def _observe(self, run: Run) -> dict[str, Any]:
         """Measure between the stages of a chain: costs, score, and the size of a file."""
-        now = asdict(self._side(run.model, run))
+        now = asdict(self._side(run.model, run)[0])
         with tempfile.TemporaryDirectory() as folder:
             for name, encode in (("file", None), ("coded", "auto")):
                 path = artifact.save(Path(folder) / name, run.model, run.edits, encode=encode)

@@ -1,20 +1,23 @@
 """`pliant compress`: from a network and data to a folder with a smaller one and a report."""
 
 import json
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.text import Text
 
 from pliant import api
+from pliant.api.verdict import said
 from pliant.budget import Budget
 from pliant.cli import console, folder, measure, source
 from pliant.cli.progress import Bars
 from pliant.compose import resolve
 from pliant.data import Data, Train, load
-from pliant.errors import BudgetError, DataError
+from pliant.errors import AccuracyWarning, BudgetError, DataError
 from pliant.method import Method
 from pliant.registry import entry_of
 
@@ -57,6 +60,13 @@ def compress(
         str | None,
         typer.Option(help="what the result may cost: params=0.3, macs=12M, latency=5, latency=50%"),
     ] = None,
+    lose: Annotated[
+        float | None,
+        typer.Option(help="points of accuracy that may be lost (default: 2)"),
+    ] = None,
+    allow_drop: Annotated[
+        bool, typer.Option("--allow-drop", help="end well even if more accuracy was lost")
+    ] = False,
     target: Annotated[
         str | None,
         typer.Option(help="where to measure milliseconds: onnxruntime, torch, compile,batch=16"),
@@ -75,7 +85,8 @@ def compress(
         float | None, typer.Option(help="weight of learning from the dense network, 0 to 1")
     ] = None,
     weights: Annotated[
-        str | None, typer.Option(help="safetensors file with the network's weights")
+        str | None,
+        typer.Option(help="safetensors file with the network's weights, or mnist5k for lenet5"),
     ] = None,
     architecture: Annotated[
         str | None, typer.Option(help="what builds the dense network of a .pliant file")
@@ -126,6 +137,8 @@ def compress(
     default = console.is_default(context, "method")
     built = resolve(DEMO.method if demo and default else method)
     bounds = Budget.parse(budget) if budget else None
+    if lose is not None:
+        bounds = replace(bounds or Budget(), drop=lose)
     place_of_time = measure.target_of(target, threads, None, asked=bool(bounds and bounds.latency))
     place = out or Path(DEMO.out if demo else f"runs/{_stem(str(model))}-{_name(built)}")
     samples = load(data or DEMO.data, seed=seed)
@@ -137,7 +150,8 @@ def compress(
         seed=seed,
     )
     folder.claim(place, force=force, resume=resume, own=demo and out is None)
-    with Bars(quiet=as_json) as bars:
+    with Bars(quiet=as_json) as bars, warnings.catch_warnings():
+        warnings.simplefilter("ignore", AccuracyWarning)  # said at the end, and by the exit code
         try:
             result = api.compress(
                 found.model,
@@ -171,6 +185,10 @@ def compress(
     _print(written, as_json=as_json)
     if not written.report.met:
         raise BudgetError(f"The result misses the budget: {'; '.join(written.report.misses)}.")
+    verdict = written.report.verdict
+    if verdict is not None and verdict.holds is False and not allow_drop:
+        console.err().print(Text(said(verdict), "red"), soft_wrap=True)
+        raise typer.Exit(console.DROPPED)
 
 
 def _stem(model: str) -> str:

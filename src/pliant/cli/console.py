@@ -18,7 +18,7 @@ from pliant.result import Report
 
 P = ParamSpec("P")
 R = TypeVar("R")
-REFUSED, INTERRUPTED = 2, 130  # exit codes
+REFUSED, DROPPED, INTERRUPTED = 2, 3, 130  # exit codes
 
 
 def out() -> Console:

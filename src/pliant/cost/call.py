@@ -10,6 +10,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+_WRAPPED = {
+    "OptimizedModule": "_orig_mod",
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+}
+"""Classes of wrappers, and where each keeps the network; by name, to load neither."""
+
 Example = tuple[Any, ...] | Mapping[str, Any]
 
 
@@ -36,6 +43,17 @@ def tensors(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, Mapping | list | tuple):
         for item in value.values() if isinstance(value, Mapping) else value:
             yield from tensors(item)
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """Return the network itself, out of what torch.compile or data parallelism put around it."""
+    while isinstance(inner := getattr(model, _inside(model), None), nn.Module):
+        model = inner
+    return model
+
+
+def _inside(model: nn.Module) -> str:
+    return _WRAPPED.get(type(model).__name__, "")
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -25,10 +25,15 @@ class Score:
     Attributes:
         accuracy: share of right answers, in 0..1; nan where labels are not classes.
         loss: mean loss of the task.
+        hits: for every answer that was asked for whether it was right, in the order of the split;
+            empty where labels are not classes.
+        classes: how many answers there are to choose from; 0 where labels are not classes.
     """
 
     accuracy: float
     loss: float
+    hits: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.bool), compare=False)
+    classes: int = 0
 
 
 @torch.no_grad()
@@ -57,7 +62,9 @@ def evaluate(
     """
     device = torch.device(device) if device is not None else device_of(model)
     model.to(device)
-    right = losses = count = answers = 0.0
+    losses = count = 0.0
+    rights: list[Tensor] = []
+    classes = 0
     with evaluating(model):
         for sample in data.batches(split, batch):
             inputs, labels = unpack(moved(sample, device))
@@ -65,11 +72,14 @@ def evaluate(
             size = len(scores)
             losses += float(task_loss(scores, labels)) * size
             count += size
-            hits, asked = _right(scores, labels)
-            right, answers = right + hits, answers + asked
+            if not labels.is_floating_point():
+                rights.append(_right(scores, labels).cpu())
+                classes = scores.shape[1] if scores.dim() == 2 else scores.shape[-1]
     if not count:
         raise DataError(f"The {split} split must hold samples, but it gave none; check the loader.")
-    return Score(right / answers if answers else math.nan, losses / count)
+    hits = torch.cat(rights) if rights else torch.empty(0, dtype=torch.bool)
+    accuracy = float(hits.sum()) / len(hits) if len(hits) else math.nan
+    return Score(accuracy, losses / count, hits, classes)
 
 
 def forward(model: nn.Module, inputs: Any) -> Any:
@@ -107,10 +117,6 @@ def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def _right(scores: Tensor, labels: Tensor) -> tuple[float, float]:
-    """Count right answers and questions."""
-    if labels.is_floating_point():
-        return 0.0, 0.0
-    asked = labels != IGNORED
-    hits = (classes_second(scores, labels).argmax(1) == labels) & asked
-    return float(hits.sum()), float(asked.sum())
+def _right(scores: Tensor, labels: Tensor) -> Tensor:
+    """Say of every answer that was asked for whether it is right."""
+    return (classes_second(scores, labels).argmax(1) == labels)[labels != IGNORED]

@@ -32,13 +32,15 @@ from pliant.codecs.container import (
     read,
     reading,
 )
-from pliant.edits import Edit, replay
+from pliant.cost import bare
+from pliant.edits import Edit, Insert, Swap, Widen, complete, replay
 from pliant.errors import ArtifactError, ModelError
 from pliant.files.manifest import DTYPES, UNCODED, VERSION, Manifest, Spec, parse, write
 from pliant.nn.align import Align
 from pliant.nn.coded import Coded
 
-MOST_EDITS, MOST_LEVELS = 16, 64  # edits for each module of the model; dots in a name
+MOST_EDITS, MOST_LEVELS = 128, 64  # edits for each module of the model; dots in a name
+MOST_MODULES = 64  # that edits may make of each module of the model
 HEADER_LIMIT = 16 * 2**20  # bytes; what safetensors says of the same tensors
 
 
@@ -61,7 +63,8 @@ def save(
             a file of another kind is refused.
         model: as the edits have made it. Parametrizations of the dense network, such as weight
             norm, stay: what builds the network puts them on again.
-        edits: what was done to the dense network, in order.
+        edits: what was done to the network, in order; what was done before, by an earlier
+            compression or in the file that it was loaded from, is put before it.
         source: what builds the dense network, for commands: a zoo name or module:callable.
         extra: plain data to keep beside it: class names, input shape, normalization.
         encode: store each tensor coded, without loss, where that is smaller: ``hac`` by Huffman,
@@ -69,13 +72,14 @@ def save(
             which few are distinct: pruned, shared or quantized ones. None stores all as they are.
 
     Raises:
+        EditError: other edits have been made of the network than those given.
         ModelError: the compression is not finished, or the model has state that is not made of
             tensors.
         ArtifactError: `extra` is not plain data.
         OutputError: a file of another kind is there, or the file cannot be written; an existing
             one is as it was.
     """
-    path = Path(path)
+    path, model = Path(path), bare(model)
     check_replaceable(path, ".pliant", is_pliant)
     if encode is not None and encode not in codec.CHOICES:
         raise ArtifactError(
@@ -89,7 +93,7 @@ def save(
         version=VERSION if coded else UNCODED,
         pliant=_own_version(),
         source=source,
-        edits=tuple(edits),
+        edits=complete(model, tuple(edits)),
         tensors={name: Spec.of(tensor) for name, tensor in tensors.items()},
         aliases=aliases,
         sha256=hashlib.sha256(weights).hexdigest(),
@@ -179,7 +183,12 @@ def inspect(path: str | Path) -> Manifest:
         return parse(read(archive, MANIFEST, least=2, most=MANIFEST_LIMIT))
 
 
-def load(path: str | Path, model: nn.Module | Callable[[], nn.Module] | None = None) -> nn.Module:
+def load(
+    path: str | Path,
+    model: nn.Module | Callable[[], nn.Module] | None = None,
+    *,
+    manifest: Manifest | None = None,
+) -> nn.Module:
     """Rebuild a compressed network: replay its edits on the dense one, then load the tensors.
 
     Args:
@@ -187,6 +196,7 @@ def load(path: str | Path, model: nn.Module | Callable[[], nn.Module] | None = N
         model: the dense architecture, freshly built, or a function without arguments that
             builds it. It is changed in place, on its device, once the whole file has been
             found to fit; its training mode stays. Types of numbers become those of the file.
+        manifest: what `inspect` has read of this very file; read now if None.
 
     Returns:
         The model.
@@ -197,14 +207,14 @@ def load(path: str | Path, model: nn.Module | Callable[[], nn.Module] | None = N
     """
     path = Path(path)
     with opened(path) as archive:
-        with reading(path):
-            manifest = parse(read(archive, MANIFEST, least=2, most=MANIFEST_LIMIT))
+        if manifest is None:
+            with reading(path):
+                manifest = parse(read(archive, MANIFEST, least=2, most=MANIFEST_LIMIT))
         built = _built(path, manifest, model)
         with reading(path):
-            # What a function built is nobody's yet: no need to try on a copy first.
-            trial = _without_data(built) if built is model else built
+            trial = _trial(manifest, built, own=built is not model)
             _check_edits(manifest, trial)
-            replay(trial, manifest.edits, weights=False)
+            _replay(manifest, trial)
             _compare(manifest, trial)
             tensors = _weights(archive, manifest)
             _check_codes(trial, tensors)
@@ -214,7 +224,9 @@ def load(path: str | Path, model: nn.Module | Callable[[], nn.Module] | None = N
     for name, own in built.state_dict(keep_vars=True).items():
         if own.dtype != tensors[name].dtype:
             own.data = own.data.to(tensors[name].dtype)
-    built.load_state_dict(tensors)
+    state = built.state_dict()  # with the versions of its modules, which some of them ask for
+    state.update(tensors)
+    built.load_state_dict(state)
     return built
 
 
@@ -248,6 +260,33 @@ def _check_edits(manifest: Manifest, model: nn.Module) -> None:
             f"has {len(manifest.edits):,} edits, more or deeper ones than this "
             f"{type(model).__name__} has layers for: it was made from another architecture."
         )
+
+
+def _trial(manifest: Manifest, built: nn.Module, *, own: bool) -> nn.Module:
+    """Say on what edits are tried first: on shapes, lest a model is spoilt or grows beyond bounds.
+
+    Args:
+        manifest: of the file.
+        built: the dense network.
+        own: whether a function built it; it is nobody's yet then, and may not be copyable.
+    """
+    if own and not any(isinstance(edit, Insert | Swap | Widen) for edit in manifest.edits):
+        return built
+    try:
+        return _without_data(built)
+    except ArtifactError:
+        if own:
+            return built
+        raise
+
+
+def _replay(manifest: Manifest, trial: nn.Module) -> None:
+    """Replay the edits, and stop where copies of copies would fill the memory."""
+    most = MOST_MODULES * sum(1 for _ in trial.modules())
+    for edit in manifest.edits:
+        replay(trial, [edit], weights=False)
+        if isinstance(edit, Insert) and sum(1 for _ in trial.modules()) > most:
+            raise ArtifactError(f"asks for more than {most:,} modules: it was made to do harm.")
 
 
 def _compare(manifest: Manifest, model: nn.Module) -> None:

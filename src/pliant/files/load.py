@@ -15,6 +15,7 @@ from pliant.edits import Nest
 from pliant.edits import sizes as elastic
 from pliant.errors import ArtifactError, ModelError
 from pliant.files import artifact
+from pliant.files.manifest import Manifest
 from pliant.latency import Target, Where, as_target, measure
 
 MOST_CLASSES = 100_000  # that a file may ask the zoo for
@@ -47,18 +48,18 @@ def load(
             or a size was asked of a network that has one only, or was compressed further.
         BudgetError: even the smallest size is too large.
     """
-    dense = model if model is not None else _of_zoo(path)
+    place = None if target is None else as_target(target)
+    manifest = artifact.inspect(path)
+    dense = model if model is not None else _of_zoo(manifest)
     if at is None:
-        return artifact.load(path, dense)
+        return artifact.load(path, dense, manifest=manifest)
     given = (example,) if isinstance(example, Tensor) else example
     if not given and model is None and dense is not None:
-        given = zoo.NETWORKS[str(artifact.inspect(path).source)].example()
-    place = None if target is None else as_target(target)
-    return _load_at(path, dense, at, example=given, target=place)
+        given = zoo.NETWORKS[str(manifest.source)].example()
+    return _load_at(path, manifest, dense, at, example=given, target=place)
 
 
-def _of_zoo(path: str | Path) -> Callable[[], nn.Module] | None:
-    manifest = artifact.inspect(path)
+def _of_zoo(manifest: Manifest) -> Callable[[], nn.Module] | None:
     source, classes = manifest.source, manifest.extra.get("classes")
     if source not in zoo.NETWORKS:
         return None
@@ -68,6 +69,7 @@ def _of_zoo(path: str | Path) -> Callable[[], nn.Module] | None:
 
 def _load_at(
     path: str | Path,
+    manifest: Manifest,
     model: nn.Module | Callable[[], nn.Module] | None,
     at: Budget | str | float,
     *,
@@ -78,6 +80,7 @@ def _load_at(
 
     Args:
         path: a file of an elastic network.
+        manifest: what it says about itself.
         model: the dense architecture, or a function that builds it.
         at: a budget, or a share of the dense network's parameters.
         example: inputs of one forward call, to count multiply-accumulates and to measure.
@@ -95,7 +98,7 @@ def _load_at(
             f"A size for {', '.join(budget.given())} needs the inputs of one forward call: pass "
             "example=(inputs,), or bound params or bytes."
         )
-    edits = artifact.inspect(path).edits
+    edits = manifest.edits
     if not any(isinstance(edit, Nest) for edit in edits):
         raise ArtifactError(
             f"{path} holds a network of one size: leave at= out, or compress with 'elastic'."
@@ -103,11 +106,11 @@ def _load_at(
     place = target or Target("torch")
     network = model() if callable(model) and not isinstance(model, nn.Module) else model
     if not isinstance(network, nn.Module):
-        return artifact.load(path, network)  # which says what it needs
+        return artifact.load(path, network, manifest=manifest)  # which says what it needs
     dense = elastic.counted(network, example)
     if budget.latency is not None:
         dense = replace(dense, latency_ms=measure(network, example, place).median_ms)
-    loaded = artifact.load(path, network)
+    loaded = artifact.load(path, network, manifest=manifest)
 
     def milliseconds(size: int) -> float:
         return measure(elastic.of_size(loaded, edits, size), example, place).median_ms

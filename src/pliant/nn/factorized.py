@@ -55,20 +55,26 @@ def factorized(
         part.weight.data = in_layout_of(module.weight, part.weight.data)
     if module.bias is not None:
         parts[-1].bias = module.bias
-    _answer_for(new, module)
+    answer_for(new, module, parts[0].weight)
     return new.train(module.training)
 
 
-def _answer_for(new: nn.Sequential, dense: Factorizable) -> None:
-    """Let a model ask the row what it asks its dense layer: its geometry, and its type and device.
+def answer_for(row: nn.Sequential, dense: nn.Module, weight: Tensor | None = None) -> None:
+    """Let a model ask a row what it asks its dense layer: its geometry, and its type and device.
 
     Models of transformers pad by ``conv.stride`` and cast inputs to ``projection.weight.dtype``.
-    The row's ``weight`` is its first child's own, and no parameter of the row.
+
+    Args:
+        row: stands in the place of the layer.
+        dense: the layer.
+        weight: what the row answers by, the layer's own if None; it is no parameter of the row.
     """
     for name in _GEOMETRY:
         if hasattr(dense, name):
-            setattr(new, name, getattr(dense, name))
-    object.__setattr__(new, "weight", new[0].weight)
+            setattr(row, name, getattr(dense, name))
+    answer = getattr(dense, "weight", None) if weight is None else weight
+    if isinstance(answer, Tensor):
+        object.__setattr__(row, "weight", answer)
 
 
 def answer_anew(model: nn.Module, name: str) -> None:

@@ -18,7 +18,14 @@ KERNELS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.MultiheadAttentio
 
 
 Shared = dict[int, list[str]]
-"""The names of every parameter that has several, by its identity."""
+"""The names of every parameter that several layers have, by its identity."""
+
+
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
+)
 
 
 def obstacle(model: nn.Module, name: str, shared: Shared | None = None) -> str | None:
@@ -53,7 +60,7 @@ def unreadable(model: nn.Module, name: str, shared: Shared | None = None) -> str
     Raises:
         AttributeError: the model has no such module.
     """
-    module = model.get_submodule(name)
+    module: Any = model.get_submodule(name)
     if not name:
         return "the model is this single layer: wrap it in nn.Sequential"
     if parametrize.is_parametrized(module):
@@ -64,6 +71,8 @@ def unreadable(model: nn.Module, name: str, shared: Shared | None = None) -> str
         return "its weight is computed by a forward-pre hook: remove it first"
     if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
         return "MultiheadAttention reads this weight directly"
+    if not module.weight.is_floating_point():
+        return f"its weight is of {str(module.weight.dtype).removeprefix('torch.')}, not real"
     tied = shared_weights(model) if shared is None else shared
     owners = tied.get(id(module.weight), ())
     if others := [other for other in owners if other != f"{name}.weight"]:
@@ -72,10 +81,14 @@ def unreadable(model: nn.Module, name: str, shared: Shared | None = None) -> str
 
 
 def shared_weights(model: nn.Module) -> Shared:
-    """Return the names of all parameters that have more than one."""
+    """Return the names of all parameters that more than one layer has.
+
+    A layer that is registered under several names is one layer.
+    """
     owners: Shared = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
+    for path, module in model.named_modules():
+        for child, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
+            owners.setdefault(id(parameter), []).append(f"{path}.{child}".lstrip("."))
     return {key: names for key, names in owners.items() if len(names) > 1}
 
 
@@ -92,14 +105,31 @@ def in_layout_of(dense: Tensor, kernel: Tensor) -> Tensor:
     return kernel
 
 
-def replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put ``module`` in the place of the submodule called ``name``.
+def drop_hooks(model: nn.Module) -> None:
+    """Take all hooks of calls out of a model and its parts: a copy has no handles for them."""
+    for module in model.modules():
+        for kind in _HOOKS:
+            held = getattr(module, kind)
+            if isinstance(held, dict):
+                held.clear()
 
-    The transformer blocks around it leave their fused inference path, which would read the
-    weight of a layer that is no longer there; the plain path computes the same.
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` in the place of the submodule called ``name``, under all names that it has.
+
+    Hooks of the old layer go on with the new one, and their handles stay good. The transformer
+    blocks around it leave their fused inference path, which would read the weight of a layer that
+    is no longer there; the plain path computes the same.
     """
-    *path, child = name.split(".")
-    setattr(model.get_submodule(".".join(path)), child, module)
+    *path, _ = name.split(".")
+    old = model.get_submodule(name)
+    if not any(part is old for part in module.modules()):
+        for kind in _HOOKS:
+            setattr(module, kind, getattr(old, kind))
+    for parent in list(model.modules()):
+        for child, layer in list(parent._modules.items()):
+            if layer is old and parent is not module:
+                setattr(parent, child, module)
     for depth in range(len(path) + 1):
         around = model.get_submodule(".".join(path[:depth]))
         if isinstance(around, nn.TransformerEncoderLayer):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,6 +16,7 @@ from pliant.errors import ModelError
 from pliant.math.metric import Metric
 from pliant.math.svd import self_product
 from pliant.nn.layers import Factorizable
+from pliant.observe.outputs import answers
 from pliant.observe.watch import capture, samples
 
 
@@ -43,10 +44,13 @@ def metrics(
 
     def see(name: str, inputs: Tensor, output: Tensor) -> None:
         rows = patches(layers[name], inputs.detach().float())
+        if not len(rows):  # an expert to which nothing was routed
+            return
         moments = self_product(rows.T) * (len(inputs) / len(rows))  # a mean over positions
         reads[name] = reads.get(name, torch.zeros((), device=rows.device)) + moments
         # The edge, not the tensor: an activation in place would change what the tensor is.
-        outputs.setdefault(name, []).append(get_gradient_edge(output))
+        if output.requires_grad:
+            outputs.setdefault(name, []).append(get_gradient_edge(output))
 
     count = 0
     with _tracked(layers.values()), capture(model, layers, see, gradients=True):
@@ -55,10 +59,26 @@ def metrics(
             result = call(model, batch)
             count += samples(batch)
             _gather(pulls, outputs, surprise(result, generator), layers)
+    unknown = _unknown(pulls, layers)
     return {
-        name: Metric(read / count, pulls[name] / count if name in pulls else None)
+        name: Metric(read / count, (pulls[name] if name in pulls else unknown(name)) / count)
+        if pulls
+        else Metric(read / count)
         for name, read in reads.items()
     }
+
+
+def _unknown(
+    pulls: Mapping[str, Tensor], layers: Mapping[str, Factorizable]
+) -> Callable[[str], Tensor]:
+    """Let outputs that no gradient reaches matter as much as those of other layers on average."""
+    mean = sum(float(pull.trace()) for pull in pulls.values()) / max(1, len(pulls))
+
+    def moments(name: str) -> Tensor:
+        weight = layers[name].weight
+        return torch.eye(len(weight), device=weight.device) * (mean / len(weight))
+
+    return moments
 
 
 def patches(module: Factorizable, inputs: Tensor) -> Tensor:
@@ -117,6 +137,8 @@ def _gather(
     layers: Mapping[str, Factorizable],
 ) -> None:
     """Add the second moments of the gradients by every output."""
+    if not outputs:
+        return
     names = [name for name, calls in outputs.items() for _ in calls]
     edges = [edge for calls in outputs.values() for edge in calls]
     gradients: Sequence[Tensor | None] = torch.autograd.grad(loss, edges, allow_unused=True)
@@ -131,32 +153,36 @@ def _gather(
 def surprise(result: Any, generator: torch.Generator) -> Tensor:
     """Return a scalar whose gradients have the Fisher information as second moments.
 
-    A sum over samples of the loss at a label drawn from the predictions of each, or, where the
-    output is not a row of logits, of the output in a random direction.
+    For one row of logits a sample it is the loss, summed over samples, at a label drawn from the
+    predictions of each. Any other output goes in a random direction; of several outputs every one
+    counts alike, by its own spread.
 
     Raises:
-        ModelError: the output is not finite.
+        ModelError: an output is not a number, or the network gives none.
     """
-    output: Tensor = _tensor(result).float()
-    if not torch.isfinite(output).all():
+    outputs = [output.float() for output in answers(result)]
+    if any(output.isnan().any() or output.isposinf().any() for output in outputs):
         raise ModelError(
             "The network must give finite outputs to be looked at, but some are not: its weights "
             "or inputs are broken; begin with a network that works, or train more gently."
         )
+    if len(outputs) > 1:
+        return sum((_moved(one, generator) / _spread(one) for one in outputs), torch.zeros(()))
+    (output,) = outputs
     if output.ndim == 2 and output.shape[1] > 1:
         chances = output.detach().softmax(1).cpu()
         labels = torch.multinomial(chances, 1, generator=generator)[:, 0].to(output.device)
         return F.cross_entropy(output, labels, reduction="sum")
+    return _moved(output, generator)
+
+
+def _moved(output: Tensor, generator: torch.Generator) -> Tensor:
+    """Go in a random direction; masked numbers, which are minus infinity, stay out of it."""
     direction = torch.randn(output.shape, generator=generator).to(output.device)
-    return (output * direction).sum() / max(1, output[0].numel()) ** 0.5
+    moves = torch.where(output.isneginf(), 0.0, output) * direction
+    return moves.sum() / max(1, output[:1].numel()) ** 0.5
 
 
-def _tensor(result: Any) -> Tensor:
-    """The main output: logits, the last hidden state, or the first tensor there is."""
-    for name in ("logits", "last_hidden_state"):
-        if hasattr(result, name):
-            return getattr(result, name)
-    if isinstance(result, Tensor):
-        return result
-    values: Iterable[Any] = result.values() if isinstance(result, Mapping) else result
-    return next(value for value in values if isinstance(value, Tensor))
+def _spread(output: Tensor) -> Tensor:
+    known = output.detach()[~output.isneginf()]
+    return known.std(correction=0).clamp_min(torch.finfo(known.dtype).eps)

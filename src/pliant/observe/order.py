@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -41,3 +41,17 @@ def order(model: nn.Module, example: Example, layers: Sequence[str]) -> Order:
     with capture(model, layers, see):
         call(model, example)
     return Order(tuple(reads), reads)
+
+
+def called_by(model: nn.Module, layers: Iterable[str], batches: Iterable[Example]) -> set[str]:
+    """Return the layers that forward passes call with at least one row."""
+    found: set[str] = set()
+
+    def see(name: str, inputs: Tensor | None, output: Tensor) -> None:
+        if inputs is None or inputs.numel():
+            found.add(name)
+
+    with capture(model, layers, see):
+        for batch in batches:
+            call(model, batch)
+    return found

@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from pliant.errors import ModelError
 
+KEPT = ("past_key_values", "cache_params", "mems", "past_buckets_states")
+"""Names under which networks give what they keep for their next call."""
+
 
 def logits(output: Any) -> Tensor:
     """Take the class scores out of what a model gives.
@@ -33,7 +36,8 @@ def answers(output: Any) -> list[Tensor]:
     """Take all tensors of floating point out of what a model gives, however deep they lie.
 
     They are looked for in mappings, sequences, dataclasses, and the attributes of anything else,
-    ``logits`` among them if it is a property.
+    ``logits`` among them if it is a property. Keys and values that a network keeps for its next
+    call are no answers.
 
     Raises:
         ModelError: there are none, so that nothing can be compared.
@@ -57,20 +61,25 @@ def alike(wanted: Sequence[Tensor], found: Sequence[Tensor], tolerance: float) -
 def _held(value: Any, seen: set[int]) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif id(value) not in seen and not isinstance(value, str | bytes | type | nn.Module):
+    elif id(value) not in seen and not _is_no_answer(value):
         seen.add(id(value))
         for part in _parts(value):
             yield from _held(part, seen)
 
 
+def _is_no_answer(value: Any) -> bool:
+    return isinstance(value, str | bytes | type | nn.Module) or "Cache" in type(value).__name__
+
+
 def _parts(value: Any) -> list[Any]:
     if isinstance(value, Mapping):
-        return list(value.values())
+        return [part for key, part in value.items() if key not in KEPT]
     if isinstance(value, Sequence):
         return list(value)
     known = [field.name for field in fields(value)] if is_dataclass(value) else []
     names = known or getattr(value, "__dict__", {})
-    return [getattr(value, name, None) for name in dict.fromkeys((*names, "logits"))]
+    names = [name for name in (*names, "logits") if name not in KEPT]
+    return [getattr(value, name, None) for name in dict.fromkeys(names)]
 
 
 def _close(one: Tensor, other: Tensor, tolerance: float) -> bool:

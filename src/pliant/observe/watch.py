@@ -31,7 +31,8 @@ def capture(
         layers: names of submodules that read one tensor, however it is passed, and return one.
         see: gets the tensors as they are, part of the autograd graph if there is one; of several
             inputs the first, None where there is none.
-        gradients: whether the block records gradients.
+        gradients: whether the block records gradients; the layers do even where the model
+            switches them off around them, as for a frozen backbone.
     """
 
     def hook(name: str) -> Callable[..., None]:
@@ -40,16 +41,27 @@ def capture(
 
         return look
 
+    layers = list(layers)
     handles = [
         model.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True)
         for name in layers
     ]
+    if gradients:
+        handles += [
+            model.get_submodule(name).register_forward_pre_hook(record_gradients) for name in layers
+        ]
     try:
         with evaluating(model), torch.set_grad_enabled(gradients):
             yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def record_gradients(module: nn.Module, args: Any) -> None:
+    """Switch gradients on, as a hook before a layer: who switched them off puts back what was."""
+    if not torch.is_inference_mode_enabled():
+        torch.set_grad_enabled(True)
 
 
 def first_tensor(args: Any, kwargs: Any) -> Any:

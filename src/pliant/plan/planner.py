@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Literal
 
 from torch import nn
 
@@ -12,6 +12,7 @@ from pliant.budget import Budget, Limits, Option, shown
 from pliant.cost import Cost, Example, LayerCost, count
 from pliant.edits import Edit
 from pliant.latency.clock import Clock
+from pliant.observe.readers import readers
 from pliant.plan.allocate import allocate
 
 Rule = Literal["max", "sum"]
@@ -30,6 +31,7 @@ class Planner:
         edits: what has been done to the model.
         clock: measures on the target, or None where none was named.
         counted: what the network cost when it was last counted, by the shapes it had then.
+        read: which weights other modules read, by the shapes too.
     """
 
     model: nn.Module
@@ -39,7 +41,8 @@ class Planner:
     layers: dict[str, LayerCost]
     edits: list[Edit] = field(default_factory=list)
     clock: Clock | None = None
-    counted: dict[Any, tuple[Cost, dict[str, LayerCost]]] = field(default_factory=dict)
+    counted: dict[int, tuple[Cost, dict[str, LayerCost]]] = field(default_factory=dict)
+    read: dict[int, dict[str, str]] = field(default_factory=dict)
 
     def now(self) -> Cost:
         """Return what the network costs now, milliseconds left out."""
@@ -48,6 +51,14 @@ class Planner:
     def rows(self) -> dict[str, LayerCost]:
         """Return what every layer costs now."""
         return dict(self._count()[1])
+
+    def readers(self) -> dict[str, str]:
+        """Return the layers whose weight another module reads: see `pliant.observe.readers`."""
+        shapes = _shapes(self.model)
+        if shapes not in self.read:
+            self.read.clear()
+            self.read[shapes] = readers(self.model, self.example)
+        return self.read[shapes]
 
     def limits(self) -> dict[str, float]:
         """Return the budget in absolute numbers for the whole network; empty without one."""

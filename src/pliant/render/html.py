@@ -80,7 +80,8 @@ def _file(name: str) -> str:
 
 
 def _verdict(report: Report) -> str:
-    kind = "free" if not report.budget else "" if report.met else "missed"
+    judged = report.budget or words.lost(report)
+    kind = "missed" if not words.fine(report) else "" if judged else "free"
     return f'<p class="verdict {kind}">{escape(words.verdict(report))}</p>'
 
 

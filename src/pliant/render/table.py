@@ -30,7 +30,7 @@ def before_after(report: Report) -> Table:
         table.add_column(name, justify="right")
     for row in words.comparisons(report):
         table.add_row(row.label, row.before, Text(row.after, "bold"), Text(row.change, "green"))
-    table.caption = Text(words.verdict(report), "dim" if report.met else "bold red")
+    table.caption = Text(words.verdict(report), "dim" if words.fine(report) else "bold red")
     table.caption_justify = "left"
     return table
 

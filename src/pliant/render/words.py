@@ -225,8 +225,36 @@ def _sized(before: float, after: float, less: str, more: str) -> str:
     return f"{times(before, after)} {less}" if after < before else f"{times(after, before)} {more}"
 
 
+def lost(report: Report) -> str:
+    """Say how much of the score was lost, with its interval, and whether that may be.
+
+    Empty where nothing was scored.
+    """
+    found = report.verdict
+    if found is None or found.lost is None or found.low is None or found.high is None:
+        return ""
+    change = "gained" if found.lost < 0 else "lost"
+    said = (
+        f"{abs(found.lost):.1f} points {change} ({_signed(-found.high, 1)} to "
+        f"{_signed(-found.low, 1)} on all such samples, 95 %)"
+    )
+    if found.holds:
+        return f"Accuracy kept: {said}, {found.bound:g} may be lost."
+    return f"Accuracy lost: {said}, where {found.bound:g} may be."
+
+
+def fine(report: Report) -> bool:
+    """Say whether a report is good news: the budget met, and no more lost than may be."""
+    return report.met and (report.verdict is None or report.verdict.holds is not False)
+
+
 def verdict(report: Report) -> str:
-    """Say whether the budget was met, and if not what was missed."""
+    """Say what was lost, and whether the budget was met, and if not what was missed."""
+    note = report.verdict.note if report.verdict else ""
+    return " ".join(filter(None, (lost(report), _budget(report), note)))
+
+
+def _budget(report: Report) -> str:
     if not report.budget:
         return "No budget was set."
     asked = ", ".join(f"{axis} ≤ {bound(report, axis)}" for axis in report.budget)

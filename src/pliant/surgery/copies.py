@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
-from pliant.edits import Edit, Replaced
+from pliant.edits import Edit, Replaced, apply
 from pliant.errors import EditError
 
 State = dict[str, tuple[Tensor, int]]
@@ -34,7 +34,7 @@ def follow(
 
     A factorization has many bases: an average of weights goes on only in that of the network. So
     tensors that the edit wrote are taken from the network, and all others stay as they are. Of
-    channels that leave, the copy's own leave.
+    channels that leave or are doubled, the copy's own are.
 
     Args:
         copies: of the same layers as the network.
@@ -46,10 +46,11 @@ def follow(
     Raises:
         EditError: a copy has other layers.
     """
-    new = [name for name, mark in marks(model).items() if not _same(before.get(name), mark)]
+    known = {id(tensor): version for tensor, version in before.values()}  # whatever their names
+    new = [name for name, (tensor, at) in marks(model).items() if known.get(id(tensor)) != at]
     for copy in map(plain_copy, copies):
         try:
-            edit.apply(copy, weights=False)
+            apply(copy, edit, weights=bool(replaced.cuts))
         except EditError as error:
             raise EditError(
                 f"A copy that follows the network must have its layers, but {error} Hand over "
@@ -60,10 +61,6 @@ def follow(
         source, target = _tensors(model), _tensors(copy)
         for name in new:
             target[name].copy_(source[name])
-
-
-def _same(before: tuple[Tensor, int] | None, after: tuple[Tensor, int]) -> bool:
-    return before is not None and before[0] is after[0] and before[1] == after[1]
 
 
 def _tensors(model: nn.Module) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.optim import Optimizer
 
-from pliant.edits import Edit, Replaced
+from pliant.edits import Edit, Replaced, apply
 from pliant.surgery.copies import follow, marks
 from pliant.surgery.optim import Optimizers, carry, several
 from pliant.surgery.pace import Pace
@@ -45,6 +45,7 @@ class Followers:
         for optimizer in self.optimizers:
             for replaced in self.stale.missed(optimizer):
                 carry(optimizer, replaced, self._names(model))
+        self.stale.settle(self.optimizers)
         for pace in self.paces:
             pace.remove()
         self.paces[:] = [Pace(each, factor) for each in self.optimizers if factor is not None]
@@ -52,7 +53,7 @@ class Followers:
     def edit(self, model: nn.Module, edit: Edit, *, weights: bool) -> None:
         """Edit a network, and let all follow."""
         before = marks(model) if self.copies else {}
-        replaced = edit.apply(model, weights=weights)
+        replaced = apply(model, edit, weights=weights)
         self.carry(model, edit.layer, replaced)
         if self.copies:
             follow(self.copies, model, edit, before, replaced)
@@ -61,6 +62,7 @@ class Followers:
         """Tell the optimizers which parameters of a layer took the place of which."""
         carry(self.optimizers, replaced, self._names(model))
         self.stale.note(layer, replaced)
+        self.stale.settle(self.optimizers)
 
     @property
     def stepping(self) -> bool:

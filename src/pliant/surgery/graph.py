@@ -5,8 +5,10 @@ batch that its code names. One forward pass carries the marks through whatever s
 layers: sums, concatenations, padding, slices, reshapes, pooling, gates. Where the next layers
 read, the pattern of marks over the batch says which channel has arrived at which input. No
 operation has to be known by name; one that mixes all channels (a softmax or a normalization over
-them) marks them all, and they stay. Nothing found here counts before ``pliant.surgery.prove`` has
-proven it on a copy.
+them) marks them all, and they stay. Where a network does not let such numbers through (it checks
+that they are finite, or makes distributions of them), marked values are moved instead, up and
+down, and compared with those of a sample without marks. Nothing found here counts before
+``pliant.surgery.prove`` has proven it on a copy.
 """
 
 from __future__ import annotations
@@ -24,12 +26,16 @@ from torch.utils._pytree import tree_map
 
 from pliant.cost import Example, call
 from pliant.edits.prune import sides
+from pliant.errors import ModelError
+from pliant.nn.layers import shared_weights
 from pliant.observe.outputs import answers
-from pliant.surgery.select import readable
+from pliant.observe.readers import readers
+from pliant.surgery.select import READ, readable
 
 Slot = tuple[str, str]
 """A layer and one of its sides."""
 
+MOVES = (3.0, -3.0)  # added to marked values where they must stay numbers
 MEET = "all of its channels meet in one place, so none can leave alone"
 OUTPUT = "its channels are outputs of the network"
 SINGLE = "it has a single channel"
@@ -79,10 +85,13 @@ def trace(model: nn.Module, example: Example) -> tuple[list[Group], dict[str, st
     Raises:
         ModelError: the network answers with no tensor that marks could arrive in.
     """
-    probe = _Probe(copy.deepcopy(model).eval(), example)
-    for slot in [slot for slot in probe.sizes if slot[1] == "out"]:
-        probe.spread(slot)
-    _pin_unreadable(model, probe)
+    try:
+        probe = _spread(model, example, (math.nan,))
+    except ModelError:
+        raise
+    except Exception:  # a model may object to such numbers in any way
+        probe = _spread(model, example, MOVES)
+    _pin_unreadable(model, example, probe)
     probe.tie_groups()
     return _groups(probe), _reasons(probe)
 
@@ -106,6 +115,14 @@ class _Union:
         self.parent[self.find(one)] = self.find(other)
 
 
+def _spread(model: nn.Module, example: Example, marks: Sequence[float]) -> _Probe:
+    probe = _Probe(copy.deepcopy(model).eval(), example)
+    for slot in [slot for slot in probe.sizes if slot[1] == "out"]:
+        for mark in marks:
+            probe.spread(slot, mark)
+    return probe
+
+
 @dataclass
 class _Probe:
     """A copy of the model whose convolutions and linear layers read and write marks."""
@@ -118,6 +135,7 @@ class _Probe:
     marked: set[Slot] = field(default_factory=set)
     source: Slot = ("", "")
     codes: Tensor = field(default_factory=lambda: torch.empty(0))  # (samples, channels)
+    mark: float = math.nan  # in the place of marked values, or added to them
 
     def __post_init__(self) -> None:
         total = 0
@@ -131,11 +149,11 @@ class _Probe:
                 module.register_forward_pre_hook(self._reader((name, "channels")))
         self.union = _Union(list(range(total)))
 
-    def spread(self, source: Slot) -> None:
+    def spread(self, source: Slot, mark: float) -> None:
         """Mark the outputs of one layer and see where they arrive."""
         if self.sizes[source] < 2:
             return  # a single channel cannot leave, and ties nothing: elsewhere it is broadcast
-        self.source, self.codes = source, _codes(self.sizes[source])
+        self.source, self.codes, self.mark = source, _codes(self.sizes[source]), mark
         with torch.no_grad(), slow_attention():
             output = call(self.model, first_sample(self.example, self.model, len(self.codes)))
         arrived = torch.zeros(len(self.codes), dtype=torch.bool)
@@ -164,7 +182,13 @@ class _Probe:
     def _by_sample(self, tensor: Tensor) -> Tensor:
         if len(tensor) != len(self.codes):
             return torch.full((len(self.codes),), bool(tensor.isnan().any()))
-        return tensor.isnan().flatten(1).any(1).cpu()
+        return self._marks(tensor).flatten(1).any(1).cpu()
+
+    def _marks(self, tensor: Tensor) -> Tensor:
+        """Say which numbers are marked: the first sample never is."""
+        if math.isnan(self.mark):
+            return tensor.isnan()
+        return ~torch.isclose(tensor, tensor[:1], rtol=1e-4, atol=1e-6, equal_nan=True)
 
     def _reader(self, slot: Slot) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -191,19 +215,26 @@ class _Probe:
             self.marked.add(self.source)
             axis = output.dim() - 1 if features else 1
             place = [size if dim in (0, axis) else 1 for dim, size in enumerate(output.shape)]
-            return output.masked_fill(self.codes.to(output.device).view(place), math.nan)
+            marked = self.codes.to(output.device).view(place)
+            if math.isnan(self.mark):
+                return output.masked_fill(marked, math.nan)
+            return output + self.mark * marked
 
         return forward
 
     def _read(self, slot: Slot, given: Tensor, axis: int) -> None:
         """Tie what arrives at the channels of a layer to them."""
         if len(given) != len(self.codes) or given.dim() < 2:
-            if given.isnan().any():
+            if given.isnan().any() or not math.isnan(self.mark):
                 everything = range(self.sizes[self.source])
                 self.pin(self.source, everything, f"{slot[0]} does not read it sample by sample")
             return
         others = [dim for dim in range(1, given.dim()) if dim != axis]
-        marks = (given.sum(others) if others else given).isnan().cpu()  # one mark spoils a sum
+        if math.isnan(self.mark):
+            marks = (given.sum(others) if others else given).isnan().cpu()  # one mark spoils a sum
+        else:
+            marked = self._marks(given).movedim(axis, 1)
+            marks = marked.reshape(*marked.shape[:2], -1).any(2).cpu()
         source, target = self.first[self.source], self.first[slot]
         for place in marks.any(0).nonzero().flatten().tolist():
             for channel in _covered(self.codes, marks[:, place]):
@@ -213,12 +244,12 @@ class _Probe:
 def _codes(channels: int) -> Tensor:
     """Give every channel its number in binary, each digit as two samples: one is marked.
 
-    So the marks of two channels are never inside those of a third.
+    So the marks of two channels are never inside those of a third. The first sample has no marks.
     """
     digits = max(1, (channels - 1).bit_length())
     numbers = torch.arange(channels)
     bits = torch.stack([(numbers >> digit) & 1 for digit in range(digits)]).bool()
-    return torch.cat([bits, ~bits])
+    return torch.cat([torch.zeros(1, channels, dtype=torch.bool), bits, ~bits])
 
 
 def _covered(codes: Tensor, pattern: Tensor) -> list[int]:
@@ -253,14 +284,13 @@ def slow_attention() -> Iterator[None]:
 # ---------------------------------------------------------------- groups
 
 
-def _pin_unreadable(model: nn.Module, probe: _Probe) -> None:
+def _pin_unreadable(model: nn.Module, example: Example, probe: _Probe) -> None:
     """Keep the channels of layers whose tensors cannot be cut."""
     _, reasons = readable(model)
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    for names in owners.values():
-        for name in names if len(names) > 1 else ():
+    for name, reader in readers(model, first_sample(example, model)).items():
+        reasons.setdefault(name, READ.format(reader))
+    for names in shared_weights(model).values():
+        for name in names:
             other = next(n for n in names if n != name)
             reasons.setdefault(name.rpartition(".")[0], f"its weight is tied to {other}")
     for (name, side), size in probe.sizes.items():

@@ -45,11 +45,11 @@ def carry(optimizers: Optimizers, replaced: Replaced, names: Names | None = None
 
     A new parameter joins the group of the one it replaces, with its learning rate and weight
     decay; where several left, that of the first with as many axes, so that biases stay among
-    biases. What stands for parameters that no optimizer held is held by none. SGD's momentum is
-    linear in the gradient, so it is carried over by the chain rule; adaptive state (Adam's
-    squares) is not, so those parameters start afresh. Where a parameter lost some of its rows,
-    all of its state loses the same ones and nothing else changes. Groups and state are changed in
-    place: schedulers and wrappers keep seeing them.
+    biases; where none left, that of the nearest one. What stands for parameters that no optimizer
+    held is held by none. SGD's momentum is linear in the gradient, so it is carried over by the
+    chain rule; adaptive state (Adam's squares) is not, so those parameters start afresh. Where a
+    parameter lost or gained rows, all of its state does alike and nothing else changes. Groups
+    and state are changed in place: schedulers and wrappers keep seeing them.
 
     Args:
         optimizers: of the model.
@@ -62,6 +62,7 @@ def carry(optimizers: Optimizers, replaced: Replaced, names: Names | None = None
             for optimizer in known:
                 _cut(optimizer, old, new, cut, names or {})
         return
+    _join(known, replaced, names or {})
     parents = _parents(known, replaced)
     for optimizer in known:
         states = [optimizer.state.pop(old, {}) for old in replaced.removed]
@@ -75,6 +76,16 @@ def carry(optimizers: Optimizers, replaced: Replaced, names: Names | None = None
             values = replaced.project(momentum)
             for parameter, value in zip(replaced.added, values, strict=True):
                 optimizer.state[parameter]["momentum_buffer"] = value.to(parameter.dtype)
+
+
+def _join(optimizers: Sequence[Optimizer], replaced: Replaced, names: Names) -> None:
+    """Put parameters that replace none behind the nearest one that an optimizer holds."""
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for near in replaced.beside:
+        for group in groups:
+            if any(parameter is near for parameter in group["params"]):
+                _put(group, near, [near, *replaced.added], names)
+                return
 
 
 def _parents(
@@ -108,7 +119,7 @@ def _cut(
     cut: Callable[[Tensor], Tensor],
     names: Names,
 ) -> None:
-    """Put a parameter where the larger one was, with the part of its state that it keeps.
+    """Put a parameter where the old one was, with what becomes of its state.
 
     State that is no number and not of the parameter's shape, as Adafactor's sums of rows, cannot
     be cut with it: that parameter starts afresh.

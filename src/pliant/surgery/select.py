@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 
 from torch import nn
 
-from pliant.cost import LayerCost
 from pliant.errors import MethodError
 from pliant.nn.filters import WEIGHTED
 from pliant.nn.layers import KERNELS, Factorizable, obstacle, shared_weights, unreadable
 
 UNCALLED = "never called in a forward pass"
+READ = "{} reads this weight directly"
 
 
 def factorizable(
@@ -54,7 +54,7 @@ def _split(
     reasons: dict[str, str] = {}
     shared = shared_weights(model)
     weighted = {n: module for n, module in model.named_modules() if isinstance(module, KERNELS)}
-    _check(weighted, (*only, *exclude))
+    check_names(weighted, (*only, *exclude))
     for name, module in weighted.items():
         if only and not matches(name, only):
             reasons[name] = "not selected"
@@ -67,19 +67,24 @@ def _split(
     return layers, reasons
 
 
-def leave_uncalled(
-    layers: dict[str, Factorizable], reasons: dict[str, str], costs: Mapping[str, LayerCost]
+def leave_unused(
+    layers: dict[str, Factorizable],
+    reasons: dict[str, str],
+    called: Collection[str],
+    readers: Mapping[str, str],
 ) -> None:
-    """Move layers that no forward pass calls to those left alone, in place.
+    """Move layers whose weight others read, or that are never called, to those left alone.
 
     Args:
-        layers: by name.
+        layers: by name; changed in place, as the reasons are.
         reasons: why others are left alone.
-        costs: of all layers, which say how often each is called.
+        called: names of the layers that forward passes call.
+        readers: what `pliant.observe.readers` found.
     """
-    for name in [name for name in layers if name not in costs or not costs[name].calls]:
-        del layers[name]
-        reasons[name] = UNCALLED
+    for name in list(layers):
+        if name in readers or name not in called:
+            del layers[name]
+            reasons[name] = READ.format(readers[name]) if name in readers else UNCALLED
 
 
 def weighted(
@@ -112,10 +117,15 @@ def check_patterns(model: nn.Module, patterns: Sequence[str]) -> None:
     Raises:
         MethodError: a pattern matches nothing.
     """
-    _check(weighted(model), patterns)
+    check_names(weighted(model), patterns)
 
 
-def _check(names: Iterable[str], patterns: Sequence[str]) -> None:
+def check_names(names: Iterable[str], patterns: Sequence[str]) -> None:
+    """Refuse a pattern that no layer of these names fits.
+
+    Raises:
+        MethodError: a pattern matches nothing.
+    """
     known = list(names)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in known):

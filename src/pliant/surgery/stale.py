@@ -18,11 +18,15 @@ from pliant.errors import TrainingError
 
 @dataclass
 class _Gone:
-    """Weights that an edit took out of a network, and those that stand for them now."""
+    """Weights that an edit took out of a network, and those that stand for them now.
+
+    Where an edit took none and put some in, the weights beside them, which stay.
+    """
 
     layer: str
     removed: list[weakref.ref[nn.Parameter]]  # they live as long as somebody else holds them
     heirs: list[nn.Parameter]
+    stays: bool = False
 
     def held(self, optimizer: Optimizer) -> list[nn.Parameter]:
         """Return those of the old weights that an optimizer still has."""
@@ -54,15 +58,26 @@ class Stale:
                 earlier.heirs = [*kept, *(new for new in replaced.added if id(new) not in stay)]
         heirs = [new for new in replaced.added if new.requires_grad and id(new) not in stay]
         old = [weakref.ref(p) for p in replaced.removed if p.requires_grad and id(p) not in stay]
-        if heirs and old:
-            self.gone.append(_Gone(layer, old, heirs))
+        beside = [weakref.ref(p) for p in replaced.beside if p.requires_grad]
+        if heirs and (old or beside):
+            self.gone.append(_Gone(layer, old or beside, heirs, stays=not old))
+
+    def settle(self, optimizers: Sequence[Optimizer]) -> None:
+        """Forget weights that came beside others and that an optimizer holds now."""
+        known = _ids(optimizers)
+        self.gone = [
+            each
+            for each in self.gone
+            if not each.stays or any(id(heir) not in known for heir in each.heirs)
+        ]
 
     def missed(self, optimizer: Optimizer) -> Iterator[Replaced]:
         """Yield what an optimizer would have followed, had it been handed over earlier."""
         for each in self.gone:
             known = _ids([optimizer])
             heirs = tuple(heir for heir in each.heirs if id(heir) not in known)
-            yield Replaced(tuple(each.held(optimizer)), heirs)
+            held = tuple(each.held(optimizer))
+            yield Replaced(added=heirs, beside=held) if each.stays else Replaced(held, heirs)
 
     def listen(self) -> None:
         """Note every optimizer that steps from now on, if some old weight is still alive."""
@@ -85,13 +100,15 @@ class Stale:
             lost = [heir for heir in each.heirs if heir.requires_grad and id(heir) not in known]
             stale = [type(optimizer).__name__ for optimizer in stepped if each.held(optimizer)]
             if lost and stale:
+                old = "others of the network" if each.stays else "its old weights"
                 raise TrainingError(
                     f"{each.layer} was replaced while the network trains, but the {stale[0]} that "
-                    "took the last step still holds its old weights, and no optimizer that stepped "
+                    f"took the last step still holds {old}, and no optimizer that stepped "
                     "holds the new ones: they would never train. Hand every optimizer over, "
                     "pliant.start(..., optimizer=[...]) or run.optimizer = [...], and make none "
                     "anew behind the run's back."
                 )
+        self.settle(stepped)
 
     def stop(self) -> None:
         """Listen no longer."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from pliant.run import Run, start
 from pliant.testing.toys import Toy
 
 BATCH, EPOCHS = 8, 2
+KEPT = 128  # compressions and walks, each some hundred kilobytes
 PLAN = Train(epochs=EPOCHS, batch=BATCH, lr=0.01, device="cpu")
 
 
@@ -44,6 +45,40 @@ def trial(method: Method, toy: Toy, budget: Budget | None, *, train: bool = True
     plan = PLAN if train else None
     result = compress(dense, toy.data(), method, budget, train=plan, name=toy.name)
     return Trial(toy, budget, dense, before, result)
+
+
+T = TypeVar("T")
+
+
+def once(make: Callable[..., T]) -> Callable[..., T]:
+    """Make what several checks look at once in a process, failures too.
+
+    Who changes what came works on a copy.
+
+    Args:
+        make: takes a method, a toy or a problem, and more that is written out in full.
+    """
+    made: dict[Any, T | Exception] = {}
+
+    def shared(method: Any, at: Any, *more: Any, **how: Any) -> T:
+        key = type(method), at, repr((method, more, how))
+        if key not in made:
+            while len(made) >= KEPT:
+                made.pop(next(iter(made)))  # the oldest: checks of one method follow one another
+            try:
+                made[key] = make(method, at, *more, **how)
+            except Exception as error:  # every check that needs it shall say the same
+                made[key] = error
+        found = made[key]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    return shared
+
+
+shared_trial = once(trial)
+"""Like `trial`, but equal ones are one."""
 
 
 def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
@@ -101,6 +136,10 @@ def walk(method: Method, toy: Toy, budget: Budget | None, *, stop: int | None = 
     """Train and finish by hand; at step ``stop`` save all, begin afresh, load and go on."""
     with torch.random.fork_rng(devices=[]):
         return _walked(method, toy, budget, stop)
+
+
+shared_walk = once(walk)
+"""Like `walk`, but equal ones are one."""
 
 
 def _walked(method: Method, toy: Toy, budget: Budget | None, stop: int | None) -> Walk:

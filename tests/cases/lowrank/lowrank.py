@@ -290,7 +290,7 @@ def the_split_is_channel_wise_or_spatial() -> None:
 
 def energy_reads_r3_and_r4() -> None:
     ranks_by_energy(Energy(p=0.7))
-    with pytest.raises(ValueError, match="between 0 and 1"):
+    with pytest.raises(ValueError, match=r"p must be float in 0\.\.1, not 95"):
         run_of(conv(PLANTED), Energy(p=95))
 
 

@@ -20,7 +20,7 @@ from pliant.observe.moments import metrics
 from pliant.observe.spectra import row
 from pliant.plan.allocate import cheapest
 from pliant.run import Run
-from pliant.surgery.select import factorizable, leave_uncalled
+from pliant.surgery.select import factorizable
 
 Layers = Mapping[str, Factorizable]
 Form = Literal["auto", "tucker2", "input", "output", "spatial"]
@@ -38,8 +38,7 @@ def subjects(
         ModelError: there are none.
         MethodError: a name pattern matches no layer.
     """
-    layers, reasons = factorizable(run.model, only=only, exclude=exclude)
-    leave_uncalled(layers, reasons, run.planner.rows())
+    layers, reasons = run.factorizable(only, exclude)
     for name, reason in reasons.items():
         run.keep(name, reason)
     if not layers:
@@ -116,9 +115,13 @@ def choices(
     """Return what can be done with every layer: see `pliant.families.lowrank.options.options`.
 
     With metrics scores are damages to the loss, which can be summed over layers; for a ``level``,
-    at whose very ranks there is an option then, they are shares of a layer's own energy.
+    at whose very ranks there is an option then, they are shares of a layer's own energy. A layer
+    that no calibration input reached (an expert to which none was routed) counts as the others do
+    on average.
     """
     costs = run.planner.rows()
+    worth = {n: seen[n].energy(m.weight.detach()) for n, m in layers.items() if n in seen}
+    usual = sum(worth.values()) / max(1, len(worth))
     allowed = FORMS[:4] if form == "auto" else (form,)
     timed = run.clock is not None and "latency" in run.limits()
     found = {}
@@ -138,7 +141,7 @@ def choices(
             steps=steps,
             level=level,
         )
-        scale = metric.energy(module.weight.detach()) if metric and level is None else 1.0
+        scale = worth.get(name, usual) if seen and level is None else 1.0
         found[name] = [replace(row, score=row.score * scale) for row in rows]
     return found
 

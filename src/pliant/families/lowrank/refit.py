@@ -76,6 +76,8 @@ class _Fit:
         if self.last.bias is not None:
             rows = torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
         wanted = thinned(self.last, target).to(rows)
+        if not len(rows) or len(rows) != len(wanted):  # nothing, or something else, was routed here
+            return
         self.gram = self.gram + (rows.T @ rows).double()
         self.cross = self.cross + (rows.T @ wanted).double()
         self._solve(self.gram, self.cross)

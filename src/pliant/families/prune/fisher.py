@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from pliant.cost import Example, call
 from pliant.observe.moments import surprise
-from pliant.observe.watch import samples
+from pliant.observe.watch import record_gradients, samples
 from pliant.surgery.graph import Group
 
 Read = tuple[str, Tensor, GradientEdge]
@@ -88,6 +88,7 @@ def _reading(model: nn.Module, layers: Iterable[str]) -> Iterator[list[Read]]:
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
         def note(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            record_gradients(module, args)
             # The sum with a zero that wants gradients: they arrive even if all weights are frozen.
             given = args[0] + torch.zeros((), dtype=args[0].dtype, requires_grad=True).to(args[0])
             seen.append((name, given.detach(), get_gradient_edge(given)))

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from pliant.edits import Replaced, Swap
-from pliant.errors import MethodError, ModelError
+from pliant.errors import ModelError
 from pliant.math.filters import RECTIFIED
 from pliant.method import Method
 from pliant.nn.align import Align, Aligned
 from pliant.nn.filters import WEIGHTED, filter_size
 from pliant.observe.order import Order, order
-from pliant.registry import Paper, register
+from pliant.registry import In, Paper, register
 from pliant.run import Run
 from pliant.surgery.select import check_patterns, matches, weighted
 
@@ -54,8 +54,9 @@ class WeightAlign(Method):
     """
 
     norms: Literal["remove", "keep"] = "remove"  # batch norms: take them out, or work beside them
-    scale: float = RECTIFIED  # n times a filter's variance: 1 behind no rectifier; paper: 2
-    eps: float = 1e-6  # under the root
+    # n times a filter's variance: 1 behind no rectifier; paper: 2
+    scale: Annotated[float, In(0, 100, "low")] = RECTIFIED
+    eps: Annotated[float, In(0, 1, "low")] = 1e-6  # under the root
     affine: bool = True  # learn a gain for every filter
     zero: tuple[str, ...] = ()  # name patterns of layers whose gains begin at 0: ends of branches
     depthwise: bool = False  # align depthwise convolutions too
@@ -64,11 +65,6 @@ class WeightAlign(Method):
 
     def prepare(self, run: Run) -> None:
         """Take batch norms out, and let layers compute with aligned filters."""
-        if not 0 < self.scale <= 100 or not 0 < self.eps <= 1:
-            raise MethodError(
-                "weightalign: scale must lie in 0..100 and eps in 0..1, both above 0, not "
-                f"{self.scale} and {self.eps}."
-            )
         check_patterns(run.model, (*self.zero, *self.only, *self.exclude))
         seen = _calls(run)
         layers = self._chosen(run, seen)

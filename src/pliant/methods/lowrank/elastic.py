@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from pliant.math.metric import Metric
 from pliant.method import Method
 from pliant.observe.aside import Teacher
 from pliant.observe.outputs import logits
-from pliant.registry import Paper, register
+from pliant.registry import In, Paper, register
 from pliant.run import Run
 
 LearnFrom = Literal["largest", "dense"]
@@ -99,13 +99,16 @@ class Elastic(Method):
     4
     """
 
-    sizes: int = 8  # how many, evenly spaced
-    smallest: float = 0.25  # of the budget; the next that can be reached if it is out of reach
-    largest: float = 0.75  # share of the parameters that is the largest size without a budget
-    between: int = 1  # random sizes in a step, beside the largest and the smallest
+    sizes: Annotated[int, In(2, MOST)] = 8  # how many, evenly spaced
+    # of the budget; the next that can be reached if it is out of reach
+    smallest: Annotated[float, In(0, 1, "both")] = 0.25
+    # share of the parameters that is the largest size without a budget
+    largest: Annotated[float, In(0, 1, "low")] = 0.75
+    # random sizes in a step, beside the largest and the smallest
+    between: Annotated[int, In(0, MOST)] = 1
     learn_from: LearnFrom = "largest"  # whose outputs are copied; "dense" needs a trained network
     form: Form = "auto"  # of the factors; "auto" takes the best per layer
-    samples: int = 1024  # training inputs to look at; 0 looks at weights only
+    samples: Annotated[int, In(0)] = 1024  # training inputs to look at; 0 looks at weights only
     only: tuple[str, ...] = ()  # name patterns of the layers to consider
     exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
@@ -28,7 +28,7 @@ from pliant.math.prox import shrink
 from pliant.math.rank import energy_rank
 from pliant.math.svd import spectrum
 from pliant.method import Method
-from pliant.registry import Paper, register
+from pliant.registry import In, Paper, register
 from pliant.run import Run
 
 Shrinkage = Literal["soft", "relative", "reweighted", "gradient"]
@@ -80,15 +80,18 @@ class NRMF(Method):
     0.1
     """
 
-    alpha: float | None = 0.5  # weight of the penalty; None: found for the budget and p
+    # weight of the penalty; None: found for the budget and p
+    alpha: Annotated[float, In(0)] | None = 0.5
     shrinkage: Shrinkage = "reweighted"  # rule; "soft" and "gradient" are the paper's penalty
-    interval: int = 15  # k, steps between two shrinkages; fewer where the search is short
+    # k, steps between two shrinkages; fewer where the search is short
+    interval: Annotated[int, In(1)] = 15
     keep_norm: bool = True  # scale shrunken kernels back to their norm
-    search: float = 0.1  # share of the training before the factorization
-    p: float = 0.95  # energy kept, if there is no budget
+    search: Annotated[float, In(0, 1)] = 0.1  # share of the training before the factorization
+    p: Annotated[float, In(0, 1)] = 0.95  # energy kept, if there is no budget
     form: Form = "auto"  # of the factors; "auto" takes the best per layer
-    samples: int = 1024  # training inputs to look at; 0 looks at weights only
-    reconstruct: int = 512  # training inputs to refit layers from, if no training follows
+    samples: Annotated[int, In(0)] = 1024  # training inputs to look at; 0 looks at weights only
+    # training inputs to refit layers from, if no training follows
+    reconstruct: Annotated[int, In(0)] = 512
     early: bool = False  # factorize each layer once its planned ranks hold p, within the search
     only: tuple[str, ...] = ()  # name patterns of the layers to consider
     exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from pliant.errors import MethodError
 from pliant.math.filters import filter_norms, norm_gap, scale_filters
 from pliant.method import Method
 from pliant.nn.filters import filter_layout
-from pliant.registry import Paper, register
+from pliant.registry import In, Paper, register
 from pliant.run import Run
 from pliant.surgery.select import check_patterns, weighted
 
@@ -45,16 +44,14 @@ class NormLoss(Method):
     ('linear',)
     """
 
-    weight: float = 1e-3  # lambda, of the penalty
+    weight: Annotated[float, In(0, MOST)] = 1e-3  # lambda, of the penalty
     decoupled: bool = False  # move weights after the optimizer's step, as AdamW decays them
     replace_decay: bool = True  # take the optimizer's weight decay off the weights it covers
     only: tuple[str, ...] = ()  # name patterns of the convolutions and linear layers to cover
     exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone, e.g. the classifier
 
     def prepare(self, run: Run) -> None:
-        """Check the options."""
-        if not 0 <= self.weight <= MOST:
-            raise MethodError(f"norm_loss: weight must lie in 0..{MOST:g}, not {self.weight}.")
+        """Check that every pattern names a layer."""
         check_patterns(run.model, (*self.only, *self.exclude))
 
     def penalty(self, run: Run) -> Tensor | None:
