@@ -13,7 +13,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from pliant.budget import Budget
-from pliant.data import Data, Train
+from pliant.data import Data, Epoch, Train
 from pliant.drivers.loop import fit
 from pliant.edits import Factor
 from pliant.errors import TrainingError
@@ -40,6 +40,29 @@ class Shrinking(Method):
         weight.copy_(((left * (sigma - 1e-3).clamp(min=0)) @ right).view_as(weight))
         if run.step == STEPS // 2:
             run.apply(Factor("2", "tucker2", (3, 4)))
+
+
+@dataclass(frozen=True)
+class Asking(Method):
+    """Half of the samples first, a second batch at every step, and weights for what is lost."""
+
+    def epoch(self, epoch: Epoch, data: Data) -> Epoch:
+        return replace(epoch, samples=0.5, rate=2.0) if epoch.number == 0 else epoch
+
+    def weigh(self, run: Run, losses: Tensor, output: Any, batch: Any) -> Tensor:
+        return 1 + losses.tanh()
+
+    def loss(self, run: Run, loss: Tensor, output: Any, batch: Any) -> Tensor:
+        inputs, labels = run.draw(len(batch[1]))
+        return loss + run.criterion(run.model(*inputs), labels)
+
+
+def asking(plan: Train) -> Run:
+    seen = data(24)
+    told = {"epochs": 2, "batch": plan.batch}
+    run = start(net(norm=False), Asking(), data=seen, seed=2, steps=2 + 3, **told)
+    fit(run, seen, plan)
+    return run
 
 
 def net(*, norm: bool) -> nn.Module:
@@ -101,6 +124,8 @@ def worker(rank: int, port: int, folder: str) -> None:
         run = train(PLAN, count, norm=norm)
         found[f"norm={norm}"] = {"model": run.model.state_dict(), "loss": run.log[-1]["loss"]}
     found["planned"] = planned()
+    run = asking(PLAN)
+    found["asking"] = {"model": run.model.state_dict(), "loss": run.log[-1]["loss"]}
     try:
         train(PLAN, 22, norm=True, folder=Path(folder) / "run", watch=die_at(5))
     except Killed:
@@ -121,18 +146,22 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow  # two processes, each of which imports torch
-@pytest.mark.parametrize("case", ["norm=True", "norm=False"])
+@pytest.mark.parametrize("case", ["norm=True", "norm=False", "asking"])
 def test_all_ranks_end_with_the_same_weights(case: str, ranks: list[dict[str, Any]]) -> None:
     zero, one = (found[case] for found in ranks)
-    assert "2.core.weight" in zero["model"]
+    assert case == "asking" or "2.core.weight" in zero["model"]
     assert [n for n, v in zero["model"].items() if not torch.equal(v, one["model"][n])] == []
     assert zero["loss"] == one["loss"]
 
 
 @pytest.mark.slow
-def test_two_ranks_equal_one_process_with_their_batches(ranks: list[dict[str, Any]]) -> None:
-    alone = train(replace(PLAN, devices=1, batch=8), 24, norm=False)
-    zero = ranks[0]["norm=False"]
+@pytest.mark.parametrize("case", ["norm=False", "asking"])
+def test_two_ranks_equal_one_process_with_their_batches(
+    case: str, ranks: list[dict[str, Any]]
+) -> None:
+    """Every rank draws and gets its share of what one process would."""
+    plan, zero = replace(PLAN, devices=1, batch=8), ranks[0][case]
+    alone = asking(plan) if case == "asking" else train(plan, 24, norm=False)
     for name, tensor in alone.model.state_dict().items():
         assert torch.allclose(tensor, zero["model"][name], atol=1e-5), name
     assert alone.log[-1]["loss"] == pytest.approx(zero["loss"], rel=1e-4)

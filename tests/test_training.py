@@ -301,6 +301,18 @@ def test_an_epoch_is_proposed_and_counted() -> None:
     assert growing.steps == 3 + 5 + 2 and growing.began(2) == 8
 
 
+def test_a_part_of_an_epoch_ends_where_the_steps_do() -> None:
+    model = net()
+    optimizer = SGD(model.parameters(), 0.01)
+    run = start(model, Nothing(), data=Data(samples()), optimizer=optimizer, epochs=1.4, batch=8)
+    assert run.steps == 7
+    for _ in range(2):
+        for _ in run.batches():
+            run.after_step()
+        run.after_epoch()
+    assert run.step == 7
+
+
 @pytest.mark.parametrize("source", SOURCES)
 def test_shares_are_nested_and_every_sample_comes_once(source: str) -> None:
     shares = (0.25, 0.5, 1.0)
@@ -374,6 +386,28 @@ def test_the_loop_honours_epochs_and_resumes_in_them(source: str, at: int, tmp_p
     run = assert_resumes(begin, data, at, tmp_path)
     assert run.step == run.steps == 3 + 5 + 5
     assert [row["step"] for row in run.log if "loss" in row] == [3, 8, 13]
+
+
+@pytest.mark.parametrize("at", [0, 1, 3, 4, 12])
+def test_batches_of_a_resumed_run_begin_where_it_stands(at: int) -> None:
+    def begun() -> Run:
+        return start(net(), Half(), data=Data(samples()), epochs=3, batch=8, seed=3)
+
+    def go(run: Run, seen: list[list[int]], stop: int = 99) -> Any:
+        while run.step < run.steps:
+            for batch in run.batches():
+                if run.step == stop:
+                    return stored(run.state_dict())
+                seen.append(rows_of(batch))
+                run.after_step()
+            run.after_epoch()
+
+    whole, parts = list[list[int]](), list[list[int]]()
+    go(begun(), whole)
+    saved, resumed = go(begun(), parts, at), begun()
+    resumed.load_state_dict(saved)
+    go(resumed, parts)
+    assert len(whole) == 13 and parts == whole
 
 
 def test_the_rate_of_an_epoch_multiplies_what_the_schedule_says() -> None:
@@ -581,6 +615,9 @@ def test_losses_of_numbers_and_of_one_score_all_count() -> None:
     scores, labels = torch.randn(6, 1), torch.tensor([0, 1, 1, 0, 1, 1])
     binary = F.binary_cross_entropy_with_logits(scores[:, 0], labels.float(), reduction="none")
     assert torch.allclose(weighted(binary, None, scores, labels), binary.mean())
+    codes, numbers = torch.randn(4, 2), torch.tensor([0, 3, 1, 2])  # two bits for four numbers
+    apart = (codes.sum(1) - numbers).square() + 0.1
+    assert torch.allclose(weighted(apart, None, codes, numbers), apart.mean())
     means, labels = torch.rand(4), torch.ones(4, 8).long()  # a sample has many labels
     assert torch.allclose(weighted(means, None, torch.randn(4, 3, 8), labels), means.mean())
 

@@ -445,9 +445,9 @@ class Run:
     def draw(self, count: int) -> tuple[Example, Any]:
         """Return more training samples, beside the batch that the loop has: see `Draws`.
 
-        Their place is part of the state. In `pliant.compress` and with `batches`, a method that
-        draws once a step as many as the step's batch holds gets none of that batch, if the data
-        has an index.
+        Their place is part of the state. In `pliant.compress`, and with `batches`, a method that
+        draws once a step as many as the step's batch holds gets none of that batch: where data are
+        tensors or a data set, or the method chooses them, and an epoch has two batches or more.
 
         Args:
             count: how many; a stream without index gives what its next batch holds.

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import torch
@@ -37,8 +38,6 @@ class Epoch:
 
 
 Change = Callable[[Epoch, Data], Epoch]
-
-
 Place = Callable[[], tuple[int, int, int]]
 """Where a loop stands: epochs and steps that are over, and how many steps it will take."""
 
@@ -194,7 +193,10 @@ class _Served:
         number, step, steps = self.place()
         past = step - self.epochs.began(number)
         counted = steps == self.epochs.steps and 0 < past < self.epochs.length(number)
-        return self.epochs.batches(number, start=past if counted else 0)
+        start = past if counted else 0
+        broken = number == self.epochs.last and self.epochs.count % 1
+        left = self.epochs.steps - self.epochs.began(number) - start if broken else None
+        return islice(self.epochs.batches(number, start=start), left)
 
 
 def planned(
