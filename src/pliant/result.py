@@ -57,7 +57,7 @@ class LayerRow:
         before: params, macs and bytes in the dense network; latency, the milliseconds of the
             layer alone, where it was measured.
         after: the same now.
-        reason: why it was left alone; empty where it was changed.
+        reason: why it was left alone; of a changed layer a warning, empty without one.
     """
 
     layer: str
@@ -75,10 +75,11 @@ class Report:
     """Everything worth knowing about one compression, as plain data.
 
     ``history`` is the run's log: rows with ``step`` and ``epoch`` and any of ``loss``,
-    ``accuracy``, ``lr``, ``phase``, ``ranks`` (by layer) and ``spectra`` (singular values by
-    layer and unfolding). ``seconds`` is by stage, ``export`` what was written and how it compares,
-    ``target`` where milliseconds were measured and how sure their comparison is. ``sizes`` are
-    those of an elastic network, each by itself, from the largest; empty for any other.
+    ``accuracy``, ``lr``, ``phase``, ``ranks`` (by layer), ``spectra`` (singular values by layer
+    and unfolding) and ``warnings`` (by layer). ``seconds`` is by stage, ``export`` what was
+    written and how it compares, ``target`` where milliseconds were measured and how sure their
+    comparison is. ``sizes`` are those of an elastic network, each by itself, from the largest;
+    empty for any other.
     """
 
     model: str
@@ -225,7 +226,11 @@ def layer_rows(run: Run) -> tuple[LayerRow, ...]:
     for edit in run.edits:
         if (owner := _owner(edit.layer, edits)) is not None:
             edits[owner].append(edit)
-    return tuple(_row(run, layer, edits[layer], now[layer]) for layer in run.layers)
+    noted = [row["warnings"] for row in run.log if "warnings" in row]
+    warnings = {layer: text for row in noted for layer, text in row.items()}
+    return tuple(
+        _row(run, layer, edits[layer], now[layer], warnings.get(layer, "")) for layer in run.layers
+    )
 
 
 def _owner(name: str, layers: Mapping[str, Any]) -> str | None:
@@ -235,7 +240,9 @@ def _owner(name: str, layers: Mapping[str, Any]) -> str | None:
     return name if name in layers else None
 
 
-def _row(run: Run, layer: str, edits: Sequence[Edit], parts: Sequence[LayerCost]) -> LayerRow:
+def _row(
+    run: Run, layer: str, edits: Sequence[Edit], parts: Sequence[LayerCost], warning: str
+) -> LayerRow:
     before, times = run.layers[layer], _times(run, layer, changed=bool(edits))
     return LayerRow(
         layer=layer,
@@ -245,7 +252,7 @@ def _row(run: Run, layer: str, edits: Sequence[Edit], parts: Sequence[LayerCost]
         kept=next((kept for e in reversed(edits) if (kept := getattr(e, "kept", None))), None),
         before={axis: getattr(before, axis) for axis in AXES} | times[0],
         after={axis: sum(getattr(p, axis) for p in parts) for axis in AXES} | times[1],
-        reason="" if edits else run.reasons.get(layer) or _default_reason(before),
+        reason=warning if edits else run.reasons.get(layer) or _default_reason(before),
     )
 
 

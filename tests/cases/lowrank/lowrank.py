@@ -15,6 +15,7 @@ from pliant.methods.lowrank.energy import Energy
 from pliant.methods.lowrank.evbmf import EVBMF
 from pliant.methods.lowrank.nrmf import NRMF, PACE, PAPER, PLANS
 from pliant.methods.lowrank.trp import TRP
+from pliant.result import layer_rows
 from pliant.run import Run, start
 from pliant.testing import Case
 
@@ -228,6 +229,22 @@ def planted_ranks_are_found() -> None:
     assert run.log[0]["evbmf"] == {"0": [3]}
 
 
+def a_rank_of_one_that_the_energy_belies_is_said_in_the_row() -> None:
+    """A layer of noise goes to rank 1 and is warned of; one with a single direction is not."""
+    noise = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 30, bias=False), nn.Linear(30, 20, bias=False))
+    with torch.no_grad():
+        model[0].weight.copy_(torch.randn(30, 40, generator=noise))
+        one, other = torch.randn(20, 1, generator=noise), torch.randn(1, 30, generator=noise)
+        model[1].weight.copy_(one @ other + 0.1 * torch.randn(20, 30, generator=noise))
+    run = run_of(model, EVBMF())
+    assert [edit.ranks for edit in run.edits] == [(1,), (1,)]  # type: ignore[attr-defined]
+    run.finish()
+    first, second = layer_rows(run)
+    assert "all but one direction for noise" in first.reason and "11%" in first.reason
+    assert 'exclude "0"' in first.reason and not second.reason
+
+
 def weakening_scales_all_ranks() -> None:
     """A budget above the estimate's cost raises the rank, one below lowers it."""
     noise = torch.Generator().manual_seed(0)
@@ -355,7 +372,14 @@ CASES = [
             patterns_choose_the_layers,
         ),
     ),
-    Case("evbmf", own=(planted_ranks_are_found, weakening_scales_all_ranks)),
+    Case(
+        "evbmf",
+        own=(
+            planted_ranks_are_found,
+            a_rank_of_one_that_the_energy_belies_is_said_in_the_row,
+            weakening_scales_all_ranks,
+        ),
+    ),
     Case(
         "trp",
         spec="trp(interval=2)",
