@@ -1,8 +1,9 @@
-"""Carries an optimizer across a change of the model's parameters, and adds to its gradients."""
+"""Carries an optimizer across a change of the model's parameters; gradients, and what it does."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,3 +63,52 @@ def add_gradient(model: nn.Module, penalty: Tensor) -> None:
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is not None:
             parameter.grad = gradient if parameter.grad is None else parameter.grad + gradient
+
+
+def way(optimizer: Optimizer, parameter: Tensor, *, step: int, steps: int) -> float:
+    """Return how far an optimizer goes in some steps along a gradient that is always the same.
+
+    In units of that gradient, which comes on top of all others since the first step. Momentum m
+    makes it up to 1 / (1 - m) times the learning rate a step, after as many steps as it takes to
+    build up. For an adaptive optimizer it is the learning rates alone: see `scaling`.
+
+    Args:
+        optimizer: with the learning rate that the parameter's group has now.
+        parameter: 0 is returned for one that the optimizer does not have.
+        step: steps since the gradient began, the last of these included.
+        steps: how many steps.
+    """
+    if (group := _group(optimizer, parameter)) is None:
+        return 0.0
+    memory = float(group.get("momentum", 0.0))
+    fresh = 1.0 if group.get("nesterov") else 1.0 - float(group.get("dampening", 0.0))
+    ahead = int(bool(group.get("nesterov")))
+    gains = (
+        (1 - memory ** (t + ahead)) / (1 - memory) if memory else 1.0
+        for t in range(step - steps + 1, step + 1)
+    )
+    return float(group["lr"]) * (fresh if memory else 1.0) * sum(gains)
+
+
+def scaling(optimizer: Optimizer, parameter: Tensor, gradient: Tensor) -> Tensor | None:
+    """Return by what an adaptive optimizer multiplies every entry of a gradient; None for SGD.
+
+    Adam divides by the root of the mean squares of the gradients so far; those of this gradient,
+    which is always the same, come on top, as if it and the others were uncorrelated.
+    """
+    group, state = _group(optimizer, parameter), optimizer.state.get(parameter, {})
+    if group is None or "betas" not in group:
+        return None
+    squares = gradient.square()
+    found = state.get("max_exp_avg_sq", state.get("exp_avg_sq"))
+    if found is not None:
+        squares = squares + found / (1 - group["betas"][1] ** float(state["step"]))
+    return 1 / (squares.sqrt() + group["eps"])
+
+
+def _group(optimizer: Optimizer, parameter: Tensor) -> dict[str, Any] | None:
+    """The parameter group of a parameter."""
+    for group in optimizer.param_groups:
+        if any(each is parameter for each in group["params"]):
+            return group
+    return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -54,6 +54,11 @@ def subjects(
             f"Linear{f' ({why})' if why else ''}."
         )
     return layers
+
+
+def named(run: Run, names: Iterable[str]) -> Layers:
+    """Return the layers of these names."""
+    return {name: run.model.get_submodule(name) for name in names}  # type: ignore[misc]
 
 
 def look(run: Run, layers: Layers, samples: int) -> dict[str, Metric]:

@@ -7,8 +7,8 @@ from typing import Literal
 
 import torch
 
-from pliant.errors import MethodError
 from pliant.families.lowrank.factorize import factorize, note_spectra, plan, subjects
+from pliant.families.lowrank.times import check_interval
 from pliant.math.forms import blocks
 from pliant.math.norms import penalty_gradient
 from pliant.math.rank import energy_rank
@@ -56,8 +56,7 @@ class TRP(Method):
 
     def prepare(self, run: Run) -> None:
         """Choose the layers."""
-        if self.interval < 1:
-            raise MethodError(f"trp: interval must be at least 1 step, not {self.interval}.")
+        check_interval("trp", self.interval)
         layers = subjects(run, self.only, self.exclude)
         run.state.update(layers=list(layers), split=False)
 
