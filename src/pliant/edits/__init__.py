@@ -17,6 +17,7 @@ from pliant.edits.merge import Merge
 from pliant.edits.nest import Nest
 from pliant.edits.prune import Prune
 from pliant.edits.quantize import Quantize
+from pliant.edits.rerank import Rerank
 from pliant.edits.settle import Settle
 from pliant.edits.swap import Swap
 from pliant.errors import EditError
@@ -33,6 +34,7 @@ __all__ = [
     "Prune",
     "Quantize",
     "Replaced",
+    "Rerank",
     "Settle",
     "Swap",
     "from_json",
@@ -50,6 +52,7 @@ EDITS: dict[str, type] = {
     "prune": Prune,
     "fold": Fold,
     "quantize": Quantize,
+    "rerank": Rerank,
     "settle": Settle,
     "swap": Swap,
 }

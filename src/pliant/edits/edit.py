@@ -23,12 +23,14 @@ class Replaced:
             ``added``, by the chain rule; None where nothing can be carried.
         cuts: where each of ``added`` is a part of the parameter of ``removed`` at the same place,
             what takes this part out of a tensor of the old shape; all state is carried then.
+        squares: the same for mean squares of gradients (Adam's), where it differs.
     """
 
     removed: tuple[nn.Parameter, ...] = ()
     added: tuple[nn.Parameter, ...] = ()
     project: Callable[[Tensor], list[Tensor]] | None = None
     cuts: tuple[Callable[[Tensor], Tensor], ...] = ()
+    squares: tuple[Callable[[Tensor], Tensor], ...] = ()
 
 
 @runtime_checkable

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from pliant.errors import EditError, MethodError
+from pliant.math import forms
 
 Factorizable = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 _CONVS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
@@ -206,6 +207,46 @@ def _answer_for(new: nn.Sequential, dense: Factorizable) -> None:
         if hasattr(dense, name):
             setattr(new, name, getattr(dense, name))
     object.__setattr__(new, "weight", new[0].weight)
+
+
+def dense_shape(row: nn.Sequential) -> tuple[int, ...]:
+    """Return the shape of the kernel (T, S, *kernel) that a row of factors stands for."""
+    geometry: Any = row
+    if hasattr(row, "out_features"):
+        return geometry.out_features, geometry.in_features
+    return geometry.out_channels, geometry.in_channels, *geometry.kernel_size
+
+
+def dense(row: nn.Sequential, form: str) -> Factorizable:
+    """Build the dense layer that a row of factors stands for: the same outputs, in one layer.
+
+    Args:
+        row: as `factorized` has built it.
+        form: its form.
+    """
+    kernels: list[Any] = [part.weight for part in row]
+    bias: Any = row[-1].bias
+    weight = forms.compose([kernel.detach() for kernel in kernels], form)
+    where = {"device": weight.device, "dtype": weight.dtype}
+    geometry: Any = row
+    layer: Any
+    if len(dense_shape(row)) == 2:
+        out, source = dense_shape(row)
+        layer = nn.utils.skip_init(nn.Linear, source, out, bias is not None, **where)
+    else:
+        names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+        layer = nn.utils.skip_init(
+            _CONVS[weight.dim() - 2],
+            geometry.in_channels,
+            geometry.out_channels,
+            bias=bias is not None,
+            **{name: getattr(geometry, name) for name in names},
+            **where,
+        )
+    layer.weight.data = weight
+    if bias is not None:
+        layer.bias.data = bias.detach().clone()
+    return layer.train(row.training)
 
 
 def answer_anew(model: nn.Module, name: str) -> None:

@@ -42,16 +42,19 @@ def carry(optimizer: Optimizer, replaced: Replaced) -> None:
 
 
 def _cut(optimizer: Optimizer, replaced: Replaced) -> None:
-    """Put every parameter where the larger one was, with the part of its state that it keeps."""
-    rows = zip(replaced.removed, replaced.added, replaced.cuts, strict=True)
-    for old, new, cut in rows:
+    """Put every parameter where the other one was, with the part of its state that it keeps."""
+    squares = replaced.squares or replaced.cuts
+    rows = zip(replaced.removed, replaced.added, replaced.cuts, squares, strict=True)
+    for old, new, cut, square in rows:
         for group in optimizer.param_groups:
             group["params"][:] = [new if p is old else p for p in group["params"]]
         if old not in optimizer.state:
             continue
         state = optimizer.state.pop(old)
         optimizer.state[new] = {
-            key: cut(value) if isinstance(value, Tensor) and value.shape == old.shape else value
+            key: (square if key.endswith("_sq") else cut)(value)
+            if isinstance(value, Tensor) and value.shape == old.shape
+            else value
             for key, value in state.items()
         }
 

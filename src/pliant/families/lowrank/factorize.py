@@ -61,11 +61,14 @@ def named(run: Run, names: Iterable[str]) -> Layers:
     return {name: run.model.get_submodule(name) for name in names}  # type: ignore[misc]
 
 
-def look(run: Run, layers: Layers, samples: int) -> dict[str, Metric]:
-    """Return the metric of every layer from training inputs, without labels; none without data."""
+def look(run: Run, layers: Layers, samples: int, *, seed: int = 0) -> dict[str, Metric]:
+    """Return the metric of every layer from training inputs, without labels; none without data.
+
+    Another seed looks at others of the inputs.
+    """
     if run.data is None or not run.data.has("train") or not samples:
         return {}
-    batches = run.inputs(samples, batch=BATCH, seed=0)
+    batches = run.inputs(samples, batch=BATCH, seed=seed)
     return metrics(run.model, layers, batches, run.generator)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from pliant.errors import MethodError
+from pliant.errors import BudgetError, MethodError
+from pliant.run import Run
 
 
 def check_interval(method: str, interval: int) -> None:
@@ -26,3 +27,23 @@ def due(step: int, pace: int, search: int, times: int) -> bool:
     """
     before, now = ((step - less) * times // max(1, search) for less in (pace, 0))
     return step % pace == 0 and before < now
+
+
+def check_schedule(
+    method: str, run: Run, start: float, search: float, plans: int, power: float
+) -> None:
+    """Refuse a schedule that leads nowhere, and a search without a budget to end at.
+
+    Raises:
+        MethodError: a share, a number or the power is out of its range.
+        BudgetError: there is no budget.
+    """
+    if not 0 <= start < search <= 1 or plans < 1 or not power > 0:
+        raise MethodError(
+            f"{method}: 0 <= start < search <= 1, at least one plan and a power above 0 were "
+            f"expected, not start={start}, search={search}, plans={plans}, power={power}."
+        )
+    if not run.limits():
+        raise BudgetError(
+            f"{method} plans ranks for a budget, and there is none: bound params, macs or bytes."
+        )
