@@ -41,6 +41,15 @@ def numerical_rank(sigma: Tensor, tolerance: float = 1e-5) -> int:
     return int((sigma > tolerance * sigma.max()).sum())
 
 
+def stable_rank(sigma: Tensor) -> float:
+    """Return the sum of squared singular values over the largest: no rounding, no threshold.
+
+    It is 1 for a single direction and for a zero matrix, and the rank where all are equal.
+    """
+    energy = sigma.detach().double().square()
+    return float(energy.sum() / energy.max()) if float(energy.max()) > 0 else 1.0
+
+
 def evbmf_rank(sigma: Tensor, shape: Sequence[int]) -> int:
     """Return the rank that empirical variational Bayes keeps, with the noise estimated too.
 

@@ -17,7 +17,7 @@ STEPS = 200  # of the scale that weakens or tightens the estimates towards a bud
 Estimates = Mapping[str, tuple[int, ...]]
 
 
-def weakened(run: Run, layers: Layers, estimates: Estimates) -> list[Factor]:
+def weakened(run: Run, layers: Layers, estimates: Estimates, form: str = "tucker2") -> list[Factor]:
     """Return the estimated ranks, or those at the highest scale that fits the budget.
 
     Scale 1 is full rank, 0 the estimates and -1 rank one, everywhere by the same share. A layer
@@ -26,22 +26,26 @@ def weakened(run: Run, layers: Layers, estimates: Estimates) -> list[Factor]:
     Args:
         run: without limits the estimates are taken as they are.
         layers: what may be factorized.
-        estimates: ranks by layer, in the order of `form_of`.
+        estimates: ranks by layer, in the order of their form.
+        form: of kernels; a matrix takes svd.
 
     Raises:
         BudgetError: not even rank one everywhere is small enough.
     """
     costs = layer_costs(run.model, run.example)
     if not run.limits():
-        return _at(0.0, layers, costs, estimates)
+        return _at(0.0, layers, costs, estimates, form)
 
     def best(limits: Limits) -> list[Factor]:
+        def tried(place: int) -> tuple[list[Factor], bool]:
+            edits = _at(2 * place / STEPS - 1, layers, costs, estimates, form)
+            return _tried(run, edits, limits)
+
         low, high = 0, STEPS
         while low < high:
             middle = (low + high + 1) // 2
-            edits, fits = _tried(run, _at(2 * middle / STEPS - 1, layers, costs, estimates), limits)
-            low, high = (middle, high) if fits else (low, middle - 1)
-        edits, fits = _tried(run, _at(2 * low / STEPS - 1, layers, costs, estimates), limits)
+            low, high = (middle, high) if tried(middle)[1] else (low, middle - 1)
+        edits, fits = tried(low)
         if not fits:
             raise BudgetError(
                 "The budget cannot be met by factorizing at rank one: ask for more, or let the "
@@ -52,9 +56,9 @@ def weakened(run: Run, layers: Layers, estimates: Estimates) -> list[Factor]:
     return run.settle(best)  # type: ignore[arg-type,return-value]
 
 
-def form_of(module: Factorizable) -> str:
-    """Return svd (one rank) for a matrix, tucker2 (ranks of inputs and outputs) for a kernel."""
-    return "svd" if module.weight[0, 0].numel() == 1 else "tucker2"
+def form_of(module: Factorizable, form: str = "tucker2") -> str:
+    """Return svd for a matrix and the form that is asked for a kernel."""
+    return "svd" if module.weight[0, 0].numel() == 1 else form
 
 
 def _at(
@@ -62,11 +66,12 @@ def _at(
     layers: Layers,
     costs: Mapping[str, LayerCost],
     estimates: Estimates,
+    kind: str,
 ) -> list[Factor]:
     """Ranks between one (scale -1), the estimate (0) and full (1); only where it is smaller."""
     edits = []
     for name, module in layers.items():
-        form = form_of(module)
+        form = form_of(module, kind)
         most = max_ranks(module.weight.shape, form)
         ranks = tuple(
             round(rank + scale * (top - rank)) if scale > 0 else max(1, round(rank * (1 + scale)))
