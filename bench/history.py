@@ -13,9 +13,12 @@ Plan = Mapping[str, Any]
 Change = dict[str, Any]  # what, planned, measured; and of a change in the history when it was made
 
 
-def changes(planned: Plan, measured: Plan) -> list[Change]:
-    """List the budgets, seeds and targets in which two plans differ."""
-    first, last = _watched(planned), _watched(measured)
+TEXTS = ("title", "about", "quick", "drawings")  # say things, and decide nothing
+
+
+def changes(planned: Plan, measured: Plan, *, all_settings: bool = False) -> list[Change]:
+    """List the budgets, seeds and targets in which two plans differ; or all that differs."""
+    first, last = (_watched(plan, everything=all_settings) for plan in (planned, measured))
     return [
         {"what": what, "planned": first.get(what), "measured": last.get(what)}
         for what in dict.fromkeys((*first, *last))
@@ -66,16 +69,16 @@ def _short(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _watched(plan: Plan, path: str = "") -> dict[str, Any]:
+def _watched(plan: Plan, path: str = "", *, everything: bool = False) -> dict[str, Any]:
     """The settings that are watched, by their path: one entry for each value below them."""
     found: dict[str, Any] = {}
     for name, value in plan.items():
         here = f"{path}.{name}" if path else name
-        if name == "quick" and not path:
+        if name in TEXTS and not path:
             continue
         if isinstance(value, Mapping):
-            found |= _watched(value, here)
-        elif any(part in WATCHED for part in here.split(".")):
+            found |= _watched(value, here, everything=everything)
+        elif everything or any(part in WATCHED for part in here.split(".")):
             found[here] = sorted(value) if _numbers(value) else value
     return found
 

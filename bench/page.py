@@ -80,7 +80,7 @@ def _changes(result: Mapping[str, Any]) -> list[str]:
         parts.append(f"**Changed since it was first planned**: {history.said(changed)}.\n")
     if result["bench"] in experiments.names():
         now = experiments.load(result["bench"]).settings
-        if later := history.changes(settings, now):
+        if later := history.changes(settings, now, all_settings=True):
             parts.append(f"**Planned otherwise since this result**: {history.said(later)}.\n")
     return parts
 

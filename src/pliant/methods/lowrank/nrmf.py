@@ -54,9 +54,8 @@ class NRMF(Method):
 
     A fixed strength adds up. For a search of hundreds of steps on a trained network take
     ``alpha=None``, which raises and lowers it so that the ranks reach a budget of params, macs or
-    bytes as the search ends. With ``early`` a layer is factorized as
-    soon as its ranks in the plan of the whole network, made five times in the search, hold the
-    share p of its energy, and trains on in its factors, with its momentum.
+    bytes as the search ends. With ``early`` a layer is factorized once its ranks in the plan of the
+    whole network, made five times in the search, hold p, and trains on with its momentum.
 
     *Departs from the paper*: its own form is ``PAPER``. The defaults differ where measurements on
     small networks under BatchNorm said so: weak directions shrink more, the norm is kept, the
