@@ -20,6 +20,7 @@ from pliant.budget import Budget, Option
 from pliant.cost import call
 from pliant.data import unpack
 from pliant.edits import Edit, Factor, Rerank
+from pliant.edits.rerank import Turn
 from pliant.families.lowrank.factorize import BATCH, Form, Layers, choices
 from pliant.families.lowrank.options import with_kernels
 from pliant.math import forms
@@ -120,7 +121,7 @@ def changes(
         if edit.layer in split:
             row: Any = run.model.get_submodule(edit.layer)
             before = [child.weight.detach() for child in row]
-        turns = None if before is None else _turns(before, kernels, edit.form)
+        turns = None if before is None else _turns(before, kernels)
         if grow and edit.layer in wanted:
             kernels, turns = _grown(kernels, turns, wanted[edit.layer], edit, grow)
         ranks = tuple(len(kernel) for kernel in kernels[:-1])
@@ -134,11 +135,12 @@ def changes(
 def gradients(run: Run, layers: Layers, count: int, *, seed: int) -> dict[str, Tensor]:
     """Return the mean gradient of the loss by each kernel, over labelled training samples.
 
-    Empty where there are no labels that class scores can be compared with.
+    Empty where there are no labels that class scores can be compared with; frozen layers have none.
     """
-    if run.data is None or not run.data.has("train") or not count:
+    weights = {n: layer.weight for n, layer in layers.items() if layer.weight.requires_grad}
+    if run.data is None or not run.data.has("train") or not count or not weights:
         return {}
-    weights, done = {name: layer.weight for name, layer in layers.items()}, 0
+    done = 0
     found = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     flags = {module: module.training for module in run.model.modules()}
     run.model.eval()
@@ -177,20 +179,18 @@ def _allocated(
     return [edit for edit in found if isinstance(edit, Factor)]
 
 
-def _turns(
-    before: Sequence[Tensor], after: Sequence[Tensor], form: str
-) -> tuple[tuple[Tensor, Tensor], ...]:
+def _turns(before: Sequence[Tensor], after: Sequence[Tensor]) -> tuple[Turn, ...]:
     """For every inner side what makes the new components out of the old ones: see `Rerank`."""
     found = []
     for side in range(len(after) - 1):
-        old, new = (_halves(kernels, side, form) for kernels in (before, after))
+        old, new = (_halves(kernels, side) for kernels in (before, after))
         reads = new[0] @ torch.linalg.pinv(old[0])
         read = torch.linalg.pinv(old[1]) @ new[1]
         found.append((reads.float(), read.float()))
     return tuple(found)
 
 
-def _halves(kernels: Sequence[Tensor], side: int, form: str) -> tuple[Tensor, Tensor]:
+def _halves(kernels: Sequence[Tensor], side: int) -> tuple[Tensor, Tensor]:
     """What is before and behind an inner side, as (rank, columns) and (rows, rank)."""
     parts = [kernel.double() for kernel in kernels]
     if len(parts) == 2:
@@ -206,11 +206,11 @@ def _halves(kernels: Sequence[Tensor], side: int, form: str) -> tuple[Tensor, Te
 
 def _grown(
     kernels: Sequence[Tensor],
-    turns: tuple[tuple[Tensor, Tensor], ...] | None,
+    turns: tuple[Turn, ...] | None,
     gradient: Tensor,
     edit: Factor,
     share: float,
-) -> tuple[list[Tensor], tuple[tuple[Tensor, Tensor], ...] | None]:
+) -> tuple[list[Tensor], tuple[Turn, ...] | None]:
     """Add components that read where the loss pulls the dense kernel; their effect begins at 0."""
     most = forms.max_ranks(tuple(gradient.shape), edit.form)
     more = tuple(
@@ -223,9 +223,7 @@ def _grown(
     first = torch.cat([kernels[0], _scaled(extra[0], kernels[0], dim=1)])
     found = [first]
     for kernel, new in zip(kernels[1:-1], extra[1:-1], strict=True):
-        wide = torch.cat(
-            [kernel, torch.zeros_like(kernel[:, :1]).expand(-1, more[0], *kernel.shape[2:])], 1
-        )
+        wide = torch.cat([kernel, kernel.new_zeros(len(kernel), more[0], *kernel.shape[2:])], 1)
         found.append(torch.cat([wide, wide.new_zeros(len(new), *wide.shape[1:])]))
     last = kernels[-1]
     new = last.new_zeros(len(last), more[-1], *last.shape[2:])
