@@ -21,11 +21,12 @@ from pliant import zoo
 from pliant.compose import resolve
 from pliant.data import Data, Train
 from pliant.drivers.loop import evaluate
+from pliant.errors import BudgetError
 from pliant.families.lowrank.factorize import spectra
 from pliant.math.rank import energy_rank
 
 Settings = Mapping[str, Any]
-NONE, EVBMF = "none", "evbmf"
+NONE = "none"
 ENERGY = 0.95  # at which ranks of the followed layer are given
 
 
@@ -57,9 +58,14 @@ def measure(cell: Cell, watch: Callable[[dict[str, Any]], None]) -> dict[str, An
     for way, spec in plan["ways"].items():
         for budget in plan["budgets"]:
             smaller, limit = copy.deepcopy(dense), {"params": budget}
-            found = compress(smaller, data, resolve(spec), limit, tail, seed=seed, watch=watch)
+            row = {"way": way, "budget": budget}
+            try:
+                found = compress(smaller, data, resolve(spec), limit, tail, seed=seed, watch=watch)
+            except BudgetError as error:
+                rows.append(row | {"refused": str(error)})
+                continue
             kept = ("accuracy", "accuracy_before", "params", "layers", "seconds")
-            row = {"way": way, "budget": budget, **{name: found[name] for name in kept}}
+            row |= {name: found[name] for name in kept}
             rows.append(row | {"validation": evaluate(smaller, data, "val").accuracy})
     followed = spectra(dense.get_submodule(plan["follow"]).weight)  # type: ignore[arg-type]
     place = min(21, *(len(sigma) for sigma in followed.values())) - 1
@@ -87,12 +93,13 @@ def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
                     rows.append(judged(text, paired(own, other, 100), ">", 0, "points"))
     first = settings["families"][0]
     name = chosen(settings, cells, first)
-    for way in settings["ways"]:
-        for budget in settings["budgets"]:
-            text = f"{first} leads {EVBMF} at {budget:.0%}, {way}, after fine-tuning"
-            own = _of(cells, "accuracy", name, way, budget)
-            other = _of(cells, "accuracy", NONE, EVBMF, budget)
-            rows.append(judged(text, paired(own, other, 100), ">", 0, "points"))
+    for rival in settings["beside"]:
+        for way in settings["ways"]:
+            for budget in settings["budgets"]:
+                text = f"{first} leads {rival} at {budget:.0%}, {way}, after fine-tuning"
+                own = _of(cells, "accuracy", name, way, budget)
+                other = _of(cells, "accuracy", NONE, rival, budget)
+                rows.append(judged(text, paired(own, other, 100), ">", 0, "points"))
     tails = [cell["values"]["tail"] for cell in pick(cells, penalty=asked["paper"])]
     text = f"{asked['paper']}: the 21st singular value of {settings['follow']} over the first"
     rows.append(claim(text, max(tails, default=None), "<=", asked["tail"], "x"))
@@ -139,7 +146,7 @@ def chosen(settings: Settings, cells: Cells, family: str) -> str:
             row["validation"]
             for cell in pick(cells, penalty=name)
             for row in cell["values"]["rows"]
-            if row["way"] in settings["ways"]
+            if row["way"] in settings["ways"] and "refused" not in row
         ]
         return mean(found) or 0.0
 
@@ -179,7 +186,12 @@ def _table(settings: Settings, cells: Cells, column: str, title: str) -> Table:
 
 def _written(cells: Cells, column: str, penalty: str, way: str, budget: float) -> str:
     found = _of(cells, column, penalty, way, budget).values()
-    return plus_minus([100 * value for value in found])
+    refused = any(
+        "refused" in row and row["way"] == way and row["budget"] == budget
+        for cell in pick(cells, penalty=penalty)
+        for row in cell["values"]["rows"]
+    )
+    return "refused" if refused else plus_minus([100 * value for value in found])
 
 
 def _spectrum(settings: Settings, cells: Cells) -> Table:
