@@ -23,6 +23,7 @@ class Replaced:
             ``added``, by the chain rule; None where nothing can be carried.
         cuts: where each of ``added`` is made of the parameter of ``removed`` at the same place,
             what makes a tensor of the new shape out of one of the old; all state is carried then.
+        squares: the same for mean squares of gradients (Adam's), where it differs.
         beside: where parameters came and none left, those that were there, the nearest first:
             the new ones join the group of the first that the optimizer knows.
     """
@@ -31,6 +32,7 @@ class Replaced:
     added: tuple[nn.Parameter, ...] = ()
     project: Callable[[Tensor], list[Tensor]] | None = None
     cuts: tuple[Callable[[Tensor], Tensor], ...] = ()
+    squares: tuple[Callable[[Tensor], Tensor], ...] = ()
     beside: tuple[nn.Parameter, ...] = ()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -50,11 +50,19 @@ def subjects(
     return layers
 
 
-def look(run: Run, layers: Layers, samples: int) -> dict[str, Metric]:
-    """Return the metric of every layer from training inputs, without labels; none without data."""
+def named(run: Run, names: Iterable[str]) -> Layers:
+    """Return the layers of these names."""
+    return {name: run.model.get_submodule(name) for name in names}  # type: ignore[misc]
+
+
+def look(run: Run, layers: Layers, samples: int, *, seed: int = 0) -> dict[str, Metric]:
+    """Return the metric of every layer from training inputs, without labels; none without data.
+
+    Another seed looks at others of the inputs.
+    """
     if not run.has_inputs or not samples:
         return {}
-    batches = run.inputs(samples, batch=BATCH, seed=0)
+    batches = run.inputs(samples, batch=BATCH, seed=seed)
     return metrics(run.model, layers, batches, run.generator)
 
 
