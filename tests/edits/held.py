@@ -18,6 +18,7 @@ from pliant.data import Train
 from pliant.edits import Edit, from_json, replay, to_json
 from pliant.files.onnx import to_onnx
 from pliant.method import Method
+from pliant.render.markdown import markdown
 from pliant.run import Run, start
 from pliant.testing.compressed import same_tensors
 from pliant.testing.toys import CLASSES
@@ -216,7 +217,7 @@ def compresses_saves_and_loads(whole: Whole, folder: Path) -> None:
         assert str(back) == str(result.model)
     rows = result.report.layers
     assert sum(row.after["params"] for row in rows) == result.report.after.params
-    assert result.report.to_json()
+    assert result.report.to_json() and markdown(result.report)
 
 
 CHECKS = (comes_back_from_json, replays_without_data, draws_the_same_again,

@@ -66,7 +66,7 @@ def build(
     weights: bool,
     freeze: bool = True,
 ) -> nn.Module:
-    """Make a new layer for the layer of a name: on its device, in its type and mode.
+    """Make a new layer for the layer of a name: on its device, in its type, layout and mode.
 
     Args:
         kind: of the new layer.
@@ -89,6 +89,8 @@ def build(
         with drawing(seed, name, like.device), like.device:
             new = kind.build(layer, spec)
         new.to(like.dtype).train(layer.training)
+        if any(p.dim() == 4 and not p.is_contiguous() for p in model.parameters()):
+            new.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if weights and isinstance(new, Filled):
             with torch.no_grad():
                 new.fill(layer)
