@@ -70,7 +70,7 @@ class GroupwisePTQ(Method):
     joint: int = 200  # steps of stage 2, in which they learn together
     batch: int = 32  # samples of a step
     lr: float = 0.02  # of weights in stage 1, in units of the distance between two levels
-    scale_lr: float = 3e-3  # of the logarithms of scales in stage 1
+    scale_lr: float = 3e-3  # of the logarithms of scales in stage 1; less beyond 4 bits
     slowdown: float = 0.3  # learning rates of stage 2, in units of those of stage 1
     features: float = 1.0  # mu, weight of each block's error in stage 2
     answers: float = 1.0  # nu, weight of the divergence from the dense answer
