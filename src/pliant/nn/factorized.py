@@ -125,7 +125,11 @@ def dense(row: nn.Sequential, form: str) -> Factorizable:
 
 
 def answer_anew(model: nn.Module, name: str) -> None:
-    """Let the row of factors around a changed layer answer by a weight that it still has."""
+    """Give the row of factors around a replaced layer a ``weight`` attribute that still exists.
+
+    The row answers ``.weight`` with the weight of its first layer. Once that layer is replaced, the
+    attribute would point to a tensor that the network no longer uses.
+    """
     row = model.get_submodule(name.rpartition(".")[0])
     if isinstance(row, nn.Sequential) and vars(row).pop("weight", None) is not None:
         for weight in [part.weight for part in row if hasattr(part, "weight")][:1]:

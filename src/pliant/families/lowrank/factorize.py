@@ -122,10 +122,11 @@ def choices(
 ) -> dict[str, list[Option]]:
     """Return what can be done with every layer: see `pliant.families.lowrank.options.options`.
 
-    With metrics scores are damages to the loss, which can be summed over layers; for a ``level``,
-    at whose very ranks there is an option then, they are shares of a layer's own energy. A layer
-    that no calibration input reached (an expert to which none was routed) counts as the others do
-    on average.
+    A score says how much an option loses. With metrics it is an estimate of how much the loss of
+    the network rises, so scores of different layers can be added. With a ``level`` it is the share
+    of the layer's own energy that is lost, and one of the options has exactly the ranks that this
+    level asks for. A layer that no calibration input reached (an expert to which no sample was
+    routed) counts as the others do on average.
     """
     costs = run.planner.rows()
     worth = {n: seen[n].energy(m.weight.detach()) for n, m in layers.items() if n in seen}

@@ -1,4 +1,7 @@
-"""NRMF, elastic tensor ranks: training itself finds how few channel directions a layer needs."""
+"""NRMF, elastic tensor ranks: training itself finds how few channel directions a layer needs.
+
+The file is long because of the options and what they mean: seven penalties, two spaces.
+"""
 
 from __future__ import annotations
 
