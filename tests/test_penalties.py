@@ -221,4 +221,5 @@ def test_statistics_are_refreshed_and_whitening_needs_data() -> None:
             first = copy.deepcopy(run.state["frames"]["0"])
     assert changed == [20, 40, 60, 80]
     with pytest.raises(MethodError, match='pass data and samples above 0, or take space="weights"'):
-        run_of(classifier(), method, SGD(model.parameters(), 0.1), example=EXAMPLE)
+        other = classifier()
+        run_of(other, method, SGD(other.parameters(), 0.1), example=EXAMPLE)

@@ -213,7 +213,8 @@ def compresses_saves_and_loads(whole: Whole, folder: Path) -> None:
         back = load(path, dense).eval()
         same_tensors(result.model, back, "loaded")
         with torch.no_grad():
-            assert torch.equal(back(x), result.model(x))
+            # Equal tensors; how they lie in memory may change the last bit of a convolution.
+            assert torch.allclose(back(x), result.model(x), atol=1e-6)
         assert str(back) == str(result.model)
     rows = result.report.layers
     assert sum(row.after["params"] for row in rows) == result.report.after.params
