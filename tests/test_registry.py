@@ -390,3 +390,39 @@ def test_a_broken_package_is_named(monkeypatch, forget):
     monkeypatch.setattr(registry, "entry_points", lambda group: [point])
     with pytest.raises(MethodError, match="my_package.mine cannot be imported .*gone"):
         entries()
+
+
+# ------------------------------------------------------------------ options renamed and fixed
+
+
+@dataclass(frozen=True)
+class Wide(Method):
+    """Has two options."""
+
+    ratio: float = 0.5  # what leaves
+    scope: str = "global"  # where
+
+
+def test_an_option_goes_by_its_old_name_with_a_warning():
+    register("wide", paper=PAPER, renamed={"share": "ratio"})(Wide)
+    with pytest.warns(DeprecationWarning, match="option share is now called ratio") as said:
+        assert build("wide(share=0.25)") == Wide(0.25)
+    assert said[0].filename == __file__  # whoever wrote it is shown the line
+    assert plain(Wide(0.25))["options"] == {"ratio": 0.25, "scope": "global"}
+    with pytest.raises(MethodError, match="share is now called ratio: give one"):
+        construct("wide", {"share": 0.1, "ratio": 0.2})
+
+
+def test_an_option_that_a_class_fixes_is_none_of_its_options():
+    @dataclass(frozen=True)
+    class Narrow(Wide):
+        """Has one option."""
+
+        scope: str = field(default="local", init=False)
+
+    register("narrow", paper=PAPER)(Narrow)
+    assert plain(build("narrow(ratio=0.1)"))["options"] == {"ratio": 0.1}
+    assert [row.name for row in registry.options(get("narrow"))] == ["ratio"]
+    assert [row.text for row in registry.options(get("narrow"))] == ["what leaves"]  # as inherited
+    with pytest.raises(MethodError, match="has no option 'scope'"):
+        build("narrow(scope='global')")

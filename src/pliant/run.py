@@ -20,7 +20,7 @@ from pliant.data.criterion import Reduction, task_loss, weighted
 from pliant.data.draws import Draws, ranks
 from pliant.data.epochs import Epochs, planned
 from pliant.data.sources import moved
-from pliant.edits import Edit, Replaced, from_json, to_json
+from pliant.edits import Edit, Replaced, from_json, made, note, to_json
 from pliant.errors import (
     BudgetError,
     DataError,
@@ -110,6 +110,7 @@ class Run:
         epochs: what each epoch trains on, where the loop was told; see `batches`.
         followers: optimizers and copies, which go along with every edit.
         heard: whether the loss was asked for since the last step.
+        begun: whether a loop trains it.
         aside: what to take out of the model at the end, and what is kept beside it until then.
         finished: whether the compression has been made permanent.
         began: of a view, step and epoch of the whole run at which its own clock began.
@@ -135,6 +136,7 @@ class Run:
     epochs: Epochs | None = None
     followers: Followers = field(default_factory=Followers)
     heard: bool = False
+    begun: bool = False
     aside: Aside = field(default_factory=Aside)
     finished: bool = False
     began: tuple[int, int] = (0, 0)
@@ -243,7 +245,7 @@ class Run:
         Raises:
             MethodError: the method chooses the data of an epoch, and the loop took others.
         """
-        whole = not self.aside.path  # not a view of a part
+        self.begun, whole = True, not self.aside.path  # not a view of a part
         if whole and self.method.uses("epoch"):
             self._check_epoch()
         with torch.enable_grad():
@@ -524,6 +526,12 @@ class Run:
             aside=Aside(),
         )
 
+    def restate(self, edits: Sequence[Edit]) -> None:
+        """Write down other edits that make the same network of the dense one, in fewer steps."""
+        known = made(self.model)
+        note(self.model, [*known[: len(known) - len(self.edits)], *edits])
+        self.edits[:] = edits
+
     def _edit(self, edit: Edit, *, weights: bool) -> None:
         self.followers.edit(self.model, edit, weights=weights)
         self.edits.append(edit)
@@ -557,7 +565,8 @@ class Run:
     def _check_end(self, done: int, *, strict: bool) -> None:
         """Say what was still to be done in the training when it ended too early."""
         late = [edit.layer for edit in self.edits[done:]]
-        if self.step >= self.steps or not (late or self.unended):
+        ended = self.step >= self.steps or not (self.begun or self.step)  # or was never trained
+        if ended or not (late or self.unended):
             return
         found = list(self.unended)
         if late:

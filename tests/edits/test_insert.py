@@ -15,7 +15,7 @@ from pliant import zoo
 from pliant.cost import cost, module_cost
 from pliant.edits import Edit, Insert, Prune, Swap, made, replay
 from pliant.errors import EditError
-from pliant.nn.kinds import INSERTS
+from pliant.nn.catalogue import INSERTS
 from pliant.surgery.optim import carry
 from tests.edits import held
 from tests.edits.held import Whole

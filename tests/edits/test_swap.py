@@ -16,7 +16,7 @@ from pliant.cost import layer_costs
 from pliant.edits import Swap, from_json, to_json
 from pliant.errors import ArtifactError, EditError
 from pliant.files import artifact
-from pliant.nn.kinds import SWAPS
+from pliant.nn.catalogue import SWAPS
 from pliant.surgery.optim import carry
 from tests.edits import held
 from tests.edits.held import Whole

@@ -97,7 +97,7 @@ class PliantCallback(_Callback):
         check_trainer(self.run, state.max_steps)
         self._check_settings(args, state)
         optimizer = kwargs.get("optimizer")
-        if not self.run.optimizers and optimizer is not None:
+        if optimizer is not None:
             wrapped = isinstance(optimizer, AcceleratedOptimizer)
             self.run.optimizer = optimizer.optimizer if wrapped else optimizer
 

@@ -118,8 +118,7 @@ class PliantCallback(_Callback):
         self._forget()
         if not trainer.fast_dev_run:
             check_trainer(self.run, trainer.estimated_stepping_batches)
-        if not self.run.optimizers:
-            self.run.optimizer = list(trainer.optimizers)
+        self.run.optimizer = list(trainer.optimizers) or self.run.optimizers
         self._steps, self._by_hand = trainer.global_step, len(trainer.optimizers) > 1
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:

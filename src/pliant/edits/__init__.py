@@ -16,11 +16,14 @@ from pliant.edits.factor import Factor
 from pliant.edits.fold import Fold
 from pliant.edits.insert import Insert
 from pliant.edits.merge import Merge
+from pliant.edits.multiply import Multiply
 from pliant.edits.nest import Nest
+from pliant.edits.pack import Pack
 from pliant.edits.prune import Prune
 from pliant.edits.quantize import Quantize
 from pliant.edits.record import apply, complete, made, note
 from pliant.edits.remove import Remove
+from pliant.edits.rerank import Rerank
 from pliant.edits.settle import Settle
 from pliant.edits.swap import Swap
 from pliant.edits.widen import Widen
@@ -35,11 +38,14 @@ __all__ = [
     "Fold",
     "Insert",
     "Merge",
+    "Multiply",
     "Nest",
+    "Pack",
     "Prune",
     "Quantize",
     "Remove",
     "Replaced",
+    "Rerank",
     "Settle",
     "Swap",
     "Widen",
@@ -59,11 +65,14 @@ EDITS: dict[str, type] = {
     "factor": Factor,
     "insert": Insert,
     "merge": Merge,
+    "multiply": Multiply,
     "nest": Nest,
+    "pack": Pack,
     "prune": Prune,
     "fold": Fold,
     "quantize": Quantize,
     "remove": Remove,
+    "rerank": Rerank,
     "settle": Settle,
     "swap": Swap,
     "widen": Widen,
@@ -119,7 +128,8 @@ def _edit(row: Any) -> Edit:
     kind = EDITS[name]
     values = {key: value for key, value in row.items() if key != "edit"}
     expected = {f.name: str(f.type) for f in fields(kind) if f.compare}
-    needed = {f.name for f in fields(kind) if f.compare and not f.metadata.get("optional")}
+    optional = {f.name for f in fields(kind) if f.metadata.get("optional")}
+    needed = {f.name for f in fields(kind) if f.compare and f.default is MISSING} - optional
     if not needed <= set(values) <= set(expected):
         raise EditError(
             f"The edit {name} takes {', '.join(sorted(expected))}, "

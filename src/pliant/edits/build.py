@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from pliant.errors import EditError
-from pliant.nn.kinds import Filled, Kind, Spec
+from pliant.nn.catalogue import Filled, Kind, Spec
 from pliant.nn.layers import in_layout_of
 
 _SCALARS = (bool, int, float, str)

@@ -1,9 +1,9 @@
 """Something new comes before or behind a layer, or into a row of layers.
 
 A kind that can be inserted is written as one that is swapped in (see `pliant.edits.swap`), and
-stands in `INSERTS` of `pliant.nn.kinds`. Its ``build(layer, spec)`` and ``predict(before, spec)``
-are handed the neighbour: ``before.output`` is the shape at the place, and what is returned is the
-cost of the new one alone, for as many calls.
+stands in `INSERTS` of `pliant.nn.catalogue`. Its ``build(layer, spec)`` and
+``predict(before, spec)`` are handed the neighbour: ``before.output`` is the shape at the place,
+and what is returned is the cost of the new one alone, for as many calls.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from pliant.edits.edit import OPTIONAL, Replaced, exchanged, layer_of
 from pliant.edits.record import forget
 from pliant.errors import EditError
 from pliant.nn import layers
+from pliant.nn.catalogue import INSERTS, Spec
 from pliant.nn.factorized import answer_for
-from pliant.nn.kinds import INSERTS, Spec
 
 OLD, ADDED = "layer", "added"  # names in the row that a single layer becomes
 END = -1

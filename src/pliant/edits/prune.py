@@ -116,6 +116,8 @@ def renewed(
         made = layers.in_layout_of(tensor, make(tensor.detach()))
         if isinstance(tensor, nn.Parameter):
             made = nn.Parameter(made, requires_grad=tensor.requires_grad)
+            if tensor.grad is not None:  # of the batches before, if a step takes several
+                made.grad = layers.in_layout_of(tensor.grad, state(tensor.grad))
             old.append(tensor)
             new.append(made)
             states.append(state)

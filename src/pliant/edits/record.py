@@ -58,7 +58,8 @@ def complete(model: nn.Module, edits: Sequence[Edit]) -> tuple[Edit, ...]:
     given, known = tuple(_plan(edit) for edit in edits), made(model)
     if known[max(0, len(known) - len(given)) :] == given:
         return (*known[: max(0, len(known) - len(given))], *edits)
-    if given[: len(known)] == known:  # what was changed by hand is known to the caller only
+    # What was changed by hand, before or after, is known to the caller only.
+    if known in (given[: len(known)], given[len(given) - len(known) :]):
         return tuple(edits)
     raise EditError(
         f"The network was made by {len(known)} edits, of which the {len(given)} given ones are "

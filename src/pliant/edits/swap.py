@@ -1,7 +1,7 @@
 """One layer becomes another, of a kind that is known by name.
 
 How to write a layer that ships in files. A kind is a module in `pliant.nn` and a line in `SWAPS`
-of `pliant.nn.kinds`; nothing else knows it. The class has:
+of `pliant.nn.catalogue`; nothing else knows it. The class has:
 
 - ``spec``, a class attribute: the names of its settings and their types (``bool``, ``int``,
   ``float``, ``str``, or ``tuple`` for a row of these). All of them must be given, so that no
@@ -38,7 +38,7 @@ from pliant.edits.build import build, kind_of
 from pliant.edits.edit import OPTIONAL, Replaced, exchanged, layer_of
 from pliant.errors import EditError
 from pliant.nn import layers
-from pliant.nn.kinds import SWAPS, Kind, Spec
+from pliant.nn.catalogue import SWAPS, Kind, Spec
 
 
 @dataclass(frozen=True)

@@ -1,104 +1,146 @@
-"""The kinds of layers that an edit may put in, by the name under which files know them."""
+"""Kinds of layers with one weight: how it lies as rows of output channels, and how it is applied.
+
+Every kind says the same things in its own way: where the output channels of its weight are, what
+it computes with another weight, and how often it multiplies.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any, ClassVar, Protocol, runtime_checkable
+import math
+from collections.abc import Callable
+from typing import Any
 
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from pliant.cost import LayerCost
-from pliant.errors import EditError
-from pliant.nn.filters import WEIGHTED, filter_count
-from pliant.nn.inserted import Conv, Copy, Linear, Residual
-from pliant.nn.scatter import Gather, Scatter
-from pliant.nn.separable import Separable
+from pliant.nn.layers import replace
 
-Spec = Mapping[str, Any]
-"""What is set of a new layer: names, and plain values of the types that its kind declares."""
-
-
-class Kind(Protocol):
-    """What a file may put in: see `pliant.edits.swap` for how to write one."""
-
-    spec: ClassVar[Mapping[str, type]]
-
-    @classmethod
-    def build(cls, layer: Any, spec: Spec, /) -> nn.Module:
-        """Make the new layer, from the shapes of the old one alone."""
-
-    @classmethod
-    def predict(cls, before: LayerCost, spec: Spec, /) -> LayerCost:
-        """Return what it costs, from what the old one did."""
+LINEAR = (nn.Linear,)
+CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+TABLE = (nn.Embedding,)
+_HOOKS = (
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook"),
+)
+_TRANSPOSED: tuple[Callable[..., Tensor], ...] = (
+    F.conv_transpose1d,
+    F.conv_transpose2d,
+    F.conv_transpose3d,
+)
 
 
-@runtime_checkable
-class Filled(Protocol):
-    """A new layer that begins with what the old one has learned."""
+def kind_of(layer: Any) -> type[nn.Module] | None:
+    """Return the class whose operation a layer does: its own or one it derives from.
 
-    def fill(self, layer: Any, /) -> None:
-        """Take over the weights of the old layer."""
-
-
-class Identity:
-    """Nothing in the place of a batch norm."""
-
-    spec: ClassVar[Mapping[str, type]] = {}
-
-    @classmethod
-    def build(cls, layer: Any, spec: Spec) -> nn.Module:
-        """Make what gives back what it gets."""
-        if not isinstance(layer, _BatchNorm):
-            kind = type(layer).__name__
-            raise EditError(f"must be a batch norm to become an identity, not {kind}.")
-        return nn.Identity()
-
-    @classmethod
-    def predict(cls, before: LayerCost, spec: Spec) -> LayerCost:
-        """Nothing is left to pay for."""
-        return replace(before, kind="Identity", params=0, macs=0, bytes=0, weight=())
+    That of Transformers' ``Conv1D``, a linear layer whose weight is transposed, is recognised by
+    where it comes from. None where the layer is of no kind with one weight.
+    """
+    known = getattr(layer, "kind", None)  # of what stands in the place of another layer
+    classes = (known,) if isinstance(known, type) else type(layer).__mro__
+    every = (*LINEAR, *CONV, *TRANSPOSED, *TABLE)
+    return next((kind for kind in classes if kind in every or _flipped(kind)), None)
 
 
-class Biased:
-    """A convolution or Linear gets a bias of zeros; it stays the same object."""
-
-    spec: ClassVar[Mapping[str, type]] = {}
-
-    @classmethod
-    def build(cls, layer: Any, spec: Spec) -> nn.Module:
-        """Add the bias."""
-        if not isinstance(layer, WEIGHTED):
-            kind = type(layer).__name__
-            raise EditError(f"must be a convolution or Linear to be biased, not {kind}.")
-        if layer.bias is not None:
-            raise EditError("has a bias already.")
-        zeros = layer.weight.new_zeros(filter_count(layer))
-        layer.bias = nn.Parameter(zeros, requires_grad=layer.weight.requires_grad)
-        return layer
-
-    @classmethod
-    def predict(cls, before: LayerCost, spec: Spec) -> LayerCost:
-        """A number more for every output channel."""
-        outputs = before.output[-1 if before.kind == "Linear" else 0]
-        size = before.bytes // max(1, before.params)
-        return replace(before, params=before.params + outputs, bytes=before.bytes + size * outputs)
+def _flipped(kind: type) -> bool:
+    return kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
 
 
-SWAPS: dict[str, type[Kind]] = {
-    "biased": Biased,
-    "identity": Identity,
-    "separable": Separable,
-}
-"""The closed set of layers that a file may put in the place of another; a line for each."""
+# ---------------------------------------------------------------- weights as rows
 
-INSERTS: dict[str, type[Kind]] = {
-    "conv": Conv,
-    "copy": Copy,
-    "gather": Gather,
-    "linear": Linear,
-    "residual": Residual,
-    "scatter": Scatter,
-}
-"""The closed set of what a file may put before, behind or between layers; a line for each."""
+
+def to_rows(layer: Any, weight: Tensor) -> Tensor:
+    """Return a weight with its output channels first: (channels, ...).
+
+    Args:
+        layer: says its kind and its groups.
+        weight: of the layer, or of its shape.
+    """
+    kind = kind_of(layer)
+    if kind in TRANSPOSED:  # (in, out of a group, ...), the inputs of a group side by side
+        apart = weight.reshape(layer.groups, -1, *weight.shape[1:])
+        return apart.transpose(1, 2).flatten(0, 1)
+    return weight.t() if kind is not None and _flipped(kind) else weight
+
+
+def from_rows(layer: Any, rows: Tensor) -> Tensor:
+    """Return the weight whose rows are these: the inverse of `to_rows`."""
+    kind = kind_of(layer)
+    if kind in TRANSPOSED:
+        apart = rows.reshape(layer.groups, -1, *rows.shape[1:])
+        return apart.transpose(1, 2).flatten(0, 1)
+    return rows.t() if kind is not None and _flipped(kind) else rows
+
+
+# ---------------------------------------------------------------- what layers compute
+
+
+def applied(layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, size: Any = None) -> Tensor:
+    """Apply a layer's operation with another weight and bias.
+
+    Args:
+        layer: has the geometry, and is or has a kind.
+        x: its input; numbers of rows for a table.
+        weight: instead of its own, in its own shape.
+        bias: instead of its own.
+        size: of the output of a transposed convolution, where its forward was given one.
+    """
+    kind: Any = kind_of(layer)
+    if kind in LINEAR:
+        return F.linear(x, weight, bias)
+    if kind in TABLE:
+        return F.embedding(x, weight, layer.padding_idx)
+    if kind in TRANSPOSED:
+        return _transposed(kind, layer, x, weight, bias, size)
+    if _flipped(kind):
+        return F.linear(x, weight.t(), bias)
+    found: Tensor = kind._conv_forward(layer, x, weight, bias)
+    return found
+
+
+def _transposed(
+    kind: Any, layer: Any, x: Tensor, weight: Tensor, bias: Tensor | None, size: Any
+) -> Tensor:
+    axes = len(layer.kernel_size)
+    geometry = layer.stride, layer.padding, layer.kernel_size, axes, layer.dilation
+    added = kind._output_padding(layer, x, size, *geometry)
+    apply = _TRANSPOSED[axes - 1]
+    return apply(x, weight, bias, layer.stride, layer.padding, added, layer.groups, layer.dilation)
+
+
+def channels_last(layer: Any) -> bool:
+    """Say whether the channels of what a layer gives are its last axis; else its second."""
+    return kind_of(layer) not in (*CONV, *TRANSPOSED)
+
+
+def macs(layer: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
+    """Count multiply-accumulates of one call."""
+    kind, shape = kind_of(layer), tuple(layer.shape)
+    if kind in TABLE:
+        return 0
+    if kind in TRANSPOSED:
+        return inputs[0].numel() * math.prod(shape[1:])
+    source = shape[0] if kind is not None and _flipped(kind) else math.prod(shape[1:])
+    return outputs[0].numel() * source
+
+
+def take_after(new: nn.Module, layer: nn.Module) -> None:
+    """Let a layer answer as the one it replaces: by its geometry and all else that it says plainly.
+
+    Models of Transformers pad by ``conv.stride``, and cast what a layer reads to the type of its
+    weight. Hooks that somebody put on the layer go on being called.
+    """
+    for name, value in vars(layer).items():
+        own = name.startswith("_") and name != "_reversed_padding_repeated_twice"
+        if not own and not hasattr(new, name):
+            setattr(new, name, value)
+    for name in _HOOKS:
+        vars(new)[name] = vars(layer)[name]  # the same dict: its handles still take hooks out
+
+
+def put(model: nn.Module, layer: nn.Module, new: nn.Module) -> None:
+    """Put a layer in the place of another, under all the names that a model has for it."""
+    names = [n for n, part in model.named_modules(remove_duplicate=False) if part is layer]
+    for name in names:
+        replace(model, name, new)

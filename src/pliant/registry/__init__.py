@@ -8,15 +8,17 @@ import importlib
 import inspect
 import keyword
 import pkgutil
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, is_dataclass
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, is_dataclass
 from functools import cache, singledispatch
 from importlib.metadata import entry_points
 from typing import Any, Literal, TypeVar
 
 from pliant.budget import AXES
 from pliant.errors import MethodError
-from pliant.registry.options import In, OptionRow, fault, rows
+from pliant.registry.options import In, OptionRow, fault, rows, settable
 
 __all__ = [
     "CALLS",
@@ -72,6 +74,7 @@ class Entry:
         saves: the budget axes it can claim (``params``, ``macs``, ``bytes``, ``latency``).
         family: the folder it lives in.
         verb: the call that runs it.
+        renamed: options that had another name before, by that name.
     """
 
     name: str
@@ -80,6 +83,7 @@ class Entry:
     saves: tuple[str, ...]
     family: str
     verb: Verb = "compress"
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def summary(self) -> str:
@@ -91,7 +95,12 @@ _ENTRIES: dict[str, Entry] = {}
 
 
 def register(
-    name: str, *, paper: Paper, saves: str = "", verb: Verb = "compress"
+    name: str,
+    *,
+    paper: Paper,
+    saves: str = "",
+    verb: Verb = "compress",
+    renamed: Mapping[str, str] | None = None,
 ) -> Callable[[T], T]:
     """Enter a frozen dataclass into the list under ``name``; its family is its folder.
 
@@ -100,6 +109,7 @@ def register(
         paper: its source.
         saves: the axes of a budget that it can meet, with blanks between them.
         verb: the call that runs it.
+        renamed: options that had another name before, by that name: specs may go on using it.
 
     Raises:
         MethodError: the name is taken or no identifier, an axis is unknown, or the class is not
@@ -124,7 +134,8 @@ def register(
         if verb != "compress" and not callable(getattr(kind, verb, None)):
             raise MethodError(f"{kind.__name__} must have a method {verb}(...) to register for it.")
         family = kind.__module__.split(".")[-2] if "." in kind.__module__ else "other"
-        _ENTRIES[name] = Entry(name, kind, paper, tuple(saves.split()), family, verb)
+        old = dict(renamed or {})
+        _ENTRIES[name] = Entry(name, kind, paper, tuple(saves.split()), family, verb, old)
         return kind
 
     return enter
@@ -222,8 +233,8 @@ def construct(name: str, options: dict[str, Any]) -> Any:
         MethodError: the name or an option is unknown, or a value has the wrong type or is out of
             its range.
     """
-    kind = get(name).kind
-    known = [field.name for field in fields(kind)]
+    kind, options = get(name).kind, _by_new_names(get(name), options)
+    known = [field.name for field in settable(kind)]
     for option in options:
         if option not in known:
             raise MethodError(f"{name} has no option {option!r}{_near(option, known)}.")
@@ -251,6 +262,28 @@ def check_options(method: Any) -> None:
 def options(entry: Entry) -> list[OptionRow]:
     """Return the options of a method, in order and in words."""
     return rows(entry.kind)
+
+
+def _by_new_names(entry: Entry, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Give options that go by an old name their new one, and say so."""
+    values = {}
+    for option, value in options.items():
+        name = entry.renamed.get(option, option)
+        if name != option and name in options:
+            raise MethodError(f"{entry.name}: {option} is now called {name}: give one of them.")
+        if name != option:
+            said = f"{entry.name}: the option {option} is now called {name}: use this name."
+            warnings.warn(said, DeprecationWarning, stacklevel=_calls_within() + 1)
+        values[name] = value
+    return values
+
+
+def _calls_within() -> int:
+    """Count the calls of this package below the one from outside, to warn where that one is."""
+    frame, calls = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("pliant."):
+        frame, calls = frame.f_back, calls + 1
+    return calls - 1
 
 
 def of_verb(method: Any, verb: Verb) -> Any:
@@ -283,7 +316,7 @@ def other_verb(entry: Entry, verb: Verb) -> MethodError:
 def options_of(method: Any) -> dict[str, Any]:
     """Return name and options of a method; one that is not registered goes by its class."""
     entry = entry_of(method)
-    options = {f.name: getattr(method, f.name) for f in fields(method)}
+    options = {f.name: getattr(method, f.name) for f in settable(type(method))}
     return {"name": entry.name if entry else type(method).__name__, "options": options}
 
 

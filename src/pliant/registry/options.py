@@ -8,7 +8,7 @@ import re
 import types
 import typing
 from collections.abc import Iterator
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from functools import cache
 from typing import Annotated, Any, Literal, get_args, get_origin
 
@@ -75,12 +75,22 @@ def rows(kind: type) -> list[OptionRow]:
     known, comments = hints(kind), _comments(kind)
     return [
         OptionRow(f.name, say(known[f.name]), default(f), comments.get(f.name, ""))
-        for f in fields(kind)
+        for f in settable(kind)
     ]
 
 
+def settable(kind: type) -> list[Field[Any]]:
+    """Return the fields of a method that are options: a class may fix one that it inherits."""
+    return [field for field in fields(kind) if field.init]
+
+
 def _comments(kind: type) -> dict[str, str]:
-    """What stands behind each field of a class, or in lines of their own above it."""
+    """What stands at each field of a class, those it inherits included."""
+    return {k: v for each in reversed(kind.__mro__[:-1]) for k, v in _own_comments(each).items()}
+
+
+def _own_comments(kind: type) -> dict[str, str]:
+    """What stands behind each field of this very class, or in lines of their own above it."""
     try:
         lines = inspect.getsource(kind).splitlines()
     except (OSError, TypeError):  # a class typed into a console

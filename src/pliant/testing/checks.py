@@ -232,6 +232,7 @@ class Suite:
             try:
                 begin(self.method, toy, self.budget)
             except PliantError as error:
+                must(str(error).endswith("."), f"the refusal {str(error)!r} must be a sentence")
                 return str(error)
         return None
 
@@ -255,8 +256,7 @@ class Suite:
 
     def handles(self, toy: Toy) -> None:
         """All checks of one compression, on a hard architecture."""
-        if said := self.refusal(toy):
-            must(said.endswith("."), f"the refusal {said!r} must be a sentence")
+        if self.refusal(toy) is not None:
             return
         for check in OF_A_TRIAL:
             try:
