@@ -29,14 +29,15 @@ def judge(before: Score | None, after: Score | None, bound: float) -> Verdict:
     better = int((~before.hits & after.hits).sum()) + 1
     spread = worse + better - (worse - better) ** 2 / (samples + 2)
     error = 100 * SURE * math.sqrt(spread) / max(1, samples)
+    note = _near_chance(before)
     return Verdict(
         bound=bound,
         lost=lost,
         low=lost - error,
         high=lost + error,
         samples=samples,
-        holds=lost <= bound,
-        note=_near_chance(before),
+        holds=None if note else lost <= bound,  # who knows nothing has nothing to lose
+        note=note,
     )
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pliant.errors import PliantError
-from pliant.math.svd import eigen, floor, fold, is_wide, plain_dtype, unfold
+from pliant.math.svd import eigen, fold, plain_dtype, unfold, with_spectrum
 
 KNEE = 1e-2  # of log-det: the share of the mean energy below which a direction counts as weak
 POWER = 0.5  # p of Schatten-p
@@ -65,7 +65,8 @@ def penalty_and_gradient(
         matrix = unfold(weight.detach(), mode).to(dtype)
         sigma, vectors = _decomposed(matrix)
         value += function.value(sigma).to(dtype)
-        gradient += fold(_polar(matrix, sigma, vectors, function), weight.shape, mode)
+        slope = with_spectrum(matrix, sigma, vectors, function.derivative(sigma))
+        gradient += fold(slope, weight.shape, mode)
     return value, gradient.to(weight.dtype)
 
 
@@ -79,14 +80,6 @@ def _decomposed(matrix: Tensor) -> tuple[Tensor, Tensor]:
         if sigma[0] > FLAT * sigma[-1]:
             return sigma, vectors
     return eigen(matrix)
-
-
-def _polar(matrix: Tensor, sigma: Tensor, vectors: Tensor, function: Penalty) -> Tensor:
-    """U diag(d(sigma)) V^T as Q diag(d(sigma) / sigma) Q^T M."""
-    least = floor(sigma)
-    gain = torch.where(sigma > least, function.derivative(sigma) / sigma.clamp_min(least), 0.0)
-    projector = ((vectors * gain) @ vectors.T).to(matrix.dtype)
-    return projector @ matrix if is_wide(matrix) else matrix @ projector
 
 
 def _named(kind: str) -> Penalty:

@@ -70,12 +70,43 @@ def spectral_map(weight: Tensor, mode: int, scale: Callable[[Tensor], Tensor]) -
     """
     matrix = unfold(weight.detach(), mode)
     sigma, vectors = eigen(matrix)
-    gain = torch.where(sigma > floor(sigma), scale(sigma) / sigma.clamp_min(_tiny(sigma)), 0.0)
-    # The small projector is built precisely; only the wide product runs in the weight's precision.
-    projector = ((vectors * gain) @ vectors.T).to(plain_dtype(weight.dtype))
-    matrix = matrix.to(projector.dtype)
-    mapped = projector @ matrix if is_wide(matrix) else matrix @ projector
+    mapped = with_spectrum(matrix, sigma, vectors, scale(sigma))
     return fold(mapped, weight.shape, mode).to(weight.dtype)
+
+
+def with_spectrum(matrix: Tensor, sigma: Tensor, vectors: Tensor, values: Tensor) -> Tensor:
+    """Return the matrix with `values` in the place of its singular values.
+
+    Zero stays where sigma is numerically zero: the result is a function of the matrix alone.
+
+    Args:
+        matrix: any shape.
+        sigma: its singular values, ascending, as `eigen` gives them.
+        vectors: the singular vectors of its small side.
+        values: what to put in the place of sigma.
+    """
+    least = floor(sigma)
+    gain = torch.where(sigma > least, values / sigma.clamp_min(least), 0.0)
+    # The small projector is built precisely; only the wide product runs in the matrix's precision.
+    projector = ((vectors * gain) @ vectors.T).to(plain_dtype(matrix.dtype))
+    matrix = matrix.to(projector.dtype)
+    return projector @ matrix if is_wide(matrix) else matrix @ projector
+
+
+def polar(matrix: Tensor) -> Tensor:
+    """Return the nearest matrix with orthonormal columns, or rows if it is wide (Procrustes).
+
+    Where the matrix is singular the missing directions are completed at will, unlike in
+    `with_spectrum`, which leaves them zero.
+    """
+    u, _, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return u @ vh
+
+
+def soft_spectrum(matrix: Tensor, threshold: float) -> Tensor:
+    """Lower all singular values by a threshold: the proximal point of the nuclear norm."""
+    u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
+    return (u * (s - threshold).clamp_min(0)) @ vh
 
 
 def truncated_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:

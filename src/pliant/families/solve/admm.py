@@ -37,13 +37,18 @@ class Solved:
         blocks: the last values, multipliers included.
         converged: whether residuals and changes came below the tolerance.
         iterations: how many were made.
-        residual: the largest absolute entry of all constraints at the end.
+        residuals: after each iteration the largest absolute entry of all constraints.
     """
 
     blocks: Blocks
     converged: bool
     iterations: int
-    residual: float
+    residuals: tuple[float, ...]
+
+    @property
+    def residual(self) -> float:
+        """How far the constraints are from being met at the end."""
+        return self.residuals[-1]
 
 
 def admm(
@@ -68,7 +73,7 @@ def admm(
         watch: blocks whose change must vanish; all that have a step if empty.
     """
     now, mu = dict(blocks), pace.mu
-    residual = change = float("inf")
+    residuals: list[float] = []
     for number in range(1, pace.iterations + 1):
         before = {name: now[name] for name in watch or steps}
         for name, step in steps.items():
@@ -77,8 +82,8 @@ def admm(
         for name, row in left.items():
             now[name] = now[name] + mu * row
         mu = min(mu * pace.growth, pace.most)
-        residual = max(float(row.abs().max()) for row in left.values())
+        residuals.append(max(float(row.abs().max()) for row in left.values()))
         change = max(float((now[name] - old).abs().max()) for name, old in before.items())
-        if max(residual, change) < pace.tolerance:
-            return Solved(now, True, number, residual)
-    return Solved(now, False, pace.iterations, residual)
+        if max(residuals[-1], change) < pace.tolerance:
+            return Solved(now, True, number, tuple(residuals))
+    return Solved(now, False, pace.iterations, tuple(residuals))

@@ -1,4 +1,4 @@
-"""Subspaces as points, how alike they are, and self-representations of them.
+"""Subspaces as points of Grassmann manifolds, and how alike they are.
 
 A point of a Grassmann manifold is a subspace of R^d, held as an orthonormal basis (d, p). Two of
 them are as alike as their projectors: <X X^T, Y Y^T> = |X^T Y|^2, between 0 and p. Points of a
@@ -8,13 +8,14 @@ product of manifolds are one subspace per view; their likenesses add up.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from pliant.errors import DataError, require
+from pliant.errors import DataError, MethodError
+from pliant.result import Views
 
-RESTARTS = 20  # of k-means
 DEPENDENT = 1e-9  # a singular value below this share of the largest is none
 
 
@@ -34,8 +35,8 @@ def points(sets: Sequence[Tensor], size: int) -> Tensor:
         spanned = int((s > DEPENDENT * s.max()).sum()) if s.max() > 0 else 0
         if spanned < size:
             raise DataError(
-                f"Every sample must span {size} dimensions, but sample {number} spans {spanned}: "
-                "ask for smaller subspaces, or leave it out."
+                f"Every sample must span {size} dimensions, but sample {number} of n_samples = "
+                f"{len(sets)} spans {spanned}: ask for smaller subspaces, or leave it out."
             )
         found.append(basis[:, :size])
     return torch.stack(found)
@@ -55,56 +56,62 @@ def product_gram(views: Sequence[Tensor], weights: Sequence[float] = ()) -> Tens
     return torch.stack(grams).sum(0)
 
 
-# ---------------------------------------------------------------- self-representation
+def gram_of(name: str, views: Views, method: Any) -> Tensor:
+    """Return the Gram matrix (N, N) of the samples, the weighted sum over views.
 
-
-def representation(gram: Tensor, strength: float, rank: int) -> Tensor:
-    """Minimise tr(Z^T G Z) - 2 tr(G Z) + strength * (nuclear norm of Z) over rank(Z) <= rank.
-
-    The global optimum in closed form: of the eigenvectors of G with the `rank` largest
-    eigenvalues d, each is kept with the gain max(0, 1 - strength / (2 d)). At full rank this is
-    low-rank representation (LRR) itself.
-    """
-    values, vectors = torch.linalg.eigh(gram)
-    values, vectors = values[-rank:], vectors[:, -rank:]
-    safe = values.clamp_min(torch.finfo(values.dtype).tiny)
-    gain = (1 - strength / (2 * safe)).clamp_min(0)
-    return (vectors * gain) @ vectors.T
-
-
-def errors(gram: Tensor, z: Tensor) -> Tensor:
-    """Return the squared distance of every sample to its representation: (N,)."""
-    found = ((gram @ z - 2 * gram) * z).sum(0) + gram.diagonal()
-    return found.clamp_min(0)
-
-
-def affinity(z: Tensor) -> Tensor:
-    """Return how strongly samples represent one another, symmetric: (|Z| + |Z^T|) / 2."""
-    return (z.abs() + z.abs().T) / 2
-
-
-def normalized_cut(likeness: Tensor, groups: int, generator: torch.Generator) -> Tensor:
-    """Divide samples into groups by spectral clustering: labels (N,), numbered as they appear.
-
-    k-means on the rows, of length 1, of the first eigenvectors of D^-1/2 W D^-1/2. A sample
-    without any affinity gets a small one to itself.
+    Args:
+        name: of the method that asks, for its refusals.
+        views: sets of column vectors, or Gram matrices if they are precomputed.
+        method: holds the options `size`, `centre`, `weights` and `precomputed`.
 
     Raises:
-        MissingExtraError: scikit-learn is not installed.
+        DataError: subspaces are not defined, or a precomputed matrix is no Gram matrix.
+        MethodError: the weights do not fit the views.
     """
-    eye = torch.eye(len(likeness), dtype=likeness.dtype, device=likeness.device)
-    looped = likeness + 1e-10 * likeness.max().clamp_min(1e-12) * eye
-    root = looped.sum(1).rsqrt()
-    vectors = torch.linalg.eigh(root[:, None] * looped * root)[1][:, -groups:]
-    rows = torch.nn.functional.normalize(vectors, dim=1)
-    seed = int(torch.randint(2**31, (), generator=generator))
-    means = require("sklearn.cluster", "cluster").KMeans(groups, n_init=RESTARTS, random_state=seed)
-    found = torch.as_tensor(means.fit_predict(rows.cpu().numpy())).long()
-    return renumbered(found).to(likeness.device)
+    weights = method.weights
+    if weights and (len(weights) != len(views) or min(weights) < 0):
+        raise MethodError(
+            f"{name}: weights must be one number of 0 or more for each of the {len(views)} views, "
+            f"not {weights}."
+        )
+    if method.precomputed:
+        given = zip(weights or (1.0,) * len(views), views, strict=True)
+        return torch.stack([weight * _given(view) for weight, view in given]).sum(0)
+    if method.centre:
+        views = tuple(centred(view) for view in views)
+    bases = [_points(number, view, method.size) for number, view in enumerate(views)]
+    return product_gram(bases, weights)
 
 
-def renumbered(labels: Tensor) -> Tensor:
-    """Number groups in the order in which they appear, so that equal divisions are equal."""
-    order = dict.fromkeys(labels.tolist())
-    numbers = {label: number for number, label in enumerate(order)}
-    return torch.tensor([numbers[label] for label in labels.tolist()])
+def centred(sets: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Take the mean of all column vectors off each of them.
+
+    What all sets share, such as a mean image, would otherwise be the first direction of every
+    subspace and tell none of them apart. A single vector is its own mean, and stays.
+    """
+    columns = torch.cat([one.double() for one in sets], 1)
+    mean = columns.mean(1, keepdim=True) if columns.shape[1] > 1 else 0.0
+    return tuple(one.double() - mean for one in sets)
+
+
+def _points(number: int, view: tuple[Tensor, ...], size: int) -> Tensor:
+    features = len(view[0])
+    size = min(size, features, min(one.shape[1] for one in view))
+    if size < 1 or size == features:
+        raise DataError(
+            f"Subspaces must have at least one dimension and fewer than the vectors, but view "
+            f"{number} has n_features={features} and subspaces of {size}: choose another size."
+        )
+    return points(view, size)
+
+
+def _given(view: tuple[Tensor, ...]) -> Tensor:
+    """Take a Gram matrix that came as samples of one column each."""
+    matrix = torch.cat(view, 1).double()
+    symmetric = matrix.shape[0] == matrix.shape[1] and torch.allclose(matrix, matrix.T)
+    if not symmetric or float(torch.linalg.eigvalsh(matrix)[0]) < -1e-6 * float(matrix.trace()):
+        raise DataError(
+            "A precomputed x must be a Gram matrix (samples, samples), symmetric and positive "
+            f"semidefinite, but a matrix of shape {tuple(matrix.T.shape)} came that is not."
+        )
+    return (matrix + matrix.T) / 2

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor, nn
 
 from pliant.cost import Example
 from pliant.data import Data, unpack
-from pliant.errors import DataError, MethodError, ModelError
+from pliant.errors import DataError, ModelError
 from pliant.families.analyze.inputs import check_logits, logits, shown
 from pliant.observe.watch import capture
-from pliant.registry import Paper, register
+from pliant.registry import In, Paper, register
 from pliant.result import Finding
 
 BATCH, MOST_DRAWS = 256, 1000
@@ -58,16 +59,12 @@ class OutputSensitivity:
     1
     """
 
-    noise: float = 0.1  # sigma, standard deviation of what is added to normalised inputs
-    draws: int = 1  # of noise for each input
+    # sigma, standard deviation of what is added to normalised inputs
+    noise: Annotated[float, In(0, open="low")] = 0.1
+    draws: Annotated[int, In(1, MOST_DRAWS)] = 1  # of noise for each input
 
     def analyze(self, model: nn.Module, data: Data, generator: torch.Generator) -> Finding:
         """Compare outputs with and without noise, in eval mode and in the same batches."""
-        if not 0 < self.noise < float("inf") or not 1 <= self.draws <= MOST_DRAWS:
-            raise MethodError(
-                f"output_sensitivity: noise must be positive and draws 1 to {MOST_DRAWS}, not "
-                f"{self.noise} and {self.draws}."
-            )
         with capture(model, (), lambda *_: None):  # eval mode, no gradients, flags put back
             changes = torch.cat(list(self._changes(model, data, generator)))
         samples, outputs = len(changes) // self.draws, changes.shape[1]
