@@ -78,7 +78,7 @@ class Looker:
     seconds: float = 0.0
 
     def __call__(self, run: Run) -> None:
-        if len(run.edits) == self.edits:
+        if len(run.edits) <= self.edits:  # fewer: what was done in several edits is now in one
             return
         began = time.monotonic()
         self.edits = len(run.edits)
@@ -102,8 +102,8 @@ def compress(
 
     Returns:
         accuracy and loss at the end; accuracy_before, right after the network became smaller,
-        and the step when that was; params, macs, bytes; misses of the budget; forms and ranks;
-        seconds without those spent on scoring.
+        and the step when that was; params, macs, bytes; misses of the budget; forms and ranks, and
+        the ranks that the method noted as it went; seconds without those spent on scoring.
     """
     began, looker = time.monotonic(), Looker(data)
     steps = train.steps(data.steps(train.batch))
@@ -124,6 +124,7 @@ def compress(
         "steps": steps,
         "misses": run.misses(after),
         "layers": described(run.edits),
+        "ranks": noted(run),
         "seconds": round(seconds, 2),
     }
 
@@ -138,6 +139,12 @@ def scored(model: nn.Module, data: Data) -> Values:
         "macs": costs.macs,
         "bytes": costs.bytes,
     }
+
+
+def noted(run: Run) -> list[Values]:
+    """Give the ranks in the history, each with its step: those planned, or those at an energy."""
+    rows = ((row["step"], row.get("planned", row.get("ranks"))) for row in run.log)
+    return [{"step": step, "ranks": ranks} for step, ranks in rows if ranks]
 
 
 def described(edits: list[Edit]) -> dict[str, str]:

@@ -220,6 +220,7 @@ class Choosy(nn.Module):
 def test_bad_requests_are_refused_in_a_sentence():
     model, x = Choosy(), (torch.randn(4, 2),)
     assert list(Rows(model, ("never", "always")).of(x)) == ["always"]
+    assert Rows(model, ("never",)).all([x]) == {} and not Rows(model, ("never",)).grams([x]).sums
     for given, words in (
         (lambda: Rows(model, ("missing",)), "'missing'"),
         (lambda: Rows(model, ()), "must be submodules"),

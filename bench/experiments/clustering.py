@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 import pliant
-from bench.claim import claim
-from bench.experiments import Cell, Cells, Table, values
+from bench.claim import judged
+from bench.experiments import Cell, Cells, Table, by_seed, paired, values
 from bench.stats import mean, plus_minus, spread
 from pliant.errors import require
 from pliant.families.solve.grassmann import points, product_gram
@@ -55,10 +55,10 @@ def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
         for rivals, how in ((asked["at_least"], ">="), (asked["beaten"], ">")):
             for rival in rivals:
                 text = f"{case} sets: accuracy of {own} over that of {rival}"
-                rows.append(claim(text, _lead(cells, case, own, rival), how, 0, "points"))
-        lead = _lead(cells, case, own, asked["same"])
+                rows.append(judged(text, _leads(cells, case, own, rival), how, 0, "points"))
+        apart = [abs(lead) for lead in _leads(cells, case, own, asked["same"])]
         text = f"{case} sets: accuracies of the closed form and of ADMM differ by"
-        rows.append(claim(text, None if lead is None else abs(lead), "<=", 1.0, "points"))
+        rows.append(judged(text, apart, "<=", 1.0, "points"))
     return rows
 
 
@@ -147,7 +147,7 @@ def _scored(labels: np.ndarray, truth: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _lead(cells: Cells, case: str, own: str, rival: str) -> float | None:
-    ours = mean(values(cells, "accuracy", case=case, rival=own))
-    theirs = mean(values(cells, "accuracy", case=case, rival=rival))
-    return None if ours is None or theirs is None else 100 * (ours - theirs)
+def _leads(cells: Cells, case: str, own: str, rival: str) -> list[float]:
+    """Points by which one rival is ahead of another, on the sets of each seed."""
+    pair = (by_seed(cells, "accuracy", case=case, rival=name) for name in (own, rival))
+    return paired(*pair, scale=100)

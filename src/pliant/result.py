@@ -69,7 +69,7 @@ class LayerRow:
         before: params, macs and bytes in the dense network; latency, the milliseconds of the
             layer alone, where it was measured.
         after: the same now.
-        reason: why it was left alone; empty where it was changed.
+        reason: why it was left alone; of a changed layer a warning, empty without one.
     """
 
     layer: str
@@ -87,11 +87,11 @@ class Report:
     """Everything worth knowing about one compression, as plain data.
 
     ``history`` is the run's log: rows with ``step`` and ``epoch`` and any of ``loss``,
-    ``accuracy``, ``lr``, ``phase``, ``ranks`` (by layer) and ``spectra`` (singular values by
-    layer and unfolding). ``seconds`` is by stage, ``export`` what was written and how it compares,
-    ``target`` where milliseconds were measured and how sure their comparison is. ``sizes`` are
-    those of an elastic network, each by itself, from the largest; empty for any other.
-    ``verdict`` judges what was lost.
+    ``accuracy``, ``lr``, ``phase``, ``ranks`` (by layer), ``warnings`` (by layer) and ``spectra``
+    (singular values by layer and unfolding). ``seconds`` is by stage, ``export`` what was written
+    and how it compares, ``target`` where milliseconds were measured and how sure their comparison
+    is. ``sizes`` are those of an elastic network, each by itself, from the largest; empty for any
+    other. ``verdict`` judges what was lost.
     """
 
     model: str

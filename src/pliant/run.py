@@ -20,7 +20,7 @@ from pliant.data.criterion import Reduction, task_loss, weighted
 from pliant.data.draws import Draws, ranks
 from pliant.data.epochs import Epochs, planned
 from pliant.data.sources import moved
-from pliant.edits import Edit, Replaced, from_json, to_json
+from pliant.edits import Edit, Replaced, from_json, made, note, to_json
 from pliant.errors import (
     BudgetError,
     DataError,
@@ -525,6 +525,12 @@ class Run:
             reasons={},
             aside=Aside(),
         )
+
+    def restate(self, edits: Sequence[Edit]) -> None:
+        """Write down other edits that make the same network of the dense one, in fewer steps."""
+        known = made(self.model)
+        note(self.model, [*known[: len(known) - len(self.edits)], *edits])
+        self.edits[:] = edits
 
     def _edit(self, edit: Edit, *, weights: bool) -> None:
         self.followers.edit(self.model, edit, weights=weights)

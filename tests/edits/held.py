@@ -18,6 +18,7 @@ from pliant.data import Train
 from pliant.edits import Edit, from_json, replay, to_json
 from pliant.files.onnx import to_onnx
 from pliant.method import Method
+from pliant.render.markdown import markdown
 from pliant.run import Run, start
 from pliant.testing.compressed import same_tensors
 from pliant.testing.toys import CLASSES
@@ -212,11 +213,12 @@ def compresses_saves_and_loads(whole: Whole, folder: Path) -> None:
         back = load(path, dense).eval()
         same_tensors(result.model, back, "loaded")
         with torch.no_grad():
-            assert torch.equal(back(x), result.model(x))
+            # Equal tensors; how they lie in memory may change the last bit of a convolution.
+            assert torch.allclose(back(x), result.model(x), atol=1e-6)
         assert str(back) == str(result.model)
     rows = result.report.layers
     assert sum(row.after["params"] for row in rows) == result.report.after.params
-    assert result.report.to_json()
+    assert result.report.to_json() and markdown(result.report)
 
 
 CHECKS = (comes_back_from_json, replays_without_data, draws_the_same_again,

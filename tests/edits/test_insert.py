@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pliant import zoo
 from pliant.cost import cost, module_cost
-from pliant.edits import Edit, Insert, Prune, made, replay
+from pliant.edits import Edit, Insert, Prune, Swap, made, replay
 from pliant.errors import EditError
 from pliant.nn.catalogue import INSERTS
 from pliant.surgery.optim import carry
@@ -141,6 +141,14 @@ def test_those_that_were_there_keep_their_names_and_places() -> None:
     named.add_module("first", nn.Linear(4, 4))
     Insert("", "linear", spec).apply(named)
     assert [name for name, _ in named.named_children()] == ["first", "added"]
+
+
+def test_what_is_new_lies_in_memory_as_the_network_does() -> None:
+    for layout in (torch.contiguous_format, torch.channels_last):
+        model: Any = Net().to(memory_format=layout)  # type: ignore[call-overload]
+        replay(model, [*GROWN, Swap("stage1.0.conv2", "separable", {"multiplier": 2})])
+        kernels = [p for p in model.parameters() if p.dim() == 4]
+        assert all(kernel.is_contiguous(memory_format=layout) for kernel in kernels)
 
 
 def test_a_copy_has_neither_hooks_nor_a_past() -> None:

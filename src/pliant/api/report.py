@@ -100,7 +100,9 @@ def layer_rows(run: Run) -> tuple[LayerRow, ...]:
     for layer, found in edits.items():
         if not found and _changed(run.layers[layer], now[layer]):
             found += [edit for edit in around if _within(layer, edit.layer)]
-    rows = [_row(run, layer, edits[layer], now[layer]) for layer in run.layers]
+    noted = [row["warnings"] for row in run.log if "warnings" in row]
+    warned = {layer: text for row in noted for layer, text in row.items()}
+    rows = [_row(run, n, edits[n], now[n], warned.get(n, "")) for n in run.layers]
     return (*rows, *(_added(name, row, around) for name, row in new.items()))
 
 
@@ -133,7 +135,9 @@ def _owner(name: str, layers: Mapping[str, Any]) -> str | None:
     return name if name in layers else None
 
 
-def _row(run: Run, layer: str, edits: Sequence[Edit], parts: Sequence[LayerCost]) -> LayerRow:
+def _row(
+    run: Run, layer: str, edits: Sequence[Edit], parts: Sequence[LayerCost], warning: str
+) -> LayerRow:
     before, times = run.layers[layer], _times(run, layer, changed=bool(edits))
     return LayerRow(
         layer=layer,
@@ -143,7 +147,7 @@ def _row(run: Run, layer: str, edits: Sequence[Edit], parts: Sequence[LayerCost]
         kept=next((kept for e in reversed(edits) if (kept := getattr(e, "kept", None))), None),
         before={axis: getattr(before, axis) for axis in AXES} | times[0],
         after={axis: sum(getattr(p, axis) for p in parts) for axis in AXES} | times[1],
-        reason="" if edits else run.reasons.get(layer) or _default_reason(before),
+        reason=warning if edits else run.reasons.get(layer) or _default_reason(before),
     )
 
 

@@ -28,7 +28,7 @@ class Demo:
 
     model: str = "lenet5-wide"
     data: str = "mnist5k"
-    method: str = "nrmf(alpha=1.0, search=1.0, p=0.98)"  # all epochs search; fine-tuning follows
+    method: str = "nrmf(alpha=0.001, search=1.0, p=0.98)"  # all epochs search; fine-tuning follows
     out: str = "runs/demo"
     train: Train = Train(
         epochs=6,

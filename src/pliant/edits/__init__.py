@@ -23,6 +23,7 @@ from pliant.edits.prune import Prune
 from pliant.edits.quantize import Quantize
 from pliant.edits.record import apply, complete, made, note
 from pliant.edits.remove import Remove
+from pliant.edits.rerank import Rerank
 from pliant.edits.settle import Settle
 from pliant.edits.swap import Swap
 from pliant.edits.widen import Widen
@@ -44,6 +45,7 @@ __all__ = [
     "Quantize",
     "Remove",
     "Replaced",
+    "Rerank",
     "Settle",
     "Swap",
     "Widen",
@@ -70,6 +72,7 @@ EDITS: dict[str, type] = {
     "fold": Fold,
     "quantize": Quantize,
     "remove": Remove,
+    "rerank": Rerank,
     "settle": Settle,
     "swap": Swap,
     "widen": Widen,

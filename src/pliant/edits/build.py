@@ -13,6 +13,7 @@ from torch import nn
 
 from pliant.errors import EditError
 from pliant.nn.catalogue import Filled, Kind, Spec
+from pliant.nn.layers import in_layout_of
 
 _SCALARS = (bool, int, float, str)
 
@@ -66,7 +67,7 @@ def build(
     weights: bool,
     freeze: bool = True,
 ) -> nn.Module:
-    """Make a new layer for the layer of a name: on its device, in its type and mode.
+    """Make a new layer for the layer of a name: on its device, in its type, layout and mode.
 
     Args:
         kind: of the new layer.
@@ -89,6 +90,7 @@ def build(
         with drawing(seed, name, like.device), like.device:
             new = kind.build(layer, spec)
         new.to(like.dtype).train(layer.training)
+        _lay_out(new, [p for p in model.parameters() if p.dim() == 4])
         if weights and isinstance(new, Filled):
             with torch.no_grad():
                 new.fill(layer)
@@ -99,6 +101,14 @@ def build(
         for parameter in new.parameters():
             parameter.requires_grad_(parameter.requires_grad and id(parameter) in known)
     return new
+
+
+def _lay_out(new: nn.Module, kernels: list[nn.Parameter]) -> None:
+    """Keep 2-d kernels in channels_last where a network has its own so."""
+    dense = next((kernel for kernel in kernels if not kernel.is_contiguous()), None)
+    if dense is not None:
+        for kernel in [p for p in new.parameters() if p.dim() == 4]:
+            kernel.data = in_layout_of(dense, kernel.data)
 
 
 @contextmanager

@@ -19,10 +19,12 @@ class Replaced:
     Args:
         removed: parameters that are no longer part of the model.
         added: parameters that take their place.
-        project: carries a quantity linear in the gradient of ``removed[0]`` (momentum) over to
-            ``added``, by the chain rule; None where nothing can be carried.
-        cuts: where each of ``added`` is made of the parameter of ``removed`` at the same place,
-            what makes a tensor of the new shape out of one of the old; all state is carried then.
+        project: turns the momentum of ``removed[0]`` into that of each parameter in ``added``, by
+            the chain rule; None where momentum cannot be carried over.
+        cuts: one function for each pair of old and new parameter, where the new one is a part of
+            the old one or made of it: it makes a tensor of the new shape from one of the old
+            shape. The whole state of the optimizer is carried over with it.
+        squares: the same for mean squares of gradients (Adam's), where it differs.
         beside: where parameters came and none left, those that were there, the nearest first:
             the new ones join the group of the first that the optimizer knows.
     """
@@ -31,6 +33,7 @@ class Replaced:
     added: tuple[nn.Parameter, ...] = ()
     project: Callable[[Tensor], list[Tensor]] | None = None
     cuts: tuple[Callable[[Tensor], Tensor], ...] = ()
+    squares: tuple[Callable[[Tensor], Tensor], ...] = ()
     beside: tuple[nn.Parameter, ...] = ()
 
 

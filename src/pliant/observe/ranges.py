@@ -48,6 +48,8 @@ def observe(model: nn.Module, layers: Iterable[str], batches: Iterable[Example])
     found: dict[str, Flow] = {}
 
     def see(name: str, inputs: Tensor, output: Tensor) -> None:
+        if not inputs.numel():  # an expert to which nothing was routed
+            return
         flow = found.setdefault(name, Flow())
         flow.input.add(inputs)
         flow.output.add(output)

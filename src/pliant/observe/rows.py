@@ -109,13 +109,14 @@ class Rows:
             DataError: there is no batch.
             ModelError: as for `of`, or a layer is called in some batches only.
         """
-        parts: dict[str, list[Tensor]] = {}
-        for number, rows in enumerate(self.stream(_first(batches, most))):
-            if number and rows.keys() != parts.keys():
+        parts: dict[str, list[Tensor]] | None = None
+        for rows in self.stream(_first(batches, most)):
+            parts = {name: [] for name in rows} if parts is None else parts
+            if rows.keys() != parts.keys():
                 raise _unlike(parts.keys() ^ rows.keys())
             for name, matrix in rows.items():
-                parts.setdefault(name, []).append(matrix.cpu())
-        if not parts:
+                parts[name].append(matrix.cpu())
+        if parts is None:
             raise _nothing()
         return {name: torch.cat(parts.pop(name)) for name in list(parts)}
 
@@ -141,10 +142,11 @@ class Rows:
             ModelError: as for `of`, or a layer is called in some batches only.
         """
         pairs = [(name, name) for name in self.layers] if pairs is None else pairs
-        found = Grams()
+        found: Grams | None = None
         for rows in self.stream(_first(batches, most)):
+            found = found or Grams()
             found.add(rows, [pair for pair in pairs if rows.keys() >= set(pair)])
-        if not found.count:
+        if found is None:
             raise _nothing()
         return found
 

@@ -58,9 +58,11 @@ def carry(optimizers: Optimizers, replaced: Replaced, names: Names | None = None
     """
     known = several(optimizers)
     if replaced.cuts:
-        for old, new, cut in zip(replaced.removed, replaced.added, replaced.cuts, strict=True):
+        squares = replaced.squares or replaced.cuts
+        rows = zip(replaced.removed, replaced.added, replaced.cuts, squares, strict=True)
+        for old, new, cut, square in rows:
             for optimizer in known:
-                _cut(optimizer, old, new, cut, names or {})
+                _cut(optimizer, old, new, (cut, square), names or {})
         return
     _join(known, replaced, names or {})
     parents = _parents(known, replaced)
@@ -116,7 +118,7 @@ def _cut(
     optimizer: Optimizer,
     old: nn.Parameter,
     new: nn.Parameter,
-    cut: Callable[[Tensor], Tensor],
+    cuts: tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]],
     names: Names,
 ) -> None:
     """Put a parameter where the old one was, with what becomes of its state.
@@ -132,7 +134,9 @@ def _cut(
     tensors = [value for value in state.values() if isinstance(value, Tensor)]
     if all(value.shape == old.shape or value.dim() == 0 for value in tensors):
         optimizer.state[new] = {
-            key: cut(value) if isinstance(value, Tensor) and value.shape == old.shape else value
+            key: cuts[key.endswith("_sq")](value)
+            if isinstance(value, Tensor) and value.shape == old.shape
+            else value
             for key, value in state.items()
         }
 

@@ -41,7 +41,7 @@ def gram_is_that_of_the_projectors() -> None:
 def sets_that_span_too_little_are_refused() -> None:
     flat = torch.ones(5, 6, 3, dtype=torch.float64)
     for x, words in (
-        (flat, "sample 0 spans 1"),
+        (flat, "sample 0 of n_samples = 5 spans 1"),
         (torch.zeros(5, 6), "spans 0"),
         (bases(5, 3, 3), "choose another size"),
     ):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pliant.errors import DataError
-from pliant.math.hull import STEPS, Approach, exact_weights, nearest, size
+from pliant.math.hull import Approach, exact_weights, nearest, size
 
 Sampling = Literal["none", "random", "kmeans", "extreme", "query-local"]
 Normalize = Literal["none", "l2", "standardize"]
@@ -20,6 +20,7 @@ NUMBERS = 2**21  # of weights and distances that are held for some queries at on
 WIDE = 512  # features above which they are reduced to COMPONENTS
 COMPONENTS = 256
 INSIDE = 1e-6  # of the features' spread: nearer than this, a query is inside a hull
+STEPS = 128  # of Frank-Wolfe: to solve a query exactly takes about as long as so many
 LOOK = 4  # steps between two looks at which hulls may still be nearest
 _LLOYD = 10  # rounds of k-means: members near the centres are wanted, not the centres
 

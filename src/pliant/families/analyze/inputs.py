@@ -80,13 +80,21 @@ def _described(value: Any) -> str:
     return f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else str(type(value))
 
 
-def labelled(data: Data, split: Split, batch: int) -> Iterator[tuple[Example, Tensor]]:
+def labelled(
+    data: Data, split: Split, batch: int, *, seed: int | None = None
+) -> Iterator[tuple[Example, Tensor]]:
     """Yield inputs and class labels of a split, batch by batch.
+
+    Args:
+        data: with labels.
+        split: of it.
+        batch: samples; a loader has its own.
+        seed: of a shuffled order; None for the order in which they lie.
 
     Raises:
         DataError: there are no labels, or they are no classes.
     """
-    for part in data.batches(split, batch):
+    for part in data.batches(split, batch, seed=seed or 0, shuffle=seed is not None):
         inputs, labels = unpack(part)
         if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dim() != 1:
             raise DataError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -50,11 +50,19 @@ def subjects(
     return layers
 
 
-def look(run: Run, layers: Layers, samples: int) -> dict[str, Metric]:
-    """Return the metric of every layer from training inputs, without labels; none without data."""
+def named(run: Run, names: Iterable[str]) -> Layers:
+    """Return the layers of these names."""
+    return {name: run.model.get_submodule(name) for name in names}  # type: ignore[misc]
+
+
+def look(run: Run, layers: Layers, samples: int, *, seed: int = 0) -> dict[str, Metric]:
+    """Return the metric of every layer from training inputs, without labels; none without data.
+
+    Another seed looks at others of the inputs.
+    """
     if not run.has_inputs or not samples:
         return {}
-    batches = run.inputs(samples, batch=BATCH, seed=0)
+    batches = run.inputs(samples, batch=BATCH, seed=seed)
     return metrics(run.model, layers, batches, run.generator)
 
 
@@ -114,10 +122,11 @@ def choices(
 ) -> dict[str, list[Option]]:
     """Return what can be done with every layer: see `pliant.families.lowrank.options.options`.
 
-    With metrics scores are damages to the loss, which can be summed over layers; for a ``level``,
-    at whose very ranks there is an option then, they are shares of a layer's own energy. A layer
-    that no calibration input reached (an expert to which none was routed) counts as the others do
-    on average.
+    A score says how much an option loses. With metrics it is an estimate of how much the loss of
+    the network rises, so scores of different layers can be added. With a ``level`` it is the share
+    of the layer's own energy that is lost, and one of the options has exactly the ranks that this
+    level asks for. A layer that no calibration input reached (an expert to which no sample was
+    routed) counts as the others do on average.
     """
     costs = run.planner.rows()
     worth = {n: seen[n].energy(m.weight.detach()) for n, m in layers.items() if n in seen}

@@ -46,7 +46,8 @@ def fitted(
 ) -> list[Edit]:
     """Return the edits of a plan with their numbers.
 
-    Tables, layers with several weights and tied ones are rounded and not fitted.
+    Tables, layers with several weights and tied ones are rounded and not fitted. Layers that none
+    of the inputs reached, as experts may be, have their weights rounded only.
 
     Args:
         run: its model is what the rounded network shall say; it stays as it is.
@@ -59,9 +60,12 @@ def fitted(
     single = {n: edit for n, edit in plan.items() if isinstance(edit, Quantize)}
     seen = [name for name in single if _reads(teacher, name)]
     flows = observe(teacher, seen, few.look if few else [])
+    unused = [name for name in seen if few is not None and name not in flows]
+    single |= {name: replace(single[name], inputs=0, outputs=0) for name in unused}
+    plan = {**plan, **single}
     values = {n: begun(teacher, edit, rule, flows.get(n)) for n, edit in single.items()}
     tied = {edit.source for edit in single.values()} | {n for n, e in single.items() if e.source}
-    free = [name for name in seen if name not in tied]
+    free = [name for name in seen if name not in tied and name not in unused]
     begun_edits = {
         name: replace(edit, values=values[name])
         if isinstance(edit, Quantize)

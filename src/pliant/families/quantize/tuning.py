@@ -23,12 +23,14 @@ from torch.utils._pytree import tree_map
 from pliant.cost import Example, call
 from pliant.errors import ModelError
 from pliant.families.quantize.tunable import tunables
-from pliant.math.quantize import FLOOR
+from pliant.math.quantize import FLOOR, levels
 from pliant.nn import kinds
 from pliant.observe.outputs import answers, logits
 
 Outputs = Literal["classes", "values"]
-CHECKS = 4  # how often a stage looks at the inputs held out, besides its beginning
+CHECKS = 8  # how often a stage looks at the inputs held out, besides its beginning
+USUAL = 7  # the largest level of 4 bits
+TINY = 1e-12  # of Adam: gradients of layers with 8 bits are near the usual 1e-8
 MASKED = -1e4  # stands for scores of minus infinity, which have no difference
 
 
@@ -38,7 +40,7 @@ class Rates:
 
     Args:
         weights: of weights and biases, in units of the distance between two levels.
-        scales: of the logarithms of all scales.
+        scales: of the logarithms of scales: of activations, and of weights with 4 bits.
     """
 
     weights: float
@@ -283,15 +285,19 @@ def _train(
     """Take steps of Adam, their size falling to zero along a cosine; check at times.
 
     A step of a weight is counted in levels of its layer: what is small for 4 bits would be many
-    levels for 8.
+    levels for 8. Scales of weights with more levels take shorter steps, by the root that LSQ
+    divides their gradient by and Adam undoes.
     """
-    found = [layer for _, layer in tunables(student)]
-    groups: list[dict[str, Any]] = [
-        {"params": list(layer.layer.parameters()), "lr": rates.weights * layer.level()}
-        for layer in found
-    ]
-    scales = [scale for layer in found for scale in layer.scales.values()]
-    optimizer = Adam([*groups, {"params": scales, "lr": rates.scales}])
+    groups: list[dict[str, Any]] = []
+    for _, layer in tunables(student):
+        scales = dict(layer.scales)
+        share = (USUAL / levels(layer.bits.weight)[1]) ** 0.5
+        groups += [
+            {"params": list(layer.layer.parameters()), "lr": rates.weights * layer.level()},
+            {"params": [scales.pop("weight")], "lr": rates.scales * share},
+            {"params": list(scales.values()), "lr": rates.scales},
+        ]
+    optimizer = Adam([group for group in groups if group["params"]], eps=TINY)
     schedule = CosineAnnealingLR(optimizer, max(steps, 1))
     pause = -(-steps // CHECKS)
     for done in range(1, steps + 1):

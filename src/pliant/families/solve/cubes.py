@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
+import torch
 from torch import Tensor
 
 from pliant.errors import DataError
+
+Scaling = Literal["max", "bands"]
 
 
 def to_cube(x: Tensor, axis: int) -> Tensor:
@@ -46,3 +51,21 @@ def check_mask(mask: Tensor) -> None:
                 f"Every {name} of x needs a known entry, but {name} {int(empty[0])} has none along "
                 "the whole axis of the tubes; leave it out, or choose another axis."
             )
+
+
+def band_scaler(cube: Tensor, mask: Tensor | None, how: Scaling) -> tuple[Tensor, Tensor]:
+    """Return what to take off every band and what to divide it by, each (n3,).
+
+    Args:
+        cube: (n1, n2, n3).
+        mask: true where it is known, if not everywhere.
+        how: "max" divides the cube by its largest size, "bands" brings every band to 0..1.
+    """
+    known = torch.ones_like(cube, dtype=torch.bool) if mask is None else mask
+    if how == "max":
+        size = cube.masked_fill(~known, 0).abs().max().expand(cube.shape[2])
+        return torch.zeros_like(size), torch.where(size > 0, size, 1.0)
+    least = cube.masked_fill(~known, torch.inf).amin((0, 1))
+    most = cube.masked_fill(~known, -torch.inf).amax((0, 1))
+    size = most - least  # below zero where nothing of a band is known
+    return least.nan_to_num(posinf=0.0), torch.where(size > 0, size, 1.0)

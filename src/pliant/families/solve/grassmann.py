@@ -35,8 +35,8 @@ def points(sets: Sequence[Tensor], size: int) -> Tensor:
         spanned = int((s > DEPENDENT * s.max()).sum()) if s.max() > 0 else 0
         if spanned < size:
             raise DataError(
-                f"Every sample must span {size} dimensions, but sample {number} spans {spanned}: "
-                "ask for smaller subspaces, or leave it out."
+                f"Every sample must span {size} dimensions, but sample {number} of n_samples = "
+                f"{len(sets)} spans {spanned}: ask for smaller subspaces, or leave it out."
             )
         found.append(basis[:, :size])
     return torch.stack(found)

@@ -1,4 +1,7 @@
-"""HAC and sHAC: prune, let weights share few values, and code what is left without loss."""
+"""HAC and sHAC: prune, let weights share few values, and code what is left without loss.
+
+The file is long because three stages (pruning, sharing, coding) each keep state that resumes.
+"""
 
 from __future__ import annotations
 

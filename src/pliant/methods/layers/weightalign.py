@@ -1,4 +1,7 @@
-"""WeightAlign: filters of one mean and spread keep activations in range, without batch norms."""
+"""WeightAlign: filters of one mean and spread keep activations in range, without batch norms.
+
+The file is long because it says of every layer and batch norm whether it can be aligned.
+"""
 
 from __future__ import annotations
 

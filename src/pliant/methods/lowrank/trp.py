@@ -19,7 +19,7 @@ from pliant.math.norms import penalty_gradient
 from pliant.math.rank import energy_rank
 from pliant.math.svd import spectral_map, spectrum
 from pliant.method import Method
-from pliant.nn.layers import Factorizable
+from pliant.nn.factorized import Factorizable
 from pliant.registry import In, Paper, register
 from pliant.run import Run
 

@@ -75,7 +75,8 @@ class GroupwisePTQ(Method):
     batch: Annotated[int, In(1)] = 32  # samples of a step
     # of weights in stage 1, in units of the distance between two levels
     lr: Annotated[float, In(0, 1)] = 0.02
-    scale_lr: Annotated[float, In(0, 1)] = 3e-3  # of the logarithms of scales in stage 1
+    # of the logarithms of scales in stage 1; less beyond 4 bits
+    scale_lr: Annotated[float, In(0, 1)] = 3e-3
     # learning rates of stage 2, in units of those of stage 1
     slowdown: Annotated[float, In(0, 1)] = 0.3
     features: Annotated[float, In(0)] = 1.0  # mu, weight of each block's error in stage 2
