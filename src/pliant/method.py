@@ -99,7 +99,17 @@ class Method:
         return registry.options_of(self)
 
 
-registry.plain.register(Method, lambda method: method.plain())
+@registry.plain.register
+def _plain(method: Method) -> dict[str, Any]:
+    return method.plain()
+
+
+@registry.check_options.register
+def _check_options(method: Method) -> None:
+    for part in method.parts:
+        registry.check_options(part)
+    registry.check_own(method)
+
 
 HOOKS = (
     "refuse",

@@ -29,6 +29,7 @@ __all__ = [
     "Verb",
     "build",
     "check_options",
+    "check_own",
     "construct",
     "entries",
     "entry_of",
@@ -244,6 +245,7 @@ def construct(name: str, options: dict[str, Any]) -> Any:
     return method
 
 
+@singledispatch
 def check_options(method: Any) -> None:
     """Refuse options that are not what their fields declare, of the parts of a method too.
 
@@ -252,8 +254,15 @@ def check_options(method: Any) -> None:
     Raises:
         MethodError: names the option, the type and the range it must have, and what came.
     """
-    for part in getattr(method, "parts", ()):
-        check_options(part)
+    check_own(method)
+
+
+def check_own(method: Any) -> None:
+    """Refuse options of a method itself that are not what its fields declare.
+
+    Raises:
+        MethodError: as `check_options`.
+    """
     if said := fault(method):
         entry = entry_of(method)
         raise MethodError(f"{entry.name if entry else type(method).__name__}: {said}.")
