@@ -970,6 +970,19 @@ def test_an_optimizer_that_is_made_anew_or_handed_over_late_serves(at: int) -> N
         assert not torch.equal(before["reduce.weight"], model[2].reduce.weight)
 
 
+def test_a_group_that_was_added_by_hand_serves() -> None:
+    """The old weights are still in the optimizer, and of no matter."""
+    model = net()
+    optimizer = SGD(model.parameters(), 0.05)
+    run = begin(Replaces(2), None, model=model)
+    steps(run, [optimizer], 2)
+    optimizer.add_param_group({"params": [model[2].reduce.weight, model[2].expand.weight]})
+    steps(run, [optimizer], 2)
+    run.optimizer = optimizer
+    assert [len(group["params"]) for group in optimizer.param_groups] == [5, 2]
+    steps(run, [optimizer], 2)
+
+
 @pytest.mark.parametrize("at", [0, 2])
 @pytest.mark.parametrize("hand", [True, False])
 def test_an_optimizer_may_hold_some_parameters_on_purpose(at: int, hand: bool) -> None:

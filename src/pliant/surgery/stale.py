@@ -57,7 +57,7 @@ class Stale:
                 kept = [heir for heir in earlier.heirs if id(heir) not in left - stay]
                 earlier.heirs = [*kept, *(new for new in replaced.added if id(new) not in stay)]
         heirs = [new for new in replaced.added if new.requires_grad and id(new) not in stay]
-        old = [weakref.ref(p) for p in replaced.removed if p.requires_grad and id(p) not in stay]
+        old = [weakref.ref(p) for p in replaced.removed if id(p) not in stay]
         beside = [weakref.ref(p) for p in replaced.beside if p.requires_grad]
         if heirs and (old or beside):
             self.gone.append(_Gone(layer, old or beside, heirs, stays=not old))
