@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -136,13 +136,16 @@ def better(one: Tensor, other: Tensor) -> float:
     return p if math.isfinite(p) else 1.0
 
 
-def figures(samples: Samples, found: Decisions, most: int) -> tuple[Curves | Heat, ...]:
+def figures(
+    samples: Samples, found: Decisions, most: int, names: Sequence[str] = ()
+) -> tuple[Curves | Heat, ...]:
     """Return what is to be drawn of decisions: evidence over images, and deletion curves.
 
     Args:
         samples: that were looked at; only what has height and width is drawn with its evidence.
         found: about them.
         most: how many images.
+        names: of the classes, where they have some.
     """
     lines = {order: _line(found.curves["deletion", order].mean(0).tolist()) for order in ORDERS}
     caption = (
@@ -153,7 +156,7 @@ def figures(samples: Samples, found: Decisions, most: int) -> tuple[Curves | Hea
     if samples.inputs.dim() != 4 or not most:
         return (curves,)
     labels = tuple(
-        f"class {int(one)} at {100 * float(chance):.0f} %, positions needed: {int(count)}"
+        f"{_named(int(one), names)} at {100 * float(chance):.0f} %, positions needed: {int(count)}"
         for one, chance, count in zip(found.classes, found.chances, found.points, strict=True)
     )
     caption = (
@@ -164,6 +167,10 @@ def figures(samples: Samples, found: Decisions, most: int) -> tuple[Curves | Hea
         "Evidence", caption, samples.inputs[:most].cpu(), found.evidence[:most], labels[:most]
     )
     return (heat, curves)
+
+
+def _named(one: int, names: Sequence[str]) -> str:
+    return names[one] if one < len(names) else f"class {one}"
 
 
 def _line(values: list[float]) -> list[tuple[float, float]]:

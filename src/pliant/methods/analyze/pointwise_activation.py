@@ -86,8 +86,9 @@ class PointwiseActivation:
         values = self._values(found, tiles[-1], head.positions)
         rows = (*tiles, *layers, *shuffle.designed(sorted(sides)))
         text = _text(values, tiles[-1], len(samples.inputs))
-        drawn = (*figures(samples, found, self.pictures), shuffle.figure(tiles, grids))
-        return Finding(values, rows, text, figures=drawn)
+        names = () if isinstance(data.classes, int) else data.classes
+        drawn = figures(samples, found, self.pictures, names)
+        return Finding(values, rows, text, figures=(*drawn, shuffle.figure(tiles, grids)))
 
     def _values(self, found: Decisions, finest: dict[str, Any], positions: int) -> dict[str, Any]:
         areas = {key: area(curve) for key, curve in found.curves.items()}
