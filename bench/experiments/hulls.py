@@ -20,6 +20,7 @@ Values = dict[str, Any]
 TRAINED, OVERFITTED = "trained", "overfitted"
 LAST, FULL, DRAWN = "last layer", "full", "200 drawn"
 RIVALS = {"centroid": "class means", "nearest": "1 neighbour", "five": "5 neighbours"}
+WELL = "Hulls less the network that was trained well"
 LIBRARIES = ("mlxtend", "scipy")
 
 
