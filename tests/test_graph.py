@@ -221,7 +221,7 @@ def test_outputs_in_an_object_of_any_kind_stay() -> None:
     layers = nn.Sequential(conv(3, 6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 64, 10))
     groups, reasons = cuttable(Net(lambda net, x: Answer(net.all(x)), all=layers), IMAGE)
     assert len(groups) == 1 and reasons["all.3"] == "its channels are outputs of the network"
-    with pytest.raises(ModelError, match="no tensor of floating point in its Answer: wrap it"):
+    with pytest.raises(ModelError, match="its Answer holds none: wrap the network"):
         cuttable(Net(lambda net, x: Answer(net.all(x).argmax(1)), all=layers), IMAGE)
 
 
