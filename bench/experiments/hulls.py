@@ -9,7 +9,7 @@ from bench.claim import judged
 from bench.compress import compress
 from bench.data import mnist
 from bench.experiments import Cell, Cells, Table, paired, pick
-from bench.small import method_of, seeded
+from bench.small import cnn, method_of, seeded
 from bench.stats import mean, plus_minus, spread
 from pliant.data import Train
 from pliant.families.analyze.features import Features, answers, features, share
@@ -115,18 +115,11 @@ def tables(settings: Settings, cells: Cells) -> list[Table]:
 
 
 def network(widths: list[int], hidden: int) -> nn.Sequential:
-    """Build two 3x3 convolutions per width, halving the image behind each pair, and two Linears."""
-    layers: list[nn.Module] = []
-    inputs, side = 1, 28
-    for width in widths:
-        for _ in range(2):
-            layers += [nn.Conv2d(inputs, width, 3, padding=1), nn.ReLU()]
-            inputs = width
-        layers.append(nn.MaxPool2d(2))
-        side //= 2
-    flat = inputs * side * side
-    layers += [nn.Flatten(), nn.Linear(flat, hidden), nn.ReLU(), nn.Linear(hidden, 10)]
-    return nn.Sequential(*layers)
+    """Build the convolutions of `bench.small.cnn`, a hidden layer and a last one."""
+    side = 28 // 2 ** len(widths)
+    first = nn.Linear(widths[-1] * side**2, hidden)
+    head = nn.Flatten(), first, nn.ReLU(), nn.Linear(hidden, 10)
+    return nn.Sequential(*list(cnn(1, widths))[:-3], *head)
 
 
 def _asked(
