@@ -9,10 +9,11 @@ import typer
 from torch import Tensor
 
 from pliant import api
-from pliant.cli import console, source
+from pliant.cli import console, folder, source
 from pliant.data import load
 from pliant.errors import DataError, OutputError
 from pliant.render import table, words
+from pliant.render.finding import finding_html
 from pliant.result import Finding, Solution
 
 JSON = Annotated[bool, typer.Option("--json", help="print JSON")]
@@ -80,12 +81,18 @@ def analyze(
     architecture: Annotated[
         str | None, typer.Option(help="what builds the dense network of a .pliant file")
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="where to write the finding as JSON")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="where to write: a .json file, or a folder for that and a page"),
+    ] = None,
     seed: SEED = 0,
     as_json: JSON = False,
 ) -> None:
     """Find something out about a network, and leave it as it is."""
-    _check_place(out, (".json",))
+    if out is not None and out.suffix == ".json":
+        _check_place(out, (".json",))
+    elif out is not None:
+        folder.claim(out, force=False, resume=False, own=True)
     samples = load(data)
     found = source.find(
         model,
@@ -96,8 +103,7 @@ def analyze(
     )
     finding = api.analyze(found.model, samples, method, seed=seed)
     plain = {"model": found.name, "data": samples.name, **finding.plain()}
-    if out is not None:
-        _write(out, lambda: out.write_text(json.dumps(plain, indent=1) + "\n"))
+    files = [] if out is None else _save_finding(out, finding, plain)
     if as_json:
         console.print_json(plain)
         return
@@ -106,8 +112,8 @@ def analyze(
     shown.print(_numbers(finding))
     if finding.rows:
         shown.print(table.inspect(finding.rows))
-    if out is not None:
-        shown.print(f"  {out}", soft_wrap=True, markup=False)
+    for path in files:
+        shown.print(f"  {path}", soft_wrap=True, markup=False)
 
 
 # ---------------------------------------------------------------- files
@@ -144,6 +150,15 @@ def _write(path: Path, write: Any) -> None:
         write()
     except OSError as error:
         raise OutputError(f"{path} cannot be written ({error}); choose another place.") from error
+
+
+def _save_finding(out: Path, finding: Finding, plain: dict[str, Any]) -> list[Path]:
+    """Write a finding as JSON, and in a folder as a page as well."""
+    text = json.dumps(plain, indent=1) + "\n"
+    if out.suffix == ".json":
+        return [folder.write(out, text)]
+    page = finding_html(finding, model=plain["model"], data=plain["data"])
+    return [folder.write(out / "report.html", page), folder.write(out / "report.json", text)]
 
 
 def _save(path: Path, found: Solution) -> None:

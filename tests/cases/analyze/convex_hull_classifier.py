@@ -185,8 +185,8 @@ def what_cannot_be_done_is_refused() -> None:
         (Data(train=(pair[0], pair[1] * 2), test=pair), "", "from 0 to 3, the classes"),
         (Data(train=(pair[0], pair[1] * 0), test=pair), "", "but class 1 has none"),
         (data, 'layers=["nothing"]', "'nothing' is none"),
-        (data, "rows=0", "must be 1 or more"),
-        (data, "components=0", "must be 1 or more"),
+        (data, "rows=0", "rows must be int of at least 1"),
+        (data, "components=0", "components must be"),
     ):
         try:
             pliant.analyze(model, given, f"convex_hull_classifier({options})")

@@ -298,8 +298,8 @@ def what_cannot_be_looked_at_is_refused() -> None:
         (on_means(), inputs[:1], "grids=[2]", "At least 2 inputs"),
         (on_means(), inputs.long(), "grids=[2]", "of real numbers, but torch.int64"),
         (on_means(), [(inputs, inputs, None)], "grids=[2]", "in one tensor"),
-        (on_means(), inputs, "grids=[1]", "grids must be 2 or more"),
-        (on_means(), inputs, "permutations=51", "permutations 1 to 50"),
+        (on_means(), inputs, "grids=[1]", "grids must be a list of int"),
+        (on_means(), inputs, "permutations=51", "permutations must be int in 1..50"),
     ):
         try:
             pliant.analyze(model, data, f"pointwise_activation({options})")

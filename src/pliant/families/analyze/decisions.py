@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -65,34 +65,17 @@ def decisions(
         steps: points of a curve beside its beginning.
         generator: draws the random order.
     """
-    filling = evidence.filled(head, _mean(model, head, samples, fill))
-    parts: list[dict[Any, Tensor]] = []
+    here = head.cpu()
+    filling = evidence.filled(here, _mean(model, head, samples, fill))
+    parts = []
     for inputs in samples.batches():
-        seen, scores = maps(model, head, inputs)
+        seen, scores = (found.cpu() for found in maps(model, head, inputs))
         check_logits(scores)
-        each, classes = head.evidence(seen).cpu(), scores.argmax(1).cpu()
-        slope = evidence.saliency(model, inputs, classes, head.shape[1:]).cpu()
-        orders = {
-            "evidence": evidence.ranking(each, classes),
-            "random": torch.rand(len(each), head.positions, generator=generator).argsort(1),
-            "saliency": slope.flatten(1).argsort(dim=1, descending=True, stable=True),
-        }
-        part = _curves(head, each, classes, orders, filling, steps)
-        kept = evidence.insertions(head, each, orders["evidence"], filling)
-        told = each.flatten(2).sum(2) + head.bias.cpu().double()
-        turned = head.scores(arrange.permute_positions(seen, generator)).cpu()
-        size = scores.cpu().double().abs().clamp_min(1)
-        parts.append(
-            part
-            | {
-                "classes": classes,
-                "chances": evidence.chosen(scores.cpu().double().softmax(1), classes),
-                "evidence": evidence.chosen(each, classes),
-                "points": evidence.minimal_points(kept, classes),
-                "exactness": ((told - scores.cpu()).abs() / size).amax(1),
-                "permuted": ((turned - told).abs() / size).amax(1),
-            }
-        )
+        slope = evidence.saliency(model, inputs, scores.argmax(1), head.shape[1:]).cpu()
+        drawn = torch.rand(len(seen), head.positions, generator=generator)
+        turned = here.scores(arrange.permute_positions(seen, generator))
+        orders = {"random": drawn, "saliency": slope.flatten(1)}
+        parts.append(_divided(here, seen, scores.double(), turned, orders, filling, steps))
     whole = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
     exactness, permuted = (float(whole.pop(name).max()) for name in ("exactness", "permuted"))
     classes, chances, told, points = (
@@ -101,16 +84,30 @@ def decisions(
     return Decisions(classes, chances, told, points, whole, exactness, permuted)
 
 
-def _curves(
+def _divided(
     head: Head,
-    each: Tensor,
-    classes: Tensor,
-    orders: Mapping[str, Tensor],
+    seen: Tensor,
+    scores: Tensor,
+    turned: Tensor,
+    rivals: Mapping[str, Tensor],
     filling: Tensor,
     steps: int,
 ) -> dict[Any, Tensor]:
-    filling, found = filling.cpu(), {}
-    head = Head(head.layer, head.pooled, head.weight.cpu(), head.bias.cpu(), head.shape)
+    """Divide the decisions of one batch; rivals say how soon a position goes, the largest first."""
+    each, classes = head.evidence(seen), scores.argmax(1)
+    own = evidence.chosen(each, classes)
+    weights = {"evidence": own.flatten(1), **rivals}
+    orders = {k: v.argsort(dim=1, descending=True, stable=True) for k, v in weights.items()}
+    kept = evidence.insertions(head, each, orders["evidence"], filling)
+    told, size = head.scores(seen), scores.abs().clamp_min(1)
+    found: dict[Any, Tensor] = {
+        "classes": classes,
+        "chances": evidence.chosen(scores.softmax(1), classes),
+        "evidence": own,
+        "points": evidence.minimal_points(kept, classes),
+        "exactness": ((told - scores).abs() / size).amax(1),
+        "permuted": ((turned - told).abs() / size).amax(1),
+    }
     for name, order in orders.items():
         for way, taken in zip(WAYS, (evidence.removals, evidence.insertions), strict=True):
             found[way, name] = evidence.chances(taken(head, each, order, filling), classes, steps)
@@ -119,11 +116,11 @@ def _curves(
 
 def _mean(model: nn.Module, head: Head, samples: Samples, fill: Fill) -> Tensor:
     """Return the features of a removed position, (channels,)."""
-    total = torch.zeros(head.shape[0], dtype=torch.float64, device=head.weight.device)
+    total = torch.zeros(head.shape[0], dtype=torch.float64)
     if fill == "zero":
         return total
     for inputs in samples.batches():
-        total += maps(model, head, inputs)[0].double().flatten(2).mean(2).sum(0)
+        total += maps(model, head, inputs)[0].cpu().double().flatten(2).mean(2).sum(0)
     return total / len(samples.inputs)
 
 
@@ -136,13 +133,16 @@ def better(one: Tensor, other: Tensor) -> float:
     return p if math.isfinite(p) else 1.0
 
 
-def figures(samples: Samples, found: Decisions, most: int) -> tuple[Curves | Heat, ...]:
+def figures(
+    samples: Samples, found: Decisions, most: int, names: Sequence[str] = ()
+) -> tuple[Curves | Heat, ...]:
     """Return what is to be drawn of decisions: evidence over images, and deletion curves.
 
     Args:
         samples: that were looked at; only what has height and width is drawn with its evidence.
         found: about them.
         most: how many images.
+        names: of the classes, where they have some.
     """
     lines = {order: _line(found.curves["deletion", order].mean(0).tolist()) for order in ORDERS}
     caption = (
@@ -153,7 +153,7 @@ def figures(samples: Samples, found: Decisions, most: int) -> tuple[Curves | Hea
     if samples.inputs.dim() != 4 or not most:
         return (curves,)
     labels = tuple(
-        f"class {int(one)} at {100 * float(chance):.0f} %, positions needed: {int(count)}"
+        f"{_named(int(one), names)} at {100 * float(chance):.0f} %, positions needed: {int(count)}"
         for one, chance, count in zip(found.classes, found.chances, found.points, strict=True)
     )
     caption = (
@@ -164,6 +164,10 @@ def figures(samples: Samples, found: Decisions, most: int) -> tuple[Curves | Hea
         "Evidence", caption, samples.inputs[:most].cpu(), found.evidence[:most], labels[:most]
     )
     return (heat, curves)
+
+
+def _named(one: int, names: Sequence[str]) -> str:
+    return names[one] if one < len(names) else f"class {one}"
 
 
 def _line(values: list[float]) -> list[tuple[float, float]]:

@@ -20,19 +20,6 @@ POOLS: dict[int, Callable[..., Tensor]] = {
 }
 
 
-def ranking(evidence: Tensor, classes: Tensor) -> Tensor:
-    """Order positions by their evidence for one class of each sample, the strongest first.
-
-    Args:
-        evidence: (samples, classes, *positions).
-        classes: (samples,).
-
-    Returns:
-        Indices of flattened positions, (samples, positions).
-    """
-    return chosen(evidence, classes).flatten(1).argsort(dim=1, descending=True, stable=True)
-
-
 def chosen(evidence: Tensor, classes: Tensor) -> Tensor:
     """Return the evidence for one class of each sample, (samples, *positions)."""
     return evidence[torch.arange(len(evidence)), classes]

@@ -7,7 +7,7 @@ the map whose means over positions, or whose numbers, are what the head reads.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,6 +47,10 @@ class Head:
         for size in self.shape[1:]:
             count *= size
         return count
+
+    def cpu(self) -> Head:
+        """Return it on the CPU."""
+        return replace(self, weight=self.weight.cpu(), bias=self.bias.cpu())
 
     def evidence(self, maps: Tensor) -> Tensor:
         """Return what each position adds to each score: over positions they sum to score - bias.

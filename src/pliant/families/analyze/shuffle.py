@@ -49,7 +49,7 @@ def grids(sizes: Sequence[int], wanted: Sequence[int]) -> list[int]:
     if not found:
         raise DataError(
             f"Inputs of {'x'.join(map(str, sizes))} positions cannot be cut evenly into "
-            f"{', '.join(map(str, wanted))} parts: name divisors of their sides as grids."
+            f"{', '.join(map(str, wanted)) or 'no'} parts: name divisors of their sides as grids."
         )
     return found
 

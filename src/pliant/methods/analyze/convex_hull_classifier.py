@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
 from pliant.data import Data, unpack
-from pliant.errors import DataError, MethodError
+from pliant.errors import DataError
 from pliant.families.analyze.features import (
     Features,
     Pool,
@@ -22,7 +22,7 @@ from pliant.families.analyze.features import (
 )
 from pliant.families.analyze.hulls import Normalize, Sampling, fit
 from pliant.families.analyze.inputs import shown
-from pliant.registry import Paper, register
+from pliant.registry import In, Paper, register
 from pliant.result import Finding
 
 SIGNIFICANT = 0.05  # over all layers together
@@ -65,12 +65,13 @@ class ConvexHullClassifier:
     layers: tuple[str, ...] = ()  # whose inputs are the features; four of them if none is named
     pool: Pool = "mean"  # of maps over their positions, or all their numbers
     sampling: Sampling = "query-local"  # which points of a class are used where there are more
-    rows: int = 500  # m, most points of a class that a sample is held against
+    rows: Annotated[int, In(1)] = 500  # m, most points of a class that a sample is held against
     normalize: Normalize = "none"  # features before hulls are made of them
-    components: int | None = None  # principal ones to keep; 256 of more than 512 features if None
+    # principal components to keep; all if None, or 256 of more than 512 features
+    components: Annotated[int, In(1)] | None = None
     correct_only: bool = False  # hulls of training samples that the network labels rightly
-    samples: int = 5000  # most training samples
-    queries: int = 1000  # most samples that are labelled
+    samples: Annotated[int, In(1)] = 5000  # most training samples
+    queries: Annotated[int, In(1)] = 1000  # most samples that are labelled
 
     def analyze(self, model: nn.Module, data: Data, generator: torch.Generator) -> Finding:
         """Make hulls of training features at every layer, and label the others by them."""
@@ -88,12 +89,6 @@ class ConvexHullClassifier:
         return _finding([row for row, _ in found], found[-1][1], trained, asked)
 
     def _check(self, data: Data) -> None:
-        counts = (self.rows, self.samples, self.queries, self.components)
-        if any(count is not None and count < 1 for count in counts):
-            raise MethodError(
-                "convex_hull_classifier: rows, samples, queries and components must be 1 or more, "
-                f"but {self.rows}, {self.samples}, {self.queries} and {self.components} came."
-            )
         if not data.has("train") or not (data.has("test") or data.has("val")):
             raise DataError(
                 "Hulls are made of a training split and asked about another, so both must be "

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import nn
 
 from pliant.data import Data
-from pliant.errors import MethodError
 from pliant.families.analyze import kernels, shuffle
 from pliant.families.analyze.decisions import (
     ORDERS,
@@ -22,10 +21,8 @@ from pliant.families.analyze.decisions import (
 from pliant.families.analyze.evidence import area
 from pliant.families.analyze.heads import find_head
 from pliant.families.analyze.inputs import first
-from pliant.registry import Paper, register
+from pliant.registry import In, Paper, register
 from pliant.result import Finding
-
-MOST = 50  # orders of the tiles
 
 
 @register(
@@ -64,17 +61,19 @@ class PointwiseActivation:
     5
     """
 
-    grids: tuple[int, ...] = (2, 4, 8)  # g: parts of each axis of the input; even divisors are used
-    permutations: int = 5  # orders of the tiles, and of each layer's positions
-    steps: int = 20  # points of a deletion curve
+    # g: parts of each axis of the input, where they divide it evenly
+    grids: tuple[Annotated[int, In(2)], ...] = (2, 4, 8)
+    # orders of the tiles, and of each layer's positions
+    permutations: Annotated[int, In(1, 50)] = 5
+    steps: Annotated[int, In(1)] = 20  # points of a deletion curve
     fill: Literal["mean", "zero"] = "mean"  # features of a position that is taken away
-    layers: int = 8  # convolutions whose positions are permuted, evenly spread
-    samples: int = 200  # inputs looked at
-    pictures: int = 8  # of them shown with their evidence
+    # convolutions whose positions are permuted, evenly spread
+    layers: Annotated[int, In(1)] = 8
+    samples: Annotated[int, In(2)] = 200  # inputs looked at
+    pictures: Annotated[int, In(0)] = 8  # of them shown with their evidence
 
     def analyze(self, model: nn.Module, data: Data, generator: torch.Generator) -> Finding:
         """Divide the decisions, then shuffle inputs and layers."""
-        self._check()
         samples = first(data, self.samples)
         grids = shuffle.grids(samples.inputs.shape[2:], self.grids)
         head = find_head(model, samples.inputs[:8])
@@ -87,19 +86,9 @@ class PointwiseActivation:
         values = self._values(found, tiles[-1], head.positions)
         rows = (*tiles, *layers, *shuffle.designed(sorted(sides)))
         text = _text(values, tiles[-1], len(samples.inputs))
-        drawn = (*figures(samples, found, self.pictures), shuffle.figure(tiles, grids))
-        return Finding(values, rows, text, figures=drawn)
-
-    def _check(self) -> None:
-        counts = (self.permutations, self.steps, self.layers, self.samples - 1)
-        odd = not self.grids or min(self.grids) < 2 or min(counts) < 1 or self.pictures < 0
-        if odd or self.permutations > MOST:
-            raise MethodError(
-                f"pointwise_activation: grids must be 2 or more, permutations 1 to {MOST}, steps "
-                "and layers 1 or more, samples 2 or more and pictures not negative, but grids "
-                f"{self.grids}, permutations {self.permutations}, steps {self.steps}, layers "
-                f"{self.layers}, samples {self.samples} and pictures {self.pictures} came."
-            )
+        names = () if isinstance(data.classes, int) else data.classes
+        drawn = figures(samples, found, self.pictures, names)
+        return Finding(values, rows, text, figures=(*drawn, shuffle.figure(tiles, grids)))
 
     def _values(self, found: Decisions, finest: dict[str, Any], positions: int) -> dict[str, Any]:
         areas = {key: area(curve) for key, curve in found.curves.items()}
