@@ -40,9 +40,11 @@ class Orion:
     ``rows``, ``columns`` and ``bands`` (a column for each component), and ``offset`` and ``scale``
     of the bands: the model is of (x - offset) / scale.
 
-    Pixels of one row or column share half of their features. Where neighbours of a pixel are among
-    the training pixels, part of what a classifier finds is its place and not its spectrum: judge
-    it on blocks of pixels that it has not seen.
+    Pixels of one row or column share half of their features, so that a classifier may find out the
+    place of a pixel instead of its spectrum. On Indian Pines it does: with a tenth of the pixels
+    labelled at random a linear SVM is right on 94 % of the others at rank 1000, and on 74 % by
+    spectra alone, but the nearest labelled pixels are right on 97 %; where blocks of 29 x 29 pixels
+    are hidden it falls to 33 %, below the 57 % of spectra. Judge it on hidden blocks.
 
     *Departs from the paper*: only its abstract could be read; that the feature is the product of
     the spatial factors is the reading that makes the map one from bands to R numbers.
