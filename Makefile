@@ -75,7 +75,8 @@ layers: $(VENV)/.installed-dev
 	@$(BIN)/lint-imports
 
 # One thread per worker: two workers with all threads each would fight for the cores.
-# worksteal: the conformance suite is one large file and must be shared out.
+# worksteal: the conformance suite is one large file and must be shared out, in runs of neighbours,
+# since the checks of one method stand together and share what they compressed.
 tests: $(VENV)/.installed-dev
 	@echo "== Tests: pytest with $(WORKERS) workers"
 	@OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal

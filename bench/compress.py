@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pliant.budget import Budget
 from pliant.cost import cost
-from pliant.data import Data, Train
+from pliant.data import Data, Epoch, Train
 from pliant.drivers.loop import evaluate, fit
 from pliant.edits import Edit
 from pliant.method import Method
@@ -33,9 +33,18 @@ class Observed(Method):
     def parts(self) -> tuple[Method, ...]:
         return (self.method,)
 
+    def refuse(self, run: Run) -> None:
+        self.method.refuse(run)
+
     def prepare(self, run: Run) -> None:
         self.method.prepare(run)
         self.look(run)
+
+    def epoch(self, epoch: Epoch, data: Data) -> Epoch:
+        return self.method.epoch(epoch, data)
+
+    def weigh(self, run: Run, losses: Tensor, output: Any, batch: Any) -> Tensor | None:
+        return self.method.weigh(run, losses, output, batch)
 
     def loss(self, run: Run, loss: Tensor, output: Any, batch: Any) -> Tensor:
         return self.method.loss(run, loss, output, batch)
@@ -69,7 +78,7 @@ class Looker:
     seconds: float = 0.0
 
     def __call__(self, run: Run) -> None:
-        if len(run.edits) == self.edits:
+        if len(run.edits) <= self.edits:  # fewer: what was done in several edits is now in one
             return
         began = time.monotonic()
         self.edits = len(run.edits)
@@ -93,8 +102,8 @@ def compress(
 
     Returns:
         accuracy and loss at the end; accuracy_before, right after the network became smaller,
-        and the step when that was; params, macs, bytes; misses of the budget; forms and ranks;
-        seconds without those spent on scoring.
+        and the step when that was; params, macs, bytes; misses of the budget; forms and ranks, and
+        the ranks that the method noted as it went; seconds without those spent on scoring.
     """
     began, looker = time.monotonic(), Looker(data)
     steps = train.steps(data.steps(train.batch))
@@ -115,6 +124,7 @@ def compress(
         "steps": steps,
         "misses": run.misses(after),
         "layers": described(run.edits),
+        "ranks": noted(run),
         "seconds": round(seconds, 2),
     }
 
@@ -129,6 +139,12 @@ def scored(model: nn.Module, data: Data) -> Values:
         "macs": costs.macs,
         "bytes": costs.bytes,
     }
+
+
+def noted(run: Run) -> list[Values]:
+    """Give the ranks in the history, each with its step: those planned, or those at an energy."""
+    rows = ((row["step"], row.get("planned", row.get("ranks"))) for row in run.log)
+    return [{"step": step, "ranks": ranks} for step, ranks in rows if ranks]
 
 
 def described(edits: list[Edit]) -> dict[str, str]:

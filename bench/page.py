@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import experiments
-from bench.claim import misses_first, shown
+from bench import experiments, history
+from bench.claim import MISSES, counted, misses_first, shown
 from bench.experiments import Table
 from pliant.render.words import seconds
 
@@ -20,11 +20,18 @@ Every table is one command; a bench that was stopped goes on where it stood.
 python -m bench NAME             # measure, write bench/results/NAME.json and this page
 python -m bench NAME --quick     # the same code in under two minutes, writing no result
 python -m bench claims           # every claim with its target, misses first
+python -m bench judge            # judge the claims of all results anew; measures nothing
 python -m bench list             # the names
 ```
 
 Data is read from the folder named by `PLIANT_DATA`, which holds `cifar10-jpeg/` (train.parquet and
-test.parquet) and `pretrained/`. Means are given with the standard deviation over seeds.
+test.parquet) and `pretrained/`. Means in tables are given with the standard deviation over seeds.
+
+A claim about a training is judged over its seeds: two rivals by their differences on the seeds that
+they share. It holds or misses only where the mean is more than two standard errors (given behind ±)
+away from the target. Nearer, or with one seed, it is not measured. Counts, bytes and times are
+compared as they are. Where budgets, seeds or targets changed after a plan was first committed, its
+section says so; what was measured before a change may have been seen, committed or not.
 
 Read with care: the settings of chain (ranks and bits), elastic (the dense teacher, the rule for
 forms), distill (a fifth) and train-cheaper (a short search) were changed after their scores on the
@@ -43,13 +50,9 @@ def render(results: Sequence[Mapping[str, Any]]) -> str:
 
 def _claims(results: Sequence[Mapping[str, Any]]) -> str:
     rows = misses_first(results)
-    held = sum(row["holds"] for row in rows)
-    cells = [
-        ["yes" if row["holds"] else "**no**", f"[{row['bench']}](#{row['bench']})", *_said(row)]
-        for row in rows
-    ]
-    return f"## Claims\n\n{held} of {len(rows)} hold; misses come first.\n\n" + _table(
-        ["holds", "bench", "claim", "target", "measured"], cells
+    cells = [[_state(row), f"[{row['bench']}](#{row['bench']})", *_said(row)] for row in rows]
+    return f"## Claims\n\n{counted(rows)}; misses come first.\n\n" + _table(
+        ["", "bench", "claim", "target", "measured"], cells
     )
 
 
@@ -64,13 +67,30 @@ def _section(result: Mapping[str, Any]) -> str:
         f"Refused: {' '.join(str(v) for v in cell['key'].values())}: {cell['refused']}\n"
         for cell in refused
     ]
-    claims = [["yes" if c["holds"] else "**no**", *_said(c)] for c in result["claims"]]
-    parts.append(_table(["holds", "claim", "target", "measured"], claims))
+    parts += _changes(result)
+    claims = [[_state(row), *_said(row)] for row in result["claims"]]
+    parts.append(_table(["", "claim", "target", "measured"], claims))
     return "\n".join([*parts, _provenance(result)])
 
 
+def _changes(result: Mapping[str, Any]) -> list[str]:
+    """Name what was changed about a plan before it was measured, and since."""
+    parts, settings = [], result["settings"]
+    if changed := result["changed"]:
+        parts.append(f"**Changed since it was first planned**: {history.said(changed)}.\n")
+    if result["bench"] in experiments.names():
+        now = experiments.load(result["bench"]).settings
+        if later := history.changes(settings, now, all_settings=True):
+            parts.append(f"**Planned otherwise since this result**: {history.said(later)}.\n")
+    return parts
+
+
+def _state(row: Mapping[str, Any]) -> str:
+    return "**misses**" if row["state"] == MISSES else str(row["state"])
+
+
 def _said(claim: Mapping[str, Any]) -> list[str]:
-    return [claim["claim"], claim["target"], shown(claim["value"], claim["unit"])]
+    return [claim["claim"], claim["target"], shown(claim)]
 
 
 def _provenance(result: Mapping[str, Any]) -> str:

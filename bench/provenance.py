@@ -17,8 +17,8 @@ def now() -> str:
 
 def source() -> dict[str, Any]:
     """Return the commit, and whether code of package or benches differs from it."""
-    commit = _git("rev-parse", "--short=12", "HEAD")
-    changed = _git("status", "--porcelain", "--", "src", "bench/*.py", "bench/experiments")
+    commit = git("rev-parse", "--short=12", "HEAD")
+    changed = git("status", "--porcelain", "--", "src", "bench/*.py", "bench/experiments")
     return {"commit": commit or "unknown", "dirty": bool(changed) or not commit}
 
 
@@ -43,7 +43,8 @@ def provenance(cells: Iterable[Mapping[str, Any]], libraries: Iterable[str]) -> 
     }
 
 
-def _git(*words: str) -> str:
+def git(*words: str) -> str:
+    """Return what git says in this checkout; nothing where it cannot."""
     try:
         done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, timeout=20)
     except (OSError, subprocess.SubprocessError):

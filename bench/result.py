@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from bench import experiments, history
 from bench.experiments import Cells, Experiment
 from bench.provenance import provenance
 
@@ -13,15 +14,29 @@ RESULTS = Path(__file__).parent / "results"
 
 def assemble(experiment: Experiment, cells: Cells) -> dict[str, Any]:
     """Put together what a result file holds; claims and summary are computed from the cells."""
-    code, settings = experiment.code, experiment.settings
+    settings = experiment.settings
+    return judge(
+        {
+            "bench": experiment.name,
+            "title": settings["title"],
+            "quick": experiment.quick,
+            "provenance": provenance(cells, getattr(experiment.code, "LIBRARIES", ())),
+            "settings": settings,
+            "cells": cells,
+        }
+    )
+
+
+def judge(result: dict[str, Any]) -> dict[str, Any]:
+    """Compute claims and summary of a result from its cells, and what changed since its plan."""
+    settings, cells = result["settings"], result["cells"]
+    judging = experiments.code(settings)
+    changed = None if result["quick"] else history.since_planned(result["bench"], settings)
     return {
-        "bench": experiment.name,
-        "title": settings["title"],
-        "quick": experiment.quick,
-        "provenance": provenance(cells, getattr(code, "LIBRARIES", ())),
-        "settings": settings,
-        "claims": code.claims(settings, cells),
-        "summary": code.summary(settings, cells),
+        **{name: result[name] for name in ("bench", "title", "quick", "provenance", "settings")},
+        "changed": changed,
+        "claims": judging.claims(settings, cells),
+        "summary": judging.summary(settings, cells),
         "cells": cells,
     }
 

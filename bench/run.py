@@ -13,9 +13,9 @@ from typer.core import TyperGroup
 
 from bench import experiments, page, tasks
 from bench.cells import Progress, Store, measure_all, name_of
-from bench.claim import misses_first, shown
+from bench.claim import STATES, counted, misses_first, shown
 from bench.experiments import Cell
-from bench.result import RESULTS, assemble, read_all, write
+from bench.result import RESULTS, assemble, judge, read_all, write
 from pliant.errors import PliantError
 from pliant.render.words import seconds
 
@@ -67,6 +67,14 @@ def readme() -> None:
     """Write bench/README.md from the results."""
     page.PATH.write_text(page.render(read_all()))
     console.print(f"Wrote {page.PATH}.")
+
+
+@app.command("judge")
+def judge_all() -> None:
+    """Judge the claims of every result anew from its cells; nothing is measured."""
+    for result in read_all():
+        write(RESULTS / f"{result['bench']}.json", judge(result))
+    readme()
 
 
 @app.command("list")
@@ -123,13 +131,11 @@ def _watch(cell: Cell, row: dict[str, Any]) -> None:
 
 
 def _print_claims(rows: list[dict[str, Any]]) -> None:
-    table = Table(title=f"{sum(r['holds'] for r in rows)} of {len(rows)} claims hold")
-    for head in ("holds", "bench", "claim", "target", "measured"):
+    table = Table(title=counted(rows))
+    for head in ("", "bench", "claim", "target", "measured"):
         table.add_column(head, overflow="fold")
-    for row in sorted(rows, key=lambda row: bool(row["holds"])):
-        holds = "yes" if row["holds"] else "NO"
-        measured = shown(row["value"], row["unit"])
-        table.add_row(holds, row["bench"], row["claim"], row["target"], measured)
+    for row in sorted(rows, key=lambda row: STATES.index(row["state"])):
+        table.add_row(row["state"], row["bench"], row["claim"], row["target"], shown(row))
     Console().print(table)
 
 

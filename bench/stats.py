@@ -25,3 +25,8 @@ def plus_minus(values: Sequence[float], digits: int = 2) -> str:
         return "–"
     text = f"{statistics.fmean(values):.{digits}f}"
     return f"{text} ± {spread(values):.{digits}f}" if len(values) > 1 else text
+
+
+def standard_error(values: Sequence[float]) -> float | None:
+    """Return the standard error of the mean; None of fewer than two values."""
+    return spread(values) / len(values) ** 0.5 if len(values) > 1 else None

@@ -13,11 +13,20 @@ from torch import nn
 from typer.testing import CliRunner
 
 from bench import data as bench_data
-from bench import experiments, page, peers, run, tasks
+from bench import experiments, history, page, peers, run, tasks
 from bench.cells import Store, measure_all
-from bench.claim import claim, misses_first
+from bench.claim import STATES, claim, counted, judged, misses_first
 from bench.compress import Observed, compress
-from bench.experiments import Cell, Experiment, calibration, factorize, lowrank, step_time
+from bench.experiments import (
+    Cell,
+    Experiment,
+    by_seed,
+    calibration,
+    factorize,
+    lowrank,
+    paired,
+    step_time,
+)
 from bench.experiments import peers as beside
 from bench.result import assemble, read_all
 from bench.tasks import Task
@@ -84,25 +93,23 @@ SETTINGS: dict[str, Any] = {
     "budgets": [0.25],
     "seeds": [0, 1],
     "rivals": {"ours": "nrmf", "theirs": "energy"},
-    "unbudgeted": {"free": "evbmf"},
     "claims": {
         "champion": "ours",
         "rivals": ["theirs"],
-        "beyond_spread": [0.25],
         "order": ["ours", "theirs"],
         "gap_to_dense": {"0.25": 1.0},
-        "smaller_than": "free",
+        "smaller_than": "theirs",
     },
 }
 
 
 def lowrank_cells() -> list[dict[str, Any]]:
     rows = [{"key": {"rival": "base"}, "values": {"accuracy": 0.9, "params": 100}}]
-    for seed, (ours, theirs) in enumerate([(0.89, 0.87), (0.90, 0.88)]):
+    for seed, (ours, theirs) in enumerate([(0.89, 0.87), (0.90, 0.88), (0.88, 0.8595)]):
         rows.append(measured("dense", None, seed, accuracy=0.90, params=100))
-        rows.append(measured("ours", 0.25, seed, accuracy=ours, accuracy_before=0.5))
+        rows.append(measured("ours", 0.25, seed, accuracy=ours, accuracy_before=0.5, params=24.8))
         rows.append(measured("theirs", 0.25, seed, accuracy=theirs, accuracy_before=0.6))
-    return [*rows, measured("free", None, 0, accuracy=0.88, params=50)]
+    return rows
 
 
 def by_text(cells: list[dict[str, Any]]) -> Callable[[str], dict[str, Any]]:
@@ -117,14 +124,14 @@ def by_text(cells: list[dict[str, Any]]) -> Callable[[str], dict[str, Any]]:
 
 def test_claims_are_computed_from_cells() -> None:
     find = by_text(lowrank_cells())
-    assert find("first of")["value"] == 2.0
-    spread = find("spread over seeds")  # 0.7071 points, of both rivals
-    assert spread["holds"] and spread["target"] == "> 0.7071"
-    assert find("within 1.0 of the dense")["value"] == 0.5
-    assert find("fewer parameters")["value"] == 0.5
-    assert find("after fine-tuning")["holds"]
+    lead = find("ours leads theirs at 25% of the parameters, at the end")
+    assert lead["value"] == 2.01667 and lead["error"] == 0.01667, "pairs, not means, are compared"
+    assert lead["state"] == "holds" and lead["seeds"] == 3
+    gap = find("within 1.0 of the dense")
+    assert gap["value"] == 1.0 and gap["state"] == "not measured"
+    assert find("0.99 times those of theirs")["holds"]
     before = find("before fine-tuning")
-    assert not before["holds"] and before["value"] == -10.0
+    assert before["state"] == "misses" and before["value"] == -10.0
     assert find("equal parameters")["holds"] and find("more parameters than")["value"] == 1.0
 
 
@@ -132,9 +139,54 @@ def test_a_refused_or_missing_cell_holds_no_claim() -> None:
     cells = [c for c in lowrank_cells() if c["key"]["rival"] != "ours"]
     refused = {"key": {"rival": "ours", "budget": 0.25, "seed": 0}, "values": {}, "refused": "no"}
     find = by_text([*cells, refused])
-    for words in ("first of", "spread", "within 1.0", "fewer parameters", "after fine-tuning"):
-        assert find(words)["value"] is None and not find(words)["holds"]
+    for words in ("at the end", "within 1.0", "fewer parameters", "before fine-tuning"):
+        assert find(words)["value"] is None and find(words)["state"] == "not measured"
     assert "refused" in str(lowrank.tables(SETTINGS, [*cells, refused])[0].rows)
+
+
+def test_one_seed_and_what_is_within_two_standard_errors_are_not_measured() -> None:
+    assert judged("a", [5.0], ">", 0, "points")["state"] == "not measured"
+    near = judged("a", [0.0, 1.0, 2.0], ">", 0, "points")  # 1 with a standard error of 0.577
+    assert near == {**near, "value": 1.0, "error": 0.57735, "state": "not measured"}
+    assert judged("a", [0.5, 1.0, 1.5], ">", 0, "points")["state"] == "holds"
+    assert judged("a", [-0.5, -1.0, -1.5], ">", 0, "points")["state"] == "misses"
+    assert judged("a", [0.0, 0.0], ">", 0, "points")["state"] == "misses"
+    assert judged("a", [0.0, 0.0], ">=", 0, "points")["state"] == "holds"
+    assert judged("a", [], ">=", 0, "points")["state"] == "not measured"
+
+
+def test_seeds_that_both_have_are_compared() -> None:
+    cells = [measured("a", 0.5, seed, accuracy=0.5 + seed / 10) for seed in range(3)]
+    cells += [measured("b", 0.5, seed, accuracy=0.4) for seed in (2, 0)]
+    cells += [{"key": {"rival": "fixed"}, "values": {"accuracy": 0.1}}]
+    one, two, fixed = (by_seed(cells, "accuracy", rival=name) for name in ("a", "b", "fixed"))
+    assert paired(one, two, 100) == [10.0, 30.0]
+    assert paired(one, fixed) == [0.4, 0.5, 0.6]
+
+
+def test_a_changed_plan_is_named() -> None:
+    old = {"seeds": [0, 1], "budgets": [0.1, 0.2], "lr": 1, "claims": {"gap": 1.0}, "quick": {}}
+    new = {"seeds": [1, 0], "budgets": [0.2], "lr": 2, "claims": {"gap": 2.0, "more": 1}}
+    found = history.changes(old, new)
+    assert history.said(found) == (
+        "budgets 0.1, 0.2 → 0.2; claims.gap 1.0 → 2.0; claims.more none → 1"
+    )
+    (result,) = (r for r in read_all() if r["bench"] == "lenet-scratch")
+    text = page.render([result])
+    assert "budgets 0.02, 0.05 → 0.05" in text and "seeds 0, 1, 2 → 0, 1" in text
+    result["settings"] = {**result["settings"], "seeds": [0, 1, 7]}
+    assert "Planned otherwise since this result**: seeds 0, 1, 7 → 0, 1" in page.render([result])
+
+
+@pytest.mark.parametrize("result", read_all(), ids=lambda result: result["bench"])
+def test_what_a_result_says_of_its_plan_is_what_git_says(result: dict[str, Any]) -> None:
+    found = history.since_planned(result["bench"], result["settings"])
+    if found is None:
+        pytest.skip("no history here")
+    kept = ("what", "planned", "measured")
+    assert [[row[k] for k in kept] for row in found] == [
+        [row[k] for k in kept] for row in result["changed"]
+    ]
 
 
 def test_unequal_parameters_are_noticed() -> None:
@@ -155,6 +207,9 @@ def test_misses_come_first_and_none_is_left_out() -> None:
         ("one", True),
     ]
     assert claim("c", None, ">=", 1, "x")["holds"] is False
+    assert counted([good, bad, claim("c", None, ">=", 1, "x")]) == (
+        "1 of 3 claims hold, 1 miss and 1 are not measured"
+    )
 
 
 def test_other_claims() -> None:
@@ -173,7 +228,10 @@ def test_other_claims() -> None:
         {"key": c.key, "values": {"accuracy": 0.8 + 0.05 * (c.key["rival"] in ("dense", "all"))}}
         for c in calibration.cells(settings)
     ]
-    assert all(row["holds"] for row in calibration.claims(settings, cells))
+    found = calibration.claims(settings, cells)
+    assert {row["state"] for row in found} == {"not measured"}, "one seed"
+    again = [{**c, "key": {**c["key"], "seed": 1}} for c in cells if "seed" in c["key"]]
+    assert all(row["holds"] for row in calibration.claims(settings, cells + again))
 
 
 def test_peers_are_made_just_faster_and_just_slower(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +260,7 @@ def test_ours_lead_peers_that_had_as_much_time() -> None:
     settings = experiments.load("peers").settings
     sides = {"faster": (0.7, 0.38), "slower": (0.72, 0.42)}
 
-    def values(**changed: dict[str, float]) -> list[list[float | None]]:
+    def values(ours: str, **changed: dict[str, float]) -> list[list[float | None]]:
         rivals = {
             f"{name}, {side}": {"accuracy": accuracy, "share": share}
             for name in peers.PEERS
@@ -212,17 +270,20 @@ def test_ours_lead_peers_that_had_as_much_time() -> None:
         rivals |= {"group_fisher": {"accuracy": 0.75, "share": 0.3}}
         rivals = {n: row for n, row in (rivals | changed).items() if row}
         rows = [{"key": c.key, "values": {"rivals": rivals}} for c in beside.cells(settings)]
-        found = beside.claims(settings, rows)
+        found = [row for row in beside.claims(settings, rows) if "kim" in row["claim"]]
+        found = [row for row in found if f": {ours} " in row["claim"]]
         return [
             [row["value"] for row in found if what in row["claim"]]
-            for what in ("leads", "has no more time", "slowest", "fastest")
+            for what in ("leads kim, slower", "leads kim, faster", "has no more time")
         ]
 
-    assert values() == [[8.0] * 4, [1.05] * 4, [1.0] * 2, [0.75] * 2]
+    assert values("nrmf") == [[8.0] * 2, [10.0] * 2, [1.05] * 2], "two tasks"
+    assert values("group_fisher") == [[3.0] * 2, [5.0] * 2, [1.4] * 2]
     late = {"accuracy": 0.8, "share": 0.5}
-    assert values(nrmf=late)[:3] == [[8.0] * 4, [0.84] * 4, [1.25] * 2]
-    assert values(nrmf={})[:2] == [[3.0] * 4, [1.4] * 4], "one of ours was refused"
-    assert values(**{"kim, slower": {}})[1] == [None] * 4, "then equal times are not shown"
+    assert values("nrmf", nrmf=late)[2] == [0.84] * 2
+    assert values("nrmf", nrmf={}) == [[None] * 2] * 3, "it was refused"
+    gone = values("nrmf", **{"kim, slower": {}})
+    assert gone[0] == gone[2] == [None] * 2, "then equal times are not shown"
 
 
 # ---------------------------------------------------------------- running and resuming
@@ -417,8 +478,8 @@ def test_missing_data_is_said_in_a_sentence(monkeypatch: pytest.MonkeyPatch) -> 
 def test_claims_and_names_are_printed() -> None:
     done = CliRunner().invoke(run.app, ["claims", "--json"])
     rows = json.loads(done.output)
-    held = [row["holds"] for row in rows]
-    assert done.exit_code == 0 and held == sorted(held)
+    states = [STATES.index(row["state"]) for row in rows]
+    assert done.exit_code == 0 and states == sorted(states) and set(states) == {0, 1, 2}
     listed = CliRunner().invoke(run.app, ["list"]).output
     assert all(name in listed for name in NAMES)
     assert CliRunner().invoke(run.app, ["claims"]).exit_code == 0

@@ -262,7 +262,7 @@ def test_a_method_is_shown_with_its_options() -> None:
     assert "Exploiting Elasticity" in said and "interval" in said and "Saves" in said
     shown = json.loads(cli("show", "nrmf", "--json").stdout)
     options = {row["name"]: row for row in shown["options"]}
-    assert options["p"]["type"] == "float" and options["p"]["default"] == 0.95
+    assert options["p"]["type"] == "float in 0..1" and options["p"]["default"] == 0.95
     assert "energy kept" in options["p"]["text"]
     assert options["exclude"]["default"] == []
 

@@ -1,6 +1,7 @@
 """Every registered method through the same checks, and a case and a page for each of them."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 
 from pliant.registry import entries
 from pliant.render import pages
-from pliant.testing import checks_for
+from pliant.testing import check_method, checks_for
 from tests.cases import CASES
 
 DOCS = Path(__file__).resolve().parents[1] / "docs" / "methods"
@@ -21,6 +22,9 @@ def every_check() -> Iterator[Any]:
             if name in case.fails:
                 marks.append(pytest.mark.xfail(reason=case.fails[name], strict=True))
             yield pytest.param(check, id=f"{case.method}-{name}", marks=marks)
+        # What others see, who know no case: next to its checks, whose compressions it shares.
+        outside = partial(check_method, case.spec or case.method, fails=case.fails)
+        yield pytest.param(outside, id=f"{case.method}-passes_without_its_case")
 
 
 @pytest.mark.parametrize("check", list(every_check()))

@@ -8,12 +8,14 @@ after it. Blocks marked ```text only show output.
 import doctest
 import re
 import shlex
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from typing import Annotated, Any, Literal
 
 import pytest
 import torch
@@ -24,6 +26,10 @@ from typer.testing import CliRunner
 from pliant import entries, registry, zoo
 from pliant.cli import app
 from pliant.data import Data, readers
+from pliant.latency.compare import interleaved
+from pliant.registry import In
+from pliant.registry.options import say
+from pliant.testing import check_method
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -105,6 +111,7 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     save_file(zoo.build("resnet20").state_dict(), tmp_path / "resnet20.safetensors")
     for name, whole in readers._EMBEDDED.items():
         monkeypatch.setitem(readers._EMBEDDED, name, partial(few, whole))
+    monkeypatch.setitem(interleaved.__globals__, "ROUNDS", (9, 61))  # a fifth: times are only shown
     entries()  # what is found only once is found now
     monkeypatch.setattr(registry, "_ENTRIES", dict(registry._ENTRIES))
     monkeypatch.chdir(tmp_path)
@@ -165,6 +172,67 @@ def test_what_a_page_shows_runs(page: Path, desk: Path) -> None:
             run_python(step, home, desk)
         else:
             run_command(step)
+
+
+# ---------------------------------------------------------------- the examples of the guide
+
+GUIDE = ROOT / "docs" / "adding-a-method.md"
+FILES = {
+    re.search(r'^@register\(\s*"(\w+)"', block.text, re.M)[1]: block.text + "\n"  # type: ignore[index]
+    for block in blocks(GUIDE)
+    if block.kind == "python" and block.text.startswith('"""')
+}
+"""The examples that are whole files, by the names that they register."""
+
+
+def test_every_family_has_an_example() -> None:
+    heads = re.findall(r"^## (\w+)$", GUIDE.read_text(encoding="utf-8"), re.MULTILINE)
+    families = {entry.family for entry in entries()}
+    assert families <= set(heads)
+    assert len(FILES) >= len(families - {"search"})  # which points to a file
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_an_example_is_as_clean_as_a_method(name: str) -> None:
+    for command in (["check"], ["format", "--check"]):
+        path = f"src/pliant/methods/family/{name}.py"
+        ruff = [sys.executable, "-m", "ruff", *command, "--stdin-filename", path, "-"]
+        done = subprocess.run(ruff, input=FILES[name], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow  # mypy reads what the examples import
+@pytest.mark.timeout(600)  # where it has not read it before
+def test_examples_have_sound_types(tmp_path: Path) -> None:
+    for name, text in FILES.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    mypy = [sys.executable, "-m", "mypy", *(str(tmp_path / f"{name}.py") for name in FILES)]
+    done = subprocess.run(mypy, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.slow  # all checks of a method
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", FILES)
+def test_an_example_passes_every_check(name: str, desk: Path) -> None:
+    (desk / f"{name}_example.py").write_text(FILES[name])
+    source = ModuleType(f"docs.{name}_example")
+    source.__file__ = str(desk / f"{name}_example.py")
+    sys.modules[source.__name__] = source
+    exec(compile(FILES[name], source.__file__, "exec"), vars(source))
+    check_method(name)
+
+
+def test_options_are_shown_as_the_guide_says() -> None:
+    known: dict[str, Any] = {"Annotated": Annotated, "In": In, "Literal": Literal}
+    rows = re.findall(
+        r"^\| `\w+: (.+?) = .*?` \| .+? \| (.+?) \|$",
+        GUIDE.read_text(encoding="utf-8"),
+        re.MULTILINE,
+    )
+    assert len(rows) > 5
+    for declared, shown in rows:
+        assert say(eval(declared.replace("\\|", "|"), known)) == shown
 
 
 def test_make_targets_exist() -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,10 +16,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, Dataset, TensorDataset
 
-from pliant.data import Data, Train
+from pliant.compose import together
+from pliant.data import Data, Epoch, Train, unpack
 from pliant.drivers.check import check_data
 from pliant.drivers.loop import evaluate, fit, optimizer_of, rate
 from pliant.edits import Factor
@@ -90,6 +92,53 @@ class Entropy(Method):
         return loss + 0.1 * (shares.exp() * shares).sum(1).mean() * scale
 
 
+@dataclass(frozen=True)
+class Ahead(Method):
+    """Two batches: the gradient step on one of them shall help another (order 2 or 1)."""
+
+    alpha: float = 0.1
+    order: int = 2
+
+    def refuse(self, run: Run) -> None:
+        if not run.has_inputs:
+            raise DataError("Ahead draws a second batch at every step: pass data.")
+
+    def loss(self, run: Run, loss: Tensor, output: Any, batch: Any) -> Tensor:
+        inputs, labels = run.draw(len(unpack(batch)[1]))
+        names, weights = zip(*run.model.named_parameters(), strict=True)
+        grads = torch.autograd.grad(loss, weights, create_graph=self.order == 2, retain_graph=True)
+        moved = [w - self.alpha * g for w, g in zip(weights, grads, strict=True)]
+        apart = {name: buffer.clone() for name, buffer in run.model.named_buffers()}
+        values = {**apart, **dict(zip(names, moved, strict=True))}
+        args, named = ((), inputs) if isinstance(inputs, dict) else (inputs, {})
+        return loss + run.criterion(functional_call(run.model, values, args, named), labels)
+
+
+@dataclass(frozen=True)
+class Growing(Method):
+    """Data by epoch: a share and a batch that grow, a rate that falls; then chosen rows."""
+
+    def epoch(self, epoch: Epoch, data: Data) -> Epoch:
+        if epoch.number == 2:
+            rows = torch.arange(0, data.rows(), 2)
+            return replace(epoch, samples=rows, batch=epoch.batch // 2, rate=0.25)
+        if epoch.number == 1:
+            return replace(epoch, batch=2 * epoch.batch, rate=0.5)
+        return replace(epoch, samples=0.5)
+
+
+@dataclass(frozen=True)
+class Doubting(Method):
+    """Weighs samples by what they lose beside the running mean of what samples lost."""
+
+    def prepare(self, run: Run) -> None:
+        run.state["mean"] = torch.ones(())
+
+    def weigh(self, run: Run, losses: Tensor, output: Any, batch: Any) -> Tensor:
+        run.state["mean"] += 0.1 * (losses.mean() - run.state["mean"])
+        return (losses < run.state["mean"]).to(losses.dtype) + 0.5
+
+
 # ------------------------------------------------------------------ the toy
 
 
@@ -130,9 +179,24 @@ def loader() -> DataLoader[Any]:
     return DataLoader(TensorDataset(*samples()), batch_size=BATCH)
 
 
-def begin(method: Method, model: nn.Module, accumulate: int = 1) -> Run:
-    example = (torch.zeros(1, 3, 6, 6),)
-    return start(model, method, example=example, steps=STEPS // accumulate, seed=3)
+class Named(Dataset[dict[str, Tensor]]):
+    """The samples as the Trainer of Transformers wants them."""
+
+    def __len__(self) -> int:
+        return SAMPLES
+
+    def __getitem__(self, row: int) -> dict[str, Tensor]:
+        images, labels = samples()
+        return {"images": images[row], "labels": labels[row]}
+
+
+def begin(method: Method, model: nn.Module, accumulate: int = 1, data: Data | None = None) -> Run:
+    """Start a run; one that chooses its data is told of the epochs."""
+    told: dict[str, Any] = {"steps": STEPS // accumulate}
+    if uses(method, "epoch"):
+        told = {"epochs": EPOCHS, "batch": BATCH}
+    data = data or Data(samples() if uses(method, "epoch") else loader())
+    return start(model, method, example=(torch.zeros(1, 3, 6, 6),), data=data, seed=3, **told)
 
 
 # ------------------------------------------------------------------ the four ways
@@ -144,10 +208,11 @@ def plain(method: Method, train: Train, accumulate: int = 1) -> Run:
     run.optimizer = optimizer = optimizer_of(run.model, train)
     run.model.train()
     for _ in range(EPOCHS):
-        for number, batch in enumerate(loader(), 1):
+        for number, batch in enumerate(run.batches() if run.epochs else loader(), 1):
             inputs, labels = batch
             output = run.model(inputs)
-            loss = run.loss(F.cross_entropy(output, labels), output, batch)
+            loss = F.cross_entropy(output, labels, reduction=run.reduction)
+            loss = run.loss(loss, output, batch)
             (loss / accumulate).backward()
             if number % accumulate:
                 continue
@@ -166,7 +231,8 @@ def plain(method: Method, train: Train, accumulate: int = 1) -> Run:
 
 def loop(method: Method, train: Train, accumulate: int = 1) -> Run:
     run = begin(method, net())
-    fit(run, Data(loader()), train)
+    assert run.data is not None
+    fit(run, run.data, train)
     return run
 
 
@@ -196,7 +262,8 @@ def lightning(
 
         def training_step(self, batch: Any, index: int) -> Tensor:
             output = self.net(batch[0])
-            return run.loss(F.cross_entropy(output, batch[1]), output, batch)
+            loss = F.cross_entropy(output, batch[1], reduction=run.reduction)
+            return run.loss(loss, output, batch)
 
         def configure_optimizers(self) -> Any:
             optimizer, scheduler = schedule(run, train)
@@ -218,7 +285,7 @@ def lightning(
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer.fit(Lit(), loader(), ckpt_path=ckpt_path)
+        trainer.fit(Lit(), run.batches() if run.epochs else loader(), ckpt_path=ckpt_path)
     return run
 
 
@@ -235,13 +302,18 @@ class Labelled(nn.Module):
         return {**loss, "logits": logits}
 
 
+def asks(method: Method) -> bool:
+    return uses(method, "loss") or uses(method, "weigh")
+
+
 def transformers(
     method: Method, train: Train, accumulate: int = 1, folder: Any = "unused", resume: Any = None
 ) -> Run:
     hf = pytest.importorskip("transformers")
     from pliant.drivers.hf import PliantCallback, loss_function
 
-    run = begin(method, net() if folder == "unused" else contiguous(), accumulate)
+    data = Data(Named()) if uses(method, "epoch") else None
+    run = begin(method, net() if folder == "unused" else contiguous(), accumulate, data)
     callback = PliantCallback(run)
     if resume is not None:
         callback.restore(resume)
@@ -249,11 +321,14 @@ def transformers(
 
     class Ordered(hf.Trainer):  # type: ignore[name-defined]
         def get_train_dataloader(self) -> Any:
-            return DataLoader(rows, batch_size=BATCH)  # type: ignore[arg-type]
+            loader = DataLoader(rows, batch_size=BATCH)  # type: ignore[arg-type]
+            return run.batches() if run.epochs else loader
 
     arguments = hf.TrainingArguments(
         str(folder),
         num_train_epochs=EPOCHS,
+        max_steps=run.steps if run.epochs else -1,
+        ignore_data_skip=run.epochs is not None,
         gradient_accumulation_steps=accumulate,
         max_grad_norm=train.clip or 0.0,
         report_to="none",
@@ -269,7 +344,7 @@ def transformers(
         train_dataset=rows,
         callbacks=[callback],
         optimizers=schedule(run, train),
-        compute_loss_func=loss_function(run) if uses(method, "loss") else None,
+        compute_loss_func=loss_function(run) if asks(method) else None,
     )
     trainer.remove_callback(hf.PrinterCallback)
     trainer.train(resume_from_checkpoint=resume)
@@ -299,6 +374,12 @@ CASES = {
     "factor midway, adamw": (Midway(), ADAMW),
     "penalty, adamw": (Shrink(), ADAMW),
     "loss": (Entropy(), SGD),
+    "two batches": (Ahead(), SGD),
+    "two batches, first order": (Ahead(order=1), ADAMW),
+    "data by epoch": (Growing(), SGD),
+    "data by epoch, adamw": (Growing(), ADAMW),
+    "weighed samples": (Doubting(), SGD),
+    "all at once": (together(Doubting(), Growing(), Ahead(), Midway(), Shrink()), SGD),
     "clip": (Entropy(), Train(epochs=EPOCHS, batch=BATCH, lr=0.05, clip=0.1, device="cpu")),
 }
 
@@ -311,13 +392,19 @@ def test_the_four_ways_agree_to_the_last_bit(case: str, way: str) -> None:
     untouched = net().state_dict()
     expected, run = plain(method, train), WAYS[way](method, train, 1)
     assert not torch.equal(untouched["head.weight"], run.model.state_dict()["head.weight"])
-    assert run.step == STEPS and run.epoch == EPOCHS and run.finished
+    steps = expected.steps if uses(method, "epoch") else STEPS
+    assert run.step == steps and run.epoch == EPOCHS and run.finished
+    assert steps == (2 + 2 + 4 if uses(method, "epoch") else STEPS)
     assert_same(expected, run)
 
 
 @pytest.mark.slow  # two trainers
 @pytest.mark.parametrize("way", ["lightning", "transformers"])
-@pytest.mark.parametrize("method", [Shrink(), Midway(), Entropy()], ids=lambda m: type(m).__name__)
+@pytest.mark.parametrize(
+    "method",
+    [Shrink(), Midway(), Entropy(), Doubting(), Ahead()],
+    ids=lambda m: type(m).__name__,
+)
 def test_accumulation_agrees_where_a_trainer_has_it(method: Method, way: str) -> None:
     assert_same(plain(method, SGD, 2), WAYS[way](method, SGD, 2))
 
@@ -396,6 +483,149 @@ def test_transformers_resumes_across_an_edit(tmp_path: Any) -> None:
     saved = tmp_path / f"checkpoint-{STEPS // 2 + 1}"
     resumed = transformers(Midway(), SGD, folder=tmp_path, resume=saved)
     assert_same(whole, resumed)
+
+
+@pytest.mark.slow  # three trainings
+def test_lightning_resumes_within_an_epoch_that_a_method_chose(tmp_path: Any) -> None:
+    from lightning.pytorch.callbacks import ModelCheckpoint
+
+    saver = ModelCheckpoint(tmp_path, save_top_k=-1, every_n_train_steps=1)
+    whole = lightning(Growing(), SGD, enable_checkpointing=True, callbacks=[saver])
+    for path in ("epoch=0-step=1.ckpt", "epoch=2-step=6.ckpt"):
+        assert_same(whole, lightning(Growing(), SGD, ckpt_path=tmp_path / path))
+
+
+@pytest.mark.slow  # two trainings
+def test_transformers_resumes_within_an_epoch_that_a_method_chose(tmp_path: Any) -> None:
+    whole = transformers(Growing(), SGD, folder=tmp_path)
+    saved = tmp_path / f"checkpoint-{STEPS // 2 + 1}"  # of 8: within the last epoch
+    assert_same(whole, transformers(Growing(), SGD, folder=tmp_path, resume=saved))
+
+
+def test_trainers_refuse_what_they_cannot_give() -> None:
+    """Epochs that nobody counted, a loss that nobody asked about, a training that ends early."""
+    pytest.importorskip("transformers")
+    from pliant.drivers.hf import PliantCallback as OfTransformers
+
+    example = (torch.zeros(1, 3, 6, 6),)
+    with pytest.raises(MethodError, match=r"Growing chooses .* run\.batches\(\)"):
+        OfTransformers(start(net(), Growing(), example=example, steps=4))
+    with pytest.raises(MethodError, match=r"steps=5"):
+        OfTransformers(begin(Shrink(), net())).on_train_begin(
+            SETTINGS, SimpleNamespace(global_step=0, max_steps=5), None
+        )
+    with pytest.raises(TrainingError, match="max_grad_norm"):
+        OfTransformers(begin(Shrink(), net())).on_train_begin(
+            SimpleNamespace(**{**vars(SETTINGS), "fp16": True}),
+            SimpleNamespace(global_step=0, max_steps=STEPS),
+            None,
+        )
+    with pytest.raises(MethodError, match=r"compute_loss_func=loss_function\(run\)"):
+        OfTransformers(begin(Entropy(), net())).on_pre_optimizer_step(None, None, None)
+
+
+SETTINGS = SimpleNamespace(fp16=False, max_grad_norm=0.0, ignore_data_skip=False)
+
+
+def test_lightning_refuses_what_it_cannot_give() -> None:
+    pl = pytest.importorskip("lightning.pytorch")
+    from pliant.drivers.lightning import PliantCallback
+
+    with pytest.raises(MethodError, match=r"Growing chooses .* run\.batches\(\)"):
+        PliantCallback(start(net(), Growing(), example=(torch.zeros(1, 3, 6, 6),), steps=4))
+    with pytest.raises(MethodError, match="steps=4"):
+        lightning(Shrink(), SGD, max_epochs=1)
+
+    class Deaf(pl.LightningModule):  # type: ignore[name-defined]
+        def __init__(self, run: Run) -> None:
+            super().__init__()
+            self.net = run.model
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            return F.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), 0.1)
+
+    quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    for method, data, sentence in (
+        (Entropy(), None, r"return run\.loss\("),
+        (Growing(), None, r"take the batches of each epoch from run\.batches\(\)"),
+    ):
+        run = begin(method, net(), data=data)
+        trainer = pl.Trainer(
+            max_epochs=EPOCHS,
+            accelerator="cpu",
+            enable_checkpointing=False,
+            callbacks=[PliantCallback(run)],
+            **quiet,
+        )
+        with warnings.catch_warnings(), pytest.raises(MethodError, match=sentence):
+            warnings.simplefilter("ignore")
+            trainer.fit(Deaf(run), loader())
+        assert run.step == 0 and not run.model._forward_hooks
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_lightning_with_two_optimizers(by_hand: bool) -> None:
+    """Lightning steps them by hand, so the run's steps are called by hand; if not, it says so."""
+    pl = pytest.importorskip("lightning.pytorch")
+    from pliant.drivers.lightning import PliantCallback
+
+    run = begin(Midway(), net())
+
+    class Two(pl.LightningModule):  # type: ignore[name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.automatic_optimization = run.model, False
+
+        def training_step(self, batch: Any, index: int) -> None:
+            loss = F.cross_entropy(self.net(batch[0]), batch[1])
+            optimizers = self.optimizers()
+            for each in optimizers:
+                each.zero_grad()
+            self.manual_backward(loss)
+            if by_hand:
+                run.before_step()
+            for each in optimizers:
+                each.step()
+            if by_hand:
+                run.after_step()
+
+        def configure_optimizers(self) -> Any:
+            body = [p for n, p in self.net.named_parameters() if not n.startswith("head")]
+            return [
+                torch.optim.SGD(body, 0.05, momentum=0.9),
+                torch.optim.Adam(self.net.head.parameters(), 0.01),
+            ]
+
+    trainer = pl.Trainer(
+        max_epochs=EPOCHS,
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        callbacks=[PliantCallback(run)],
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if not by_hand:
+            with pytest.raises(TrainingError, match=r"call run\.before_step\(\)"):
+                trainer.fit(Two(), loader())
+            return
+        trainer.fit(Two(), loader())
+    assert run.step == STEPS and run.finished and len(run.edits) == 2
+    held = {id(p) for o in trainer.optimizers for g in o.param_groups for p in g["params"]}
+    assert {id(p) for p in run.model.parameters() if p.grad is not None} <= held
+
+
+def test_lightning_refuses_an_average_that_cannot_follow() -> None:
+    pytest.importorskip("lightning.pytorch")
+    from lightning.pytorch.callbacks import WeightAveraging
+
+    with pytest.raises(TrainingError, match="WeightAveraging keeps still has the old"):
+        lightning(Midway(), SGD, callbacks=[WeightAveraging()])
 
 
 def test_lightning_refuses_a_checkpoint_without_the_run(tmp_path: Any) -> None:

@@ -21,8 +21,8 @@ from pliant.cost import cost, layer_costs
 from pliant.data import Data, Train
 from pliant.edits import Prune, from_json, replay, to_json
 from pliant.errors import EditError, ModelError
-from pliant.families.prune.channels import after
-from pliant.families.prune.cut import Rounds
+from pliant.families.prune.allocate import after
+from pliant.families.prune.schedule import Schedule
 from pliant.surgery.batchnorm import absorb
 from pliant.surgery.graph import Group
 from pliant.surgery.optim import carry
@@ -221,7 +221,7 @@ def test_outputs_in_an_object_of_any_kind_stay() -> None:
     layers = nn.Sequential(conv(3, 6), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 64, 10))
     groups, reasons = cuttable(Net(lambda net, x: Answer(net.all(x)), all=layers), IMAGE)
     assert len(groups) == 1 and reasons["all.3"] == "its channels are outputs of the network"
-    with pytest.raises(ModelError, match="no tensor of floating point in its Answer: wrap it"):
+    with pytest.raises(ModelError, match="its Answer holds none: wrap the network"):
         cuttable(Net(lambda net, x: Answer(net.all(x).argmax(1)), all=layers), IMAGE)
 
 
@@ -320,11 +320,12 @@ def test_a_constant_is_put_into_the_next_bias() -> None:
 
 
 def test_rounds_go_equal_parts_of_the_way() -> None:
-    rounds = Rounds(0.5, 0.0, 4, 0.5)
-    assert [rounds.due(p) for p in (0, 0.1, 0.125, 0.3, 0.49, 0.5, 1)] == [1, 1, 2, 3, 4, 4, 4]
+    schedule = Schedule(4, 0.0, 0.5)
+    due = [schedule.due(step, 1000) for step in (0, 100, 125, 300, 490, 500, 1000)]
+    assert due == [1, 1, 2, 3, 4, 4, 4]
     left = 1.0
     for done in range(4):
-        left *= 1 - rounds.step_share(done, final=False)
+        left *= 1 - schedule.ratio(0.5, done, done + 1)
         assert left == pytest.approx(1 - 0.5 * (done + 1) / 4)
 
 

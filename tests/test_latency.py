@@ -21,7 +21,7 @@ from pliant.budget import Budget
 from pliant.cli import app
 from pliant.cost import Cost
 from pliant.errors import BudgetError, ChainError, MethodError, ModelError
-from pliant.families.prune.channels import Place, in_blocks
+from pliant.families.prune.ranking import Unit, in_blocks
 from pliant.latency import LatencyTable, Target, compare, measure, runtimes
 from pliant.latency.clock import Clock
 from pliant.latency.compare import BUILDS, _rounds, compared, of_builds, timing
@@ -860,13 +860,13 @@ def test_scores_from_data_leave_for_milliseconds():
 
 def test_units_leave_by_blocks():
     """Of six, two leave first, so that four stay; four more would leave fewer than may."""
-    places = [Place(level, "a", unit) for level, unit in ((0.1, 3), (0.2, 0), (0.8, 1), (0.9, 2))]
-    places += [Place(0.3, "b", 0), Place(0.4, "b", 1)]
+    units = [Unit(level, "a", unit) for level, unit in ((0.1, 3), (0.2, 0), (0.8, 1), (0.9, 2))]
+    units += [Unit(0.3, "b", 0), Unit(0.4, "b", 1)]
     sizes, steps = {"a": 6, "b": 2}, {"a": 4, "b": 1}
-    found = [[p.unit for p in block] for block in in_blocks(places, sizes, steps)]
+    found = [[u.index for u in block] for block in in_blocks(units, sizes, steps)]
     assert found == [[3, 0], [0], [1]]
-    places += [Place(1.0, "a", 4), Place(1.0, "a", 5)]
-    assert [p.unit for p in in_blocks(places, sizes, steps)[-1]] == [1, 2, 4, 5]
+    units += [Unit(1.0, "a", 4), Unit(1.0, "a", 5)]
+    assert [u.index for u in in_blocks(units, sizes, steps)[-1]] == [1, 2, 4, 5]
 
 
 def test_channels_stay_in_multiples_of_the_step():

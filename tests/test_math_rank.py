@@ -5,9 +5,12 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 from pliant.errors import PliantError
 from pliant.math.rank import energy_rank, evbmf_rank, numerical_rank
+from pliant.math.svd import spectrum, unfold
+from tests.conftest import needs_data
 
 
 def test_energy_rank_by_hand():
@@ -86,6 +89,58 @@ def test_evbmf_minimises_the_free_energy(rows, columns, rank, noise):
     for seed in range(2):
         sigma = torch.linalg.svdvals(noisy(rows, columns, rank, noise, seed))
         assert evbmf_rank(sigma, (rows, columns)) == brute_force_rank(sigma.numpy(), rows, columns)
+
+
+def lowest_of_a_fine_grid(sigma, small, large, points=100_000):
+    """The rank at the lowest of many values of the free energy, each by theorems 2 and 4.
+
+    No Gaussian noise belies a component whose x = gamma^2 / (large variance) is at the edge: there
+    its free energies with a mean and without one are equal, which gives the edge by bisection.
+    """
+    alpha = small / large
+
+    def signal(x):
+        shifted = np.maximum(x - (1 + alpha), 2 * np.sqrt(alpha))
+        tau = (shifted + np.sqrt(np.maximum(shifted**2 - 4 * alpha, 0))) / 2
+        return x - tau + np.log((tau + 1) / x) + alpha * np.log(tau / alpha + 1)
+
+    low, high = (1 + np.sqrt(alpha)) ** 2, 100.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (low, middle) if signal(middle) < middle - np.log(middle) else (middle, high)
+    energy = np.maximum(sigma**2, sigma.max() ** 2 * 1e-13) / large
+    grid = np.linspace(np.log(energy.min() / high), np.log(energy.mean()), points)
+    best = (np.inf, 0.0)
+    for part in np.array_split(grid, max(1, points * small // 4_000_000)):
+        x = energy / np.exp(part)[:, None]
+        values = np.where(x > high, signal(x), x - np.log(x)).sum(1)
+        best = min(best, (values.min(), part[values.argmin()]))
+    return int((energy > high * np.exp(best[1])).sum())
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "seed"),
+    [(64, 576, 11), (64, 576, 44), (64, 576, 48), (48, 64, 8), (48, 64, 33), (16, 144, 0)],
+)
+def test_evbmf_finds_the_lowest_of_many_minima(rows, columns, seed):
+    """Spectra that fall slowly, as those of trained kernels do, have a minimum at many ranks."""
+    rng = np.random.default_rng(seed)
+    fall = np.linspace(1, 0, rows) ** rng.uniform(0.5, 2) + 0.02
+    sigma = np.sort(fall * rng.uniform(0.8, 1.2, rows))[::-1].copy()
+    expected = lowest_of_a_fine_grid(sigma, rows, columns)
+    assert evbmf_rank(torch.from_numpy(sigma), (rows, columns)) == expected
+
+
+def test_evbmf_finds_the_lowest_minimum_of_trained_kernels():
+    folder = needs_data("pretrained")
+    for depth in (20, 56):
+        weights = load_file(folder / f"resnet{depth}-cifar10.safetensors")
+        for name, weight in weights.items():
+            for mode in (0, 1) if weight.ndim == 4 else ():
+                rows, columns = unfold(weight, mode).shape
+                sigma = spectrum(weight, mode).double()
+                expected = lowest_of_a_fine_grid(sigma.numpy(), rows, columns, points=50_000)
+                assert evbmf_rank(sigma, (rows, columns)) == expected, f"{name}, mode {mode}"
 
 
 def test_evbmf_of_an_exact_or_empty_matrix():

@@ -19,7 +19,6 @@ from pliant.cost import cost
 from pliant.data import Data
 from pliant.edits import Fold, Quantize, from_json, replay, to_json
 from pliant.errors import BudgetError, EditError, MethodError, ModelError
-from pliant.families.quantize.tuning import block_errors
 from pliant.files.onnx import to_onnx
 from pliant.math.quantize import best_scales, grouping
 from pliant.methods.quantize.groupwise_ptq import GroupwisePTQ
@@ -174,18 +173,15 @@ def test_outputs_that_no_layer_reads() -> None:
     assert unread(model, layers, (noise(1, 3, 8, 8),)) == ["layer1.0.conv2", "linear"]
 
 
-def test_stage_one_lowers_the_error_of_blocks_on_unseen_inputs() -> None:
-    data, options = images(), {**QUICK, "samples": 32, "batch": 16, "joint": 0, "lr": 1e-3}
-    teacher = convnet()
-    replay(teacher, foldable(teacher, data.example()))
-    errors = []
-    for steps in (0, 40):
-        model = convnet()
-        method = GroupwisePTQ(bits=3, **{**options, "independent": steps, "scale_lr": 0.01})
-        start(model, method, data=data).finish()
-        unseen = [(noise(64, 3, 8, 8, seed=9),)]
-        errors.append(block_errors(teacher, model, ["layer1.0"], unseen)["layer1.0"])
-    assert errors[1] < 0.8 * errors[0]
+def test_stage_one_lowers_the_error_of_blocks_on_inputs_held_out() -> None:
+    """The whole network may still be better as it was: then it stays so."""
+    options = {**QUICK, "samples": 32, "batch": 16, "joint": 0, "independent": 100}
+    run = start(convnet(), GroupwisePTQ(bits=3, **options, scale_lr=0.01), data=images())
+    run.finish()
+    (errors,) = [row["errors"] for row in run.log if row.get("stage") == "independent"]
+    before, after = (sum(pair[place] for pair in errors.values()) for place in (0, 1))
+    assert after < 0.9 * before
+    assert all(pair[1] <= pair[0] for pair in errors.values())
 
 
 def test_labels_have_no_part_in_it() -> None:

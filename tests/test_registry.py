@@ -4,14 +4,33 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import pytest
+import torch
+from torch import nn
 
+import pliant
 from pliant import registry
+from pliant.compose import Together
 from pliant.errors import MethodError
 from pliant.method import Method
-from pliant.registry import Paper, build, construct, entries, entry_of, get, plain, register, say
+from pliant.registry import (
+    In,
+    Paper,
+    build,
+    check_options,
+    construct,
+    entries,
+    entry_of,
+    get,
+    plain,
+    register,
+)
+from pliant.registry.options import rows, say
+
+if TYPE_CHECKING:
+    from decimal import Decimal
 
 PAPER = Paper("Title", "A. Author", "Venue", 2020)
 
@@ -211,6 +230,94 @@ def test_annotations_in_words():
     assert say(tuple[str, ...]) == "a list of str"
     assert say(tuple[int, float]) == "(int, float)"
     assert say(Literal["a", 1]) == 'one of "a", 1'
+    assert say(Literal[0] | Annotated[int, In(2, 8)]) == "0 or int in 2..8"
+    assert say(Annotated[float, In(0, 1, "low")] | None) == "float above 0 and at most 1 or None"
+
+
+# ------------------------------------------------------------------ ranges
+
+
+@dataclass(frozen=True)
+class Ranged(Method):
+    """Has options with ranges of every kind."""
+
+    share: Annotated[float, In(0, 1)] = 0.5  # closed
+    below: Annotated[float, In(0, 1, "high")] = 0.5  # one end is open
+    bound: Annotated[float, In(0, open="low")] | None = None  # no upper end, or nothing
+    # a comment of its own,
+    # on two lines
+    bits: Literal[0] | Annotated[int, In(2, 8)] = 4
+    each: tuple[Annotated[int, In(1)], ...] = ()
+
+
+OUT_OF_RANGE = [
+    ({"share": -0.1}, "share must be float in 0..1, not -0.1"),
+    ({"share": 1.1}, "share must be float in 0..1, not 1.1"),
+    ({"share": float("nan")}, "share must be float in 0..1, not nan"),
+    ({"below": 1.0}, "below must be float of at least 0 and below 1, not 1.0"),
+    ({"bound": 0.0}, "bound must be float above 0 or None, not 0.0"),
+    ({"bound": float("inf")}, "bound must be float above 0 or None, not inf"),
+    ({"bits": 1}, "bits must be 0 or int in 2..8, not 1"),
+    ({"bits": 4.0}, "bits must be 0 or int in 2..8, not 4.0"),
+    ({"each": (1, 0)}, "each must be a list of int of at least 1, not (1, 0)"),
+]
+
+
+def test_values_within_their_range_are_taken():
+    register("ranged", paper=PAPER)(Ranged)
+    for options in (
+        *({}, {"share": 0}, {"share": 1}, {"below": 0.0}, {"bound": 1e-9}, {"bound": 1e30}),
+        *({"bits": 0}, {"bits": 2}, {"bits": 8}, {"each": [1, 2]}),
+    ):
+        assert construct("ranged", options)
+
+
+@pytest.mark.parametrize(("options", "message"), OUT_OF_RANGE)
+def test_values_out_of_range_are_refused_wherever_they_come_in(options, message):
+    register("ranged", paper=PAPER)(Ranged)
+    method, model = Ranged(**options), nn.Linear(3, 2)
+    for use in (
+        lambda: construct("ranged", options),
+        lambda: pliant.start(model, method, example=(torch.zeros(1, 3),)),
+        lambda: pliant.compress(model, None, method, example=torch.zeros(1, 3)),
+        lambda: pliant.chain("energy", method),
+        lambda: check_options(Together((Method(), method))),
+    ):
+        with pytest.raises(MethodError) as error:
+            use()
+        assert str(error.value) == f"ranged: {message}."
+
+
+def test_solvers_and_probes_are_checked_too():
+    @dataclass(frozen=True)
+    class Mean:
+        """Fills in a constant."""
+
+        value: Annotated[float, In(0, 1)] = 0.5
+
+        def recover(self, x, known, generator):
+            """Never called."""
+            raise AssertionError
+
+    with pytest.raises(MethodError, match=r"Mean: value must be float in 0\.\.1, not 2"):
+        pliant.recover(torch.ones(2, 2), None, Mean(2))
+
+
+def test_options_are_shown_with_ranges_and_comments():
+    shown = {row.name: (row.type, row.text) for row in rows(Ranged)}
+    assert shown["share"] == ("float in 0..1", "closed")
+    assert shown["bits"] == ("0 or int in 2..8", "a comment of its own, on two lines")
+    assert shown["each"][1] == ""
+
+
+def test_annotations_for_type_checkers_only_do_no_harm():
+    @dataclass(frozen=True)
+    class Lazy(Method):
+        """Is not registered."""
+
+        exact: "Decimal | None" = None
+
+    check_options(Lazy())
 
 
 # ------------------------------------------------------------------ discovery
@@ -283,3 +390,39 @@ def test_a_broken_package_is_named(monkeypatch, forget):
     monkeypatch.setattr(registry, "entry_points", lambda group: [point])
     with pytest.raises(MethodError, match="my_package.mine cannot be imported .*gone"):
         entries()
+
+
+# ------------------------------------------------------------------ options renamed and fixed
+
+
+@dataclass(frozen=True)
+class Wide(Method):
+    """Has two options."""
+
+    ratio: float = 0.5  # what leaves
+    scope: str = "global"  # where
+
+
+def test_an_option_goes_by_its_old_name_with_a_warning():
+    register("wide", paper=PAPER, renamed={"share": "ratio"})(Wide)
+    with pytest.warns(DeprecationWarning, match="option share is now called ratio") as said:
+        assert build("wide(share=0.25)") == Wide(0.25)
+    assert said[0].filename == __file__  # whoever wrote it is shown the line
+    assert plain(Wide(0.25))["options"] == {"ratio": 0.25, "scope": "global"}
+    with pytest.raises(MethodError, match="share is now called ratio: give one"):
+        construct("wide", {"share": 0.1, "ratio": 0.2})
+
+
+def test_an_option_that_a_class_fixes_is_none_of_its_options():
+    @dataclass(frozen=True)
+    class Narrow(Wide):
+        """Has one option."""
+
+        scope: str = field(default="local", init=False)
+
+    register("narrow", paper=PAPER)(Narrow)
+    assert plain(build("narrow(ratio=0.1)"))["options"] == {"ratio": 0.1}
+    assert [row.name for row in registry.options(get("narrow"))] == ["ratio"]
+    assert [row.text for row in registry.options(get("narrow"))] == ["what leaves"]  # as inherited
+    with pytest.raises(MethodError, match="has no option 'scope'"):
+        build("narrow(scope='global')")

@@ -413,3 +413,12 @@ def test_an_expert_without_samples_is_no_error_and_counts_as_the_others() -> Non
     data = (x, torch.zeros(64, dtype=torch.long))
     rows = pliant.compress(model, data, "nrmf(samples=64)", "params=0.6").report.layers
     assert not any(row.reason == "never called in a forward pass" for row in rows)
+
+
+@pytest.mark.parametrize("method", ["energy(samples=64)", "groupwise_ptq(independent=2)"])
+def test_networks_with_experts_without_samples_stay_sound(method: str) -> None:
+    torch.manual_seed(0)
+    model, x = Routed(), torch.randn(64, 6)
+    data = (x, torch.zeros(64, dtype=torch.long))
+    result = pliant.compress(model, data, method, strict=False)
+    assert torch.isfinite(result.model(x)).all() and result.edits

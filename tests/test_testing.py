@@ -1,8 +1,9 @@
 """The checks bite: each is shown a method that breaks what it guards."""
 
 import itertools
+import sys
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import torch
@@ -13,15 +14,17 @@ from pliant import registry
 from pliant.cost import LayerCost
 from pliant.data import Data
 from pliant.edits import EDITS, Factor
-from pliant.errors import MethodError, ModelError
+from pliant.errors import DataError, MethodError, ModelError
 from pliant.method import Method
-from pliant.registry import Paper, register
+from pliant.registry import In, Paper, register
+from pliant.result import Solution
 from pliant.run import Run
-from pliant.testing import TOYS, Case, Toy, check_method, checks, checks_for
-from pliant.testing.checks import _Bench
+from pliant.testing import TOYS, Case, Toy, check_method, checks, checks_for, described, trial
+from pliant.testing.checks import Suite
 
 PAPER = Paper("Title", "A. Author", "Venue", 2020, "https://example.org")
 PLAIN = TOYS["plain"]
+EXPORTS = Suite.exports
 
 
 @pytest.fixture(autouse=True)
@@ -33,7 +36,7 @@ def own_list(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture(autouse=True)
 def no_export(monkeypatch: pytest.MonkeyPatch) -> None:
     """The export takes seconds, and the conformance suite makes it."""
-    monkeypatch.setattr(_Bench, "exports", lambda bench, toy: None)
+    monkeypatch.setattr(Suite, "exports", lambda suite: None)
 
 
 def failing(method: Any, toy: Toy = PLAIN) -> set[str]:
@@ -301,3 +304,121 @@ def test_networks_of_keywords_and_dicts():
     batches = [{"ids": ids[i : i + 8], "labels": torch.arange(8) % 4} for i in (0, 8)]
     words = Toy("words", Words, given=Data(batches, classes=4))
     assert failing(registry.build("energy"), words) == set()
+
+
+# ------------------------------------------------------------------ what is refused, and shared
+
+
+@dataclass(frozen=True)
+class Choosy(Method):
+    """Refuses networks by its options."""
+
+    depth: int = 0  # most layers it takes
+    late: bool = False  # refuse at the end, when all work is done
+
+    def prepare(self, run: Run) -> None:
+        if not self.late:
+            self.finalize(run)
+
+    def finalize(self, run: Run) -> None:
+        if len(run.layers) > self.depth:
+            raise ModelError("There are too many layers.")
+
+
+def named(method: Any, refuses: Any = None) -> dict[str, Any]:
+    return dict(checks(method, tuple(TOYS.values()), refuses=refuses))
+
+
+def test_a_clear_refusal_will_do_as_long_as_one_toy_works():
+    check_method(Choosy(depth=1))  # the smallest toy has one layer
+    with pytest.raises(AssertionError, match="refuses every network .*'There are too many"):
+        named(Choosy(depth=0))["outputs_are_finite"]()
+    with pytest.raises(ModelError):
+        named(Choosy(depth=1, late=True))["handles_residual"]()
+    with pytest.raises(ModelError):  # a case is strict
+        named(Choosy(depth=1), refuses={"residual": "too many"})["handles_grouped"]()
+
+
+def test_a_refusal_must_be_a_sentence():
+    @dataclass(frozen=True)
+    class Curt(Choosy):
+        """Says little."""
+
+        def prepare(self, run: Run) -> None:
+            if len(run.layers) > 1:
+                raise ModelError("no")
+
+    with pytest.raises(AssertionError, match="'no' must be a sentence"):
+        named(Curt())["handles_residual"]()
+
+
+def test_no_check_depends_on_the_order_of_toys(monkeypatch: pytest.MonkeyPatch):
+    exported = []
+    module = sys.modules[Suite.__module__]
+    monkeypatch.setattr(Suite, "exports", EXPORTS)
+    monkeypatch.setattr(module, "to_onnx", lambda model, *_: exported.append(model))
+    monkeypatch.setattr(module, "_EXPORTED", set())
+    for names in (("residual", "bare", "signal"), ("signal", "bare", "residual")):
+        toys = tuple(TOYS[name] for name in names)
+        dict(checks(registry.build("energy"), toys))["exports_to_onnx"]()
+        case = Case("energy", toys=names)
+        assert [toy.name for toy in case.shown()] == ["residual", "bare", "signal"]
+    assert len(exported) == 1  # the smallest, once
+    assert any(isinstance(module, nn.Conv1d) for module in exported[0].modules())
+
+
+def test_a_compression_is_made_once_and_stays_as_it_is(monkeypatch: pytest.MonkeyPatch):
+    calls = []
+    made = trial.compress
+
+    def counted(model: nn.Module, *given: Any, **named: Any) -> Any:
+        calls.append(model)
+        return made(model, *given, **named)
+
+    monkeypatch.setattr(trial, "compress", counted)
+    method = Good(rank=4)  # of this test alone
+    for _ in range(2):
+        assert failing(method) == set()
+    # the one that all read, one to compare its bytes with (never shared), one without training
+    assert len(calls) == 4
+    found = trial.shared_trial(method, PLAIN, None, train=True)
+    assert trial.shared_trial(method, PLAIN, None, train=True) is found
+    assert found.result.edits == (Factor("3", "output", (4,)),)
+    assert not any(module.training for module in found.result.model.modules())
+
+
+def test_odd_values_are_the_ends_of_ranges():
+    @dataclass(frozen=True)
+    class Ends(Method):
+        """Has ranges."""
+
+        share: Annotated[float, In(0, 1, "high")] = 0.5  # half open
+        steps: Annotated[int, In(1)] | None = None  # without an upper end
+        long: Annotated[int, In(1, 100_000)] = 1  # nobody waits for the upper end
+        free: float = 1.0  # without a range
+
+    register("ends", paper=PAPER)(Ends)
+    assert described.odd_values(Ends()) == [
+        *(("share", 0.0), ("share", 1 - 1e-6), ("steps", 1), ("steps", 10**6), ("long", 1)),
+        *(("free", 0.0), ("free", -1.0), ("free", 1e6)),
+    ]
+
+
+def test_problems_are_refused_by_their_data_only():
+    @dataclass(frozen=True)
+    class Vectors:
+        """Groups vectors at random."""
+
+        wrong: bool = False  # fail with sets
+
+        def cluster(self, views: Any, groups: int, generator: torch.Generator) -> Solution:
+            if len(views) > 1 or views[0][0].shape[1] > 1:
+                raise (MethodError if self.wrong else DataError)("One view of vectors is needed.")
+            labels = torch.randint(groups, (len(views[0]),), generator=generator)
+            return Solution({"labels": labels}, ({"round": 0},), True, 1)
+
+    check_method(Vectors())
+    with pytest.raises(AssertionError, match="solves_sets: MethodError"):
+        check_method(Vectors(wrong=True))
+    with pytest.raises(DataError):
+        dict(checks(Vectors(), (), refuses={"sets": "One view"}))["solves_views"]()

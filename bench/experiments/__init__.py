@@ -11,6 +11,7 @@ The code is a module of this folder, named by the settings' "experiment", with
 
 import importlib
 import json
+import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -93,3 +94,25 @@ def pick(cells: Cells, **key: Any) -> Cells:
 def values(cells: Cells, name: str, **key: Any) -> list[float]:
     """Return one value of all cells whose key fits."""
     return [c["values"][name] for c in pick(cells, **key) if c["values"].get(name) is not None]
+
+
+def by_seed(cells: Cells, name: str, **key: Any) -> dict[Any, float]:
+    """Return one value of all cells whose key fits, by their seed (None without one).
+
+    Several cells of one seed are averaged.
+    """
+    found: dict[Any, list[float]] = {}
+    for cell in pick(cells, **key):
+        if (value := cell["values"].get(name)) is not None:
+            found.setdefault(cell["key"].get("seed"), []).append(value)
+    return {seed: statistics.fmean(row) for seed, row in found.items()}
+
+
+def paired(own: Mapping[Any, float], other: Mapping[Any, float], scale: float = 1.0) -> list[float]:
+    """Return the differences of two rivals, one for each seed that both have.
+
+    What has no seed (a checkpoint, a network before any training) stands beside every seed.
+    """
+    if None in other:
+        other = dict.fromkeys(own, other[None])
+    return [round(scale * (own[seed] - other[seed]), 9) for seed in own if seed in other]

@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from bench import tasks
-from bench.claim import claim
+from bench.claim import judged
 from bench.compress import described, scored
-from bench.experiments import Cell, Cells, Table, values
+from bench.experiments import Cell, Cells, Table, by_seed, paired, values
 from bench.stats import mean, plus_minus, spread
 from pliant.budget import Budget
 from pliant.compose import resolve
@@ -59,9 +59,11 @@ def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
         for budget, most in gaps.items()
     ]
     return rows + [
-        _lead(settings, cells, task, budget)
+        _lead(cells, task, asked["champion"], lever, budget)
         for task in settings["tasks"]
         for budget in settings["budgets"]
+        for lever in settings["rivals"]
+        if lever != asked["champion"]
     ]
 
 
@@ -92,25 +94,19 @@ def _of(cells: Cells, name: str, task: str, rival: str, budget: float | None) ->
 
 
 def _gap(cells: Cells, task: str, champion: str, budget: float, most: float) -> dict[str, Any]:
-    dense = mean(_of(cells, "accuracy", task, DENSE, None))
-    own = mean(_of(cells, "accuracy", task, champion, budget))
-    gap = None if dense is None or own is None else 100 * (dense - own)
+    dense = by_seed(cells, "accuracy", task=task, rival=DENSE)
+    own = by_seed(cells, "accuracy", task=task, rival=champion, budget=budget)
     text = f"{task} at {budget:.0%} of the parameters, untrained, is within {most} of dense"
-    return claim(text, gap, "<=", most, "points")
+    return judged(text, [-gap for gap in paired(own, dense, 100)], "<=", most, "points")
 
 
-def _lead(settings: Settings, cells: Cells, task: str, budget: float) -> dict[str, Any]:
-    champion = settings["claims"]["champion"]
-    own = mean(_of(cells, "accuracy", task, champion, budget))
-    means = [
-        mean(_of(cells, "accuracy", task, name, budget))
-        for name in settings["rivals"]
-        if name != champion
-    ]
-    known = [value for value in means if value is not None]
-    lead = None if own is None or not known else 100 * (own - max(known))
-    text = f"{task} at {budget:.0%}: {champion} beats every lever alone"
-    return claim(text, lead, ">", 0, "points")
+def _lead(cells: Cells, task: str, champion: str, lever: str, budget: float) -> dict[str, Any]:
+    own, other = (
+        by_seed(cells, "accuracy", task=task, rival=name, budget=budget)
+        for name in (champion, lever)
+    )
+    text = f"{task} at {budget:.0%}: {champion} beats {lever} alone"
+    return judged(text, paired(own, other, 100), ">", 0, "points")
 
 
 def _table(settings: Settings, cells: Cells, task: str) -> Table:

@@ -9,7 +9,7 @@ import torch
 
 import pliant
 from bench import tasks
-from bench.claim import claim
+from bench.claim import claim, judged
 from bench.experiments import Cell, Cells, Table, pick
 from pliant import zoo
 from pliant.render import words
@@ -58,12 +58,12 @@ def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
     asked, found = settings["claims"], pick(cells, rival=CHAIN)
     v = found[0]["values"] if found else {}
     smaller = v["dense"]["bytes"] / v["file"] if v else None
-    gap = 100 * (v["dense"]["accuracy"] - v["accuracy"]) if v else None
+    gap = [100 * (v["dense"]["accuracy"] - v["accuracy"])] if v else []
     equal = float(v["loads_equal"]) if v else None
     text = "The chain's file is smaller than the float32 state of the dense network: times"
     return [
         claim(text, smaller, ">=", asked["smaller"], "x"),
-        claim("The dense control is more accurate by", gap, "<=", asked["within"], "points"),
+        judged("The dense control is more accurate by", gap, "<=", asked["within"], "points"),
         claim("The loaded file gives the same outputs bit for bit", equal, ">=", 1, ""),
     ]
 

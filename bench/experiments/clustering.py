@@ -1,6 +1,7 @@
 """Clustering sets of vectors: real sets at rising levels of damage, beside what else there is."""
 
 from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -9,8 +10,8 @@ from torch import Tensor
 
 import pliant
 from bench import sets
-from bench.claim import claim
-from bench.experiments import Cell, Cells, Table, values
+from bench.claim import judged
+from bench.experiments import Cell, Cells, Table, by_seed, paired, values
 from bench.stats import mean, plus_minus, spread
 from pliant.errors import require
 from pliant.families.solve.grassmann import centred, points, product_gram
@@ -48,25 +49,21 @@ def measure(cell: Cell, watch: Callable[[dict[str, Any]], None]) -> dict[str, An
 
 
 def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
-    """Say how accuracies compare: over all levels of a task, or at one of them."""
+    """Say how accuracies compare: over all levels of a task, or at some of them."""
     rows = []
     for asked in settings["claims"]:
+        own = _accuracies(settings, cells, asked, "own")
         if "rival" not in asked:
-            found = _accuracies(settings, cells, asked["own"], asked["task"], asked.get("levels"))
-            value = mean(found) if found else None
             text = f"{_where(asked)}: accuracy of {asked['own']}"
-            rows.append(claim(text, value, ">=", asked["least"], "%"))
+            rows.append(judged(text, list(own.values()), ">=", asked["least"], "%"))
             continue
-        lead = _leads(settings, cells, asked)
+        leads = paired(own, _accuracies(settings, cells, asked, "rival"))
         text = f"{_where(asked)}: accuracy of {asked['own']} over that of {asked['rival']}"
         if "most" in asked:
-            value = max(map(abs, lead)) if lead else None
-            text = f"{text}, largest difference"
-            rows.append(claim(text, value, "<=", asked["most"], "points"))
+            apart = [abs(lead) for lead in leads]
+            rows.append(judged(f"{text}, either way", apart, "<=", asked["most"], "points"))
         else:
-            value = mean(lead) - spread(lead) if lead else None  # type: ignore[operator]
-            text = f"{text}, less its spread"
-            rows.append(claim(text, value, ">", asked.get("least", 0), "points"))
+            rows.append(judged(text, leads, ">", asked.get("least", 0), "points"))
     return rows
 
 
@@ -186,29 +183,16 @@ def _spectral(affinity: np.ndarray, groups: int, seed: int) -> np.ndarray:
 
 
 def _accuracies(
-    settings: Settings, cells: Cells, rival: str, task: str, levels: Sequence[str] | None
-) -> list[float]:
-    """Accuracies in % of every seed, each the mean over levels; nothing if one is missing."""
-    rows = []
-    for seed in settings["seeds"]:
-        chosen = levels or settings["tasks"][task]["levels"]
-        found = [
-            values(cells, "accuracy", task=task, level=level, rival=rival, seed=seed)
-            for level in chosen
-        ]
-        if not all(found):
-            return []
-        rows.append(100 * sum(one[0] for one in found) / len(found))
-    return rows
-
-
-def _leads(settings: Settings, cells: Cells, asked: Mapping[str, Any]) -> list[float]:
-    """The lead of one rival over another in every seed, on the same sets."""
-    own, other = (
-        _accuracies(settings, cells, asked[name], asked["task"], asked.get("levels"))
-        for name in ("own", "rival")
-    )
-    return [a - b for a, b in zip(own, other, strict=False)] if own and other else []
+    settings: Settings, cells: Cells, asked: Mapping[str, Any], who: str
+) -> dict[int, float]:
+    """Accuracies in % by seed, each the mean over levels; none where a level is missing."""
+    task = asked["task"]
+    levels = asked.get("levels") or settings["tasks"][task]["levels"]
+    rows = [
+        by_seed(cells, "accuracy", task=task, level=level, rival=asked[who]) for level in levels
+    ]
+    whole = [seed for seed in settings["seeds"] if all(seed in row for row in rows)]
+    return {seed: 100 * fmean(row[seed] for row in rows) for seed in whole}
 
 
 def _where(asked: Mapping[str, Any]) -> str:

@@ -12,8 +12,8 @@ import scipy.sparse
 import torch
 from torch import Tensor, nn
 
-from bench.claim import claim
-from bench.experiments import Cell, Cells, Table, pick, values
+from bench.claim import claim, judged
+from bench.experiments import Cell, Cells, Table, by_seed, paired, pick, values
 from bench.stats import mean, plus_minus
 from pliant import zoo
 from pliant.codecs import address_map, tensors
@@ -139,13 +139,14 @@ def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
     for share in settings["shares"]:
         found = pick(cells, share=share, **point)
         ratios = [c["values"]["dense"] / c["values"]["shac"] for c in found]
-        gap = _gap(cells, again["network"], share, again["level"], again["values"])
+        before = by_seed(cells, "accuracy", network=again["network"], share=DENSE)
+        lost = paired(before, by_seed(cells, "accuracy", share=share, **point), 100)
         over = [c["values"]["shac"] / c["values"]["csc"] for c in found]
         counts = values(cells, "distinct", share=share, **point)
         rows += [
-            claim(f"sHAC, {share}, {place}", mean(ratios), ">=", asked["ratio"], "times smaller"),
-            claim(f"Points lost, {share}, {place}", gap, "<=", asked["points"], "points"),
-            claim(f"sHAC over plain CSC, {share}, {place}", mean(over), "<", asked["csc"], "x"),
+            judged(f"sHAC, {share}, {place}", ratios, ">=", asked["ratio"], "times smaller"),
+            judged(f"Points lost, {share}, {place}", lost, "<=", asked["points"], "points"),
+            judged(f"sHAC over plain CSC, {share}, {place}", over, "<", asked["csc"], "x"),
             claim(
                 f"Distinct values of a layer, {share}, {place}",
                 max(counts, default=None),

@@ -1,6 +1,5 @@
 """What samples of one class, and teachers, are worth beside labels: four small studies."""
 
-import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -8,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.claim import claim
+from bench.claim import claim, judged
 from bench.compress import Values, compress
 from bench.data import cifar10, some
-from bench.experiments import Cell, Cells, Table, values
+from bench.experiments import Cell, Cells, Table, by_seed, paired, values
 from bench.small import cnn, method_of, seeded, step_ratio
 from bench.stats import mean, median, plus_minus, spread
 from pliant import zoo
@@ -63,18 +62,19 @@ def measure(cell: Cell, watch: Callable[[dict[str, Any]], None]) -> Values:
 
 def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
     """Say what the card of the method asks for."""
-    fine = {name: _of(cells, "subclass", name) for name in settings["subclass"]["rivals"]}
-    scratch = {name: _of(cells, "scratch", name) for name in settings["scratch"]["rivals"]}
-    small = {name: _of(cells, "compressed", name) for name in settings["compressed"]["rivals"]}
     steps = median(values(cells, "ratio", study="step"))
     rows = (
-        ("Digits merged in pairs stay as distinct with oskd", _lead(fine, PLAIN), ">="),
-        ("Pulled to the class mean they are less distinct", _lead(fine, ALL), ">"),
-        ("From scratch oskd is no worse than plain training", _lead(scratch, PLAIN), ">="),
-        ("Compressed, kd is better than plain training", _lead(small, PLAIN, "kd"), ">"),
+        ("Digits merged in pairs stay as distinct with oskd", "subclass", OSKD, PLAIN, ">="),
+        ("Pulled to the class mean they are less distinct", "subclass", OSKD, ALL, ">"),
+        ("From scratch oskd is no worse than plain training", "scratch", OSKD, PLAIN, ">="),
+        ("Compressed, kd is better than plain training", "compressed", "kd", PLAIN, ">"),
     )
     ratio = claim("A step with oskd over a plain one", steps, "<=", settings["claims"]["step"], "x")
-    return [*(claim(text, lead, how, 0, "points") for text, lead, how in rows), ratio]
+    leads = (
+        judged(text, _leads(cells, study, own, other), how, 0, "points")
+        for text, study, own, other, how in rows
+    )
+    return [*leads, ratio]
 
 
 def summary(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
@@ -114,14 +114,10 @@ def _table(settings: Settings, cells: Cells, study: str, title: str) -> Table:
     return Table(title, head, rows)
 
 
-def _of(cells: Cells, study: str, rival: str) -> list[float]:
-    return values(cells, STUDIES[study], study=study, rival=rival)
-
-
-def _lead(found: Mapping[str, list[float]], other: str, own: str = OSKD) -> float | None:
-    if not found.get(own) or not found.get(other):
-        return None
-    return 100 * (statistics.fmean(found[own]) - statistics.fmean(found[other]))
+def _leads(cells: Cells, study: str, own: str, other: str) -> list[float]:
+    """Points of a study's score by which one training is ahead of another, for each seed."""
+    pair = (by_seed(cells, STUDIES[study], study=study, rival=name) for name in (own, other))
+    return paired(*pair, scale=100)
 
 
 def _method(spec: str) -> Method:

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.claim import claim
+from bench.claim import claim, judged
 from bench.compress import scored
 from bench.data import cifar10
-from bench.experiments import Cell, Cells, Table, values
+from bench.experiments import Cell, Cells, Table, by_seed, paired, values
 from bench.stats import mean, median, plus_minus, spread
 from pliant.compose import resolve
 from pliant.data import Data, Train
@@ -66,13 +66,13 @@ def measure(cell: Cell, watch: Watch) -> dict[str, Any]:
 def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
     """Say what the search costs, that skips do not take over, and that it was worth it."""
     asked = settings["claims"]
-    skips, theirs = (mean(values(cells, "skips", rival=name)) for name in ("edarts", "darts"))
+    skips, theirs = (by_seed(cells, "skips", rival=name) for name in ("edarts", "darts"))
     ours, darts, drawn = (
-        mean(values(cells, "accuracy", rival=name)) for name in ("edarts", "darts", RANDOM)
+        by_seed(cells, "accuracy", rival=name) for name in ("edarts", "darts", RANDOM)
     )
+    rank = _rank(cells, asked["best"])
     times = values(cells, "epoch_share", rival=TIMING)
     memory = values(cells, "memory_share", rival=TIMING)
-    best = asked["best"]
     return [
         claim(
             "An epoch of eDARTS, after its warm-up, as a share of one of DARTS",
@@ -82,25 +82,25 @@ def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
             "What a step of eDARTS keeps for its backward pass, as a share of DARTS",
             *(mean(memory), "<", 1, "x"),
         ),
-        claim(
+        judged(
             "Skip connections in the normal cell of eDARTS, no limit set, mean over the seeds",
-            *(skips, "<=", asked["most_skips"], "skips"),
+            *(list(skips.values()), "<=", asked["most_skips"], "skips"),
         ),
-        claim(
+        judged(
             "Skip connections in the normal cell: eDARTS less DARTS",
-            *(_difference(skips, theirs), "<", 0, "skips"),
+            *(paired(skips, theirs), "<", 0, "skips"),
         ),
-        claim(
+        judged(
             "The cell of eDARTS, trained from scratch, less that of DARTS",
-            *(_difference(ours, darts, 100), ">=", -asked["behind_darts"], "points"),
+            *(paired(ours, darts, 100), ">=", -asked["behind_darts"], "points"),
         ),
-        claim(
+        judged(
             "The cell of eDARTS less random operations on the same wiring",
-            *(_difference(ours, drawn, 100), ">", 0, "points"),
+            *(paired(ours, drawn, 100), ">", 0, "points"),
         ),
-        claim(
-            f"Rank of {best} among cells of a single operation",
-            *(_rank(cells, best), "<=", asked["rank"], ""),
+        judged(
+            f"Rank of {asked['best']} among cells of a single operation",
+            *([] if rank is None else [rank], "<=", asked["rank"], ""),
         ),
     ]
 
@@ -256,10 +256,6 @@ def _kept(network: CellNetwork, x: Tensor, labels: Tensor) -> int:
 
 
 # ---------------------------------------------------------------- claims and tables
-
-
-def _difference(one: float | None, other: float | None, scale: float = 1) -> float | None:
-    return None if one is None or other is None else scale * (one - other)
 
 
 def _ranked(cells: Cells) -> list[tuple[str, float]]:

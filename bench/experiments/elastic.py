@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from bench import tasks
-from bench.claim import claim
+from bench.claim import claim, judged
 from bench.compress import compress, scored
-from bench.experiments import Cell, Cells, Table, pick, values
+from bench.experiments import Cell, Cells, Table, by_seed, paired, pick, values
 from bench.stats import mean, plus_minus
 from pliant import load, zoo
 from pliant.budget import Budget
@@ -117,11 +117,11 @@ def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
     asked, rows = settings["claims"], []
     for name, apart in _beside(settings):
         for budget in budgets(settings):
-            one = mean(_elastic(cells, name, budget, "accuracy"))
-            other = mean(values(_apart(settings, cells, name, apart), "accuracy", budget=budget))
-            gap = 100 * (other - one) if one is not None and other is not None else None
+            one = _by_seed(cells, name, budget, "accuracy")
+            others = _apart(settings, cells, name, apart)
+            gaps = paired(by_seed(others, "accuracy", budget=budget), one, 100)
             text = f"{name}: at {budget:.0%} of the parameters behind one trained {apart} by"
-            rows.append(claim(text, gap, "<=", asked["gap"], "points"))
+            rows.append(judged(text, gaps, "<=", asked["gap"], "points"))
     for name in PAIRS:
         for kind, what in (("steps", "optimizer steps"), ("seconds", "seconds")):
             text = f"{name}: share of the {what} of {settings['sizes']} trainings that one takes"
@@ -182,8 +182,16 @@ def _apart(settings: Settings, cells: Cells, name: str, apart: str) -> Cells:
 
 
 def _elastic(cells: Cells, name: str, budget: float, what: str) -> list[float]:
-    found = [row for cell in pick(cells, rival=name) for row in cell["values"]["sizes"]]
-    return [row[what] for row in found if row["budget"] == budget]
+    return list(_by_seed(cells, name, budget, what).values())
+
+
+def _by_seed(cells: Cells, name: str, budget: float, what: str) -> dict[int, float]:
+    return {
+        cell["key"]["seed"]: row[what]
+        for cell in pick(cells, rival=name)
+        for row in cell["values"]["sizes"]
+        if row["budget"] == budget
+    }
 
 
 def _spent(settings: Settings, cells: Cells, name: str, kind: str) -> float | None:

@@ -7,9 +7,9 @@ from itertools import pairwise
 from typing import Any
 
 from bench import tasks
-from bench.claim import claim
+from bench.claim import claim, judged
 from bench.compress import compress, scored
-from bench.experiments import Cell, Cells, Table, fourway, pick, values
+from bench.experiments import Cell, Cells, Table, by_seed, fourway, paired, pick, values
 from bench.stats import mean, plus_minus, spread
 from pliant.compose import resolve
 from pliant.data import Train
@@ -66,17 +66,13 @@ def measure(cell: Cell, watch: Watch) -> dict[str, Any]:
 
 
 def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
-    """Say whether the champion is first, near the dense network, and the order as expected."""
+    """Say whom the champion leads, whether the order is as expected, and how near dense is."""
     wanted = settings["claims"]
-    rows: list[dict[str, Any]] = []
-    for budget in settings["budgets"] if wanted["rivals"] else ():
-        rows += _first(settings, cells, budget)
-    for budget in settings["budgets"]:
-        rows += _ordered(settings, cells, budget)
+    rows = [row for budget in settings["budgets"] for row in _ahead(settings, cells, budget)]
     for budget, most in wanted.get("gap_to_dense", {}).items():
         rows.append(_gap(settings, cells, float(budget), most))
     if "smaller_than" in wanted:
-        rows.append(_smaller(settings, cells))
+        rows += _smaller(settings, cells)
     return rows + _fair(settings, cells)
 
 
@@ -159,78 +155,55 @@ def _of(cells: Cells, name: str, rival: str, budget: float | None) -> list[float
     return values(cells, name, rival=rival, budget=budget)
 
 
-def _lead(cells: Cells, name: str, first: str, others: list[str], budget: float) -> float | None:
-    """Points between the mean of one rival and the best mean of the others; None if one lacks."""
-    own = mean(_of(cells, name, first, budget))
-    means = [mean(_of(cells, name, other, budget)) for other in others]
-    known = [value for value in means if value is not None]
-    if own is None or not known:
-        return None
-    return 100 * (own - max(known))
-
-
-def _first(settings: Settings, cells: Cells, budget: float) -> list[dict[str, Any]]:
+def _ahead(settings: Settings, cells: Cells, budget: float) -> list[dict[str, Any]]:
+    """Compare the champion with each rival, and each rival with the next of an expected order."""
     asked = settings["claims"]
-    champion, others = asked["champion"], asked["rivals"]
-    lead, at = _lead(cells, "accuracy", champion, others, budget), f"{budget:.0%} of the parameters"
-    rows = [
-        claim(f"{champion} is first of {_and([champion, *others])} at {at}", lead, ">", 0, "points")
-    ]
-    if budget in asked.get("beyond_spread", []):
-        sds = [100 * spread(_of(cells, "accuracy", rival, budget)) for rival in (champion, *others)]
-        text = f"{champion} leads at {at} by more than the largest spread over seeds of any rival"
-        rows.append(claim(text, lead, ">", max(sds), "points"))
-    for name in asked.get("ablations", []):
-        sds = [100 * spread(_of(cells, "accuracy", rival, budget)) for rival in (champion, name)]
-        text = f"{champion} leads {name}, its ablation, at {at} by more than the spread over seeds"
-        rows.append(
-            claim(text, _lead(cells, "accuracy", champion, [name], budget), ">", max(sds), "points")
-        )
-    return rows
-
-
-def _ordered(settings: Settings, cells: Cells, budget: float) -> list[dict[str, Any]]:
-    order = settings["claims"].get("order")
-    if not order:
-        return []
+    champion, own = asked["champion"], asked.get("ablations", [])
+    after = [(champion, other) for other in (*asked["rivals"], *own)]
+    before = list(pairwise(asked.get("order", [])))
+    pairs = [("accuracy_before", pair) for pair in before]
+    pairs += [("accuracy", pair) for pair in dict.fromkeys([*after, *before])]
     rows = []
-    for name, when in (("accuracy_before", "before"), ("accuracy", "after")):
-        gaps = [_lead(cells, name, a, [b], budget) for a, b in pairwise(order)]
-        known = [gap for gap in gaps if gap is not None]
-        least = min(known) if len(known) == len(gaps) else None
-        text = f"{' > '.join(order)} {when} fine-tuning at {budget:.0%}: the smallest gap"
-        rows.append(claim(text, least, ">", 0, "points"))
+    for name, (first, second) in pairs:
+        when = "at the end" if name == "accuracy" else "before fine-tuning"
+        what = f"{second}, its ablation," if second in own else second
+        text = f"{first} leads {what} at {budget:.0%} of the parameters, {when}"
+        found = (by_seed(cells, name, rival=rival, budget=budget) for rival in (first, second))
+        rows.append(judged(text, paired(*found, scale=100), ">", 0, "points"))
     return rows
 
 
 def _gap(settings: Settings, cells: Cells, budget: float, most: float) -> dict[str, Any]:
     champion = settings["claims"]["champion"]
-    dense, own = (
-        mean(_of(cells, "accuracy", DENSE, None)),
-        mean(_of(cells, "accuracy", champion, budget)),
-    )
-    gap = None if dense is None or own is None else 100 * (dense - own)
+    dense = by_seed(cells, "accuracy", rival=DENSE)
+    own = by_seed(cells, "accuracy", rival=champion, budget=budget)
     text = (
         f"With {budget:.0%} of the parameters, {champion} is within {most} of the dense control "
         "trained for the same epochs"
     )
-    return claim(text, gap, "<=", most, "points")
+    return judged(text, paired(dense, own, 100), "<=", most, "points")
 
 
-def _smaller(settings: Settings, cells: Cells) -> dict[str, Any]:
-    """Compare sizes where the champion is at least as accurate as a rival at its best."""
+def _smaller(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
+    """Compare accuracies where the champion has fewer parameters than a rival at its best."""
     champion, other = settings["claims"]["champion"], settings["claims"]["smaller_than"]
-    ratio = None
-    if found := [c["values"] for c in pick(cells, rival=other)]:
-        at = max(found, key=lambda row: row["accuracy"])
-        own = [c["values"] for c in pick(cells, rival=champion)]
-        good = [row["params"] for row in own if row["accuracy"] >= at["accuracy"]]
-        ratio = min(good) / at["params"] if good else None
-    text = (
-        f"{champion} has fewer parameters than {other} at its most accurate and is no less "
-        "accurate: their ratio"
-    )
-    return claim(text, ratio, "<", 1, "x")
+    means = {b: mean(_of(cells, "accuracy", other, b)) or 0.0 for b in settings["budgets"]}
+    best = max(means, key=lambda budget: means[budget])
+    most = mean(_of(cells, "params", other, best))
+    theirs = by_seed(cells, "accuracy", rival=other, budget=best)
+    rows = []
+    for budget in settings["budgets"]:
+        size = mean(_of(cells, "params", champion, budget))
+        if size is None or most is None or size >= most:
+            continue
+        text = (
+            f"{champion} at {budget:.0%} of the parameters, {size / most:.2f} times those of "
+            f"{other} at its most accurate, is no less accurate"
+        )
+        own = by_seed(cells, "accuracy", rival=champion, budget=budget)
+        rows.append(judged(text, paired(own, theirs, 100), ">=", 0, "points"))
+    text = f"{champion} has fewer parameters than {other} at its most accurate, and is as accurate"
+    return rows or [judged(text, [], ">=", 0, "points")]
 
 
 def _fair(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
@@ -318,7 +291,3 @@ def _spec(given: Any) -> str:
         return given
     rest = ", ".join(f"{name}={value}" for name, value in given.items() if name != "method")
     return f"{given['method']} {rest}".strip()
-
-
-def _and(words: list[str]) -> str:
-    return f"{', '.join(words[:-1])} and {words[-1]}"

@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 
-from bench.claim import claim
+from bench.claim import claim, judged
 from bench.compress import Values, compress
 from bench.data import cifar10, some
-from bench.experiments import Cell, Cells, Table, values
+from bench.experiments import Cell, Cells, Table, by_seed, paired, values
 from bench.small import cnn, method_of, seeded, step_ratio
 from bench.stats import mean, median, plus_minus, spread
 from pliant import zoo
@@ -53,20 +53,22 @@ def measure(cell: Cell, watch: Callable[[dict[str, Any]], None]) -> Values:
 def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
     """Say what the card of the method asks for."""
     asked = settings["claims"]
-    gap = mean(values(cells, "gap", study="norms", rival=OURS))
-    wide = [mean(values(cells, "sd", study="norms", rival=name)) for name in (THEIRS, OURS)]
-    ratio = wide[0] / wide[1] if wide[0] is not None and wide[1] else None
-    grids = {name: _means(settings, cells, name) for name in settings["rivals"]}
-    whole = all(grids.values())
-    ranges = {name: max(found) - min(found) for name, found in grids.items() if found}
-    lead = 100 * (ranges[THEIRS] - ranges[OURS]) if whole else None
-    best = 100 * (max(grids[OURS]) - max(grids[THEIRS])) if whole else None
+    gaps = values(cells, "gap", study="norms", rival=OURS)
+    decayed, ours = (by_seed(cells, "sd", study="norms", rival=name) for name in (THEIRS, OURS))
+    ratios = [decayed[seed] / ours[seed] for seed in ours if seed in decayed]
+    grids = {name: _grids(settings, cells, name) for name in settings["rivals"]}
+    widths = {
+        name: {seed: max(row) - min(row) for seed, row in found.items()}
+        for name, found in grids.items()
+    }
+    tops = {name: {s: max(row) for s, row in found.items()} for name, found in grids.items()}
+    leads, best = paired(widths[THEIRS], widths[OURS], 100), paired(tops[OURS], tops[THEIRS], 100)
     step = median(values(cells, "ratio", study="overhead"))
     return [
-        claim("ResNet-20's filters end at norm one: mean distance", gap, "<=", asked["gap"], ""),
-        claim("Norms spread wider under weight decay", ratio, ">=", asked["spread"], "x"),
-        claim("Accuracy depends less on settings than under decay", lead, ">=", 0, "points"),
-        claim("At its best it is not behind weight decay", best, ">=", -asked["best"], "points"),
+        judged("ResNet-20's filters end at norm one: mean distance", gaps, "<=", asked["gap"], ""),
+        judged("Norms spread wider under weight decay", ratios, ">=", asked["spread"], "x"),
+        judged("Accuracy depends less on settings than under decay", leads, ">=", 0, "points"),
+        judged("At its best it is not behind weight decay", best, ">=", -asked["best"], "points"),
         claim("A step with norm loss over one with decay", step, "<=", asked["step"], "x"),
     ]
 
@@ -131,15 +133,16 @@ def _accuracies(cells: Cells, rival: str, strength: float, batch: int) -> list[f
     return values(cells, "accuracy", **key)
 
 
-def _means(settings: Settings, cells: Cells, rival: str) -> list[float]:
-    """The mean accuracy of every setting; nothing if one of them is missing."""
+def _grids(settings: Settings, cells: Cells, rival: str) -> dict[int, list[float]]:
+    """The accuracy of every setting, for each seed that has them all."""
     grid = settings["robustness"]
     found = [
-        mean(_accuracies(cells, rival, strength, batch))
+        by_seed(cells, "accuracy", study="robustness", rival=rival, strength=strength, batch=batch)
         for strength in grid["strength"][rival]
         for batch in grid["batches"]
     ]
-    return [] if None in found else [value for value in found if value is not None]
+    seeds = [seed for seed in grid["seeds"] if all(seed in row for row in found)]
+    return {seed: [row[seed] for row in found] for seed in seeds}
 
 
 # ---------------------------------------------------------------- the studies

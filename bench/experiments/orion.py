@@ -8,12 +8,13 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
-from bench.claim import claim
-from bench.experiments import Cell, Cells, Table, values
+from bench.claim import judged
+from bench.experiments import Cell, Cells, Table, by_seed, paired, values
 from bench.stats import mean, plus_minus, spread
 from pliant.api.estimator import CubeFeatures
 from pliant.errors import require
@@ -51,28 +52,25 @@ def measure(cell: Cell, watch: Callable[[dict[str, Any]], None]) -> dict[str, An
 
 def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
     """Say what features of a tensor model add to spectra, and what of it is place alone."""
-    asked, ranks = settings["claims"], settings["ranks"]
+    asked, names = settings["claims"], list(settings["ranks"].values())
     rows = []
-    for rank, name in ranks.items():
-        lead = _lead(settings, cells, name, asked["linear"], "random")
-        text = f"Rank {rank} over a linear SVM on spectra, hidden at random, less its spread"
-        rows.append(claim(text, lead, ">=", asked["least"], "points"))
-    path = [mean(_percent(settings, cells, name, "random")) for name in ranks.values()]
-    falls = [a - b for a, b in zip(path, path[1:], strict=False)] if None not in path else []  # type: ignore[operator]
-    text = "Largest fall of accuracy from one rank to the next, hidden at random"
-    rows.append(claim(text, max(falls, default=None), "<=", asked["fall"], "points"))
-    best = list(ranks.values())[-1]
+    for rank, name in settings["ranks"].items():
+        leads = _leads(cells, name, asked["linear"], "random")
+        text = f"Rank {rank} over a linear SVM on spectra, hidden at random"
+        rows.append(judged(text, leads, ">=", asked["least"], "points"))
+    for low, high in pairwise(names):
+        text = f"Fall of accuracy from {low} to {high}, hidden at random"
+        rows.append(judged(text, _leads(cells, low, high, "random"), "<=", asked["fall"], "points"))
     for rival in asked["beaten"]:
         for way in settings["splits"]:
-            lead = _lead(settings, cells, best, rival, way)
-            text = f"{best} over {rival}, hidden {_hidden(way)}, less its spread"
-            rows.append(claim(text, lead, ">", 0, "points"))
+            text = f"{names[-1]} over {rival}, hidden {_hidden(way)}"
+            rows.append(judged(text, _leads(cells, names[-1], rival, way), ">", 0, "points"))
     for way in [way for way in settings["splits"] if way != "random"]:
-        own = _percent(settings, cells, asked["noise"], way)
-        chance = _percent(settings, cells, asked["noise"], f"{way}, largest class")
-        over = [a - b for a, b in zip(own, chance, strict=False)]
+        own, chance = (
+            by_seed(cells, name, rival=asked["noise"]) for name in (way, f"{way}, largest class")
+        )
         text = f"Features of noise over the largest class, hidden {_hidden(way)}"
-        rows.append(claim(text, mean(over), "<=", asked["chance"], "points"))
+        rows.append(judged(text, paired(own, chance, 100), "<=", asked["chance"], "points"))
     return rows
 
 
@@ -168,17 +166,9 @@ def _classifier(name: str, seed: int) -> Any:
     return require("sklearn.pipeline", "cluster").make_pipeline(scale, made)
 
 
-def _percent(settings: Settings, cells: Cells, rival: str, way: str) -> list[float]:
-    """Accuracies of all seeds in %, in their order."""
-    rows = [values(cells, way, rival=rival, seed=seed) for seed in settings["seeds"]]
-    return [100 * row[0] for row in rows] if all(rows) else []
-
-
-def _lead(settings: Settings, cells: Cells, own: str, rival: str, way: str) -> float | None:
-    """Mean lead over the seeds, less its standard deviation."""
-    ours, theirs = (_percent(settings, cells, name, way) for name in (own, rival))
-    found = [a - b for a, b in zip(ours, theirs, strict=False)]
-    return mean(found) - spread(found) if found else None  # type: ignore[operator]
+def _leads(cells: Cells, own: str, rival: str, way: str) -> list[float]:
+    """Points by which one rival is ahead of another, seed by seed."""
+    return paired(*(by_seed(cells, way, rival=name) for name in (own, rival)), scale=100)
 
 
 def _hidden(way: str) -> str:

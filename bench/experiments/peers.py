@@ -9,9 +9,9 @@ from typing import Any
 from torch import nn
 
 from bench import tasks
-from bench.claim import claim
+from bench.claim import claim, judged
 from bench.compress import scored
-from bench.experiments import Cell, Cells, Table, pick
+from bench.experiments import Cell, Cells, Table, paired, pick
 from bench.peers import LEFT_OUT, PEERS, VERSIONS, around
 from pliant.budget import Budget
 from pliant.data import Data, Train
@@ -26,6 +26,7 @@ from pliant.run import start
 Settings = Mapping[str, Any]
 Watch = Callable[[dict[str, Any]], None]
 DENSE = "dense"
+Runs = list[tuple[int, dict[str, dict[str, Any]]]]  # seeds, and what each rival measured
 KEPT = (0.85, 1.05)  # of the time asked: nearer is kept
 SIDES = ("faster", "slower")  # the networks of a peer, beside the slowest of ours
 
@@ -91,18 +92,22 @@ def measure(cell: Cell, watch: Watch) -> dict[str, Any]:
 
 
 def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
-    """Say whether the best of ours leads peers that had at least as much time."""
+    """Say which of ours lead which peers, and that these had at least as much time."""
     rows = []
     for task in settings["seeds"]:
-        asked = []
-        for seed, rivals in _runs(cells, task):
-            ours = [rivals[name] for name in settings["methods"] if name in rivals]
-            asked += [row["share"] / settings["share"] for row in ours]
-            lead, time = _lead(ours, rivals)
-            text = f"{task}, seed {seed}: the best of ours"
-            rows.append(claim(f"{text} leads every network of a peer, by", lead, ">", 0, "points"))
-            text = f"{text} has no more time than any peer's slower network: the least over it"
-            rows.append(claim(text, time, ">=", 1, "x"))
+        runs = _runs(cells, task)
+        asked = [
+            rivals[name]["share"] / settings["share"]
+            for _, rivals in runs
+            for name in settings["methods"]
+            if name in rivals
+        ]
+        rows += [
+            row
+            for name in settings["methods"]
+            for peer in PEERS
+            for row in _beside(task, runs, name, peer)
+        ]
         text = f"{task}: ours take the time asked"
         low, high = KEPT
         rows.append(
@@ -112,21 +117,28 @@ def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
     return rows
 
 
-def _lead(
-    ours: Sequence[Mapping[str, Any]], rivals: Mapping[str, Mapping[str, Any]]
-) -> tuple[float | None, float | None]:
-    """Compare the most accurate of ours with the peers: points ahead, and the least of their time.
+def _beside(task: str, runs: Runs, ours: str, peer: str) -> list[dict[str, Any]]:
+    """Compare one of ours with both networks of one peer: accuracies, and milliseconds.
 
-    The time is that of each peer's slower network, so that each had at least as much as ours.
+    The milliseconds are those of the peer's slower network, so that it had at least as much time.
     """
-    theirs = {name: rivals.get(name) for peer in PEERS for name in _both(peer)}
-    if not ours or not any(theirs.values()):
-        return None, None
-    best = max(ours, key=lambda row: row["accuracy"])
-    lead = best["accuracy"] - max(row["accuracy"] for row in theirs.values() if row)
-    slower = [theirs[_both(peer)[1]] for peer in PEERS]
-    time = None if None in slower else min(row["share"] for row in slower if row) / best["share"]
-    return 100 * lead, time
+    rows = []
+    for name in _both(peer):
+        own, other = (
+            {seed: rivals[who]["accuracy"] for seed, rivals in runs if who in rivals}
+            for who in (ours, name)
+        )
+        text = f"{task}: {ours} leads {name}, by"
+        rows.append(judged(text, paired(own, other, 100), ">", 0, "points"))
+    slower = _both(peer)[1]
+    times = [
+        rivals[slower]["share"] / rivals[ours]["share"]
+        for _, rivals in runs
+        if slower in rivals and ours in rivals
+    ]
+    whole = min(times) if times and len(times) == len(runs) else None
+    text = f"{task}: {ours} has no more time than {slower}: the least over it"
+    return [*rows, claim(text, whole, ">=", 1, "x")]
 
 
 def _both(peer: str) -> list[str]:
@@ -194,7 +206,7 @@ def _times(
     ]
 
 
-def _runs(cells: Cells, task: str) -> list[tuple[int, dict[str, dict[str, Any]]]]:
+def _runs(cells: Cells, task: str) -> Runs:
     """Pick the seeds of a task, and the rivals of each that were measured."""
     return [
         (cell["key"]["seed"], {n: row for n, row in rivals.items() if "refused" not in row})

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 
 from bench import tasks
-from bench.claim import claim
+from bench.claim import claim, judged
 from bench.compress import compress
-from bench.experiments import Cell, Cells, Table, pick, values
+from bench.experiments import Cell, Cells, Table, by_seed, paired, pick, values
 from bench.stats import mean, plus_minus
 from pliant.compose import resolve
 from pliant.cost import cost
@@ -79,18 +79,15 @@ def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
     """Compare with Torch-Pruning, with random channels, and softer pruning with its ancestor."""
     rows = []
     for task, asked in settings["tasks"].items():
-        of = _reader(cells, task)
-        ours = [name for name in asked["rivals"] if name not in (RIVAL, "random")]
-        best = max((v for name in ours if (v := of("accuracy", name)) is not None), default=None)
-        text = f"{task}: the best of {', '.join(ours)} is no worse than Torch-Pruning's group norms"
-        rows.append(claim(text, _points(best, of("accuracy", RIVAL)), ">=", 0, "points"))
-        text = f"{task}: magnitude is no worse than Torch-Pruning's group norms"
-        gap = _points(of("accuracy", "magnitude"), of("accuracy", RIVAL))
-        rows.append(claim(text, gap, ">=", 0, "points"))
+        for name in asked["rivals"]:
+            if name not in (RIVAL, "random"):
+                text = f"{task}: {name} is no worse than Torch-Pruning's group norms"
+                leads = _leads(cells, task, "accuracy", name, RIVAL)
+                rows.append(judged(text, leads, ">=", 0, "points"))
         if "group_fisher" in asked["rivals"]:
             text = f"{task}: group_fisher is no worse than Torch-Pruning right after the cut"
-            gap = _points(of("accuracy_before", "group_fisher"), of("accuracy_before", RIVAL))
-            rows.append(claim(text, gap, ">=", 0, "points"))
+            leads = _leads(cells, task, "accuracy_before", "group_fisher", RIVAL)
+            rows.append(judged(text, leads, ">=", 0, "points"))
         text = f"{task}: no rival has more MACs than the budget: the largest share of it"
         rows.append(claim(text, _largest_share(settings, cells, task), "<=", 1, "x"))
     return rows + _soft(settings, cells)
@@ -231,15 +228,13 @@ def _runs(model: nn.Module, data: Data) -> bool:
 
 # ---------------------------------------------------------------- claims and tables
 
-Read = Callable[[str, str], float | None]
 
-
-def _reader(cells: Cells, task: str) -> Read:
-    return lambda name, rival: mean(values(cells, name, task=task, rival=rival))
-
-
-def _points(one: float | None, other: float | None) -> float | None:
-    return None if one is None or other is None else 100 * (one - other)
+def _leads(
+    cells: Cells, task: str, name: str, own: str, other: str, scale: float = 100
+) -> list[float]:
+    """By how much one rival is ahead of another, for each seed; accuracies in points."""
+    pair = (by_seed(cells, name, task=task, rival=rival) for rival in (own, other))
+    return paired(*pair, scale=scale)
 
 
 def _largest_share(settings: Settings, cells: Cells, task: str) -> float | None:
@@ -255,25 +250,22 @@ def _largest_share(settings: Settings, cells: Cells, task: str) -> float | None:
 def _soft(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
     """What the paper of softer pruning says, on the first task."""
     task = next(iter(settings["tasks"]))
-    of = _reader(cells, task)
-    gap = _points(of("accuracy", "asrfp"), of("accuracy", "sfp"))
-    slower = [of("loss_at_quarter", name) for name in ("asrfp", "sfp")]
-    later = None if None in slower else slower[0] - slower[1]  # type: ignore[operator]
-    drops = [_drop(cells, task, name) for name in ("asrfp", "sfp")]
-    milder = None if None in drops else 100 * (drops[1] - drops[0])  # type: ignore[operator]
+    gaps = _leads(cells, task, "accuracy", "asrfp", "sfp")
+    later = _leads(cells, task, "loss_at_quarter", "asrfp", "sfp", scale=1)
+    milder = paired(*(_drops(cells, task, name) for name in ("sfp", "asrfp")), scale=100)
     whole = [c["values"]["whole_runs"] for c in pick(cells, task=task, rival=RIVAL)]
-    luck = _points(of("accuracy", "magnitude"), of("accuracy", "random"))
+    luck = _leads(cells, task, "accuracy", "magnitude", "random")
     return [
-        claim(f"{task}: magnitude is better than random channels", luck, ">", 0, "points"),
-        claim(f"{task}: softer pruning ends no worse than soft pruning", gap, ">=", 0, "points"),
-        claim(
+        judged(f"{task}: magnitude is better than random channels", luck, ">", 0, "points"),
+        judged(f"{task}: softer pruning ends no worse than soft pruning", gaps, ">=", 0, "points"),
+        judged(
             f"{task}: the last fading with a factor above 0 loses less than soft pruning's then",
             milder,
             ">",
             0,
             "points",
         ),
-        claim(
+        judged(
             f"{task}: after a quarter of the steps its training loss is not lower (slower start)",
             later,
             ">=",
@@ -290,12 +282,16 @@ def _soft(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
     ]
 
 
-def _drop(cells: Cells, task: str, rival: str) -> float | None:
-    """Accuracy lost at the last fading whose factor was above 0 in softer pruning, on average."""
+def _drops(cells: Cells, task: str, rival: str) -> dict[int, float]:
+    """Accuracy lost at the last fading whose factor was above 0 in softer pruning, by seed."""
     softer = _seen(cells, task, "asrfp")[:1]
     last = [row["step"] for rows in softer for row in rows if 0 < row["alpha"] < 1][-1:]
-    at = [row for rows in _seen(cells, task, rival) for row in rows if row["step"] in last]
-    return mean([row["before"] - row["after"] for row in at])
+    return {
+        cell["key"]["seed"]: row["before"] - row["after"]
+        for cell in pick(cells, task=task, rival=rival)
+        for row in cell["values"].get("fadings", ())
+        if row["step"] in last
+    }
 
 
 def _seen(cells: Cells, task: str, rival: str) -> list[list[dict[str, Any]]]:

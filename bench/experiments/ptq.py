@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from bench import tasks
-from bench.claim import claim
+from bench.claim import judged
 from bench.compress import scored
-from bench.experiments import Cell, Cells, Table, pick, values
+from bench.experiments import Cell, Cells, Table, by_seed, paired, pick, values
 from bench.stats import mean, plus_minus, spread
 from pliant.cost import cost
 from pliant.data import Data, unpack
@@ -252,19 +252,14 @@ def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
     asked = settings["claims"]
     task, samples = asked["task"], asked["samples"]
 
-    def points(rival: str, name: str) -> float | None:
+    def of(rival: str, name: str) -> dict[Any, float]:
         images = {} if rival == DENSE else {"samples": samples}
-        found = mean(values(cells, name, task=task, rival=rival, **images))
-        return None if found is None else 100 * found
-
-    def gap(first: str, second: str, name: str = "accuracy") -> float | None:
-        one, other = (points(rival, name) for rival in (first, second))
-        return None if one is None or other is None else one - other
+        return by_seed(cells, name, task=task, rival=rival, **images)
 
     rows = [
-        claim(
+        judged(
             f"{task}, {name}: {first} beats {second}",
-            gap(first, second, name),
+            paired(of(first, name), of(second, name), 100),
             how,
             target,
             "points",
@@ -273,14 +268,15 @@ def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
         for name in ("accuracy", "agreement")
     ]
     rows += [
-        claim(
-            f"{task}: {rival} is within {most} of {DENSE}", gap(DENSE, rival), "<=", most, "points"
+        judged(
+            f"{task}: {rival} is within {most} of {DENSE}",
+            *(paired(of(rival, "accuracy"), of(DENSE, "accuracy"), -100), "<=", most, "points"),
         )
         for rival, most in asked["within"].items()
     ]
     worst = values(cells, "largest", task=task)
     text = f"{task}: stage 1 lowers every block's error on unseen images, the largest ratio"
-    rows.append(claim(text, worst[0] if worst else None, "<=", asked["held_out"], "x"))
+    rows.append(judged(text, worst, "<=", asked["held_out"], "x"))
     return rows
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import pliant
-from bench.claim import claim
-from bench.experiments import Cell, Cells, Table, pick, values
+from bench.claim import claim, judged
+from bench.experiments import Cell, Cells, Table, by_seed, paired, pick, values
 from bench.stats import mean, plus_minus
 from pliant.errors import require
 from pliant.families.solve.tsvd import tprod
@@ -90,9 +90,11 @@ def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
     for row in summary(settings, cells):
         if row["task"] != PLANTED:
             where = f"{row['task']}, {_said(row['damage'], row['share'], planted=False)}"
+            key = {name: row[name] for name in ("task", "damage", "share")}
+            best = _best_of_each(cells, key)
             for rival, name in (("tnn", "TNN"), (TENSORLY, "TensorLy's robust_pca")):
-                lead = _difference(row[OURS], row[rival])
-                rows.append(claim(f"{where}: PSNR over that of {name}", lead, ">", 0, "dB"))
+                leads = paired(best[OURS], best[rival])
+                rows.append(judged(f"{where}: PSNR over that of {name}", leads, ">", 0, "dB"))
     return rows
 
 
@@ -108,7 +110,12 @@ def summary(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
         for damage in DAMAGES:
             for share in asked[damage]:
                 key = {"task": picture, "damage": damage, "share": share}
-                rows.append({**key, **_best_of_each(cells, key)})
+                best = _best_of_each(cells, key)
+                said = {
+                    f"{name} said": plus_minus(list(row.values())) for name, row in best.items()
+                }
+                means = {name: mean(list(row.values())) for name, row in best.items()}
+                rows.append({**key, **means, **said})
     return rows
 
 
@@ -205,23 +212,18 @@ def _psnr(found: Tensor, picture: Tensor) -> float:
     return float(-10 * torch.log10((found - picture).square().mean()))
 
 
-def _best_of_each(cells: Cells, key: dict[str, Any]) -> dict[str, Any]:
-    """Of each rival the variant with the best mean, as a number and with its spread."""
-    found: dict[str, Any] = {}
+def _best_of_each(cells: Cells, key: dict[str, Any]) -> dict[str, dict[Any, float]]:
+    """Of each rival the variant with the best mean, by seed."""
+    found: dict[str, dict[Any, float]] = {}
     for name, rival, column in (
         (OURS, OURS, "psnr"),
         ("tnn", OURS, "psnr_tnn"),
         (TENSORLY, TENSORLY, "psnr"),
     ):
         variants = {c["key"]["variant"] for c in pick(cells, **key, rival=rival)}
-        rows = [values(cells, column, **key, rival=rival, variant=v) for v in sorted(variants)]
-        best = max(rows, key=lambda row: mean(row) or -math.inf, default=[])
-        found |= {name: mean(best), f"{name} said": plus_minus(best)}
+        rows = [by_seed(cells, column, **key, rival=rival, variant=v) for v in sorted(variants)]
+        found[name] = max(rows, key=lambda row: mean(list(row.values())) or -math.inf, default={})
     return found
-
-
-def _difference(own: float | None, other: float | None) -> float | None:
-    return None if own is None or other is None else own - other
 
 
 def _said(damage: str, share: float, *, planted: bool) -> str:

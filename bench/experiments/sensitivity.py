@@ -10,11 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pliant
-from bench.claim import claim
+from bench.claim import claim, judged
 from bench.experiments import Cell, Cells, Table, pick
 from bench.stats import plus_minus
 from pliant.data import Data, Train
 from pliant.errors import require
+from pliant.families.analyze.variance import bias_variance
 
 Settings = Mapping[str, Any]
 LIBRARIES = ("scikit-learn", "scipy")
@@ -67,9 +68,8 @@ def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
         said.append(claim(text, _twins(rows, column) if whole else None, ">=", 1.0, ""))
     for stage in ("untrained", "finetuned"):
         values = [c["values"][f"{stage} sensitivity"] for c in pick(cells, part=CANDIDATES)]
-        value = statistics.fmean(values) if values else None
         text = f"Spearman of S and accuracy, {stage} candidates, mean over seeds"
-        said.append(claim(text, value, ">=", asked["ranking"], ""))
+        said.append(judged(text, values, ">=", asked["ranking"], ""))
     return said
 
 
@@ -125,21 +125,17 @@ def tables(settings: Settings, cells: Cells) -> list[Table]:
 
 def _family(cell: Cell) -> dict[str, Any]:
     plan, data = cell.plan, _data(cell.plan["train"])
-    rows, beliefs = [], []
-    for seed in plan["seeds"]:
-        model = mlp(cell.key, seed)
+    rows, models = [], [mlp(cell.key, seed) for seed in plan["seeds"]]
+    for seed, model in zip(plan["seeds"], models, strict=True):
         last = _train(model, data.train, plan["epochs"], seed)
-        logits = _logits(model, data.test[0])
-        beliefs.append(logits.softmax(1))
-        rows.append({**_scored(model, data, plan, logits), **last})
-    mean = torch.stack(beliefs).mean(0)
-    hot = F.one_hot(data.test[1], 10)
+        rows.append({**_scored(model, data, plan, _logits(model, data.test[0])), **last})
+    divided = bias_variance(models, data)
     means = {name: statistics.fmean(row[name] for row in rows) for name in rows[0]}
     return {
         **means,
-        "variance": float(torch.stack([(p - mean).square() for p in beliefs]).mean()),
-        "bias": float((mean - hot).square().mean()),
-        "params": sum(p.numel() for p in model.parameters()),
+        "variance": divided.variance,
+        "bias": divided.bias,
+        "params": sum(p.numel() for p in models[0].parameters()),
         "rows": rows,
     }
 

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.claim import claim
+from bench.claim import judged
 from bench.compress import Values, compress
 from bench.data import some
-from bench.experiments import Cell, Cells, Table, values
+from bench.experiments import Cell, Cells, Table, by_seed, paired, values
 from bench.small import cnn, method_of, seeded
 from bench.stats import mean, plus_minus, spread
 from pliant.data import Train, load
@@ -51,22 +51,23 @@ def measure(cell: Cell, watch: Callable[[dict[str, Any]], None]) -> Values:
 def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
     """Say what the card of the method asks for."""
     asked = settings["claims"]
-    worst = mean(values(cells, "worst", study="depth"))
-    wide = [_range(settings, cells, name) for name in (BATCHED, ALIGNED)]
-    lead = None if None in wide else 100 * (wide[0] - wide[1])  # type: ignore[operator]
+    worst = values(cells, "worst", study="depth")
+    wide = (_ranges(settings, cells, name) for name in (BATCHED, ALIGNED))
     return [
-        claim(
+        judged(
             "Variance stays near the first layer's",
             worst,
             "<=",
             asked["depth"],
             "x",
         ),
-        claim("At batch 2 it beats batch norm", _lead(cells, ALIGNED, BATCHED), ">=", 0, "points"),
-        claim("Accuracy moves less from batch to batch", lead, ">", 0, "points"),
-        claim(
+        judged(
+            "At batch 2 it beats batch norm", _leads(cells, ALIGNED, BATCHED), ">=", 0, "points"
+        ),
+        judged("Accuracy moves less from batch to batch", paired(*wide, 100), ">", 0, "points"),
+        judged(
             "At batch 2 it does not harm group norm",
-            _lead(cells, BOTH, GROUPED),
+            _leads(cells, BOTH, GROUPED),
             ">=",
             -asked["group"],
             "points",
@@ -119,16 +120,19 @@ def _accuracies(cells: Cells, rival: str, batch: int) -> list[float]:
     return values(cells, "accuracy", study="batches", rival=rival, batch=batch)
 
 
-def _lead(cells: Cells, own: str, other: str, batch: int = 2) -> float | None:
-    first, second = (mean(_accuracies(cells, name, batch)) for name in (own, other))
-    return None if first is None or second is None else 100 * (first - second)
+def _by_seed(cells: Cells, rival: str, batch: int) -> dict[int, float]:
+    return by_seed(cells, "accuracy", study="batches", rival=rival, batch=batch)
 
 
-def _range(settings: Settings, cells: Cells, rival: str) -> float | None:
-    """The best minus the worst mean over the sizes of the batch."""
-    found = [mean(_accuracies(cells, rival, b)) for b in settings["rivals"][rival]["batches"]]
-    known = [value for value in found if value is not None]
-    return max(known) - min(known) if len(known) == len(found) else None
+def _leads(cells: Cells, own: str, other: str, batch: int = 2) -> list[float]:
+    return paired(*(_by_seed(cells, name, batch) for name in (own, other)), scale=100)
+
+
+def _ranges(settings: Settings, cells: Cells, rival: str) -> dict[int, float]:
+    """The best accuracy minus the worst over the sizes of the batch, for each seed."""
+    found = [_by_seed(cells, rival, batch) for batch in settings["rivals"][rival]["batches"]]
+    seeds = [seed for seed in found[0] if all(seed in row for row in found)]
+    return {s: max(row[s] for row in found) - min(row[s] for row in found) for s in seeds}
 
 
 def _bounds(cells: Cells, name: str) -> list[float | None]:

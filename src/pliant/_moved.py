@@ -16,7 +16,7 @@ MOVED = {
     "pliant.math.tsvd": "pliant.families.solve.tsvd",
     "pliant.ops": "pliant.surgery",
     "pliant.ops.edits": "pliant.edits",
-    "pliant.prune": "pliant.families.prune.cut",
+    "pliant.prune": "pliant.families.prune.pruner",
     "pliant.search": "pliant.families.search.bilevel",
     "pliant.solution": "pliant.result",
 }

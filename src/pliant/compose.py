@@ -10,10 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from pliant.budget import Budget
+from pliant.data import Data, Epoch
+from pliant.data.criterion import beside
 from pliant.edits import Edit
 from pliant.errors import BudgetError, ChainError, MethodError
-from pliant.method import Method, uses
-from pliant.registry import build, entry_of, other_verb, plain
+from pliant.method import Method
+from pliant.registry import build, check_options, entry_of, other_verb, plain
 from pliant.run import Run
 
 
@@ -44,16 +46,49 @@ class Chain(Method):
         """The methods, in order."""
         return tuple(stage.method for stage in self.stages)
 
-    def prepare(self, run: Run) -> None:
-        """Check the budgets and prepare the first stage."""
+    def refuse(self, run: Run) -> None:
+        """Check the budgets, and let every stage refuse what it can see beforehand.
+
+        What later stages can reach depends on what is left of the network by then, so they do not
+        see their budgets here.
+        """
         check_axes(self, run.budget)
+        budgets = [_budgets(self.stages, run.budget)[0]] + [None] * (len(self.stages) - 1)
+        for stage, budget in zip(self.stages, budgets, strict=True):
+            _let_refuse(stage.method, run, budget)
+
+    def prepare(self, run: Run) -> None:
+        """Prepare the first stage."""
         self._enter(run, 0, self._end(run, 0))
         if run.steps:
             self._advance(run)
 
+    def epoch(self, epoch: Epoch, data: Data) -> Epoch:
+        """Let the stage that has all of the training choose the data of an epoch.
+
+        Raises:
+            ChainError: stages share the training out by steps, which one of them would change.
+        """
+        for stage in self.stages:
+            if stage.method.uses("epoch"):
+                if sum(other.share > 0 for other in self.stages) > 1 or not stage.share:
+                    raise ChainError(
+                        f"{_name(stage.method)} chooses the data of every epoch, and so the number "
+                        "of steps that the stages share out: give it all of the training, "
+                        "Stage(..., share=0) for every other stage, or use together(...)."
+                    )
+                epoch = stage.method.epoch(epoch, data)
+        return epoch
+
+    def weigh(self, run: Run, losses: Tensor, output: Any, batch: Any) -> Tensor | None:
+        """Let the running stage weigh samples."""
+        part = self._now(run)
+        return part.method.weigh(part, losses, output, batch)
+
     def loss(self, run: Run, loss: Tensor, output: Any, batch: Any) -> Tensor:
         """Let the running stage change the loss."""
-        return self._now(run).loss(loss, output, batch)
+        part = self._now(run)
+        return part.method.loss(part, loss, output, batch)
 
     def before_step(self, run: Run) -> None:
         """Let the running stage change the gradients."""
@@ -74,7 +109,10 @@ class Chain(Method):
         """Finish the running stage and all that are left, which get no training."""
         self._leave(run)
         while run.state["stage"] + 1 < len(self.stages):
-            self._enter(run, run.state["stage"] + 1, run.step)
+            stage = run.state["stage"] + 1
+            if self._end(run, stage) > self._end(run, stage - 1):
+                run.unended.append(f"{_name(self.stages[stage].method)} was not trained at all")
+            self._enter(run, stage, run.step)
             self._leave(run)
         run.state.pop("entered", None)
 
@@ -93,8 +131,7 @@ class Chain(Method):
                 run.generator.set_state(entered["generator"])
             self._enter(run, state["stage"], self._end(run, state["stage"]))
         part = self._now(run)
-        if resume := getattr(part.method, "resume", None):
-            resume(part, state[f"stage{state['stage']}"], edits)
+        part.method.resume(part, state[f"stage{state['stage']}"], edits)
 
     def plain(self) -> dict[str, Any]:
         """Return the chain as plain data."""
@@ -121,7 +158,7 @@ class Chain(Method):
         """Prepare a stage that trains until a step, with a clock of its own."""
         run.state.update(stage=stage, began=[run.step, run.epoch], steps=max(0, end - run.step))
         run.state.pop("entered", None)
-        if stage and uses(self.stages[stage].method, "prepare"):
+        if stage and self.stages[stage].method.uses("prepare"):
             run.state["entered"] = {
                 "edits": len(run.edits),
                 "tensors": copy.deepcopy(dict(run.model.state_dict())),
@@ -171,17 +208,45 @@ class Chain(Method):
 class Together(Method):
     """Runs methods in the same loop, each with its own state."""
 
-    parts: tuple[Method, ...]
+    methods: tuple[Method, ...]
+
+    @property
+    def parts(self) -> tuple[Method, ...]:
+        """The methods, in order."""
+        return self.methods
+
+    def refuse(self, run: Run) -> None:
+        """Check the budgets, and let every part refuse what no other part can mend."""
+        check_axes(self, run.budget)
+        alone = len(self.parts) == 1
+        for part in self.parts:
+            _let_refuse(part, run, run.budget if alone else None)
 
     def prepare(self, run: Run) -> None:
         """Prepare every part, in order."""
         for part in self._views(run):
             part.method.prepare(part)
 
+    def epoch(self, epoch: Epoch, data: Data) -> Epoch:
+        """Let every part change the data of an epoch, in order."""
+        for part in self.parts:
+            epoch = part.epoch(epoch, data)
+        return epoch
+
+    def weigh(self, run: Run, losses: Tensor, output: Any, batch: Any) -> Tensor | None:
+        """Multiply the weights that the parts give."""
+        whole: Tensor | None = None
+        for part in self._views(run):
+            weights = part.method.weigh(part, losses, output, batch)
+            if weights is not None:
+                weights = beside(weights, losses)
+                whole = weights if whole is None else whole * weights
+        return whole
+
     def loss(self, run: Run, loss: Tensor, output: Any, batch: Any) -> Tensor:
         """Let every part change the loss, in order."""
         for part in self._views(run):
-            loss = part.loss(loss, output, batch)
+            loss = part.method.loss(part, loss, output, batch)
         return loss
 
     def before_step(self, run: Run) -> None:
@@ -209,8 +274,7 @@ class Together(Method):
         views = self._views(run)
         saved = [state[f"part{i}"] for i in range(len(views))]
         for i in sorted(range(len(views)), key=lambda i: saved[i].get("began", [0, 0])):
-            if resume := getattr(views[i].method, "resume", None):
-                resume(views[i], saved[i], edits)
+            views[i].method.resume(views[i], saved[i], edits)
 
     def plain(self) -> dict[str, Any]:
         """Return the composition as plain data."""
@@ -262,7 +326,8 @@ def resolve(method: Method | Stage | str | Sequence[Any]) -> Method:
     """Return a method from a name, a spec string, a ``Method``, or a sequence of them (a chain).
 
     Raises:
-        MethodError: it is none of these, or the name belongs to another verb.
+        MethodError: it is none of these, the name belongs to another verb, or an option is out of
+            its range.
     """
     if isinstance(method, str):
         method = build(method)
@@ -275,6 +340,7 @@ def resolve(method: Method | Stage | str | Sequence[Any]) -> Method:
             f"A compression method is a name, a spec string, a Method or a sequence of them, "
             f"not {type(method).__name__}."
         )
+    check_options(method)
     return method
 
 
@@ -285,8 +351,8 @@ def check_axes(method: Method, budget: Budget | None) -> None:
         BudgetError: a bound on what a method does not save.
         ChainError: no stage saves what is bounded, or several without budgets of their own.
     """
-    if (parts := getattr(method, "parts", None)) is not None:
-        stages = getattr(method, "stages", [Stage(part) for part in parts])
+    if method.parts:
+        stages = _stages(method)
         for stage, given in zip(stages, _budgets(stages, budget), strict=True):
             check_axes(stage.method, given)
         return
@@ -303,9 +369,21 @@ def check_axes(method: Method, budget: Budget | None) -> None:
 def bounds(method: Method, budget: Budget | None) -> dict[str, Any]:
     """Return all bounds on the result: the budget's and, on other axes, those of the last stage."""
     found: dict[str, Any] = {}
-    for stage in getattr(method, "stages", ()):
+    for stage in method.stages if isinstance(method, Chain) else ():
         found |= bounds(stage.method, stage.budget)
     return found | (budget.given() if budget else {})
+
+
+def _stages(method: Method) -> Sequence[Stage]:
+    """Return what a composed method is made of, as stages."""
+    return method.stages if isinstance(method, Chain) else [Stage(part) for part in method.parts]
+
+
+def _let_refuse(method: Method, run: Run, budget: Budget | None) -> None:
+    """Let a part refuse, on the network as it is and with a state that is thrown away."""
+    method.refuse(
+        replace(run, method=method, planner=replace(run.planner, budget=budget), state={})
+    )
 
 
 def _budgets(stages: Sequence[Stage], budget: Budget | None) -> list[Budget | None]:
@@ -338,9 +416,8 @@ def _unclaimed(claims: Sequence[Stage], stages: Sequence[Stage], axis: str) -> s
 
 
 def _claims(method: Method, axis: str) -> bool:
-    parts = getattr(method, "parts", None)
-    if parts is not None:
-        return any(_claims(part, axis) for part in parts)
+    if method.parts:
+        return any(_claims(part, axis) for part in method.parts)
     entry = entry_of(method)
     return entry is not None and axis in entry.saves
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,7 @@ class LayerRow:
     """One layer, changed or left alone.
 
     Args:
-        layer: its name in the dense network.
+        layer: its name in the dense network; of a new layer, its name now.
         kind: its class there.
         form: what it became: ``dense``, or the form of its factorization.
         ranks: the ranks of the form, empty where it stayed dense.
@@ -69,7 +69,7 @@ class LayerRow:
         before: params, macs and bytes in the dense network; latency, the milliseconds of the
             layer alone, where it was measured.
         after: the same now.
-        reason: why it was left alone; empty where it was changed.
+        reason: why it was left alone; of a changed layer a warning, empty without one.
     """
 
     layer: str
@@ -87,11 +87,11 @@ class Report:
     """Everything worth knowing about one compression, as plain data.
 
     ``history`` is the run's log: rows with ``step`` and ``epoch`` and any of ``loss``,
-    ``accuracy``, ``lr``, ``phase``, ``ranks`` (by layer) and ``spectra`` (singular values by
-    layer and unfolding). ``seconds`` is by stage, ``export`` what was written and how it compares,
-    ``target`` where milliseconds were measured and how sure their comparison is. ``sizes`` are
-    those of an elastic network, each by itself, from the largest; empty for any other.
-    ``verdict`` judges what was lost.
+    ``accuracy``, ``lr``, ``phase``, ``ranks`` (by layer), ``warnings`` (by layer) and ``spectra``
+    (singular values by layer and unfolding). ``seconds`` is by stage, ``export`` what was written
+    and how it compares, ``target`` where milliseconds were measured and how sure their comparison
+    is. ``sizes`` are those of an elastic network, each by itself, from the largest; empty for any
+    other. ``verdict`` judges what was lost.
     """
 
     model: str
@@ -223,6 +223,55 @@ class Solution:
         return _described(self)
 
 
+@dataclass(frozen=True)
+class Curves:
+    """Lines that a report of a finding draws.
+
+    Args:
+        title: its heading.
+        caption: what there is to see.
+        lines: named points (x, y) from left to right.
+        x: what the horizontal axis counts.
+        y: what the vertical axis counts.
+        bands: (x, low, high) around lines of the same name, where they are known to lie.
+    """
+
+    title: str
+    caption: str
+    lines: Mapping[str, Sequence[tuple[float, float]]]
+    x: str
+    y: str
+    bands: Mapping[str, Sequence[tuple[float, float, float]]] = field(default_factory=dict)
+
+    def plain(self) -> dict[str, Any]:
+        """Return it as plain data."""
+        return asdict(self)
+
+
+@dataclass(frozen=True, eq=False)
+class Heat:
+    """Maps over images that a report of a finding draws, such as where a decision comes from.
+
+    Args:
+        title: its heading.
+        caption: what there is to see.
+        images: (images, channels, height, width), in any scale.
+        maps: (images, rows, columns), positive for, negative against.
+        labels: a line of text below each image.
+    """
+
+    title: str
+    caption: str
+    images: Tensor
+    maps: Tensor
+    labels: tuple[str, ...]
+
+    def plain(self) -> dict[str, Any]:
+        """Return all but the tensors as plain data; of those their shapes."""
+        shapes = {"images": _plain(self.images), "maps": _plain(self.maps)}
+        return {"title": self.title, "caption": self.caption, "labels": list(self.labels), **shapes}
+
+
 @dataclass(frozen=True, eq=False)
 class Finding:
     """What `analyze` found out about a network.
@@ -234,6 +283,7 @@ class Finding:
         seconds: how long it took.
         seed: what randomness began with.
         method: as plain data, options included.
+        figures: what a report of it draws.
     """
 
     values: Mapping[str, Any]
@@ -242,6 +292,7 @@ class Finding:
     seconds: float = 0.0
     seed: int = 0
     method: Mapping[str, Any] = field(default_factory=dict)
+    figures: tuple[Curves | Heat, ...] = ()
 
     @property
     def value(self) -> Any:
@@ -257,7 +308,11 @@ def _described(found: Solution | Finding) -> dict[str, Any]:
     """Every field as plain data."""
     plain = {f.name: getattr(found, f.name) for f in fields(found)}
     shapes = {name: _plain(value) for name, value in found.values.items()}
-    rows = {k: [dict(row) for row in v] for k, v in plain.items() if isinstance(v, tuple)}
+    rows = {
+        k: [row.plain() if isinstance(row, Curves | Heat) else dict(row) for row in v]
+        for k, v in plain.items()
+        if isinstance(v, tuple)
+    }
     return {**plain, "values": shapes, "method": dict(found.method), **rows}
 
 

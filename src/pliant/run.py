@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -14,9 +15,20 @@ from torch.utils._pytree import tree_map
 
 from pliant.budget import Budget
 from pliant.cost import Cost, Example, LayerCost, bare, count
-from pliant.data import Data
-from pliant.edits import Edit, Replaced, from_json, to_json
-from pliant.errors import BudgetError, ModelError, PliantError
+from pliant.data import Data, Epoch, unpack
+from pliant.data.criterion import Reduction, task_loss, weighted
+from pliant.data.draws import Draws, ranks
+from pliant.data.epochs import Epochs, planned
+from pliant.data.sources import moved
+from pliant.edits import Edit, Replaced, from_json, made, note, to_json
+from pliant.errors import (
+    BudgetError,
+    DataError,
+    MethodError,
+    ModelError,
+    PliantError,
+    TrainingError,
+)
 from pliant.latency import Where
 from pliant.latency.clock import Clock
 from pliant.nn.layers import Factorizable
@@ -24,8 +36,10 @@ from pliant.observe.aside import Aside, Removable
 from pliant.observe.finite import check_example, check_weights
 from pliant.observe.order import called_by
 from pliant.plan.planner import Planner
+from pliant.registry import check_options
 from pliant.surgery.batchnorm import recalibrate
-from pliant.surgery.optim import add_gradient, carry
+from pliant.surgery.followers import Followers
+from pliant.surgery.optim import Optimizers, add_gradient, cancel_decay, check_holds
 from pliant.surgery.select import factorizable, leave_unused, readable
 
 ROUTED = 256  # samples that may call layers to which one sample is not routed
@@ -34,6 +48,21 @@ RECALIBRATED = 2048  # samples from which batch norms are re-estimated
 
 class Hooks(Protocol):
     """What a run calls: see `pliant.method.Method`, which does nothing at each of these moments."""
+
+    def uses(self, hook: str, /) -> bool:
+        """Whether it does something at one of them."""
+
+    def refuse(self, run: Run, /) -> None:
+        """Before any work."""
+
+    def epoch(self, epoch: Epoch, data: Data, /) -> Epoch:
+        """Before an epoch, and before all of them."""
+
+    def weigh(self, run: Run, losses: Tensor, output: Any, batch: Any, /) -> Tensor | None:
+        """When a batch has gone through the network, before its loss is one number."""
+
+    def resume(self, run: Run, state: Mapping[str, Any], edits: Sequence[Edit], /) -> None:
+        """Before a saved state is loaded."""
 
     def prepare(self, run: Run, /) -> None:
         """Before training."""
@@ -66,7 +95,6 @@ class Run:
         method: what is done to it.
         planner: spends the budget; knows the dense costs, the example and the target's clock.
         data: training data for methods that look at it, or None.
-        optimizer: its state follows the model through every edit.
         steps: optimizer steps that the training loop will take; 0 without training.
         seed: of everything random in the method.
         generator: the only source of randomness for methods.
@@ -77,6 +105,12 @@ class Run:
         log: the history that the report draws.
         reasons: for every layer left alone, why.
         missed: what stages of a chain missed of budgets of their own.
+        unended: what was still to be done in the training when it was over.
+        criterion: the loss of the task, from outputs and labels.
+        epochs: what each epoch trains on, where the loop was told; see `batches`.
+        followers: optimizers and copies, which go along with every edit.
+        heard: whether the loss was asked for since the last step.
+        begun: whether a loop trains it.
         aside: what to take out of the model at the end, and what is kept beside it until then.
         finished: whether the compression has been made permanent.
         began: of a view, step and epoch of the whole run at which its own clock began.
@@ -87,7 +121,6 @@ class Run:
     method: Hooks
     planner: Planner
     data: Data | None
-    optimizer: Optimizer | None
     steps: int
     seed: int
     generator: torch.Generator
@@ -98,6 +131,12 @@ class Run:
     log: list[dict[str, Any]] = field(default_factory=list)
     reasons: dict[str, str] = field(default_factory=dict)
     missed: list[str] = field(default_factory=list)
+    unended: list[str] = field(default_factory=list)
+    criterion: Callable[..., Tensor] = task_loss
+    epochs: Epochs | None = None
+    followers: Followers = field(default_factory=Followers)
+    heard: bool = False
+    begun: bool = False
     aside: Aside = field(default_factory=Aside)
     finished: bool = False
     began: tuple[int, int] = (0, 0)
@@ -128,10 +167,73 @@ class Run:
         """Measures on the target, if one was named."""
         return self.planner.clock
 
+    @property
+    def optimizer(self) -> Optimizer | None:
+        """The optimizer, the first of several; None if none was handed over.
+
+        Assign one or a list of them to hand them over late: they are carried over all edits that
+        were made before.
+        """
+        return self.optimizers[0] if self.optimizers else None
+
+    @optimizer.setter
+    def optimizer(self, given: Optimizers) -> None:
+        factor = self._rate if self.method.uses("epoch") else None
+        self.followers.hand_over(self.model, given, factor)
+
+    @property
+    def optimizers(self) -> list[Optimizer]:
+        """All optimizers that were handed over."""
+        return self.followers.optimizers
+
+    @property
+    def lr(self) -> float:
+        """Learning rate of a step as it is now, of the first group; 1 without an optimizer."""
+        if self.optimizer is None:
+            return 1.0
+        return float(self.optimizer.param_groups[0]["lr"]) * self._ahead()
+
     # For a training loop.
 
+    @property
+    def reduction(self) -> Reduction:
+        """How to compute the loss that `loss` gets: as a mean, or "none" where samples are weighed.
+
+        ``cross_entropy(output, labels, reduction=run.reduction)`` serves every method.
+        """
+        return "none" if self.method.uses("weigh") else "mean"
+
+    def batches(self) -> Iterable[Any]:
+        """Return the training batches of the present epoch, as the method wants them.
+
+        They can be gone through once an epoch, by a loop of one's own or as the loader of a
+        trainer. A resumed run begins where it stands within the epoch, if every batch is a step.
+
+        Raises:
+            DataError: the run was started without `epochs` and `batch`.
+        """
+        if self.epochs is None:
+            raise DataError(
+                "The batches of an epoch depend on how many there are and how large: call "
+                "pliant.start(..., data=data, epochs=..., batch=...)."
+            )
+        return self.epochs.served(lambda: (self.epoch, self.step, self.steps))
+
     def loss(self, loss: Tensor, output: Any, batch: Any) -> Tensor:
-        """Return the loss to differentiate; equal to ``loss`` unless the method needs outputs."""
+        """Return the loss to differentiate; equal to ``loss`` unless the method needs outputs.
+
+        Args:
+            loss: of the task, computed with ``reduction=run.reduction``.
+            output: of the network.
+            batch: from which it came: (inputs, labels), or a mapping with labels.
+
+        Raises:
+            MethodError: the method weighs samples, and the loss is one number.
+        """
+        self.heard = True
+        if self.method.uses("weigh"):
+            weights = self.method.weigh(self, loss.detach(), output, batch)
+            loss = weighted(loss, weights, output, unpack(batch)[1])
         return self.method.loss(self, loss, output, batch)
 
     def before_step(self) -> None:
@@ -139,15 +241,30 @@ class Run:
 
         A penalty is added as a gradient, not as a term of the loss: it is unaffected by loss
         scaling and accumulation, and a distributed reducer never sees it.
+
+        Raises:
+            MethodError: the method chooses the data of an epoch, and the loop took others.
         """
+        self.begun, whole = True, not self.aside.path  # not a view of a part
+        if whole and self.method.uses("epoch"):
+            self._check_epoch()
         with torch.enable_grad():
             penalty = self.method.penalty(self)
         if isinstance(penalty, Tensor) and penalty.requires_grad:  # a sum over nothing is a 0
             add_gradient(self.model, penalty)
         self.method.before_step(self)
+        if whole:
+            self.followers.stale.listen()
 
     def after_step(self) -> None:
-        """Call after every optimizer step."""
+        """Call after every optimizer step.
+
+        Raises:
+            TrainingError: an optimizer stepped that still holds the weights of a layer that was
+                replaced, so that the new ones do not train.
+        """
+        self.followers.stale.check()
+        self.heard = False
         self.step += 1
         self.method.after_step(self)
 
@@ -162,17 +279,22 @@ class Run:
         Hooks are removed, also if the method fails. A second call does nothing more.
 
         Args:
-            strict: raise where the budget is missed.
+            strict: raise where the budget is missed or the training ended before the method did;
+                else warn of the latter.
 
         Raises:
+            TrainingError: fewer steps were taken than the run was started for, and the network was
+                changed only when they were over.
             BudgetError: the result misses the budget, or a stage missed its own.
         """
         if not self.finished:
+            done = len(self.edits)
             try:
                 self.method.finalize(self)
             finally:
                 self.close()
             self.finished = True
+            self._check_end(done, strict=strict)
         after = self.planner.measured()
         if strict and (misses := self.misses(after)):
             raise BudgetError(f"The result misses the budget: {'; '.join(misses)}.")
@@ -190,8 +312,9 @@ class Run:
         before = list(self.model.parameters())
         self.aside.clear()
         kept = {id(parameter) for parameter in self.model.parameters()}
-        if self.optimizer is not None:
-            carry(self.optimizer, Replaced(tuple(p for p in before if id(p) not in kept)))
+        self.carry("", Replaced(tuple(p for p in before if id(p) not in kept)))
+        if not self.aside.path:
+            self.followers.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to resume, as it is now: tensors and plain values only."""
@@ -218,11 +341,10 @@ class Run:
             PliantError: the saved run had other edits at its start, so it is not the same run.
         """
         edits = from_json(saved["edits"])
-        resume = getattr(self.method, "resume", None)  # of composed methods
         if saved["finished"]:
             self.close()
-        elif resume is not None:
-            resume(self, saved["state"], edits)
+        else:
+            self.method.resume(self, saved["state"], edits)
         self.replay(edits)
         self.step, self.epoch, self.finished = saved["step"], saved["epoch"], saved["finished"]
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
@@ -312,6 +434,45 @@ class Run:
         for edit in edits:
             self._edit(edit, weights=True)
 
+    def carry(self, layer: str, replaced: Replaced) -> None:
+        """Tell the optimizers which parameters of a layer took the place of which."""
+        self.followers.carry(self.model, layer, replaced)
+
+    def spare(self, parameters: Iterable[Tensor]) -> None:
+        """Keep the weight decay of the coming step off parameters; call it in ``before_step``."""
+        cancel_decay(self.optimizers, parameters, self._ahead())
+
+    def draw(self, count: int) -> tuple[Example, Any]:
+        """Return more training samples, beside the batch that the loop has: see `Draws`.
+
+        Their place is part of the state. In `pliant.compress` and with `batches`, a method that
+        draws once a step as many as the step's batch holds gets none of that batch, if the data
+        has an index.
+
+        Args:
+            count: how many; a stream without index gives what its next batch holds.
+
+        Returns:
+            Arguments of a forward call, and labels, on the device of the network.
+
+        Raises:
+            DataError: the run has no training data.
+        """
+        if not self.has_inputs:
+            raise DataError(
+                f"{type(self.method).__name__} draws samples of its own at every step, and the run "
+                "has no training data: call pliant.start(..., data=data)."
+            )
+        assert self.data is not None
+        known = self.aside.all(Draws) or [self.aside.put(Draws(self.data, self.seed, *ranks()))]
+        number = self.began[1] + self.epoch
+        rows = self.epochs.rows(number) if self.epochs else None
+        place = self.state.get("drawn", [])
+        batch, self.state["drawn"] = known[0].take(place, count, epoch=number, rows=rows)
+        inputs, labels = unpack(batch)
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        return moved(inputs, device), moved(labels, device)
+
     def limits(self) -> dict[str, float]:
         """Return the budget in absolute numbers for the whole network; empty without one."""
         return self.planner.limits()
@@ -359,18 +520,67 @@ class Run:
             model=model,
             planner=own,
             edits=edits,
-            optimizer=None,
+            followers=Followers(),
             state={},
             reasons={},
             aside=Aside(),
         )
 
+    def restate(self, edits: Sequence[Edit]) -> None:
+        """Write down other edits that make the same network of the dense one, in fewer steps."""
+        known = made(self.model)
+        note(self.model, [*known[: len(known) - len(self.edits)], *edits])
+        self.edits[:] = edits
+
     def _edit(self, edit: Edit, *, weights: bool) -> None:
-        replaced = edit.apply(self.model, weights=weights)
-        if self.optimizer is not None:
-            carry(self.optimizer, replaced)
+        self.followers.edit(self.model, edit, weights=weights)
         self.edits.append(edit)
         self.planner.counted.clear()
+
+    def _rate(self) -> float:
+        """The factor of the learning rate in the present epoch."""
+        if self.epochs is None or self.epochs.change is None:
+            return 1.0
+        return self.epochs[min(self.began[1] + self.epoch, self.epochs.last)].rate
+
+    def _check_epoch(self) -> None:
+        """See that the loop trains on what the method chose."""
+        name = type(self.method).__name__
+        if self.epochs is None or self.epochs.at != self.epoch:
+            raise MethodError(
+                f"{name} chooses samples, batch size and learning rate of every epoch, but epoch "
+                f"{self.epoch} trains on other batches: call pliant.start(..., data=data, "
+                "epochs=..., batch=...) and take the batches of each epoch from run.batches()."
+            )
+        if self._rate() != 1 and not self.optimizers:
+            raise MethodError(
+                f"{name} multiplies the learning rate, but the run has no optimizer: hand it over, "
+                "pliant.start(..., optimizer=optimizer) or run.optimizer = optimizer."
+            )
+
+    def _ahead(self) -> float:
+        """By how much the next step multiplies the rates that the optimizers have now."""
+        return 1.0 if self.followers.stepping else self._rate()
+
+    def _check_end(self, done: int, *, strict: bool) -> None:
+        """Say what was still to be done in the training when it ended too early."""
+        late = [edit.layer for edit in self.edits[done:]]
+        ended = self.step >= self.steps or not (self.begun or self.step)  # or was never trained
+        if ended or not (late or self.unended):
+            return
+        found = list(self.unended)
+        if late:
+            more = f" and {len(late) - 1} more layers were" if late[1:] else " was"
+            found.insert(0, f"{late[0]}{more} changed when it was over and never trained since")
+        said = (
+            f"The run was started for {self.steps} steps of the optimizer, but the training ended "
+            f"after {self.step}: {'; '.join(found)}. Gradients that accumulate over several "
+            "batches make one step: start the run for the steps that are taken, or, if it was "
+            "ended early on purpose, take the result by finish(strict=False)."
+        )
+        if strict:
+            raise TrainingError(said)
+        warnings.warn(said, stacklevel=3)
 
 
 def start(
@@ -380,8 +590,12 @@ def start(
     *,
     data: Data | None = None,
     example: Example = (),
-    optimizer: Optimizer | None = None,
+    optimizer: Optimizers = None,
     steps: int = 0,
+    epochs: float = 0,
+    batch: int = 0,
+    criterion: Callable[..., Tensor] | None = None,
+    copies: Sequence[nn.Module] = (),
     seed: int = 0,
     target: Where | None = None,
     saved: Mapping[str, Any] | None = None,
@@ -394,8 +608,14 @@ def start(
         budget: what the result may cost.
         data: for methods that calibrate on data.
         example: inputs of one forward call; taken from ``data`` if not given.
-        optimizer: hand it over and its state follows every edit.
-        steps: optimizer steps that your loop will take; methods schedule themselves by it.
+        optimizer: hand it over, or all of several, and its state follows every edit.
+        steps: optimizer steps that your loop will take; methods schedule themselves by it. If it
+            is not given, the batches of all epochs.
+        epochs: of your loop, for methods that choose the data of each: see `Run.batches`.
+        batch: samples of a batch in your loop, unless the method says otherwise.
+        criterion: your loss, from outputs and labels, for methods that compute it on samples of
+            their own; cross-entropy or squared error, by the labels, if None.
+        copies: networks that follow every edit, such as an average of the weights.
         seed: for everything random in the method.
         target: where milliseconds are measured, text and functions included; a latency in the
             budget needs one.
@@ -403,11 +623,13 @@ def start(
 
     Raises:
         BudgetError: the budget is malformed, or bounds latency without a target.
-        MethodError: the target is none.
+        MethodError: the target is none, the method refuses, or an option of it is out of range.
+        TrainingError: an optimizer holds nothing of the network.
         ModelError: there is neither data nor example, the model fails on it, or a weight is not
             finite.
         DataError: the example has no row, or is not finite.
     """
+    check_options(method)
     if not example:
         if data is None:
             raise ModelError(
@@ -417,6 +639,9 @@ def start(
     model = bare(model)
     check_weights(model)
     check_example(example)
+    check_holds(model, optimizer)
+    change = method.epoch if method.uses("epoch") else None
+    plan = planned(data, epochs, batch, seed, change)
     times = (saved or {}).get("clock")
     clock = None if target is None else Clock.start(model, example, target, times)
     dense, layers = count(model, example)
@@ -434,14 +659,18 @@ def start(
             clock=clock,
         ),
         data=data,
-        optimizer=optimizer,
-        steps=steps,
+        steps=steps or (plan.steps if plan else 0),
         seed=seed,
         generator=torch.Generator().manual_seed(seed),
         edits=edits,
+        criterion=criterion or task_loss,
+        epochs=plan,
+        followers=Followers(copies=tuple(copies)),
     )
     run.limits()  # a malformed budget is refused now
+    run.optimizer = optimizer
     try:
+        method.refuse(run)
         method.prepare(run)
     except BaseException:
         run.close()

@@ -27,17 +27,15 @@ from pliant.data.splits import Split
 from pliant.drivers import checkpoint
 from pliant.drivers.check import check_data
 from pliant.drivers.devices import own_randomness
-from pliant.drivers.loop import Watch, evaluate, fit
+from pliant.drivers.loop import Watch, epochs_of, evaluate, fit
 from pliant.drivers.score import Score, device_of
 from pliant.edits import from_json, to_json
 from pliant.edits import sizes as elastic
 from pliant.errors import AccuracyWarning, BudgetError, DataError, ModelError
-from pliant.families.lowrank.factorize import check_reachable
 from pliant.files import artifact
 from pliant.latency import Target, Where, as_target
 from pliant.method import Method
 from pliant.observe import spectra
-from pliant.registry import entry_of, plain
 from pliant.result import Report, Result, Side
 from pliant.run import RECALIBRATED, Run, start
 from pliant.surgery.batchnorm import recalibrate
@@ -239,15 +237,12 @@ class _Task:
             self.budget,
             data=data if data.has("train") else None,
             example=self.example,
-            steps=self._steps(train),
+            steps=self._steps(train, self.method),
             seed=self.seed,
             target=self.target,
             saved=self._saved() if self.target else None,
         )
         run.observe = self._observe
-        entry = entry_of(self.method)
-        if entry is not None and entry.family == "lowrank":
-            check_reachable(run)
         return run
 
     def _saved(self) -> dict[str, Any] | None:
@@ -262,12 +257,13 @@ class _Task:
             return network, []
         plan = replace(self.train, epochs=self._epochs(), finetune=0, distill=0.0)
         with self._stage(CONTROL, show=False):
+            method = Control(*_patterns(self.method))
             run = start(
                 network,
-                Control(*_patterns(self.method)),
+                method,
                 data=self.data,
                 example=self.example,
-                steps=self._steps(plan),
+                steps=self._steps(plan, method),
                 seed=self.seed,
             )
             folder = self.folder / CONTROL if self.folder else None
@@ -336,7 +332,7 @@ class _Task:
         self, run: Run, name: str, sides: tuple[Side, Side], rows: list[dict[str, Any]]
     ) -> Report:
         misses = tuple(run.misses(run.finish(strict=False)))
-        plan = asdict(self.train) if self.train else {}
+        plan = self.train.plain() if self.train else {}
         if rows:
             plan["reference"] = REFERENCE
         if self.split is not None:
@@ -344,7 +340,7 @@ class _Task:
         return Report(
             model=name,
             data=self.data.name if self.data.has("train") or self.split else "",
-            method=plain(self.method),
+            method=self.method.plain(),
             budget=bounds(self.method, self.budget),
             before=sides[0],
             after=sides[1],
@@ -381,11 +377,11 @@ class _Task:
     def _epochs(self) -> float:
         return self.train.epochs + self.train.finetune if self.train else 0
 
-    def _steps(self, train: Train | None) -> int:
+    def _steps(self, train: Train | None, method: Method) -> int:
         if train is None or not train.epochs:
             return 0
         world = int(os.environ.get("WORLD_SIZE", train.devices)) if train.devices > 1 else 1
-        return train.steps(self.data.steps(train.batch, world))
+        return epochs_of(method, self.data, train, seed=self.seed, world=world).steps
 
     def _device(self) -> torch.device:
         """Where to work; what is not there is refused by the training, with its reasons."""

@@ -1,7 +1,8 @@
-"""`analyze`: shows a network to a probe, and leaves the network as it was."""
+"""`analyze` and `compare`: show networks to a probe, and leave them as they were."""
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -12,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from pliant.api.solve import randomness
-from pliant.data import Data
+from pliant.data import Data, unpack
 from pliant.drivers.devices import own_randomness
-from pliant.drivers.score import device_of
+from pliant.drivers.score import device_of, evaluate
 from pliant.errors import DataError, ModelError
+from pliant.families.analyze.inputs import shown as split_of
 from pliant.observe.finite import check_weights
 from pliant.registry import of_verb, plain
 from pliant.result import Finding
@@ -57,6 +59,70 @@ def analyze(model: nn.Module, data: Any, method: Any, *, seed: int = 0) -> Findi
         found = probe.analyze(model, shown, randomness(seed))
     seconds = round(time.monotonic() - began, 4)
     return replace(found, seconds=seconds, seed=seed, method=plain(probe))
+
+
+def compare(
+    models: Mapping[str, nn.Module],
+    data: Any,
+    method: Any = "output_sensitivity",
+    *,
+    seed: int = 0,
+) -> Finding:
+    """Look at several networks in the same way, with the same draws, and list them in order.
+
+    Rows hold the main value and the other numbers found for each network, the lowest main value
+    first; where the data have labels, mean loss and accuracy of the split looked at, and the loss
+    of the training split, without whose equality many findings cannot be compared.
+
+    Args:
+        models: networks by name; they stay as they are.
+        data: as for `analyze`.
+        method: a name, a spec string, or an instance.
+        seed: of everything random, the same for each network.
+
+    Returns:
+        A finding whose values are the main values by name, the lowest first.
+
+    Raises:
+        ModelError: there are no networks, or as for `analyze`.
+        DataError: as for `analyze`; a loader that can be read only once.
+        MethodError: as for `analyze`.
+    """
+    if not models:
+        raise ModelError("There must be networks to compare, a mapping from names, but none came.")
+    given = _shown(data)
+    began = time.monotonic()
+    found = {name: analyze(model, given, method, seed=seed) for name, model in models.items()}
+    order = sorted(found, key=lambda name: float(found[name].value))
+    rows = [
+        {"network": name, **_numbers(found[name]), **_scores(models[name], given)} for name in order
+    ]
+    first, last = found[order[0]], found[order[-1]]
+    what = next(iter(first.values)).replace("_", " ")
+    text = (
+        f"{order[0]} has the lowest {what} of {len(order)} networks, {float(first.value):.4g}, and "
+        f"{order[-1]} the highest, {float(last.value):.4g}."
+    )
+    values = {name: float(found[name].value) for name in order}
+    seconds = round(time.monotonic() - began, 4)
+    return Finding(values, tuple(rows), text, seconds=seconds, seed=seed, method=first.method)
+
+
+def _numbers(found: Finding) -> dict[str, Any]:
+    return {name: v for name, v in found.values.items() if isinstance(v, int | float)}
+
+
+def _scores(model: nn.Module, data: Data) -> dict[str, float]:
+    """Loss and accuracy of the split looked at, and the training loss; nothing without labels."""
+    split = split_of(data)
+    _, labels = unpack(next(iter(data.batches(split, 1))))
+    if not isinstance(labels, Tensor):
+        return {}
+    score = evaluate(model, data, split)
+    found = {"loss": score.loss, "accuracy": score.accuracy}
+    if data.has("train") and split != "train":
+        found["train_loss"] = evaluate(model, data, "train").loss
+    return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
 def _shown(data: Any) -> Data:

@@ -84,16 +84,48 @@ def where_timed(run: Run) -> dict[str, Any]:
 
 
 def layer_rows(run: Run) -> tuple[LayerRow, ...]:
-    """Return one row for every layer of the dense network, changed or not."""
+    """Return one row for every layer of the dense network, changed or not, and for new ones."""
     now: dict[str, list[LayerCost]] = {layer: [] for layer in run.layers}
+    new: dict[str, LayerCost] = {}
     for name, row in layer_costs(run.model, run.example).items():
         if (owner := _owner(name, now)) is not None:
             now[owner].append(row)
+        else:
+            new[name] = row
     edits: dict[str, list[Edit]] = {layer: [] for layer in run.layers}
+    around = [edit for edit in run.edits if _owner(edit.layer, edits) is None]  # of whole blocks
     for edit in run.edits:
         if (owner := _owner(edit.layer, edits)) is not None:
             edits[owner].append(edit)
-    return tuple(_row(run, layer, edits[layer], now[layer]) for layer in run.layers)
+    for layer, found in edits.items():
+        if not found and _changed(run.layers[layer], now[layer]):
+            found += [edit for edit in around if _within(layer, edit.layer)]
+    noted = [row["warnings"] for row in run.log if "warnings" in row]
+    warned = {layer: text for row in noted for layer, text in row.items()}
+    rows = [_row(run, n, edits[n], now[n], warned.get(n, "")) for n in run.layers]
+    return (*rows, *(_added(name, row, around) for name, row in new.items()))
+
+
+def _within(name: str, block: str) -> bool:
+    return not block or name.startswith(f"{block}.")
+
+
+def _changed(before: LayerCost, parts: Sequence[LayerCost]) -> bool:
+    return any(getattr(before, axis) != sum(getattr(p, axis) for p in parts) for axis in AXES)
+
+
+def _added(name: str, row: LayerCost, around: Sequence[Edit]) -> LayerRow:
+    """The row of a layer that the dense network did not have."""
+    forms = [edit.form for edit in around if _within(name, edit.layer)]
+    return LayerRow(
+        layer=name,
+        kind=row.kind,
+        form=forms[-1] if forms else "added",
+        ranks=(),
+        kept=None,
+        before=dict.fromkeys(AXES, 0),
+        after={axis: getattr(row, axis) for axis in AXES},
+    )
 
 
 def _owner(name: str, layers: Mapping[str, Any]) -> str | None:
@@ -103,7 +135,9 @@ def _owner(name: str, layers: Mapping[str, Any]) -> str | None:
     return name if name in layers else None
 
 
-def _row(run: Run, layer: str, edits: Sequence[Edit], parts: Sequence[LayerCost]) -> LayerRow:
+def _row(
+    run: Run, layer: str, edits: Sequence[Edit], parts: Sequence[LayerCost], warning: str
+) -> LayerRow:
     before, times = run.layers[layer], _times(run, layer, changed=bool(edits))
     return LayerRow(
         layer=layer,
@@ -113,7 +147,7 @@ def _row(run: Run, layer: str, edits: Sequence[Edit], parts: Sequence[LayerCost]
         kept=next((kept for e in reversed(edits) if (kept := getattr(e, "kept", None))), None),
         before={axis: getattr(before, axis) for axis in AXES} | times[0],
         after={axis: sum(getattr(p, axis) for p in parts) for axis in AXES} | times[1],
-        reason="" if edits else run.reasons.get(layer) or _default_reason(before),
+        reason=warning if edits else run.reasons.get(layer) or _default_reason(before),
     )
 
 

@@ -28,7 +28,7 @@ class Demo:
 
     model: str = "lenet5-wide"
     data: str = "mnist5k"
-    method: str = "nrmf(alpha=1.0, search=1.0, p=0.98)"  # all epochs search; fine-tuning follows
+    method: str = "nrmf(alpha=0.001, search=1.0, p=0.98)"  # all epochs search; fine-tuning follows
     out: str = "runs/demo"
     train: Train = Train(
         epochs=6,
@@ -85,7 +85,8 @@ def compress(
         float | None, typer.Option(help="weight of learning from the dense network, 0 to 1")
     ] = None,
     weights: Annotated[
-        str | None, typer.Option(help="safetensors file with the network's weights")
+        str | None,
+        typer.Option(help="safetensors file with the network's weights, or mnist5k for lenet5"),
     ] = None,
     architecture: Annotated[
         str | None, typer.Option(help="what builds the dense network of a .pliant file")

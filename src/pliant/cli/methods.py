@@ -9,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from pliant.cli import console
-from pliant.registry import Entry, Verb, entries, get
+from pliant.registry import Entry, OptionRow, Verb, entries, get, options
+from pliant.registry.options import written
 from pliant.render import pages, table, words
 
 
@@ -36,7 +37,7 @@ def show(
 ) -> None:
     """Show one method: its paper, what it saves, and every option with its default."""
     entry = get(name)
-    rows = pages.options(entry)
+    rows = options(entry)
     if as_json:
         listed = [asdict(row) for row in rows]
         console.print_json(_plain(entry) | {"summary": entry.summary, "options": listed})
@@ -60,10 +61,10 @@ def _plain(entry: Entry) -> dict[str, Any]:
     }
 
 
-def _table(rows: list[pages.OptionRow]) -> Table:
+def _table(rows: list[OptionRow]) -> Table:
     shown = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
     for name in ("option", "type", "default", "what it is"):
         shown.add_column(name, overflow="fold")
     for row in rows:
-        shown.add_row(*map(Text, (row.name, row.type, pages.written(row.default), row.text)))
+        shown.add_row(*map(Text, (row.name, row.type, written(row.default), row.text)))
     return shown

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from pliant.cost.call import Example, bare, call, evaluating, tensors
 from pliant.cost.macs import OWN, Formula, Packed, formula_of, products
+from pliant.cost.owned import FLOAT, itemsize, numbers, own, stored_bytes, subtree
 from pliant.errors import ModelError
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "count",
     "evaluating",
     "layer_costs",
+    "module_cost",
     "tensors",
 ]
 
@@ -53,6 +55,8 @@ class LayerCost:
         output: shape of the first output without the batch axis.
         calls: how often one forward pass calls it; 0 means never.
         latency: milliseconds of all calls on a target; 0 where nothing was measured.
+        itemsize: bytes of one of its numbers, of the network's where it has none.
+        parts: of a block, its children by name; only `module_cost` knows them.
     """
 
     kind: str
@@ -64,6 +68,8 @@ class LayerCost:
     output: tuple[int, ...] = ()
     calls: int = 1
     latency: float = 0.0
+    itemsize: int = FLOAT
+    parts: tuple[tuple[str, "LayerCost"], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -119,9 +125,9 @@ def count(model: nn.Module, example: Example) -> tuple[Cost, dict[str, LayerCost
     """Measure a network and its layers in one forward pass: see `cost` and `layer_costs`."""
     layers, outside, uncounted = _measure(model, example)
     whole = Cost(
-        params=_numbers(model.modules()),
+        params=numbers(model.modules()),
         macs=outside + sum(layer.macs for layer in layers.values()),
-        bytes=sum(t.numel() * t.element_size() for t in _saved(model.modules())),
+        bytes=stored_bytes(model.modules()),
         uncounted=uncounted,
     )
     return whole, layers
@@ -137,6 +143,25 @@ def layer_costs(model: nn.Module, example: Example) -> dict[str, LayerCost]:
         ModelError: the model fails on the example, or has parameters without a shape.
     """
     return _measure(model, example)[0]
+
+
+def module_cost(model: nn.Module, example: Example, name: str) -> LayerCost:
+    """Measure any module with all that is in it: a layer, a block, a stage.
+
+    Args:
+        model: holds the module.
+        example: the inputs of a forward call of the model.
+        name: of the module; "" for the whole model.
+
+    Raises:
+        ModelError: the model fails on the example, or has no such module.
+    """
+    layers, watch = _watched(model, example)
+    try:
+        module = model.get_submodule(name)
+    except AttributeError:
+        raise ModelError(f"The model has no module {name!r}: see model.named_modules().") from None
+    return _whole(model, name, module, _rows(layers, watch), watch)
 
 
 @dataclass
@@ -211,6 +236,14 @@ def _measure(
     model: nn.Module, example: Example
 ) -> tuple[dict[str, LayerCost], int, tuple[str, ...]]:
     """Costs of layers, products that belong to none of them, and where some are not known."""
+    layers, watch = _watched(model, example)
+    named = [name or type(model).__name__ for name, _ in _modules(model) if name in watch.foreign]
+    outside = sum(macs for name, macs in watch.outside.items() if name not in layers)
+    return _rows(layers, watch), outside, tuple(named)
+
+
+def _watched(model: nn.Module, example: Example) -> tuple[dict[str, nn.Module], _Watch]:
+    """Run a model, and see what each of its modules does."""
     _refuse_lazy(model)
     layers = dict(_layers(model))
     watch = _Watch()
@@ -223,13 +256,39 @@ def _measure(
             leave = module.register_forward_hook(watch.leave(name, formula), with_kwargs=True)
             hooks.callback(leave.remove)
         _run(model, example, watch)
-        rows = {
-            name: _row(layer, watch.seen.get(name, _Seen()), watch.outside[name])
-            for name, layer in layers.items()
-        }
-    named = [name or type(model).__name__ for name, _ in _modules(model) if name in watch.foreign]
-    outside = sum(macs for name, macs in watch.outside.items() if name not in layers)
-    return rows, outside, tuple(named)
+    return layers, watch
+
+
+def _rows(layers: Mapping[str, nn.Module], watch: _Watch) -> dict[str, LayerCost]:
+    return {
+        name: _row(layer, watch.seen.get(name, _Seen()), watch.outside[name])
+        for name, layer in layers.items()
+    }
+
+
+def _whole(
+    model: nn.Module, name: str, module: nn.Module, rows: Mapping[str, LayerCost], watch: _Watch
+) -> LayerCost:
+    """The cost of a module with all that is in it, and of each of its children."""
+    prefix = f"{name}." if name else ""
+    inside = [path for path, _ in _modules(model) if path == name or path.startswith(prefix)]
+    if inside == [name] and name in rows:
+        return rows[name]
+    seen, parts = watch.seen.get(name, _Seen()), list(module.modules())
+    return LayerCost(
+        kind=parametrize.type_before_parametrizations(module).__name__,
+        params=numbers(parts),
+        macs=sum(rows[p].macs if p in rows else watch.outside[p] for p in inside),
+        bytes=stored_bytes(parts),
+        input=seen.input,
+        output=seen.output,
+        calls=seen.calls,
+        itemsize=itemsize([*parts, *model.modules()]),
+        parts=tuple(
+            (child, _whole(model, f"{prefix}{child}", part, rows, watch))
+            for child, part in module.named_children()
+        ),
+    )
 
 
 def _run(model: nn.Module, example: Example, watch: _Watch) -> None:
@@ -246,16 +305,17 @@ def _run(model: nn.Module, example: Example, watch: _Watch) -> None:
 
 
 def _row(layer: nn.Module, seen: _Seen, products: int) -> LayerCost:
-    owned, weight = list(_subtree(layer)), getattr(layer, "weight", None)
+    owned, weight = list(subtree(layer)), getattr(layer, "weight", None)
     return LayerCost(
         kind=parametrize.type_before_parametrizations(layer).__name__,
-        params=_numbers(owned),
+        params=numbers(owned),
         macs=seen.macs + products,
-        bytes=sum(t.numel() * t.element_size() for t in _saved(owned)),
+        bytes=stored_bytes(owned),
         weight=tuple(weight.shape) if isinstance(weight, Tensor) else (),
         input=seen.input,
         output=seen.output,
         calls=seen.calls,
+        itemsize=itemsize(owned),
     )
 
 
@@ -282,7 +342,7 @@ def _uncompiled() -> AbstractContextManager[Any]:
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules that own parameters; what belongs to a parametrized or fused layer is inside it."""
     for name, module in _modules(model):
-        if isinstance(module, Packed) or any(True for _ in _own(_subtree(module))):
+        if isinstance(module, Packed) or any(True for _ in own(subtree(module))):
             yield name, module
 
 
@@ -293,46 +353,7 @@ def _modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if id(part) in hidden:
             continue
         yield name, part
-        hidden.update(id(inner) for inner in _subtree(part) if inner is not part)
-
-
-def _subtree(layer: nn.Module) -> Iterator[nn.Module]:
-    """The layer and the modules that are only its parts, not layers of their own."""
-    if isinstance(layer, nn.MultiheadAttention):  # out_proj is read, never called
-        yield from layer.modules()
-        return
-    yield layer
-    if parametrize.is_parametrized(layer):
-        parts = layer.parametrizations
-        assert isinstance(parts, nn.Module)
-        yield from parts.modules()
-
-
-def _numbers(modules: Iterable[nn.Module]) -> int:
-    """Count parameters, each once, and what packed layers stand for."""
-    owners = list(modules)
-    packed = sum(owner.numbers for owner in owners if isinstance(owner, Packed))
-    return packed + sum(p.numel() for p in _unique(_own(owners)))
-
-
-def _own(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
-    return (parameter for module in modules for parameter in module.parameters(recurse=False))
-
-
-def _saved(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
-    """Parameters and persistent buffers, each tensor once."""
-    owners = list(modules)
-    buffers = (
-        buffer
-        for owner in owners
-        for name, buffer in owner._buffers.items()
-        if buffer is not None and name not in owner._non_persistent_buffers_set
-    )
-    return _unique([*_own(owners), *buffers])
-
-
-def _unique(tensors: Iterable[Tensor]) -> Iterator[Tensor]:
-    return iter({id(tensor): tensor for tensor in tensors}.values())
+        hidden.update(id(inner) for inner in subtree(part) if inner is not part)
 
 
 def _refuse_lazy(model: nn.Module) -> None:

@@ -39,7 +39,7 @@ def _bilinear(layer: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
     return outputs[0].numel() * layer.in1_features * (layer.in2_features + 1)
 
 
-def _attention(layer: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
+def attention(layer: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
     """Four projections, then query times key and weights times value."""
     query, key, value = inputs[:3]
     batch = 1 if query.dim() == 2 else query.shape[0 if layer.batch_first else 1]
@@ -66,7 +66,7 @@ _FORMULAS: tuple[tuple[tuple[type[nn.Module], ...], Formula], ...] = (
     ((nn.Conv1d, nn.Conv2d, nn.Conv3d), _conv),
     ((nn.Linear,), _linear),
     ((nn.Bilinear,), _bilinear),
-    ((nn.MultiheadAttention,), _attention),
+    ((nn.MultiheadAttention,), attention),
     ((nn.RNNBase, nn.RNNCellBase), _recurrent),
     (
         (

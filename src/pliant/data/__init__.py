@@ -1,8 +1,9 @@
 """Data to train, calibrate and measure on, and how long to train."""
 
+from pliant.data.epochs import Epoch
 from pliant.data.readers import load
 from pliant.data.sources import IGNORED, unpack
 from pliant.data.splits import Data
 from pliant.data.train import Train
 
-__all__ = ["IGNORED", "Data", "Train", "load", "unpack"]
+__all__ = ["IGNORED", "Data", "Epoch", "Train", "load", "unpack"]

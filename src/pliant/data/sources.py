@@ -143,9 +143,39 @@ class Batches:
         collate = self.loader.collate_fn if self.loader.batch_sampler else default_collate
         return Items(Subset(self.loader.dataset, drawn), collate)
 
+    def indexed(self) -> Items | None:
+        """Give all samples of the loader's data set by number; None if it has no index."""
+        if not isinstance(self.loader, DataLoader) or not is_indexed(self.loader.dataset):
+            return None
+        batched = self.loader.batch_sampler is not None
+        return Items(self.loader.dataset, self.loader.collate_fn if batched else default_collate)
+
+    @property
+    def batch_size(self) -> int | None:
+        """Samples of a batch, where the loader says so."""
+        return self.loader.batch_size if isinstance(self.loader, DataLoader) else None
+
     @property
     def _distributed(self) -> bool:
         return isinstance(getattr(self.loader, "sampler", None), DistributedSampler)
+
+
+class Kept:
+    """Batches of an iterator, which gives each of them once: kept for every later look."""
+
+    def __init__(self, batches: Iterator[Any]) -> None:
+        self.batches, self.kept = batches, list[Any]()
+
+    def __iter__(self) -> Iterator[Any]:
+        number = 0
+        while True:
+            if number == len(self.kept):
+                batch = next(self.batches, self)  # itself where there is none
+                if batch is self:
+                    return
+                self.kept.append(batch)
+            yield self.kept[number]
+            number += 1
 
 
 Source = Tensors | Items | Batches
@@ -215,6 +245,17 @@ def _seed(key: int) -> None:
     torch.default_generator.manual_seed(key)
     np.random.seed(key % 2**32)
     random.seed(key)
+
+
+def moved(value: Any, device: torch.device) -> Any:
+    """Move the tensors of a batch to a device, whatever holds them."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {key: moved(item, device) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return tuple(moved(item, device) for item in value)
+    return value
 
 
 def crop_flip(images: Tensor, moves: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from pliant.data.sound import check_finite, check_pair, check_range
 from pliant.data.sources import (
     Batches,
     Items,
+    Kept,
     Source,
     Tensors,
     gather,
@@ -34,7 +35,8 @@ class Data:
     """Three splits of labelled samples.
 
     A split is a pair of tensors (inputs, labels), a data set with length and index, a DataLoader
-    or another iterable of batches, or None. Images may be uint8 (N, C, H, W): they stay so in
+    or another iterable of batches, or None. A generator of batches is read once, as far as it is
+    needed, and its batches are kept. Images may be uint8 (N, C, H, W): they stay so in
     memory and are scaled to 0..1 and normalised batch by batch. Other inputs are normalised only
     if `mean` is given. What a loader gives is passed on as it is, dicts included.
 
@@ -60,6 +62,9 @@ class Data:
     augment: Literal["none", "crop-flip"] = "none"
 
     def __post_init__(self) -> None:
+        for split in get_args(Split):
+            if isinstance(part := getattr(self, split), Iterator):
+                object.__setattr__(self, split, Kept(part))
         if self.augment not in ("none", "crop-flip"):
             raise DataError(
                 f"augment must be 'none' or 'crop-flip', not {self.augment!r}; other augmentation "
@@ -111,21 +116,52 @@ class Data:
 
     def size(self, split: Split = "train") -> int | None:
         """Count the samples of a split; None where a loader cannot tell."""
-        source = self._source(split)
+        source = self.source(split)
         return source.samples if isinstance(source, Batches) else len(source)
 
-    def steps(self, batch_size: int, world: int = 1) -> int:
+    def indexed(self, split: Split) -> Tensors | Items:
+        """Give a split by the number of its samples.
+
+        Raises:
+            DataError: it has no index.
+        """
+        source = self.source(split)
+        found = source.indexed() if isinstance(source, Batches) else source
+        if found is None:
+            raise DataError(
+                f"Samples of the {split} split are chosen by number, but it is a stream of "
+                f"batches ({type(getattr(self, split)).__name__}); give tensors, a data set with "
+                "length and index, or a DataLoader of one."
+            )
+        return found
+
+    def rows(self) -> int:
+        """Count the samples of the training split that can be chosen by number.
+
+        Raises:
+            DataError: the split has no index.
+        """
+        return len(self.indexed("train"))
+
+    def batch_size(self, asked: int) -> int:
+        """Return the samples of a training batch: those asked for, or a loader's own."""
+        source = self.source("train")
+        return (source.batch_size if isinstance(source, Batches) else None) or asked
+
+    def steps(self, batch_size: int, world: int = 1, *, rows: Tensor | None = None) -> int:
         """Count the training batches that each of `world` processes gets in an epoch.
 
-        `batch_size` is per process and does not apply to a loader, which has its own.
+        `batch_size` is per process and does not apply to a loader, which has its own, unless
+        `rows` of it are chosen.
 
         Raises:
             DataError: the training split is a loader without length.
         """
-        source = self._source("train")
-        if isinstance(source, Batches):
+        source = self.source("train")
+        if isinstance(source, Batches) and rows is None:
             return source.steps(world)
-        return math.ceil(math.ceil(len(source) / world) / batch_size)
+        count = len(self.indexed("train")) if rows is None else len(rows)
+        return math.ceil(math.ceil(count / world) / batch_size)
 
     def batches(
         self,
@@ -139,6 +175,7 @@ class Data:
         rank: int = 0,
         world: int = 1,
         start: int = 0,
+        rows: Tensor | None = None,
     ) -> Iterator[Any]:
         """Give the batches of one epoch, the same ones whenever (seed, epoch) is the same.
 
@@ -158,21 +195,25 @@ class Data:
             rank: number of this process.
             world: number of processes.
             start: batches to leave out at the beginning, when a run resumes within an epoch.
+            rows: numbers of the samples to take, None for all; of a loader those of its data
+                set, put into batches of `batch_size` by its `collate_fn`.
 
         Returns:
             Batches (inputs, labels), or what the user's loader gives.
 
         Raises:
-            DataError: there is no such split.
+            DataError: there is no such split, or it has no index to choose rows by.
         """
-        source, key = self._source(split), key_of(seed, epoch)
+        source, key = self.source(split), key_of(seed, epoch)
+        if rows is not None:
+            source = self.indexed(split)
         if not isinstance(source, Batches):
             moves = torch.rand(len(source), 3, generator=generator(key + 1)) if augment else None
-            order = torch.arange(len(source))
+            order = torch.arange(len(source)) if rows is None else rows
             if shuffle:
-                order = torch.randperm(len(source), generator=generator(key))
-            rows = rows_of_rank(order, rank, world, even=split == "train")
-            return _batches(source, list(rows.split(batch_size))[start:], moves, key_of(key, start))
+                order = order[torch.randperm(len(order), generator=generator(key))]
+            mine = rows_of_rank(order, rank, world, even=split == "train")
+            return _batches(source, list(mine.split(batch_size))[start:], moves, key_of(key, start))
         batches = source.epoch(key, epoch, rank, world)
         stop = source.steps(world) if split == "train" and world > 1 else None
         return _slice(batches, start, stop)
@@ -249,7 +290,7 @@ class Data:
         for split, count in wanted:
             if count is None:
                 continue
-            source = self._source(split)
+            source = self.source(split)
             if count < 1 or isinstance(source, Batches):
                 raise DataError(
                     f"A subset of {split} needs at least 1 sample of tensors or of a data set, "
@@ -265,7 +306,7 @@ class Data:
         Raises:
             DataError: the split is not made of tensors.
         """
-        source = self._source(split)
+        source = self.source(split)
         if not isinstance(source, Tensors):
             raise DataError(
                 f"Labels can be counted in tensors, not in {type(source).__name__}; "
@@ -289,7 +330,7 @@ class Data:
         for split in get_args(Split):
             if not self.has(split):
                 continue
-            source = self._source(split)
+            source = self.source(split)
             if isinstance(source, Tensors):
                 inputs, labels = [source.inputs], source.labels
             else:
@@ -311,7 +352,12 @@ class Data:
             )
         return inputs, labels
 
-    def _source(self, split: Split) -> Source:
+    def source(self, split: Split) -> Source:
+        """Return what a split is: tensors, items with an index, or batches.
+
+        Raises:
+            DataError: there is no such split.
+        """
         part = getattr(self, split) if split in get_args(Split) else None
         if part is None:
             raise DataError(
@@ -326,7 +372,7 @@ class Data:
         return Items(part) if indexed else Batches(part)
 
     def _inputs(self, count: int, seed: int, *, shuffle: bool) -> Example:
-        source: Source | None = self._source("train")
+        source: Source | None = self.source("train")
         if isinstance(source, Batches):
             stream = source.loader
             source = source.items(seed) if shuffle else None

@@ -2,13 +2,20 @@
 
 import math
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, Literal
+
+from torch import nn
+from torch.optim import Optimizer
 
 from pliant.errors import DataError
 
 _PRECISIONS = ("32-true", "64-true", "16-mixed", "bf16-mixed", "16-true", "bf16-true")
+
+
+Make = Callable[[nn.Module], Optimizer | Sequence[Optimizer]]
 
 
 @dataclass(frozen=True)
@@ -20,7 +27,9 @@ class Train:
         finetune: passes after the network has been made smaller.
         batch: samples per batch and process.
         lr: highest learning rate.
-        optimizer: "sgd" or "adamw".
+        optimizer: "sgd", "adamw", or a function that takes the network and gives an optimizer or
+            several; it is called anew for fine-tuning. Their groups keep learning rates of their
+            own, which the schedule multiplies by a share from 0 to 1.
         momentum: of SGD.
         weight_decay: of both optimizers.
         nesterov: use Nesterov's momentum in SGD.
@@ -40,7 +49,7 @@ class Train:
     finetune: float = 0
     batch: int = 128
     lr: float = 0.02
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adamw"] | Make = "sgd"
     momentum: float = 0.9
     weight_decay: float = 5e-4
     nesterov: bool = True
@@ -66,7 +75,12 @@ class Train:
         self._need("momentum", "below 1", lambda v: v < 1)
         self._need("clip", "None or above 0", lambda v: v is None or (_number(v) and v > 0))
         self._need("checkpoint_every", "None or at least 1", lambda v: v is None or _whole(v) and v)
-        self._one_of("optimizer", ("sgd", "adamw"))
+        known = ("sgd", "adamw")
+        self._need(
+            "optimizer",
+            f"one of {', '.join(known)}, or a function that takes the network",
+            lambda v: v in known if isinstance(v, str) else callable(v),
+        )
         self._one_of("schedule", ("cosine", "constant", "step"))
         self._one_of("precision", _PRECISIONS)
         self._need("nesterov", "True or False", lambda v: isinstance(v, bool))
@@ -78,6 +92,13 @@ class Train:
             "auto, cpu, cuda, cuda:N or mps",
             lambda v: isinstance(v, str) and re.fullmatch(device, v),
         )
+
+    def plain(self) -> dict[str, Any]:
+        """Return the plan as plain data; a function goes by its name."""
+        plan = {field.name: getattr(self, field.name) for field in fields(self)}
+        if not isinstance(self.optimizer, str):
+            plan["optimizer"] = _called(self.optimizer)
+        return plan
 
     def steps(self, per_epoch: int, *, finetune: bool = False) -> int:
         """Count the optimizer steps of the search, or of fine-tuning, to the nearest whole.
@@ -102,3 +123,12 @@ def _number(value: Any) -> bool:
 
 def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _called(make: Any) -> str:
+    """Name a function, as the same one is named in another process."""
+    if isinstance(make, partial):
+        options = [*map(repr, make.args), *(f"{k}={v!r}" for k, v in make.keywords.items())]
+        return f"{_called(make.func)}({', '.join(options)})"
+    kind = make if hasattr(make, "__qualname__") else type(make)
+    return f"{kind.__module__}.{kind.__qualname__}"

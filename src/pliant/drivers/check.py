@@ -9,16 +9,15 @@ from pliant.cost import evaluating
 from pliant.data import Data, unpack
 from pliant.drivers.score import device_of, forward, moved
 from pliant.errors import DataError, MethodError, PliantError, TrainingError
-from pliant.method import uses
 from pliant.observe.outputs import logits
 from pliant.run import Run
 
-TRAINING = ("loss", "penalty", "before_step", "after_step", "after_epoch")
+TRAINING = ("epoch", "weigh", "loss", "penalty", "before_step", "after_step", "after_epoch")
 
 
 def trains(run: Run) -> bool:
     """Say whether the run's method does anything while the network trains."""
-    return any(uses(run.method, hook) for hook in TRAINING)
+    return any(run.method.uses(hook) for hook in TRAINING)
 
 
 def check_steps(run: Run, steps: int | None = None) -> None:
@@ -38,6 +37,51 @@ def check_steps(run: Run, steps: int | None = None) -> None:
             f"{type(run.method).__name__} works while the network trains and plans by the number "
             f"of optimizer steps, but the run was started for {run.steps}; call "
             f"pliant.start(..., {wanted})."
+        )
+
+
+def check_trainer(run: Run, steps: float) -> None:
+    """Refuse a trainer that ends before the run does.
+
+    Args:
+        run: as it was started.
+        steps: of the trainer; not finite or negative where it does not know.
+
+    Raises:
+        MethodError: the run was started for more.
+    """
+    if 0 <= steps < run.steps:
+        check_steps(run, int(steps))
+
+
+def check_served(run: Run) -> None:
+    """Refuse a run whose method chooses the data of epochs and that cannot give them.
+
+    Raises:
+        MethodError: `start` was not told how many epochs there are, and how large batches.
+    """
+    if run.method.uses("epoch") and run.epochs is None:
+        raise MethodError(
+            f"{type(run.method).__name__} chooses samples, batch size and learning rate of every "
+            "epoch: call pliant.start(..., data=data, epochs=..., batch=...), and give the "
+            "trainer run.batches() as its loader of training batches."
+        )
+
+
+def check_heard(run: Run, how: str) -> None:
+    """Refuse a step whose loss the method was not asked about.
+
+    Args:
+        run: before the step.
+        how: what to write so that it is.
+
+    Raises:
+        MethodError: it changes the loss, and the trainer left it out.
+    """
+    if (run.method.uses("loss") or run.method.uses("weigh")) and not run.heard:
+        raise MethodError(
+            f"{type(run.method).__name__} changes the loss, but the trainer took a step without "
+            f"asking it: {how}."
         )
 
 

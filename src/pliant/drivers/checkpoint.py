@@ -3,7 +3,6 @@
 import io
 import os
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ _FREE = ("device", "devices", "checkpoint_every")  # what a resumed training may
 
 def identity(run: Run, data: Data, train: Train) -> dict[str, str]:
     """Describe a training, so that a checkpoint of another one is not taken for it."""
-    plan = {name: value for name, value in asdict(train).items() if name not in _FREE}
+    plan = {name: value for name, value in train.plain().items() if name not in _FREE}
     place = run.clock.target.plain() if run.clock else {}
     example = data.example()
     values = example.values() if isinstance(example, Mapping) else example

@@ -1,12 +1,13 @@
 """The machine a training runs on: devices, processes, memory layout, random states."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from pliant.data import Train
 from pliant.errors import TrainingError
@@ -64,6 +65,21 @@ def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
+
+
+def take_step(fabric: "Fabric", optimizers: Sequence[Optimizer]) -> None:
+    """Let every optimizer step; a scaler of gradients, if there is one, moves on once."""
+    from lightning_fabric.plugins import MixedPrecision
+
+    plugin = fabric.strategy.precision
+    scaler = plugin.scaler if isinstance(plugin, MixedPrecision) else None
+    for optimizer in optimizers:
+        if scaler is None:
+            fabric.strategy.optimizer_step(optimizer)
+        else:
+            scaler.step(optimizer)
+    if scaler is not None:
+        scaler.update()
 
 
 def agree(model: nn.Module, world: int, *, weights: bool = True) -> None:

@@ -19,36 +19,47 @@ import torch
 from torch import Tensor
 
 from pliant.data import IGNORED
-from pliant.drivers.check import check_one_device, check_steps
+from pliant.drivers.check import (
+    check_heard,
+    check_one_device,
+    check_served,
+    check_steps,
+    check_trainer,
+)
 from pliant.drivers.devices import agree
-from pliant.drivers.score import task_loss
 from pliant.errors import TrainingError, require
 from pliant.run import Run
 
 FILE = "pliant.pt"
 
 if TYPE_CHECKING:
+    from accelerate.optimizer import AcceleratedOptimizer
+
     _Callback = object
 else:
     _Callback = require("transformers", "transformers").TrainerCallback
+    AcceleratedOptimizer = require("accelerate", "transformers").optimizer.AcceleratedOptimizer
 
 
 class PliantCallback(_Callback):
     """Calls a run's hooks from the Trainer of Transformers.
 
     The Trainer clips gradients (``max_grad_norm``, 1.0 unless you say otherwise) before its hook,
-    so the method's penalty is not clipped. Its checkpoints get a file of the run's, from which
+    so the method's penalty is not clipped. A method that chooses the data of epochs needs a Trainer
+    whose ``get_train_dataloader`` returns ``run.batches()``, and ``max_steps=run.steps``. Its
+    checkpoints get a file of the run's, from which
     ``restore`` resumes.
 
     Args:
         run: from ``pliant.start(..., steps=...)``; its model is the Trainer's or a part of it.
 
     Raises:
-        MethodError: the run was started without steps and its method needs them.
+        MethodError: the run was started without steps or epochs and its method needs them.
     """
 
     def __init__(self, run: Run) -> None:
         check_steps(run)
+        check_served(run)
         self.run = run
         self._edits = len(run.edits)
 
@@ -74,19 +85,25 @@ class PliantCallback(_Callback):
         """Give the run the Trainer's optimizer, so that its state follows every edit.
 
         Raises:
-            TrainingError: the Trainer resumes and the run was not restored.
+            TrainingError: the Trainer resumes and the run was not restored, or its settings do not
+                serve the method.
+            MethodError: the Trainer takes fewer steps than the run was started for.
         """
         if state.global_step != self.run.step:
             raise TrainingError(
                 f"The Trainer begins at step {state.global_step}, but the run is at step "
                 f"{self.run.step}; call PliantCallback.restore(checkpoint) before train()."
             )
+        check_trainer(self.run, state.max_steps)
+        self._check_settings(args, state)
         optimizer = kwargs.get("optimizer")
-        if self.run.optimizer is None and optimizer is not None:
-            self.run.optimizer = getattr(optimizer, "optimizer", optimizer)
+        if optimizer is not None:
+            wrapped = isinstance(optimizer, AcceleratedOptimizer)
+            self.run.optimizer = optimizer.optimizer if wrapped else optimizer
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Gradients are complete."""
+        check_heard(self.run, "pass Trainer(compute_loss_func=loss_function(run))")
         self.run.before_step()
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -112,6 +129,21 @@ class PliantCallback(_Callback):
         agree(self.run.model, args.world_size, weights=False)
         self.run.finish(strict=False)
 
+    def _check_settings(self, args: Any, state: Any) -> None:
+        """Refuse settings under which a hook would see what it must not, or not see the data."""
+        adds = self.run.method.uses("penalty") or self.run.method.uses("before_step")
+        if args.fp16 and not args.max_grad_norm and adds:
+            raise TrainingError(
+                f"{type(self.run.method).__name__} changes gradients, but in fp16 the Trainer "
+                "leaves them scaled unless it clips: set max_grad_norm, to a large number if "
+                "nothing is to be clipped, or use bf16."
+            )
+        if state.global_step and self.run.method.uses("epoch") and not args.ignore_data_skip:
+            raise TrainingError(
+                "run.batches() begins where the run stands, so the Trainer must skip nothing: set "
+                "ignore_data_skip=True to resume."
+            )
+
     def _check_edits(self, args: Any) -> None:
         edited, self._edits = len(self.run.edits) > self._edits, len(self.run.edits)
         if edited:
@@ -119,7 +151,7 @@ class PliantCallback(_Callback):
 
 
 def loss_function(
-    run: Run, criterion: Callable[[Any, Any], Tensor] = task_loss
+    run: Run, criterion: Callable[..., Tensor] | None = None
 ) -> Callable[..., Tensor]:
     """Make the ``compute_loss_func`` of a Trainer, for methods that use the outputs.
 
@@ -128,9 +160,13 @@ def loss_function(
 
     Args:
         run: the run of the callback.
-        criterion: mean loss of (outputs, labels); cross-entropy of the logits by default. A
-            language model needs one that shifts its labels.
+        criterion: mean loss of (outputs, labels); the run's own if None, which is cross-entropy of
+            the logits by default. A language model needs one that shifts its labels. For a method
+            that weighs samples it takes ``reduction="none"`` too, and then gives a loss for each
+            sample or label.
     """
+    if criterion is not None:
+        run.criterion = criterion
     seen: dict[str, Any] = {}
 
     def look(module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
@@ -139,11 +175,14 @@ def loss_function(
     run.hook(run.model.register_forward_pre_hook(look, with_kwargs=True))
 
     def loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
-        task = criterion(outputs, labels)
         args, kwargs = seen.pop("inputs", ((), {}))
         if run.model.training:
+            weighs = {"reduction": "none"} if run.reduction == "none" else {}
+            task = run.criterion(outputs, labels, **weighs)
             batch = {**kwargs, "labels": labels} if kwargs else (*args, labels)
             task = run.loss(task, _output(outputs, kwargs), batch)
+        else:
+            task = run.criterion(outputs, labels)
         if num_items_in_batch is None:
             return task
         return task * ((labels != IGNORED).sum() / num_items_in_batch)

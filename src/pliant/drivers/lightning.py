@@ -9,7 +9,7 @@
 
         def training_step(self, batch, index):
             output = self.net(batch[0])
-            loss = cross_entropy(output, batch[1])
+            loss = cross_entropy(output, batch[1], reduction=run.reduction)
             return run.loss(loss, output, batch)  # needed by methods that use outputs, else free
 
     trainer = Trainer(max_steps=1000, callbacks=[PliantCallback(run)])
@@ -23,7 +23,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.hooks import RemovableHandle
 
-from pliant.drivers.check import check_one_device, check_steps
+from pliant.drivers.check import (
+    check_heard,
+    check_one_device,
+    check_served,
+    check_steps,
+    check_trainer,
+)
 from pliant.drivers.devices import agree
 from pliant.errors import TrainingError, require
 from pliant.run import Run
@@ -45,7 +51,12 @@ else:
 
 
 class PliantCallback(_Callback):
-    """Calls a run's hooks from Lightning's Trainer, with automatic optimization and one optimizer.
+    """Calls a run's hooks from Lightning's Trainer.
+
+    With several optimizers, which Lightning steps by hand, so are the run's: call
+    ``run.before_step()`` before and ``run.after_step()`` after their steps in ``training_step``.
+
+    A method that chooses the data of epochs needs ``trainer.fit(module, run.batches())``.
 
     Lightning clips gradients after its hooks, so there the method's penalty is clipped too; in
     the plain loop and in Transformers it is not.
@@ -60,14 +71,17 @@ class PliantCallback(_Callback):
         run: from ``pliant.start(..., steps=...)``; its model is the LightningModule or a part.
 
     Raises:
-        MethodError: the run was started without steps and its method needs them.
+        MethodError: the run was started without steps or epochs and its method needs them.
     """
 
     def __init__(self, run: Run) -> None:
         check_steps(run)
+        check_served(run)
         super().__init__()
         self.run = run
         self._steps = 0  # of the Trainer, at the last hook
+        self._taken = run.step  # of the run, at the last hook
+        self._by_hand = False  # whether training_step calls the run's steps
         self._edits = len(run.edits)
         self._loading: RemovableHandle | None = None  # of the hook that replays edits
 
@@ -83,7 +97,7 @@ class PliantCallback(_Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Bring the run to a saved point; a second time changes nothing."""
         self.run.load_state_dict(state_dict)
-        self._edits = len(self.run.edits)
+        self._edits, self._taken = len(self.run.edits), self.run.step
 
     def setup(self, trainer: Any, pl_module: Any, stage: str) -> None:
         """Ask to be called before weights are loaded: the last moment to replay edits."""
@@ -96,25 +110,44 @@ class PliantCallback(_Callback):
         self._forget()
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """Give the run the Trainer's optimizer, so that its state follows every edit."""
+        """Give the run the Trainer's optimizers, so that their state follows every edit.
+
+        Raises:
+            MethodError: the Trainer takes fewer steps than the run was started for.
+        """
         self._forget()
-        if self.run.optimizer is None and trainer.optimizers:
-            self.run.optimizer = trainer.optimizers[0]
-        self._steps = trainer.global_step
+        if not trainer.fast_dev_run:
+            check_trainer(self.run, trainer.estimated_stepping_batches)
+        self.run.optimizer = list(trainer.optimizers) or self.run.optimizers
+        self._steps, self._by_hand = trainer.global_step, len(trainer.optimizers) > 1
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Gradients are complete."""
-        self.run.before_step()
+        check_heard(self.run, "return run.loss(loss, output, batch) from training_step")
+        if not self._by_hand:
+            self.run.before_step()
 
     def on_train_batch_end(
         self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Weights have moved, unless gradients are still being accumulated."""
+        """Weights have moved, unless gradients are still being accumulated.
+
+        Raises:
+            TrainingError: there are several optimizers, and the run's steps were not called.
+        """
         if trainer.global_step == self._steps:
             return
         self._steps = trainer.global_step
-        agree(self.run.model, trainer.world_size, weights=False)
-        self.run.after_step()
+        if not self._by_hand:
+            agree(self.run.model, trainer.world_size, weights=False)
+            self.run.after_step()
+        elif self.run.step == self._taken:
+            raise TrainingError(
+                "Lightning steps several optimizers by hand, so its callbacks cannot tell when all "
+                "gradients are there: call run.before_step() before the optimizers' steps in "
+                "training_step, and run.after_step() after them."
+            )
+        self._taken = self.run.step
         self._check_edits(trainer)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -148,5 +181,15 @@ class PliantCallback(_Callback):
 
     def _check_edits(self, trainer: Any) -> None:
         edited, self._edits = len(self.run.edits) > self._edits, len(self.run.edits)
-        if edited:
-            check_one_device(trainer.world_size, "Lightning trains")
+        if not edited:
+            return
+        check_one_device(trainer.world_size, "Lightning trains")
+        for callback in trainer.callbacks:
+            kinds = {kind.__name__ for kind in type(callback).__mro__}
+            if kinds & {"WeightAveraging", "StochasticWeightAveraging"}:
+                raise TrainingError(
+                    f"A layer was replaced, but the average of the weights that "
+                    f"{type(callback).__name__} keeps still has the old one. Leave the callback "
+                    "out, or average by a copy of your own that the run knows: "
+                    "pliant.start(..., copies=[average])."
+                )

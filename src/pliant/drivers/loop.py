@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pliant.data import Data, Train, unpack
+from pliant.data.criterion import weighted
+from pliant.data.epochs import Epochs
 from pliant.drivers import checkpoint
 from pliant.drivers.check import check_data, check_steps, not_finite, trains
 from pliant.drivers.devices import (
@@ -26,17 +28,17 @@ from pliant.drivers.devices import (
     own_randomness,
     random_states,
     restore_random,
+    take_step,
 )
-from pliant.drivers.schedule import optimizer_of, rate
-from pliant.drivers.score import Score, distillation, evaluate, forward, task_loss
+from pliant.drivers.schedule import optimizer_of, optimizers_of, rate
+from pliant.drivers.score import Score, distillation, evaluate, forward
 from pliant.errors import DataError, TrainingError
-from pliant.method import uses
-from pliant.run import Run
+from pliant.run import Hooks, Run
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
 
-__all__ = ["Score", "evaluate", "fit", "optimizer_of", "rate"]
+__all__ = ["Score", "epochs_of", "evaluate", "fit", "optimizer_of", "rate"]
 
 Watch = Callable[[dict[str, Any]], None]
 SEARCH, FINETUNE, DONE = 0, 1, 2  # the phases of a training, in order
@@ -92,14 +94,18 @@ def fit(
         return
     check_data(run.model, data)
     fabric = fabric_of(train)
+    world = {"rank": fabric.global_rank, "world": fabric.world_size}
+    run.epochs = epochs_of(run.method, data, train, seed=run.seed, **world)
     per_epoch = data.steps(train.batch, fabric.world_size)
-    steps = (train.steps(per_epoch), train.steps(per_epoch, finetune=True))
+    steps = (run.epochs.steps, train.steps(per_epoch, finetune=True))
     if train.distill and teacher is None:
         raise TrainingError(
             "Distillation needs the dense network, but none came; pass teacher=, or distill=0."
         )
     check_steps(run, steps[SEARCH])
-    training = _Training(run, data, train, fabric, folder, watch, teacher, per_epoch, steps)
+    training = _Training(
+        run, data, train, fabric, folder, watch, teacher, run.epochs, per_epoch, steps
+    )
     with fast_layout(run.model), own_randomness(run.seed + fabric.global_rank, fabric.device):
         try:
             training.begin(resume=resume)
@@ -110,6 +116,14 @@ def fit(
             raise
         finally:
             run.close()
+
+
+def epochs_of(
+    method: Hooks, data: Data, train: Train, *, seed: int, rank: int = 0, world: int = 1
+) -> Epochs:
+    """Plan the epochs of a training with a method: what each trains on, and all its steps."""
+    change = method.epoch if method.uses("epoch") else None
+    return Epochs(data, train.epochs, train.batch, seed, change, rank, world)
 
 
 @dataclass
@@ -134,11 +148,13 @@ class _Training:
     folder: Path | None
     watch: Watch | None
     teacher: nn.Module | None
-    per_epoch: int
+    planned: Epochs  # of the search
+    per_epoch: int  # of fine-tuning
     phase_steps: tuple[int, int]
     place: _Place = field(default_factory=_Place)
     module: Any = None
-    optimizer: Optimizer | None = None
+    optimizers: list[Optimizer] = field(default_factory=list)
+    rates: list[float] = field(default_factory=list)  # of all groups, before any schedule
     wrapped: int = -1  # edits that the wrapped module knows
     clean: bool = False  # between two steps: what is saved now can be resumed
     identity: dict[str, str] = field(default_factory=dict)
@@ -203,7 +219,7 @@ class _Training:
                 "place": vars(self.place),
                 "run": self.run.state_dict(),
                 "model": self.run.model.state_dict(),
-                "optimizer": self.optimizer.state_dict() if self.optimizer else None,
+                "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
                 "random": random,
             }
             checkpoint.write(self.folder, content)
@@ -218,17 +234,21 @@ class _Training:
         self.run.model.load_state_dict(saved["model"])
         if self.place.phase == FINETUNE:
             self._set_up()
-        if self.optimizer is not None and saved["optimizer"] is not None:
-            self.optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=False):
+            optimizer.load_state_dict(state)
         restore_random(self.fabric, saved["random"])
         self.clean = True
 
     def _set_up(self) -> None:
-        """Give the phase an optimizer of its own."""
-        self.optimizer = optimizer_of(self.run.model, self.train) if self.steps else None
-        self.run.optimizer = self.optimizer or self.run.optimizer
+        """Give the phase optimizers of its own."""
+        self.optimizers = optimizers_of(self.run.model, self.train) if self.steps else []
+        self.rates = [float(group["lr"]) for group in self._groups()]
+        self.run.optimizer = self.optimizers or self.run.optimizers
         self.wrapped = -1
         self.clean = True
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def _epochs(self) -> None:
         while self.place.step < self.steps or self.place.batch:
@@ -237,7 +257,8 @@ class _Training:
     def _epoch(self) -> None:
         """Train one epoch, or what a checkpoint or a fraction leaves of it."""
         place, began = self.place, time.monotonic() - self.place.seconds
-        last = min(self.per_epoch, place.batch + self.steps - place.step)
+        length = self.planned.length(place.epoch) if self.hooks else self.per_epoch
+        last = min(length, place.batch + self.steps - place.step)
         self.run.model.train()
         for batch in self._batches() if place.batch < last else ():
             with self._whole():
@@ -252,17 +273,19 @@ class _Training:
                 break
         if place.batch < last:
             raise DataError(
-                f"The loader must give as many batches as its length says, {self.per_epoch}, but "
+                f"The loader must give as many batches as its length says, {length}, but "
                 f"epoch {place.epoch} ended after {place.batch}; correct its __len__."
             )
         self._end_epoch()
 
     def _batches(self) -> Iterator[Any]:
+        if self.hooks:
+            return self.planned.batches(self.place.epoch, start=self.place.batch)
         return self.data.batches(
             "train",
             self.train.batch,
             seed=self.run.seed,
-            epoch=self.place.epoch + self.place.phase * math.ceil(self.train.epochs),
+            epoch=self.place.epoch + math.ceil(self.train.epochs),
             augment=True,
             shuffle=True,
             rank=self.fabric.global_rank,
@@ -272,23 +295,25 @@ class _Training:
 
     def _step(self, batch: Any) -> float:
         """Take one optimizer step, with the hooks of the method while it searches."""
-        optimizer, plugin = self.optimizer, self.fabric.strategy.precision
-        assert optimizer is not None
-        for group in optimizer.param_groups:
-            group["lr"] = rate(self.train, self.place.step, self.steps)
-        optimizer.zero_grad()
+        now = rate(self.train, self.place.step, self.steps)
+        for group, own in zip(self._groups(), self.rates, strict=True):
+            group["lr"] = now if own == self.train.lr else own * (now / self.train.lr)
+        self.run.model.zero_grad()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
         batch = self.fabric.to_device(batch)
         task, loss = self._loss(batch)
         if not math.isfinite(value := float(loss.detach())):
             why = not_finite(self.run.model, batch)
             raise TrainingError(self._lost(f"the loss is {value}, and {why}"))
         self.fabric.backward(loss)
-        plugin.unscale_gradients(optimizer)  # of 16-mixed only
+        for optimizer in self.optimizers:
+            self.fabric.strategy.precision.unscale_gradients(optimizer)  # of 16-mixed only
         if self.train.clip is not None:
             nn.utils.clip_grad_norm_(self.run.model.parameters(), self.train.clip)
         if self.hooks:
             self.run.before_step()
-        self.fabric.strategy.optimizer_step(optimizer)
+        take_step(self.fabric, self.optimizers)
         if self.hooks:
             agree(self.run.model, self.fabric.world_size, weights=False)
             self.run.after_step()
@@ -298,13 +323,19 @@ class _Training:
         """Return the loss of the task, and the one to differentiate."""
         inputs, labels = unpack(batch)
         output = forward(self._wrapped(), inputs)
-        task = loss = task_loss(output, labels)
+        weighs = self.hooks and self.run.reduction == "none"
+        if weighs:
+            losses = self.run.criterion(output, labels, reduction="none")
+            task = weighted(losses.detach(), None, output, labels)
+            loss = self.run.loss(losses, output, batch)
+        else:
+            task = loss = self.run.criterion(output, labels)
         if self.train.distill and self.teacher is not None:
             with torch.no_grad(), self.fabric.autocast():
                 target = forward(self.teacher, inputs)
             gap = distillation(output, target, self.train.temperature)
-            loss = (1 - self.train.distill) * task + self.train.distill * gap
-        if self.hooks and uses(self.run.method, "loss"):
+            loss = (1 - self.train.distill) * loss + self.train.distill * gap
+        if self.hooks and not weighs and self.run.method.uses("loss"):
             loss = self.run.loss(loss, output, batch)
         return task, loss
 
@@ -331,11 +362,17 @@ class _Training:
             score = evaluate(run.model, self.data, "val", batch=self.train.batch)
             row |= {"accuracy": score.accuracy, "val_loss": score.loss}
         with self._whole():
-            row |= {"lr": rate(self.train, place.step - 1, self.steps), "seconds": place.seconds}
+            row |= {"lr": self._lr(), "seconds": place.seconds}
             at = {} if self.hooks else {"step": run.step + place.step, "epoch": self._number()}
             run.note(phase=self.name, **row, **at)
             self.place = _Place(place.phase, place.epoch + 1, step=place.step)
         self.save()
+
+    def _lr(self) -> float:
+        """The learning rate of the last step, of the first group."""
+        now = rate(self.train, self.place.step - 1, self.steps)
+        own = self.rates[0] / self.train.lr
+        return now * own * (self.planned[self.place.epoch].rate if self.hooks else 1.0)
 
     def _number(self) -> int:
         """Count the epochs of both phases, the present one included."""
@@ -355,7 +392,7 @@ class _Training:
                 "epoch": place.epoch + 1,
                 "epochs": self.train.epochs if self.hooks else self.train.finetune,
                 "loss": loss,
-                "lr": rate(self.train, place.step - 1, self.steps),
+                "lr": self._lr(),
                 "seconds_left": left * (time.monotonic() - self.began) / self.taken,
             }
         )

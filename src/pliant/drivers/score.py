@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pliant.cost import call, evaluating
 from pliant.data import IGNORED, Data, unpack
+from pliant.data.criterion import classes_second, task_loss
+from pliant.data.sources import moved
 from pliant.data.splits import Split
 from pliant.errors import DataError, ModelError
 from pliant.math.divergence import divergence
@@ -106,25 +107,6 @@ def shapes(inputs: Any) -> str:
     )
 
 
-def task_loss(output: Any, labels: Any) -> Tensor:
-    """Return the mean loss: cross-entropy for whole-number labels, squared error for others.
-
-    Class scores are (N, C) with labels (N,), or (N, C, ...) or (N, ..., C) with labels (N, ...).
-
-    Raises:
-        DataError: there are no labels.
-    """
-    if not isinstance(labels, Tensor):
-        raise DataError(
-            "Training and scoring need labels, but the batch has none: give (inputs, labels), "
-            "or a mapping with labels."
-        )
-    scores = logits(output)
-    if labels.is_floating_point():
-        return F.mse_loss(scores, labels.to(scores.dtype).reshape(scores.shape))
-    return F.cross_entropy(_classes_second(scores, labels), labels, ignore_index=IGNORED)
-
-
 def distillation(output: Any, teacher: Any, temperature: float) -> Tensor:
     """Return the divergence from a teacher's softened classes (Hinton et al. 2015), times T^2."""
     return divergence(logits(output), logits(teacher), temperature)
@@ -135,24 +117,6 @@ def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
-def moved(value: Any, device: torch.device) -> Any:
-    """Move the tensors of a batch to a device, whatever holds them."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: moved(item, device) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return tuple(moved(item, device) for item in value)
-    return value
-
-
-def _classes_second(scores: Tensor, labels: Tensor) -> Tensor:
-    """Bring (N, ..., C) into (N, C, ...), the order of cross-entropy."""
-    if scores.dim() > 2 and (scores.shape[0], *scores.shape[2:]) != tuple(labels.shape):
-        return scores.movedim(-1, 1)
-    return scores
-
-
 def _right(scores: Tensor, labels: Tensor) -> Tensor:
     """Say of every answer that was asked for whether it is right."""
-    return (_classes_second(scores, labels).argmax(1) == labels)[labels != IGNORED]
+    return (classes_second(scores, labels).argmax(1) == labels)[labels != IGNORED]

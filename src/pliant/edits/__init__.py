@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import fields
+from dataclasses import MISSING, Field, fields
 from typing import Any
 
 from torch import nn
 
+from pliant.edits.build import plain
 from pliant.edits.choose import Choose
 from pliant.edits.edit import Edit, Replaced, layer_of
 from pliant.edits.encode import Encode
 from pliant.edits.factor import Factor
 from pliant.edits.fold import Fold
+from pliant.edits.insert import Insert
 from pliant.edits.merge import Merge
+from pliant.edits.multiply import Multiply
 from pliant.edits.nest import Nest
+from pliant.edits.pack import Pack
 from pliant.edits.prune import Prune
 from pliant.edits.quantize import Quantize
+from pliant.edits.record import apply, complete, made, note
+from pliant.edits.remove import Remove
+from pliant.edits.rerank import Rerank
 from pliant.edits.settle import Settle
 from pliant.edits.swap import Swap
+from pliant.edits.widen import Widen
 from pliant.errors import EditError
 
 __all__ = [
@@ -28,15 +36,25 @@ __all__ = [
     "Encode",
     "Factor",
     "Fold",
+    "Insert",
     "Merge",
+    "Multiply",
     "Nest",
+    "Pack",
     "Prune",
     "Quantize",
+    "Remove",
     "Replaced",
+    "Rerank",
     "Settle",
     "Swap",
+    "Widen",
+    "apply",
+    "complete",
     "from_json",
     "layer_of",
+    "made",
+    "note",
     "replay",
     "to_json",
 ]
@@ -45,13 +63,19 @@ EDITS: dict[str, type] = {
     "choose": Choose,
     "encode": Encode,
     "factor": Factor,
+    "insert": Insert,
     "merge": Merge,
+    "multiply": Multiply,
     "nest": Nest,
+    "pack": Pack,
     "prune": Prune,
     "fold": Fold,
     "quantize": Quantize,
+    "remove": Remove,
+    "rerank": Rerank,
     "settle": Settle,
     "swap": Swap,
+    "widen": Widen,
 }
 """The closed set of edits that a file may name."""
 
@@ -63,17 +87,27 @@ def replay(model: nn.Module, edits: Iterable[Edit], *, weights: bool = True) -> 
         EditError: an edit does not fit the model.
     """
     for edit in edits:
-        edit.apply(model, weights=weights)
+        apply(model, edit, weights=weights)
 
 
 def to_json(edits: Iterable[Edit]) -> list[dict[str, Any]]:
     """Return the edits as plain data: names, strings and numbers, no tensors."""
     names = {kind: name for name, kind in EDITS.items()}
-    return [
-        {"edit": names[type(edit)]}
-        | {f.name: getattr(edit, f.name) for f in fields(edit) if f.compare}  # type: ignore[arg-type]
-        for edit in edits
-    ]
+    return [{"edit": names[type(edit)]} | _written(edit) for edit in edits]
+
+
+def _written(edit: Any) -> dict[str, Any]:
+    """The fields of one edit, without those that are optional and say nothing."""
+    values = {f: getattr(edit, f.name) for f in fields(edit) if f.compare}
+    return {
+        f.name: value
+        for f, value in values.items()
+        if not f.metadata.get("optional") or value != _default(f)
+    }
+
+
+def _default(field: Field[Any]) -> Any:
+    return field.default if field.default_factory is MISSING else field.default_factory()
 
 
 def from_json(rows: Any) -> list[Edit]:
@@ -94,7 +128,9 @@ def _edit(row: Any) -> Edit:
     kind = EDITS[name]
     values = {key: value for key, value in row.items() if key != "edit"}
     expected = {f.name: str(f.type) for f in fields(kind) if f.compare}
-    if set(values) != set(expected):
+    optional = {f.name for f in fields(kind) if f.metadata.get("optional")}
+    needed = {f.name for f in fields(kind) if f.compare and f.default is MISSING} - optional
+    if not needed <= set(values) <= set(expected):
         raise EditError(
             f"The edit {name} takes {', '.join(sorted(expected))}, "
             f"not {', '.join(sorted(map(str, values)))[:200]}."
@@ -105,7 +141,14 @@ def _edit(row: Any) -> Edit:
                 f"{key} of the edit {name} must be of type {expected[key]}, "
                 f"not {str(value)[:80]!r}."
             )
-    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+    return kind(**{key: _frozen(value) for key, value in values.items()})
+
+
+def _frozen(value: Any) -> Any:
+    """What edits hold: tuples where JSON has lists."""
+    if isinstance(value, dict):
+        return {key: _frozen(item) for key, item in value.items()}
+    return tuple(value) if isinstance(value, list) else value
 
 
 _FITS: dict[str, Callable[[Any], bool]] = {
@@ -116,5 +159,6 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     "tuple[int, ...]": lambda value: (
         isinstance(value, list | tuple) and all(type(item) is int for item in value)
     ),
+    "Spec": plain,
 }
 """What a field of an edit may hold in a file, by its annotation; a bool is not a number."""

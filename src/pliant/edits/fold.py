@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pliant.cost import LayerCost
-from pliant.edits.edit import Replaced, layer_of
+from pliant.edits.edit import LAYER, Replaced, layer_of
 from pliant.errors import EditError
 from pliant.math.quantize import column
 from pliant.nn import layers
@@ -29,7 +29,7 @@ class Fold:
     """
 
     layer: str
-    into: str
+    into: str = field(metadata={LAYER: True})
 
     @property
     def form(self) -> str:

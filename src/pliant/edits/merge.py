@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pliant.cost import LayerCost
-from pliant.edits.edit import Replaced, layer_of
+from pliant.edits.edit import LAYER, Replaced, layer_of
 from pliant.errors import EditError
 from pliant.nn import factorized, layers
 
@@ -32,7 +32,7 @@ class Merge:
     """
 
     layer: str
-    reader: str
+    reader: str = field(metadata={LAYER: True})
     outputs: int
     bias: bool
 

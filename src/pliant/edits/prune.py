@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -62,41 +62,12 @@ class Prune:
         """Cut the layer's tensors; a slice is made in any case, it costs no more than a shape."""
         module = layer_of(model, self.layer)
         self._check(module)
-        old, new, cuts = [], [], []
-        for name, cut in _cuts(module, self.side, self.keep):
-            tensor = getattr(module, name)
-            if tensor is None:
-                continue
-            sliced = layers.in_layout_of(tensor, cut(tensor.detach()))
-            if isinstance(tensor, nn.Parameter):
-                sliced = nn.Parameter(sliced, requires_grad=tensor.requires_grad)
-                old.append(tensor)
-                new.append(sliced)
-                cuts.append(cut)
-            setattr(module, name, sliced)
-        for name, value in _sizes(module, self.side, len(self.keep)).items():
-            setattr(module, name, value)
-        return Replaced(tuple(old), tuple(new), cuts=tuple(cuts))
+        cuts = list(_cuts(module, self.side, self.keep))
+        return renewed(module, self.side, len(self.keep), [(name, cut, cut) for name, cut in cuts])
 
     def predict(self, before: LayerCost) -> LayerCost:
         """Return the cost of the layer with fewer channels."""
-        k, n = self.kept
-        axis = int(self.side == "in")
-        weight = list(before.weight)
-        weight[axis] = weight[axis] * k // n
-        others = before.params - math.prod(before.weight)  # biases, which only outputs have
-        params = math.prod(weight) + (others if self.side == "in" else others * k // n)
-        counter = _counter(before)
-        place = -1 if len(before.weight) == 2 else 0  # features come last, channels first
-        return replace(
-            before,
-            params=params,
-            macs=before.macs * k // n,
-            bytes=(before.bytes - counter) * params // before.params + counter,
-            weight=tuple(weight),
-            input=before.input if self.side == "out" else _less(before.input, place, k, n),
-            output=before.output if self.side == "in" else _less(before.output, place, k, n),
-        )
+        return resized(before, self.side, *self.kept)
 
     def removed(self) -> tuple[int, ...]:
         """Return the channels that leave."""
@@ -123,6 +94,57 @@ class Prune:
             raise EditError(
                 f"{self.layer} has {groups} groups and must keep equally many channels in each."
             )
+
+
+def renewed(
+    module: Any, side: str, channels: int, tensors: Iterable[tuple[str, Cut, Cut]]
+) -> Replaced:
+    """Give a layer other tensors, for another number of channels.
+
+    Args:
+        module: the layer, changed in place.
+        side: whose channels are others now.
+        channels: how many there are then.
+        tensors: names of tensors, each with what makes the new one out of the old, and what makes
+            a tensor of an optimizer's state out of its old one.
+    """
+    old, new, states = [], [], []
+    for name, make, state in tensors:
+        tensor = getattr(module, name)
+        if tensor is None:
+            continue
+        made = layers.in_layout_of(tensor, make(tensor.detach()))
+        if isinstance(tensor, nn.Parameter):
+            made = nn.Parameter(made, requires_grad=tensor.requires_grad)
+            if tensor.grad is not None:  # of the batches before, if a step takes several
+                made.grad = layers.in_layout_of(tensor.grad, state(tensor.grad))
+            old.append(tensor)
+            new.append(made)
+            states.append(state)
+        setattr(module, name, made)
+    for name, value in _counts(module, side, channels).items():
+        setattr(module, name, value)
+    return Replaced(tuple(old), tuple(new), cuts=tuple(states))
+
+
+def resized(before: LayerCost, side: str, k: int, n: int) -> LayerCost:
+    """Return the cost of a layer that has k channels on one side where there were n."""
+    axis = int(side == "in")
+    weight = list(before.weight)
+    weight[axis] = weight[axis] * k // n
+    others = before.params - math.prod(before.weight)  # biases, which only outputs have
+    params = math.prod(weight) + (others if side == "in" else others * k // n)
+    counter = _counter(before)
+    place = -1 if len(before.weight) == 2 else 0  # features come last, channels first
+    return replace(
+        before,
+        params=params,
+        macs=before.macs * k // n,
+        bytes=(before.bytes - counter) * params // before.params + counter,
+        weight=tuple(weight),
+        input=before.input if side == "out" else _scaled(before.input, place, k, n),
+        output=before.output if side == "in" else _scaled(before.output, place, k, n),
+    )
 
 
 def sides(module: nn.Module) -> dict[str, int]:
@@ -178,7 +200,7 @@ def _by_group(keep: tuple[int, ...], of: int, groups: int) -> list[list[int]]:
     return parts
 
 
-def _sizes(module: Any, side: str, k: int) -> dict[str, int]:
+def _counts(module: Any, side: str, k: int) -> dict[str, int]:
     if side == "channels" and _conv(module):
         times = module.out_channels // module.groups
         return {"in_channels": k, "out_channels": k * times, "groups": k}
@@ -202,7 +224,7 @@ def _counter(before: LayerCost) -> int:
     return 8
 
 
-def _less(shape: tuple[int, ...], place: int, k: int, n: int) -> tuple[int, ...]:
+def _scaled(shape: tuple[int, ...], place: int, k: int, n: int) -> tuple[int, ...]:
     if not shape:
         return shape
     new = list(shape)

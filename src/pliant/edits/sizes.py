@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pliant.budget import Budget
 from pliant.cost import Cost, Example, cost
-from pliant.edits import Edit, Nest, Settle, layer_of
+from pliant.edits import Edit, Nest, Settle, complete, layer_of, note
 from pliant.edits.nest import cut
 from pliant.edits.settle import MEANS, VARIANCES
 from pliant.errors import ArtifactError, BudgetError
@@ -57,8 +57,9 @@ def shrink(model: nn.Module, edits: Sequence[Edit], size: int) -> tuple[Edit, ..
     sizes = count(edits)
     if not 0 <= size < sizes:
         raise ArtifactError(f"The network has sizes 0 to {sizes - 1}, not {size}: choose one.")
+    whole = complete(model, edits)
     kept: list[Edit] = []
-    for edit in edits:
+    for edit in whole:
         if isinstance(edit, Nest):
             _shorten(_row(model, edit), edit.at(size))
             kept.append(edit.factor(size))
@@ -66,6 +67,7 @@ def shrink(model: nn.Module, edits: Sequence[Edit], size: int) -> tuple[Edit, ..
             _use(layer_of(model, edit.layer), size)
         else:
             kept.append(edit)
+    note(model, kept)
     return tuple(kept)
 
 

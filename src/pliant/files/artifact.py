@@ -33,13 +33,14 @@ from pliant.codecs.container import (
     reading,
 )
 from pliant.cost import bare
-from pliant.edits import Edit, replay
+from pliant.edits import Edit, Insert, Swap, Widen, complete, replay
 from pliant.errors import ArtifactError, ModelError
 from pliant.files.manifest import DTYPES, UNCODED, VERSION, Manifest, Spec, parse, write
 from pliant.nn.align import Align
 from pliant.nn.coded import Coded
 
-MOST_EDITS, MOST_LEVELS = 16, 64  # edits for each module of the model; dots in a name
+MOST_EDITS, MOST_LEVELS = 128, 64  # edits for each module of the model; dots in a name
+MOST_MODULES = 64  # that edits may make of each module of the model
 HEADER_LIMIT = 16 * 2**20  # bytes; what safetensors says of the same tensors
 
 
@@ -62,7 +63,8 @@ def save(
             a file of another kind is refused.
         model: as the edits have made it. Parametrizations of the dense network, such as weight
             norm, stay: what builds the network puts them on again.
-        edits: what was done to the dense network, in order.
+        edits: what was done to the network, in order; what was done before, by an earlier
+            compression or in the file that it was loaded from, is put before it.
         source: what builds the dense network, for commands: a zoo name or module:callable.
         extra: plain data to keep beside it: class names, input shape, normalization.
         encode: store each tensor coded, without loss, where that is smaller: ``hac`` by Huffman,
@@ -70,6 +72,7 @@ def save(
             which few are distinct: pruned, shared or quantized ones. None stores all as they are.
 
     Raises:
+        EditError: other edits have been made of the network than those given.
         ModelError: the compression is not finished, or the model has state that is not made of
             tensors.
         ArtifactError: `extra` is not plain data.
@@ -90,7 +93,7 @@ def save(
         version=VERSION if coded else UNCODED,
         pliant=_own_version(),
         source=source,
-        edits=tuple(edits),
+        edits=complete(model, tuple(edits)),
         tensors={name: Spec.of(tensor) for name, tensor in tensors.items()},
         aliases=aliases,
         sha256=hashlib.sha256(weights).hexdigest(),
@@ -209,10 +212,9 @@ def load(
                 manifest = parse(read(archive, MANIFEST, least=2, most=MANIFEST_LIMIT))
         built = _built(path, manifest, model)
         with reading(path):
-            # What a function built is nobody's yet: no need to try on a copy first.
-            trial = _without_data(built) if built is model else built
+            trial = _trial(manifest, built, own=built is not model)
             _check_edits(manifest, trial)
-            replay(trial, manifest.edits, weights=False)
+            _replay(manifest, trial)
             _compare(manifest, trial)
             tensors = _weights(archive, manifest)
             _check_codes(trial, tensors)
@@ -258,6 +260,33 @@ def _check_edits(manifest: Manifest, model: nn.Module) -> None:
             f"has {len(manifest.edits):,} edits, more or deeper ones than this "
             f"{type(model).__name__} has layers for: it was made from another architecture."
         )
+
+
+def _trial(manifest: Manifest, built: nn.Module, *, own: bool) -> nn.Module:
+    """Say on what edits are tried first: on shapes, lest a model is spoilt or grows beyond bounds.
+
+    Args:
+        manifest: of the file.
+        built: the dense network.
+        own: whether a function built it; it is nobody's yet then, and may not be copyable.
+    """
+    if own and not any(isinstance(edit, Insert | Swap | Widen) for edit in manifest.edits):
+        return built
+    try:
+        return _without_data(built)
+    except ArtifactError:
+        if own:
+            return built
+        raise
+
+
+def _replay(manifest: Manifest, trial: nn.Module) -> None:
+    """Replay the edits, and stop where copies of copies would fill the memory."""
+    most = MOST_MODULES * sum(1 for _ in trial.modules())
+    for edit in manifest.edits:
+        replay(trial, [edit], weights=False)
+        if isinstance(edit, Insert) and sum(1 for _ in trial.modules()) > most:
+            raise ArtifactError(f"asks for more than {most:,} modules: it was made to do harm.")
 
 
 def _compare(manifest: Manifest, model: nn.Module) -> None:

@@ -48,6 +48,7 @@ def load(
             or a size was asked of a network that has one only, or was compressed further.
         BudgetError: even the smallest size is too large.
     """
+    place = None if target is None else as_target(target)
     manifest = artifact.inspect(path)
     dense = model if model is not None else _of_zoo(manifest)
     if at is None:
@@ -55,7 +56,6 @@ def load(
     given = (example,) if isinstance(example, Tensor) else example
     if not given and model is None and dense is not None:
         given = zoo.NETWORKS[str(manifest.source)].example()
-    place = None if target is None else as_target(target)
     return _load_at(path, manifest, dense, at, example=given, target=place)
 
 

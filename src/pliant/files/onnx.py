@@ -24,12 +24,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from pliant.codecs.container import check_replaceable
 from pliant.cost import Example, bare, call
 from pliant.errors import ArtifactError, ModelError, OutputError, require
-from pliant.files.qdq import deployable
+from pliant.files.qdq import deployable, narrowed
 from pliant.nn.coded import decoded
 
 ONE_FILE = 2 * 1000**3  # bytes; protobuf ends at 2 GiB, so larger weights lie beside the graph
+NARROW_OPSET = 21  # the first with integers of 4 bits
 BATCHES = (1, 3)  # sizes to compare at: none is the size that is traced
-ROUNDED = 0.05  # of the largest output: where activations are rounded, runtimes break ties apart
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ def to_onnx(
             first axis of every tensor that is as long as the first tensor's is the batch.
         opset: version of the operators; PyTorch's choice if None.
         tolerance: largest absolute difference of outputs that is accepted; at least a twentieth
-            of the largest output where activations are rounded: a number between two levels may
-            fall to either side.
+            of the largest output where activations are rounded, and two levels of them: a number
+            between two levels may fall to either side.
 
     Raises:
         MissingExtraError: onnx, onnxscript or onnxruntime are not installed.
@@ -88,15 +88,16 @@ def to_onnx(
     network, batch = _prepared(model, example)
     args, kwargs = ((), dict(batch)) if isinstance(batch, Mapping) else (batch, None)
     traced = copy.deepcopy(network)
-    if deployable(traced):
-        tolerance = max(tolerance, ROUNDED * _largest(_outputs(network, batch)))
+    needs = deployable(traced)
+    if needs.apart:
+        tolerance = max(tolerance, needs.apart * _largest(_outputs(network, batch)))
     with _exporting(model, "ONNX"), _quiet():
         program = torch.onnx.export(
             traced,
             args,
             kwargs=kwargs,
             dynamic_shapes=_dynamic(batch),
-            opset_version=opset,
+            opset_version=opset or (NARROW_OPSET if needs.narrow else None),
             dynamo=True,
             verbose=False,
         )
@@ -107,6 +108,8 @@ def to_onnx(
             f"{type(model).__name__} was asked for in opset {opset}, but PyTorch can only write "
             f"{written_for}: leave opset out, or take a newer one."
         )
+    if needs.narrow and written_for >= NARROW_OPSET:
+        narrowed(program.model)
     size = sum(t.nbytes for t in (*traced.parameters(), *traced.buffers()))
     with _into(path) as temporary:
         with _quiet():
@@ -331,17 +334,25 @@ def _outputs(network: Any, inputs: Any) -> list[Tensor]:
 
 
 def _largest(outputs: list[Tensor]) -> float:
-    return max((float(output.abs().max()) for output in outputs if output.numel()), default=0.0)
+    """The largest finite number."""
+    return max(
+        (float(o.nan_to_num(0.0, 0.0, 0.0).abs().max()) for o in outputs if o.numel()), default=0.0
+    )
 
 
 def _difference(wanted: Any, found: Any) -> float:
-    """The largest absolute difference; infinite where shapes or numbers make no sense."""
+    """The largest absolute difference; infinite where shapes or numbers make no sense.
+
+    Infinities of one sign are equal, as masked scores are, and so is what is no number in both.
+    """
     worst = 0.0
     for mine, other in zip(wanted, found, strict=True):
         if mine.shape != other.shape:
             return float("inf")
         if mine.numel():
-            gap = float((mine.double() - other.double()).abs().max())
+            one, two = mine.double(), other.double()
+            same = (one == two) | (one.isnan() & two.isnan())
+            gap = float((one - two).abs().masked_fill(same, 0.0).max())
             worst = max(worst, gap if gap == gap else float("inf"))
     return worst
 

@@ -123,10 +123,10 @@ class Clock:
         return signature(layer, self._shape(layer, cost))
 
     def _calibrate(self, model: nn.Module, costs: Mapping[str, LayerCost]) -> None:
-        """Measure layers in turn with the dense network, on the scale of its own time.
+        """Measure layers in turn with the dense network, and keep their times as shares of its own.
 
-        The table holds what factors take beside their layer, this what the layer takes beside
-        the network: however the machine is loaded now, and was then, both ratios hold.
+        The table on disk holds the time of factors as a share of the time of their layer. Both are
+        ratios of times taken together, so they hold whether the machine is busy or not.
         """
         layers = {
             key: (model.get_submodule(name), self._shape(model.get_submodule(name), cost))
@@ -182,9 +182,10 @@ class Clock:
     ) -> tuple[float, float]:
         """Return what a network takes beside the times of its layers alone.
 
-        Two networks tell: the present one, and one with all these layers at the lowest ranks.
-        What both take outside of their layers is fixed; what only the present one does grows with
-        the weights, which come from memory in a large network and from caches in a small one.
+        Two networks are measured: the present one, and one in which these layers have the lowest
+        ranks. The time that both spend outside of these layers counts as fixed. What the present
+        one spends beyond that counts as growing with the number of weights: those of a large
+        network come from memory, those of a small one from caches.
 
         Args:
             model: the network as it is now.

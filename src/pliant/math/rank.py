@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pliant.errors import PliantError
 
-_GRID = 64  # starting points of the noise search: the free energy may have several minima
+_POINTS = 9  # of the noise search between two kinks of the free energy
+_NARROW = 1e-9  # in the logarithm of the variance: less is rounding
 
 
 def energy_rank(sigma: Tensor, p: float) -> int:
@@ -38,6 +39,15 @@ def numerical_rank(sigma: Tensor, tolerance: float = 1e-5) -> int:
     """Count the singular values above `tolerance` times the largest; 0 for a zero matrix."""
     sigma = sigma.detach()
     return int((sigma > tolerance * sigma.max()).sum())
+
+
+def stable_rank(sigma: Tensor) -> float:
+    """Return the sum of squared singular values over the largest: no rounding, no threshold.
+
+    It is 1 for a single direction and for a zero matrix, and the rank where all are equal.
+    """
+    energy = sigma.detach().double().square()
+    return float(energy.sum() / energy.max()) if float(energy.max()) > 0 else 1.0
 
 
 def evbmf_rank(sigma: Tensor, shape: Sequence[int]) -> int:
@@ -95,24 +105,50 @@ def _edge(alpha: float) -> float:
 
 
 def _noise(energy: np.ndarray, large: int, alpha: float, edge: float) -> float:
-    """Minimise the free energy over the noise variance, in logarithm: it may be tiny."""
+    """Minimise the free energy over the noise variance, in logarithm: it may be tiny.
+
+    Where a component changes sides the free energy is the lower of two curves, so that no minimum
+    lies at such a kink, and any interval between two of them may hold the lowest.
+    """
     # Noise of the whole matrix is the upper bound, the smallest singular value the lower one.
     upper = math.log(energy.sum() / (len(energy) * large))
     lower = math.log(energy[-1] / (large * edge))
-    grid = np.linspace(lower, upper, _GRID)
-    # The energy has a kink where a component changes sides, and minima may sit between kinks.
     kinks = np.log(energy / (large * edge))
-    grid = np.unique(np.concatenate([grid, kinks[(kinks > lower) & (kinks < upper)]]))
+    ends = np.unique(np.concatenate([[lower, upper], kinks[(kinks > lower) & (kinks < upper)]]))
+    # Intervals of rounding between equal singular values hold nothing.
+    starts, widths = ends[:-1], np.diff(ends)
+    starts, widths = starts[widths > _NARROW], widths[widths > _NARROW]
+    if not len(starts):
+        return math.exp(upper)
 
-    def objective(log_variance: float) -> float:
-        return _free_energy(log_variance, energy / large, alpha, edge)
+    def objective(points: np.ndarray) -> np.ndarray:
+        return np.array([_free_energy(point, energy / large, alpha, edge) for point in points])
 
-    best = int(np.argmin([objective(point) for point in grid]))
-    bounds = (grid[max(best - 1, 0)], grid[min(best + 1, len(grid) - 1)])
-    if bounds[0] == bounds[1]:
-        return math.exp(bounds[0])
-    found = minimize_scalar(objective, bounds=bounds, method="bounded", options={"xatol": 1e-10})
-    return math.exp(found.x if found.fun <= objective(grid[best]) else grid[best])
+    grid = np.linspace(0, 1, _POINTS)
+    values = objective((starts[:, None] + widths[:, None] * grid).ravel()).reshape(-1, _POINTS)
+    best, least = upper, math.inf
+    bound = values.min()
+    for start, width, row in zip(starts, widths, values, strict=True):
+        # A step of the grid away from a minimum the free energy is hardly higher than in it.
+        if row.min() - bound > np.ptp(row) + _NARROW * abs(bound):
+            continue
+        for k in _valleys(row):
+            left, right = grid[max(k - 1, 0)], grid[min(k + 1, _POINTS - 1)]
+            found = minimize_scalar(
+                lambda point: float(objective(np.array([point]))[0]),
+                bounds=(start + width * left, start + width * right),
+                method="bounded",
+                options={"xatol": 1e-10},
+            )
+            if found.fun < least:
+                best, least = float(found.x), float(found.fun)
+    return math.exp(best)
+
+
+def _valleys(row: np.ndarray) -> list[int]:
+    """The places of a row that are no higher than both neighbours."""
+    padded = np.concatenate([[np.inf], row, [np.inf]])
+    return [int(k) for k in np.flatnonzero((row <= padded[:-2]) & (row <= padded[2:]))]
 
 
 def _free_energy(log_variance: float, scaled: np.ndarray, alpha: float, edge: float) -> float:

@@ -10,7 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from pliant.errors import EditError
+from pliant.math import forms
 from pliant.nn.layers import Factorizable, in_layout_of
+
+_CONVS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
+    1: nn.Conv1d,
+    2: nn.Conv2d,
+    3: nn.Conv3d,
+}
 
 _GEOMETRY = (
     *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation"),
@@ -55,24 +62,74 @@ def factorized(
         part.weight.data = in_layout_of(module.weight, part.weight.data)
     if module.bias is not None:
         parts[-1].bias = module.bias
-    _answer_for(new, module)
+    answer_for(new, module, parts[0].weight)
     return new.train(module.training)
 
 
-def _answer_for(new: nn.Sequential, dense: Factorizable) -> None:
-    """Let a model ask the row what it asks its dense layer: its geometry, and its type and device.
+def answer_for(row: nn.Sequential, dense: nn.Module, weight: Tensor | None = None) -> None:
+    """Let a model ask a row what it asks its dense layer: its geometry, and its type and device.
 
     Models of transformers pad by ``conv.stride`` and cast inputs to ``projection.weight.dtype``.
-    The row's ``weight`` is its first child's own, and no parameter of the row.
+
+    Args:
+        row: stands in the place of the layer.
+        dense: the layer.
+        weight: what the row answers by, the layer's own if None; it is no parameter of the row.
     """
     for name in _GEOMETRY:
         if hasattr(dense, name):
-            setattr(new, name, getattr(dense, name))
-    object.__setattr__(new, "weight", new[0].weight)
+            setattr(row, name, getattr(dense, name))
+    answer = getattr(dense, "weight", None) if weight is None else weight
+    if isinstance(answer, Tensor):
+        object.__setattr__(row, "weight", answer)
+
+
+def dense_shape(row: nn.Sequential) -> tuple[int, ...]:
+    """Return the shape of the kernel (T, S, *kernel) that a row of factors stands for."""
+    geometry: Any = row
+    if hasattr(row, "out_features"):
+        return geometry.out_features, geometry.in_features
+    return geometry.out_channels, geometry.in_channels, *geometry.kernel_size
+
+
+def dense(row: nn.Sequential, form: str) -> Factorizable:
+    """Build the dense layer that a row of factors stands for: the same outputs, in one layer.
+
+    Args:
+        row: as `factorized` has built it.
+        form: its form.
+    """
+    kernels: list[Any] = [part.weight for part in row]
+    bias: Any = row[-1].bias
+    weight = forms.compose([kernel.detach() for kernel in kernels], form)
+    where = {"device": weight.device, "dtype": weight.dtype}
+    geometry: Any = row
+    layer: Any
+    if len(dense_shape(row)) == 2:
+        out, source = dense_shape(row)
+        layer = nn.utils.skip_init(nn.Linear, source, out, bias is not None, **where)
+    else:
+        names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+        layer = nn.utils.skip_init(
+            _CONVS[weight.dim() - 2],
+            geometry.in_channels,
+            geometry.out_channels,
+            bias=bias is not None,
+            **{name: getattr(geometry, name) for name in names},
+            **where,
+        )
+    layer.weight.data = weight
+    if bias is not None:
+        layer.bias.data = bias.detach().clone()
+    return layer.train(row.training)
 
 
 def answer_anew(model: nn.Module, name: str) -> None:
-    """Let the row of factors around a changed layer answer by a weight that it still has."""
+    """Give the row of factors around a replaced layer a ``weight`` attribute that still exists.
+
+    The row answers ``.weight`` with the weight of its first layer. Once that layer is replaced, the
+    attribute would point to a tensor that the network no longer uses.
+    """
     row = model.get_submodule(name.rpartition(".")[0])
     if isinstance(row, nn.Sequential) and vars(row).pop("weight", None) is not None:
         for weight in [part.weight for part in row if hasattr(part, "weight")][:1]:

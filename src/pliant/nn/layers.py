@@ -105,6 +105,15 @@ def in_layout_of(dense: Tensor, kernel: Tensor) -> Tensor:
     return kernel
 
 
+def drop_hooks(model: nn.Module) -> None:
+    """Take all hooks of calls out of a model and its parts: a copy has no handles for them."""
+    for module in model.modules():
+        for kind in _HOOKS:
+            held = getattr(module, kind)
+            if isinstance(held, dict):
+                held.clear()
+
+
 def replace(model: nn.Module, name: str, module: nn.Module) -> None:
     """Put ``module`` in the place of the submodule called ``name``, under all names that it has.
 

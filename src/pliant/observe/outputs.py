@@ -45,8 +45,9 @@ def answers(output: Any) -> list[Tensor]:
     found = [t for t in _held(output, set()) if t.is_floating_point() and t.numel()]
     if not found:
         raise ModelError(
-            "What becomes of a network is seen in the numbers it gives, but there is no tensor of "
-            f"floating point in its {type(output).__name__}: wrap it so that it returns them."
+            "The network must return at least one tensor of floating-point numbers, so that it can "
+            f"be compared before and after; its {type(output).__name__} holds none: wrap the "
+            "network so that it returns one."
         )
     return found
 

@@ -3,54 +3,11 @@
 from __future__ import annotations
 
 import inspect
-import re
-import typing
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
 
-from pliant.registry import CALLS, Entry, default, entries, say
-
-
-@dataclass(frozen=True)
-class OptionRow:
-    """One option of a method, in words.
-
-    Args:
-        name: as it is written in a spec.
-        type: what it takes.
-        default: its value.
-        text: what it does: the comment after the field.
-    """
-
-    name: str
-    type: str
-    default: Any
-    text: str
-
-
-def options(entry: Entry) -> list[OptionRow]:
-    """Return the options of a method in order; descriptions are the comments after its fields."""
-    hints, comments = typing.get_type_hints(entry.kind), _comments(entry.kind)
-    return [
-        OptionRow(f.name, say(hints[f.name]), default(f), comments.get(f.name, ""))
-        for f in fields(entry.kind)
-    ]
-
-
-def written(value: Any) -> str:
-    """Return a default as it is written in Python."""
-    return f'"{value}"' if isinstance(value, str) else repr(value)
-
-
-def _comments(kind: type) -> dict[str, str]:
-    """What stands behind each field of a class."""
-    try:
-        source = inspect.getsource(kind)
-    except (OSError, TypeError):  # a class typed into a console
-        return {}
-    return dict(re.findall(r"^ +(\w+): [^#\n]*#\s*(.+?)\s*$", source, re.MULTILINE))
+from pliant.registry import CALLS, Entry, entries, options
+from pliant.registry.options import written
 
 
 def prose(entry: Entry) -> str:

@@ -70,7 +70,9 @@ def layers(report: Report) -> Table:
 
 def _layer(row: LayerRow) -> tuple[Text, ...]:
     style = "" if words.is_changed(row) else "dim"
-    became = words.what(row) if words.is_changed(row) else f"dense: {words.why(row)}"
+    became = ": ".join(filter(None, (words.what(row), words.why(row))))
+    if not words.is_changed(row):
+        became = f"dense: {words.why(row)}"
     return (
         Text(row.layer, style),
         Text(became, style),

@@ -355,7 +355,7 @@ def what(row: LayerRow) -> str:
 
 
 def why(row: LayerRow) -> str:
-    """Say why a layer was left alone; empty where it was not."""
+    """Say why a layer was left alone; of a changed one, what to be wary of, mostly nothing."""
     if is_changed(row):
         return row.reason
     return row.reason or "no reason was recorded"

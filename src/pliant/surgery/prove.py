@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pliant.cost import Example, call
-from pliant.edits import replay
+from pliant.edits import Edit, replay
 from pliant.edits.prune import Prune, sides
 from pliant.errors import EditError
 from pliant.observe.outputs import alike, answers
@@ -40,7 +40,7 @@ def cuttable(model: nn.Module, example: Example) -> tuple[list[Group], dict[str,
     Raises:
         ModelError: the network answers with no tensor that could be compared.
     """
-    random = _randomized(model)
+    random = randomized(model)
     found, reasons = trace(random, example)
     good = found
     while failing := _failing(random, example, sorted(good, key=lambda g: len(g.slots))):
@@ -77,8 +77,27 @@ def prove(model: nn.Module, example: Example, edits: Sequence[Prune]) -> None:
     Raises:
         EditError: the cut network fails in forward, or computes something else.
     """
-    if problem := _problem(_randomized(model), example, edits):
+    if problem := _problem(randomized(model), example, edits):
         raise EditError(f"These channels cannot be removed: without them {problem}.")
+
+
+def prove_same(model: nn.Module, example: Example, edits: Sequence[Edit], sentence: str) -> None:
+    """Make sure that an edited network runs, and computes what it did before.
+
+    Both are tried as copies with random weights, in evaluation.
+
+    Args:
+        model: not touched.
+        example: the inputs of one forward call.
+        edits: what is to be done.
+        sentence: how the refusal begins.
+
+    Raises:
+        EditError: the edited network fails in forward, or computes something else.
+    """
+    random = randomized(model)
+    if problem := differs(random, example, random, edits):
+        raise EditError(f"{sentence}: with the edits {problem}.")
 
 
 def ignore(model: nn.Module, edits: Iterable[Prune]) -> None:
@@ -133,14 +152,27 @@ def _every_second(group: Group) -> list[int]:
 
 def _problem(random: nn.Module, example: Example, edits: Sequence[Prune]) -> str:
     """Say what goes wrong in a cut network, or nothing."""
-    whole, small = copy.deepcopy(random), copy.deepcopy(random)
+    whole = copy.deepcopy(random)
     ignore(whole, edits)
-    replay(small, edits)
+    return differs(whole, example, random, edits)
+
+
+def differs(whole: nn.Module, example: Example, random: nn.Module, edits: Sequence[Edit]) -> str:
+    """Say how a network differs from what another becomes by edits, or nothing.
+
+    Args:
+        whole: not touched.
+        example: the inputs of one forward call.
+        random: not touched either; a copy of it is edited.
+        edits: what is to be done.
+    """
+    edited = copy.deepcopy(random)
+    replay(edited, edits)
     sample = first_sample(example, random)
     with torch.no_grad(), slow_attention():
         wanted = answers(call(whole, sample))
         try:
-            found = answers(call(small, sample))
+            found = answers(call(edited, sample))
         except Exception as error:  # a model may fail in any way
             line = str(error).strip().splitlines()[0] if str(error).strip() else ""
             return f"the forward pass fails ({type(error).__name__}: {line[:120]})"
@@ -148,7 +180,7 @@ def _problem(random: nn.Module, example: Example, edits: Sequence[Prune]) -> str
     return "" if same else "the rest of the network computes something else"
 
 
-def _randomized(model: nn.Module) -> nn.Module:
+def randomized(model: nn.Module) -> nn.Module:
     """Copy a model with other weights, none of which is special as zeros and ones are."""
     model = copy.deepcopy(model).eval()
     generator = torch.Generator().manual_seed(0)

@@ -54,7 +54,7 @@ def _split(
     reasons: dict[str, str] = {}
     shared = shared_weights(model)
     weighted = {n: module for n, module in model.named_modules() if isinstance(module, KERNELS)}
-    _check(weighted, (*only, *exclude))
+    check_names(weighted, (*only, *exclude))
     for name, module in weighted.items():
         if only and not matches(name, only):
             reasons[name] = "not selected"
@@ -117,10 +117,15 @@ def check_patterns(model: nn.Module, patterns: Sequence[str]) -> None:
     Raises:
         MethodError: a pattern matches nothing.
     """
-    _check(weighted(model), patterns)
+    check_names(weighted(model), patterns)
 
 
-def _check(names: Iterable[str], patterns: Sequence[str]) -> None:
+def check_names(names: Iterable[str], patterns: Sequence[str]) -> None:
+    """Refuse a pattern that no layer of these names fits.
+
+    Raises:
+        MethodError: a pattern matches nothing.
+    """
     known = list(names)
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in known):

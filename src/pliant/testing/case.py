@@ -8,7 +8,7 @@ from typing import Any
 
 from pliant.budget import Budget
 from pliant.registry import build, get
-from pliant.testing.toys import TOYS
+from pliant.testing.toys import SPECIAL, TOYS, Toy
 
 
 @dataclass(frozen=True)
@@ -20,9 +20,10 @@ class Case:
         spec: as it is run on the toys, for example with short intervals; the name if empty.
         budget: for every toy; seven tenths of the first axis that it saves if None.
         variants: other specs, each run on the first toy only.
-        toys: names of the toys it handles; a method that recovers or clusters handles all
-            problems of `pliant.testing.solved`.
-        refuses: toys or problems it must refuse, and a part of the sentence it says then.
+        toys: names of the toys it is shown, in any order; a method that recovers or clusters is
+            shown all problems of `pliant.testing.solved`.
+        refuses: toys or problems it must refuse, and a part of the sentence it says then; all
+            others must work.
         fails: checks that fail, and why; each of them must fail.
         own: worked examples, equations of the paper: functions without arguments.
     """
@@ -35,6 +36,11 @@ class Case:
     refuses: Mapping[str, str] = field(default_factory=dict)
     fails: Mapping[str, str] = field(default_factory=dict)
     own: tuple[Callable[[], None], ...] = ()
+
+    def shown(self) -> tuple[Toy, ...]:
+        """Return its toys and those it refuses, in one order whatever that of the case is."""
+        names = {*self.toys, *self.refuses}
+        return tuple(toy for toy in (*TOYS.values(), *SPECIAL.values()) if toy.name in names)
 
     def built(self) -> Any:
         """Construct the method as it is run."""

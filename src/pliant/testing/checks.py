@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from pliant.budget import Budget
-from pliant.compose import resolve
 from pliant.data import Data
 from pliant.drivers.loop import fit
-from pliant.edits import to_json
+from pliant.edits import Edit, to_json
 from pliant.errors import MethodError, MissingExtraError, PliantError
 from pliant.files.onnx import to_onnx
 from pliant.method import Method
-from pliant.registry import Entry, build, entry_of, plain
+from pliant.registry import build, entry_of, plain
 from pliant.run import start
 from pliant.testing import described, solved
 from pliant.testing.case import Case, usual_budget
@@ -35,8 +34,19 @@ from pliant.testing.compressed import (
     saved,
 )
 from pliant.testing.described import must
-from pliant.testing.toys import TOYS, Toy
-from pliant.testing.trial import PLAN, Trial, Walk, begin, outputs, put_in, trial, walk
+from pliant.testing.toys import SPECIAL, TOYS, Toy
+from pliant.testing.trial import (
+    PLAN,
+    Trial,
+    Walk,
+    begin,
+    outputs,
+    put_in,
+    shared_trial,
+    shared_walk,
+    trial,
+    walk,
+)
 
 Check = tuple[str, Callable[[], None]]
 
@@ -47,6 +57,7 @@ def check_method(
     data: Data | None = None,
     *,
     budget: Budget | str | None = None,
+    refuses: Mapping[str, str] | None = None,
     fails: Mapping[str, str] | None = None,
 ) -> None:
     """Run every check that applies to a method, and say all that is wrong with it.
@@ -56,6 +67,9 @@ def check_method(
         model: checked on this network instead of the toys; ``data`` is needed then.
         data: a few samples for the network: 32 are plenty.
         budget: seven tenths of the first axis it saves if None.
+        refuses: the toys or problems that it must refuse, each with a part of the sentence it
+            says then; all others must work. None takes any refusal in a sentence that comes
+            before any work, as long as one toy works.
         fails: names of checks that are known to fail, and why.
 
     Raises:
@@ -66,7 +80,7 @@ def check_method(
     bounds = Budget.parse(budget) if isinstance(budget, str) else budget
     toys = tuple(TOYS.values()) if model is None else (_yours(model, data),)
     wrong = []
-    for name, check in checks(built, toys, bounds):
+    for name, check in checks(built, toys, bounds, refuses):
         known = (fails or {}).get(name)
         try:
             check()
@@ -88,34 +102,37 @@ def _yours(model: nn.Module, data: Data | None) -> Toy:
 
 def checks_for(case: Case) -> Iterator[Check]:
     """Yield the checks of one registered method by name: those of all, then its own."""
-    method, bounds = case.built(), case.bounds()
-    if isinstance(method, Method):
-        toys = tuple(TOYS[name] for name in case.toys if name not in case.refuses)
-        yield from checks(method, toys, bounds)
-        for name, sentence in case.refuses.items():
-            yield f"refuses_{name}", partial(_refuses, method, TOYS[name], bounds, sentence)
-        for spec in case.variants if toys else ():
-            yield f"works_as_{spec}", partial(_works, build(spec), toys[0], bounds)
-    else:
-        yield from _described(method)
-        yield from solved.checks_for(case)
+    method, toys, bounds = case.built(), case.shown(), case.bounds()
+    yield from checks(method, toys, bounds, case.refuses)
+    for spec in case.variants:
+        variant = build(spec)
+        if isinstance(variant, Method):
+            yield f"works_as_{spec}", Suite(variant, toys, bounds, case.refuses).works
+        else:
+            yield f"works_as_{spec}", partial(solved.works, variant, toys, case.refuses)
     for own in case.own:
         yield own.__name__.removeprefix("_"), own
 
 
-def checks(method: Any, toys: tuple[Toy, ...], budget: Budget | None = None) -> Iterator[Check]:
+def checks(
+    method: Any,
+    toys: tuple[Toy, ...],
+    budget: Budget | None = None,
+    refuses: Mapping[str, str] | None = None,
+) -> Iterator[Check]:
     """Yield the checks that apply to a method: of its entry, its construction, its work.
 
-    Compressions are shared between checks and made when the first of them runs. A method of
-    another verb gets the checks of that verb; networks it may analyze are those of the toys.
+    Args:
+        method: of any verb; one that does not compress gets the checks of its own verb.
+        toys: networks to show it; a method that recovers or clusters has problems of its own.
+        budget: seven tenths of the first axis it saves if None.
+        refuses: what it must refuse, and how: see `check_method`.
     """
     yield from _described(method)
     if not isinstance(method, Method):
-        yield from solved.checks(method, toys)
+        yield from solved.checks(method, toys, refuses)
     elif toys:
-        entry = entry_of(method)
-        budget = budget or usual_budget(entry.saves if entry else ())
-        yield from _Bench(method, entry, budget).checks(toys)
+        yield from Suite(method, toys, budget, refuses).checks()
 
 
 def _described(method: Any) -> Iterator[Check]:
@@ -133,19 +150,37 @@ def _described(method: Any) -> Iterator[Check]:
     yield "is_frozen", partial(described.is_frozen, method)
 
 
-class _Bench:
-    """What the checks of one method share: one compression of each toy, one training by hand."""
+class Suite:
+    """The checks of one compression method, and the toys that they are made on.
 
-    def __init__(self, method: Method, entry: Entry | None, budget: Budget | None) -> None:
-        self.method, self.entry, self.budget = method, entry, budget
-        self.trials: dict[str, Trial | Exception] = {}
-        self.walks: list[Walk] = []
+    Args:
+        method: whose checks these are.
+        toys: the first one that works gets the thorough checks, the smallest the slow ones.
+        budget: seven tenths of the first axis it saves if None.
+        refuses: what it must refuse, and how; None takes any clear refusal: see `check_method`.
+    """
 
-    def checks(self, toys: tuple[Toy, ...]) -> Iterator[Check]:
-        first, *others = toys
+    def __init__(
+        self,
+        method: Method,
+        toys: tuple[Toy, ...],
+        budget: Budget | None,
+        refuses: Mapping[str, str] | None,
+    ) -> None:
+        self.method, self.entry, self.refuses = method, entry_of(method), refuses
+        self.budget = budget or usual_budget(self.entry.saves if self.entry else ())
+        self.toys = tuple(toy for toy in toys if toy.name not in (refuses or {}))
+        self.refused = tuple(toy for toy in toys if toy not in self.toys)
+
+    def checks(self) -> Iterator[Check]:
+        """Yield all checks of a compression."""
+        for toy in self.refused:
+            yield f"refuses_{toy.name}", partial(self.must_refuse, toy)
+        if not self.toys:
+            return
         for check in OF_A_TRIAL:
-            yield check.__name__, partial(self.on, first, check)
-        for toy in others:
+            yield check.__name__, partial(self.on_the_first, check)
+        for toy in self.toys[1:]:
             yield f"handles_{toy.name}", partial(self.handles, toy)
         for method_check in (
             self.same_seed_same_bytes,
@@ -157,117 +192,169 @@ class _Bench:
             self.works_without_data_or_says_so,
             self.budgets_are_met_or_refused,
         ):
-            yield method_check.__name__, partial(method_check, first)
+            yield method_check.__name__, method_check
         if self.entry is not None:
-            yield "odd_values_work_or_are_refused", partial(self.odd_values, toys[-1])
-        yield "exports_to_onnx", partial(self.exports, toys[-1])
+            yield "odd_values_work_or_are_refused", self.odd_values
+        yield "exports_to_onnx", self.exports
 
-    def on(self, toy: Toy, check: Callable[[Trial], None]) -> None:
-        check(self.trial(toy))
+    @cached_property
+    def first(self) -> Toy:
+        """The first toy that it takes; a special one if it refuses all that are ordinary."""
+        spare = SPECIAL.values() if self.toys == tuple(TOYS.values()) else ()
+        for toy in (*self.toys, *spare):
+            if self.refusal(toy) is None:
+                return toy
+        said = self.refusal(self.toys[0])
+        raise AssertionError(f"it refuses every network that it is shown, with {said!r}")
 
-    def trial(self, toy: Toy) -> Trial:
-        if toy.name not in self.trials:
+    @cached_property
+    def smallest(self) -> Toy:
+        """The network with the fewest parameters that it takes, of those that it edits if any."""
+        taken = [toy for toy in self.toys if self.refusal(toy) is None] or [self.first]
+        edited = [toy for toy in taken if self.edits(toy)]
+        sizes = {toy: sum(p.numel() for p in toy.model().parameters()) for toy in edited or taken}
+        return min(sizes, key=lambda toy: (sizes[toy], toy.name))
+
+    def edits(self, toy: Toy) -> Sequence[Edit]:
+        """Return what was done to a toy; nothing if that failed, which other checks say."""
+        try:
+            return self.trial(toy).result.edits
+        except Exception:
+            return ()
+
+    def refusal(self, toy: Toy) -> str | None:
+        """Return the sentence by which it refuses a toy before any work; None if there is none."""
+        if self.refuses is not None:
+            return None
+        try:
+            self.trial(toy)
+        except PliantError:
             try:
-                self.trials[toy.name] = trial(self.method, toy, self.budget)
-            except Exception as error:  # every check that needs it shall say the same
-                self.trials[toy.name] = error
-        found = self.trials[toy.name]
-        if isinstance(found, Exception):
-            raise found
-        return found
+                begin(self.method, toy, self.budget)
+            except PliantError as error:
+                must(str(error).endswith("."), f"the refusal {str(error)!r} must be a sentence")
+                return str(error)
+        return None
+
+    def trial(self, toy: Toy, budget: Budget | None = None, *, train: bool = True) -> Trial:
+        """Compress a toy, with the usual budget if none is named; to be read only."""
+        return shared_trial(self.method, toy, budget or self.budget, train=train)
+
+    def must_refuse(self, toy: Toy) -> None:
+        """With the words that were announced."""
+        sentence = (self.refuses or {})[toy.name]
+        try:
+            self.trial(toy)
+        except PliantError as error:
+            must(sentence in str(error), f"it refuses with {str(error)!r}, not with {sentence!r}")
+        else:
+            raise AssertionError(f"it was to refuse {toy.name} ({sentence}), but works")
+
+    def on_the_first(self, check: Callable[[Trial], None]) -> None:
+        """One check of one compression."""
+        check(self.trial(self.first))
 
     def handles(self, toy: Toy) -> None:
         """All checks of one compression, on a hard architecture."""
+        if self.refusal(toy) is not None:
+            return
         for check in OF_A_TRIAL:
             try:
                 check(self.trial(toy))
             except AssertionError as error:
                 raise AssertionError(f"{check.__name__}: {error}") from error
 
-    def walked(self, toy: Toy) -> Walk:
-        if not self.walks:
-            self.walks.append(walk(self.method, toy, self.budget))
-        return self.walks[0]
+    def works(self) -> None:
+        """The short form of all checks, for variants."""
+        found = self.trial(self.first)
+        for check in (only_plain_modules_left, outputs_are_finite, budget_is_met):
+            check(found)
+        self.steps_are_finite_and_use_their_own_randomness()
 
-    def same_seed_same_bytes(self, toy: Toy) -> None:
+    def walk(self) -> Walk:
+        """Train the first toy by hand; to be read only."""
+        return shared_walk(self.method, self.first, self.budget)
+
+    def same_seed_same_bytes(self) -> None:
         """The caller's random state has no part in the result."""
-        first = saved(self.trial(toy))
+        first = saved(self.trial(self.first))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(987)
-            second = saved(trial(self.method, toy, self.budget))
+            second = saved(trial(self.method, self.first, self.budget))
         must(first == second, "two compressions with one seed gave files of different bytes")
 
-    def resume_equals_uninterrupted(self, toy: Toy) -> None:
+    def resume_equals_uninterrupted(self) -> None:
         """Saved in the middle and loaded into a fresh run, all ends in the same tensors."""
-        whole = self.walked(toy).run
+        whole = self.walk().run
         for stop in (whole.steps // 4, whole.steps - 1):
-            other = walk(self.method, toy, self.budget, stop=stop).run
+            other = walk(self.method, self.first, self.budget, stop=stop).run
             must(other.edits == whole.edits, f"resumed at step {stop}, other edits came out")
             same_tensors(whole.model, other.model, f"resumed at step {stop}")
             must(str(other.state) == str(whole.state), f"resumed at step {stop}, other state")
 
-    def steps_are_finite_and_use_their_own_randomness(self, toy: Toy) -> None:
+    def steps_are_finite_and_use_their_own_randomness(self) -> None:
         """Gradients after before_step, losses and weights; random numbers of run.generator."""
-        strange = self.walked(toy).strange
+        strange = self.walk().strange
         must(not strange, "; ".join(dict.fromkeys(strange)))
 
-    def finishing_twice_changes_nothing(self, toy: Toy) -> None:
+    def finishing_twice_changes_nothing(self) -> None:
         """A second finish does no more than measure."""
-        run = self.walked(toy).run
-        before, edits = copy.deepcopy(run.model), list(run.edits)
+        before = self.walk().run
+        run = copy.deepcopy(before)
         run.finish(strict=False)
-        must(run.edits == edits, "a second finish edited the model again")
-        same_tensors(before, run.model, "finished twice")
+        must(run.edits == before.edits, "a second finish edited the model again")
+        same_tensors(before.model, run.model, "finished twice")
 
-    def no_hook_left_after_an_error(self, toy: Toy) -> None:
+    def no_hook_left_after_an_error(self) -> None:
         """Data that turn bad and an exception in forward leave the model clean."""
-        good = list(toy.data().batches("train", PLAN.batch))
+        data = self.first.data()
+        good = list(data.batches("train", PLAN.batch))
         bad = [(_spoilt(inputs), labels) for inputs, labels in good[1:]]
-        run = begin(self.method, toy, self.budget).run
-        stale = Data([good[0], *bad], classes=toy.data().classes)
+        run = begin(self.method, self.first, self.budget).run
+        stale = Data([good[0], *bad], classes=data.classes)
         _must_fail(lambda: fit(run, stale, PLAN), "training on data that are not finite")
         must(not (left := put_in(run.model)), f"after bad data this was left: {'; '.join(left)}")
-        run = begin(self.method, toy, self.budget).run
+        run = begin(self.method, self.first, self.budget).run
         with _failing(run.model):
-            _must_fail(lambda: fit(run, toy.data(), PLAN), "a model that fails in forward")
+            _must_fail(lambda: fit(run, data, PLAN), "a model that fails in forward")
         must(not (left := put_in(run.model)), f"after an exception this was left: {left}")
 
-    def works_without_training(self, toy: Toy) -> None:
+    def works_without_training(self) -> None:
         """By calibration alone the result is whole."""
-        found = trial(self.method, toy, self.budget, train=False)
+        found = self.trial(self.first, train=False)
         for check in (outputs_are_finite, only_plain_modules_left, budget_is_met):
             check(found)
 
-    def works_without_data_or_says_so(self, toy: Toy) -> None:
+    def works_without_data_or_says_so(self) -> None:
         """Without any data it works on weights alone, or refuses in words."""
-        model = toy.model()
+        model = self.first.model()
         try:
-            start(model, self.method, self.budget, example=toy.inputs(1)).finish()
+            start(model, self.method, self.budget, example=self.first.inputs(1)).finish()
         except PliantError as error:
             must(str(error).endswith("."), f"the refusal {str(error)!r} must be a sentence")
         must(not put_in(model), f"without data this was left: {'; '.join(put_in(model))}")
 
-    def budgets_are_met_or_refused(self, toy: Toy) -> None:
+    def budgets_are_met_or_refused(self) -> None:
         """Every axis it saves, at a half and at next to nothing."""
         for axis in self.entry.saves if self.entry else ():
             for share in (0.5, 0.001):
                 if axis == "latency":
                     continue
-                budget = Budget(**{axis: share})
                 try:
-                    found = trial(self.method, toy, budget, train=False)
+                    found = self.trial(self.first, Budget(**{axis: share}), train=False)
                 except PliantError:
                     continue
                 budget_is_met(found)
 
-    def odd_values(self, toy: Toy) -> None:
-        """Zero, negative and huge options end in a refusal or in a whole network."""
-        options, wrong = plain(self.method)["options"], []
+    def odd_values(self) -> None:
+        """Options at the ends of their ranges, or zero, negative and huge: refused or whole."""
+        toy, options, wrong = self.smallest, plain(self.method)["options"], []
         for option, value in described.odd_values(self.method):
             odd = type(self.method)(**{**options, option: value})
             try:
-                model = walk(odd, toy, self.budget).run.model.eval()
-                if not all(torch.isfinite(o).all() for o in outputs(model, toy.inputs(2))):
+                model = shared_walk(odd, toy, self.budget).run.model
+                found = outputs(copy.deepcopy(model).eval(), toy.inputs(2))
+                if not all(torch.isfinite(output).all() for output in found):
                     wrong.append(f"{option}={value!r} gives outputs that are not finite")
             except PliantError:
                 continue
@@ -275,38 +362,23 @@ class _Bench:
                 wrong.append(f"{option}={value!r} ends in {type(error).__name__}: {error}")
         must(not wrong, f"{'; '.join(wrong)}: refuse the value in prepare")
 
-    def exports(self, toy: Toy) -> None:
+    def exports(self) -> None:
         """As ONNX the result gives equal outputs; done once for all that end in the same layers."""
+        toy = self.smallest
         result = self.trial(toy).result
         kind = f"{toy.name} {[{**row, 'ranks': ''} for row in to_json(result.edits)]}"
         if kind in _EXPORTED and toy.given is None:
             return
+        model = copy.deepcopy(result.model)
         with tempfile.TemporaryDirectory() as folder:
             try:
-                to_onnx(result.model, Path(folder) / "toy.onnx", toy.inputs(2))
+                to_onnx(model, Path(folder) / "toy.onnx", toy.inputs(2))
             except MissingExtraError:
                 return
         _EXPORTED.add(kind)
 
 
 _EXPORTED: set[str] = set()
-
-
-def _refuses(method: Method, toy: Toy, budget: Budget | None, sentence: str) -> None:
-    try:
-        trial(method, toy, budget)
-    except PliantError as error:
-        must(sentence in str(error), f"it refuses with {str(error)!r}, not with {sentence!r}")
-    else:
-        raise AssertionError(f"it was to refuse {toy.name} ({sentence}), but works")
-
-
-def _works(method: Method, toy: Toy, budget: Budget | None) -> None:
-    found = trial(method, toy, budget)
-    for check in (only_plain_modules_left, outputs_are_finite, budget_is_met):
-        check(found)
-    strange = walk(resolve(method), toy, budget).strange
-    must(not strange, "; ".join(dict.fromkeys(strange)))
 
 
 def _must_fail(action: Callable[[], object], what: str) -> None:

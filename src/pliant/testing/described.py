@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import MISSING, FrozenInstanceError, fields
 from typing import Any
 
 from pliant.budget import AXES
 from pliant.errors import MethodError, PliantError
 from pliant.method import Method
-from pliant.registry import Entry, construct, plain
-from pliant.render.pages import options
+from pliant.registry import Entry, In, construct, options, plain
+from pliant.registry.options import hints, ranges
+
+HUGE, TINY = 10**6, 1e-6
+PATIENCE = 1000  # of steps, rounds, draws
 
 
 def must(holds: Any, sentence: str) -> None:
@@ -41,8 +45,9 @@ def defaults_construct(entry: Entry) -> None:
     must(entry.kind() == entry.kind(), f"{entry.name}: two defaults must be equal")
     must(construct(entry.name, {}) == entry.kind(), f"{entry.name}: its name must build it")
     if entry.verb == "compress":
-        above = entry.kind.__mro__[1:3]
-        must(above == (Method, object), f"{entry.name} must derive from Method and nothing else")
+        *above, _ = entry.kind.__mro__[1:]
+        own = [kind for kind in above if not kind.__module__.startswith("pliant.families.")]
+        must(own == [Method], f"{entry.name} must derive from Method, or from a family's class")
     else:
         must(entry.kind.__mro__[1:] == (object,), f"{entry.name} must derive from nothing")
 
@@ -85,13 +90,30 @@ def axes_are_known(entry: Entry) -> None:
 
 
 def odd_values(method: Any) -> list[tuple[str, Any]]:
-    """Numbers that nobody means, for every option that takes numbers and accepts them."""
-    name, found = plain(method)["name"], []
+    """Numbers that nobody means, for every option that takes numbers and accepts them.
+
+    They are the ends of the ranges that options declare; zero, negative and huge where none is.
+    """
+    kind: type = type(method)
+    name, known, found = plain(method)["name"], hints(kind), []
     for field in fields(method):
-        kind = type(getattr(method, field.name))
-        if kind in (int, float):
-            found += [(field.name, value) for value in (kind(0), kind(-1), kind(10**6))]
+        number = type(getattr(method, field.name))
+        odd = [end for declared in ranges(known[field.name]) for end in _ends(*declared)]
+        if not odd and number in (int, float):
+            odd = [number(0), number(-1), number(HUGE)]
+        found += [(field.name, value) for value in odd]
     return [(option, value) for option, value in found if _accepted(name, option, value)]
+
+
+def _ends(kind: type, declared: In) -> list[Any]:
+    """The ends of a range, or what is next to them where they do not belong to it."""
+    step = 1 if kind is int else TINY
+    low = declared.low if math.isfinite(declared.low) else -HUGE
+    high = declared.high if math.isfinite(declared.high) else HUGE
+    ends = [low if low in declared else low + step, high if high in declared else high - step]
+    if kind is int and PATIENCE < ends[1] < HUGE:
+        ends.pop()  # a range that ends here ends where nobody waits any longer
+    return [kind(end) for end in ends]
 
 
 def _accepted(name: str, option: str, value: Any) -> bool:

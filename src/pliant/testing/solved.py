@@ -6,9 +6,9 @@ import json
 import math
 import pickle
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -16,14 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from pliant.api import analyze, cluster, recover
-from pliant.errors import PliantError
-from pliant.registry import Verb, build, entry_of, plain
+from pliant.errors import DataError, ModelError, PliantError
+from pliant.registry import Verb, entry_of, plain
 from pliant.result import Finding, Solution
 from pliant.testing import described
-from pliant.testing.case import Case
 from pliant.testing.described import must
-from pliant.testing.toys import TOYS, Toy
-from pliant.testing.trial import put_in
+from pliant.testing.toys import Toy
+from pliant.testing.trial import once, put_in
 
 Check = tuple[str, Callable[[], None]]
 VERBS: dict[Verb, Callable[..., Any]] = {
@@ -34,7 +33,7 @@ VERBS: dict[Verb, Callable[..., Any]] = {
 NAMES = {"recover": "recovered", "cluster": "labels"}  # of what was asked for
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Problem:
     """What a verb is called with, before the method.
 
@@ -51,6 +50,12 @@ class Problem:
     def solve(self, method: Any, seed: int = 0) -> Any:
         """Call the verb."""
         return VERBS[self.verb](*self.make(), method, seed=seed)
+
+
+@once
+def _solved(method: Any, problem: Problem) -> Any:
+    """What a call gives; to be read only."""
+    return problem.solve(method)
 
 
 def _noise(*shape: int) -> Tensor:
@@ -93,11 +98,12 @@ PROBLEMS: dict[str, Problem] = {
 """Small problems by name, for methods that recover or cluster."""
 
 
-def problems(verb: Verb, toys: tuple[Toy, ...]) -> list[Problem]:
+@cache
+def problems(verb: Verb, toys: tuple[Toy, ...]) -> tuple[Problem, ...]:
     """Return the problems of a verb; `analyze` gets the toys."""
     if verb == "analyze":
-        return [Problem(toy.name, verb, partial(_shown, toy)) for toy in toys]
-    return [problem for problem in PROBLEMS.values() if problem.verb == verb]
+        return tuple(Problem(toy.name, verb, partial(_shown, toy)) for toy in toys)
+    return tuple(problem for problem in PROBLEMS.values() if problem.verb == verb)
 
 
 def _shown(toy: Toy) -> tuple[Any, Any]:
@@ -111,47 +117,73 @@ def verb_of(method: Any) -> Verb:
     return found[0]
 
 
-def checks_for(case: Case) -> Iterator[Check]:
-    """Yield the checks of a registered method: its problems, its refusals, its variants."""
-    method = case.built()
-    toys = tuple(TOYS[name] for name in case.toys)
+def checks(
+    method: Any, toys: tuple[Toy, ...], refuses: Mapping[str, str] | None
+) -> Iterator[Check]:
+    """Yield the checks of a method that recovers, clusters or analyzes.
+
+    Args:
+        method: of one of these verbs.
+        toys: networks to analyze.
+        refuses: what it must refuse, and how: see `check_method`. Without it a problem may be
+            refused by a DataError or a ModelError.
+    """
     every = problems(verb_of(method), toys)
-    kept = [problem for problem in every if problem.name not in case.refuses]
-    yield from _checks(method, kept)
+    kept = [problem for problem in every if problem.name not in (refuses or {})]
     for problem in every:
-        if problem.name in case.refuses:
-            sentence = case.refuses[problem.name]
+        if problem not in kept:
+            sentence = (refuses or {})[problem.name]
             yield f"refuses_{problem.name}", partial(_refuses, method, problem, sentence)
-    for spec in case.variants:
-        yield f"works_as_{spec}", partial(solves, build(spec), kept[0])
-
-
-def checks(method: Any, toys: tuple[Toy, ...]) -> Iterator[Check]:
-    """Yield the checks of a method of any verb but compress."""
-    yield from _checks(method, problems(verb_of(method), toys))
-
-
-def _checks(method: Any, kept: list[Problem]) -> Iterator[Check]:
     for problem in kept:
-        yield f"solves_{problem.name}", partial(solves, method, problem)
+        check = solves if refuses is not None else _solves_or_refuses
+        yield f"solves_{problem.name}", partial(check, method, problem)
+    alone = model_is_left_alone_after_an_error if every[0].verb == "analyze" else arrays_give_arrays
+    named = [odd_values_work_or_are_refused] if entry_of(method) is not None else []
     for check in (
         same_seed_same_bytes,
         input_stays_untouched,
         random_states_stay_untouched,
         bad_input_is_refused,
+        *named,
+        alone,
     ):
-        yield check.__name__, partial(check, method, kept[0])
-    if entry_of(method) is not None:
-        yield "odd_values_work_or_are_refused", partial(odd_values, method, kept[0])
-    if kept[0].verb == "analyze":
-        yield "model_is_left_alone_after_an_error", partial(left_alone, method, kept[0])
+        yield check.__name__, partial(_on_the_first, check, method, kept)
+
+
+def works(method: Any, toys: tuple[Toy, ...], refuses: Mapping[str, str] | None) -> None:
+    """The short form of all checks, for variants."""
+    every = problems(verb_of(method), toys)
+    _on_the_first(solves, method, [one for one in every if one.name not in (refuses or {})])
+
+
+def _on_the_first(
+    check: Callable[[Any, Problem], None], method: Any, kept: Sequence[Problem]
+) -> None:
+    """One check, on the first problem that is not refused."""
+    said = ""
+    for problem in kept:
+        try:
+            _solved(method, problem)
+        except (DataError, ModelError) as error:
+            said = said or str(error)
+        else:
+            check(method, problem)
+            return
+    raise AssertionError(f"it refuses every problem that it is given, with {said!r}")
+
+
+def _solves_or_refuses(method: Any, problem: Problem) -> None:
+    try:
+        _solved(method, problem)
+    except (DataError, ModelError) as error:
+        must(str(error).endswith("."), f"the refusal {str(error)!r} must be a sentence")
     else:
-        yield "arrays_give_arrays", partial(arrays_give_arrays, method, kept[0])
+        solves(method, problem)
 
 
 def solves(method: Any, problem: Problem) -> None:
     """The result is whole: of the right kind and shape, finite, its rows plain data."""
-    found, (x, second) = problem.solve(method), problem.make()
+    found, (x, second) = _solved(method, problem), problem.make()
     kind = Finding if problem.verb == "analyze" else Solution
     must(isinstance(found, kind), f"{kind.__name__} was wanted, {type(found).__name__} came")
     must(json.loads(json.dumps(found.plain())), "the result must be plain data beside its tensors")
@@ -172,7 +204,7 @@ def solves(method: Any, problem: Problem) -> None:
 
 def same_seed_same_bytes(method: Any, problem: Problem) -> None:
     """The caller's random state has no part in the result."""
-    first = _bytes(problem.solve(method))
+    first = _bytes(_solved(method, problem))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(987)
         second = _bytes(problem.solve(method))
@@ -263,8 +295,8 @@ def _bad(verb: Verb, x: Any, second: Any) -> dict[str, tuple[Any, Any]]:
     }
 
 
-def odd_values(method: Any, problem: Problem) -> None:
-    """Zero, negative and huge options end in a refusal or in a whole result."""
+def odd_values_work_or_are_refused(method: Any, problem: Problem) -> None:
+    """Options at the ends of their ranges, or zero, negative and huge: refused or whole."""
     options, wrong = plain(method)["options"], []
     for option, value in described.odd_values(method):
         try:
@@ -276,7 +308,7 @@ def odd_values(method: Any, problem: Problem) -> None:
     must(not wrong, f"{'; '.join(wrong)}: refuse the value")
 
 
-def left_alone(method: Any, problem: Problem) -> None:
+def model_is_left_alone_after_an_error(method: Any, problem: Problem) -> None:
     """A network that fails in its second forward is left as it was."""
     model, data = problem.make()
     layer = list(model.modules())[-1]
@@ -303,7 +335,7 @@ def arrays_give_arrays(method: Any, problem: Problem) -> None:
     x, second = problem.make()
     second = second.numpy() if isinstance(second, Tensor) else second
     found = VERBS[problem.verb](x.numpy(), second, method)
-    expected = problem.solve(method)
+    expected = _solved(method, problem)
     must(all(isinstance(v, np.ndarray) for v in found.values.values()), "a tensor came back")
     same = np.array_equal(found.value, expected.value.numpy())
     must(same, "arrays gave other values than tensors")

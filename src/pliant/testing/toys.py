@@ -10,11 +10,12 @@ from torch import Tensor, nn
 
 from pliant.cost import Example
 from pliant.data import Data
+from pliant.zoo.darts import supernet
 
 CLASSES = 4
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Toy:
     """A network, and data to train it on: noise, unless some is given.
 
@@ -167,6 +168,11 @@ def _linear() -> nn.Module:
     )
 
 
+def _supernet() -> nn.Module:
+    wiring, operations = ((0, 1),), ("skip_connect", "sep_conv_3x3")
+    return supernet(wiring, operations, cells=3, channels=2, classes=CLASSES)
+
+
 TOYS: dict[str, Toy] = {
     toy.name: toy
     for toy in (
@@ -183,3 +189,6 @@ TOYS: dict[str, Toy] = {
     )
 }
 """All toys by name; the first one stands for ordinary networks and gets the thorough checks."""
+
+SPECIAL: dict[str, Toy] = {toy.name: toy for toy in (Toy("supernet", _supernet, (3, 6, 6)),)}
+"""Networks for methods that refuse ordinary ones, such as those that choose operations."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +15,15 @@ from torch.optim import SGD
 from pliant.api import compress
 from pliant.budget import Budget
 from pliant.data import Train, unpack
-from pliant.drivers.score import forward, task_loss
+from pliant.data.criterion import task_loss
+from pliant.drivers.score import forward
 from pliant.method import Method
 from pliant.result import Result
 from pliant.run import Run, start
 from pliant.testing.toys import Toy
 
 BATCH, EPOCHS = 8, 2
+KEPT = 128  # compressions and walks, each some hundred kilobytes
 PLAN = Train(epochs=EPOCHS, batch=BATCH, lr=0.01, device="cpu")
 
 
@@ -43,6 +45,40 @@ def trial(method: Method, toy: Toy, budget: Budget | None, *, train: bool = True
     plan = PLAN if train else None
     result = compress(dense, toy.data(), method, budget, train=plan, name=toy.name)
     return Trial(toy, budget, dense, before, result)
+
+
+T = TypeVar("T")
+
+
+def once(make: Callable[..., T]) -> Callable[..., T]:
+    """Make what several checks look at once in a process, failures too.
+
+    Who changes what came works on a copy.
+
+    Args:
+        make: takes a method, a toy or a problem, and more that is written out in full.
+    """
+    made: dict[Any, T | Exception] = {}
+
+    def shared(method: Any, at: Any, *more: Any, **how: Any) -> T:
+        key = type(method), at, repr((method, more, how))
+        if key not in made:
+            while len(made) >= KEPT:
+                made.pop(next(iter(made)))  # the oldest: checks of one method follow one another
+            try:
+                made[key] = make(method, at, *more, **how)
+            except Exception as error:  # every check that needs it shall say the same
+                made[key] = error
+        found = made[key]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    return shared
+
+
+shared_trial = once(trial)
+"""Like `trial`, but equal ones are one."""
 
 
 def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
@@ -81,12 +117,17 @@ def begin(method: Method, toy: Toy, budget: Budget | None) -> Walk:
     """Start a run with an optimizer, told of the steps to come."""
     model = toy.model().train()
     optimizer = SGD([p for p in model.parameters() if p.requires_grad], 0.01, momentum=0.9)
-    data = toy.data()
-    steps, example = EPOCHS * data.steps(BATCH), toy.inputs(1)
     strange: list[str] = []
     with _own_randomness("prepare", strange):
         run = start(
-            model, method, budget, data=data, example=example, optimizer=optimizer, steps=steps
+            model,
+            method,
+            budget,
+            data=toy.data(),
+            example=toy.inputs(1),
+            optimizer=optimizer,
+            epochs=EPOCHS,
+            batch=BATCH,
         )
     return Walk(run, optimizer, strange)
 
@@ -97,15 +138,18 @@ def walk(method: Method, toy: Toy, budget: Budget | None, *, stop: int | None = 
         return _walked(method, toy, budget, stop)
 
 
+shared_walk = once(walk)
+"""Like `walk`, but equal ones are one."""
+
+
 def _walked(method: Method, toy: Toy, budget: Budget | None, stop: int | None) -> Walk:
-    now, data = begin(method, toy, budget), toy.data()
-    per_epoch = data.steps(BATCH)
+    now = begin(method, toy, budget)
     for step in range(now.run.steps):
         if step == stop:
             now = _again(now, method, toy, budget)
-        batches = data.batches("train", BATCH, epoch=step // per_epoch, start=step % per_epoch)
-        _step(now, next(iter(batches)), step)
-        if (step + 1) % per_epoch == 0:
+        _step(now, next(iter(now.run.batches())), step)
+        assert now.run.epochs is not None
+        if now.run.step == now.run.epochs.began(now.run.epoch + 1):
             now.run.after_epoch()
     with _own_randomness("finalize", now.strange):
         now.run.finish(strict=False)
@@ -119,7 +163,7 @@ def _step(now: Walk, batch: Any, step: int) -> None:
     now.optimizer.zero_grad()
     inputs, labels = unpack(batch)
     output = forward(run.model, inputs)
-    loss = run.loss(task_loss(output, labels), output, batch)
+    loss = run.loss(task_loss(output, labels, run.reduction), output, batch)
     loss.backward()
     with _own_randomness("before_step", now.strange):
         run.before_step()

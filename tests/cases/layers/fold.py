@@ -125,7 +125,7 @@ def outputs_of_any_kind_are_compared() -> None:
     assert mergeable(Answering(Branches(between=True)), example) == []
     merge = Merge("inner.first", "inner.second", 4, True)
     assert mergeable(Answering(Branches(between=False)), example) == [merge]
-    with pytest.raises(ModelError, match="no tensor of floating point in its Answer: wrap it"):
+    with pytest.raises(ModelError, match="its Answer holds none: wrap the network"):
         mergeable(Answering(Branches(between=True), largest=True), example)
 
 

@@ -242,7 +242,6 @@ def swaps_cost_what_they_say() -> None:
 CASES = [
     Case(
         "weightalign",
-        toys=(*(name for name in TOYS if name not in ("single", "linear")), "linear"),
         variants=(
             'weightalign(norms="keep", affine=False)',
             'weightalign(depthwise=True, scale=1.0, exclude=("0",))',

@@ -23,12 +23,13 @@ from pliant.edits.sizes import choose, cuttable, of_size, shrink, weights_at
 from pliant.errors import BudgetError, EditError, MethodError
 from pliant.families.lowrank.factorize import Form, look, subjects
 from pliant.families.lowrank.nested import nested, ordered
+from pliant.families.lowrank.precision import Precision
 from pliant.latency import Target
 from pliant.math.divergence import divergence
 from pliant.math.forms import compose
 from pliant.math.metric import Metric
 from pliant.method import Method
-from pliant.methods.lowrank.elastic import Elastic, Precision
+from pliant.methods.lowrank.elastic import Elastic
 from pliant.result import Report
 from pliant.run import Run, start
 from pliant.testing import Case

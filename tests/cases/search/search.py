@@ -1,6 +1,5 @@
 """Search methods: small supernets whose best operations are known beforehand."""
 
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -17,8 +16,7 @@ from pliant.nn.genotype import Genotype, dense
 from pliant.registry import build
 from pliant.run import Run, start
 from pliant.testing import Case
-from pliant.testing.checks import checks
-from pliant.testing.toys import TOYS, Toy
+from pliant.testing.toys import TOYS
 from pliant.zoo.darts import supernet
 
 OPS = ("skip_connect", "sep_conv_3x3")
@@ -39,16 +37,6 @@ def noise() -> Data:
 
 def run_of(model: nn.Module, method: Method, *, steps: int = 0) -> Run:
     return start(model, method, data=noise(), steps=steps)
-
-
-def on_a_supernet(method: Method) -> Iterator[Callable[[], None]]:
-    """Yield the suite's checks of compressions, on a network that can be searched in."""
-    toy = Toy("supernet", small, given=noise())
-    of_all = {name for name, _ in checks(method, ())}
-    for name, check in checks(method, (toy,)):
-        if name not in of_all:
-            check.__name__ = f"on_a_supernet_{name}"  # type: ignore[attr-defined]
-            yield check
 
 
 def works_as_darts_with_dropped_edges() -> None:
@@ -113,7 +101,7 @@ def logits_move_after_the_warm_up_only() -> None:
 def what_cannot_be_searched_is_refused() -> None:
     for method, sentence in (
         (EDARTS(warmup=1.0), "warmup"),
-        (EDARTS(batch=1), "at least 2 samples"),
+        (EDARTS(batch=1), "batch must be int of at least 2"),
         (EDARTS(anneal=2.0), "anneal"),
     ):
         with pytest.raises(MethodError, match=sentence):
@@ -131,9 +119,10 @@ def set_logits(model: nn.Module, values: Tensor) -> None:
 CASES = [
     Case(
         "edarts",
+        spec="edarts(warmup=0.2, every=1, batch=4)",
+        toys=("supernet",),
         refuses={name: "mixed operations" for name in TOYS},
         own=(
-            *on_a_supernet(EDARTS(warmup=0.2, every=1, batch=4)),
             works_as_darts_with_dropped_edges,
             prior_and_dropout_fade_on_time,
             the_prior_is_no_reason_to_be_chosen,

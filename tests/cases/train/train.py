@@ -94,7 +94,7 @@ def too_long_a_step_diverges() -> None:
         step(run)
     gap = float(run.model[0].weight.detach().norm()) - 1  # type: ignore[index]
     assert gap == pytest.approx(0.01 * 1.1**20, rel=1e-3)
-    with pytest.raises(MethodError, match=r"weight must lie in 0\.\.10"):
+    with pytest.raises(MethodError, match=r"weight must be float in 0\.\.10"):
         begun(rows(1.0), NormLoss(weight=11.0))
 
 

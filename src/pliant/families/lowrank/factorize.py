@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -50,25 +50,40 @@ def subjects(
     return layers
 
 
-def look(run: Run, layers: Layers, samples: int) -> dict[str, Metric]:
-    """Return the metric of every layer from training inputs, without labels; none without data."""
+def named(run: Run, names: Iterable[str]) -> Layers:
+    """Return the layers of these names."""
+    return {name: run.model.get_submodule(name) for name in names}  # type: ignore[misc]
+
+
+def look(run: Run, layers: Layers, samples: int, *, seed: int = 0) -> dict[str, Metric]:
+    """Return the metric of every layer from training inputs, without labels; none without data.
+
+    Another seed looks at others of the inputs.
+    """
     if not run.has_inputs or not samples:
         return {}
-    batches = run.inputs(samples, batch=BATCH, seed=0)
+    batches = run.inputs(samples, batch=BATCH, seed=seed)
     return metrics(run.model, layers, batches, run.generator)
 
 
-def check_reachable(run: Run) -> None:
-    """Refuse a budget that not even factors of rank one would meet, before any training.
+def check_reachable(
+    run: Run, form: Form = "auto", *, only: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> None:
+    """Refuse a budget that not even factors of rank one would meet, before any work.
+
+    Args:
+        run: about to start.
+        form: of the factors.
+        only: name patterns of the layers to consider.
+        exclude: name patterns of the layers to leave alone.
 
     Raises:
         BudgetError: the message names what is reachable.
+        MethodError: a name pattern matches no layer.
     """
-    if not run.limits() or run.edits:
+    if not run.limits():
         return
-    only, exclude = (getattr(run.method, name, ()) for name in ("only", "exclude"))
-    form, costs = getattr(run.method, "form", "auto"), run.planner.rows()
-    rows = {}
+    costs, rows = run.planner.rows(), dict[str, list[Option]]()
     for layer, module in factorizable(run.model, only=only, exclude=exclude)[0].items():
         if not costs[layer].calls:  # left alone, and without inputs whose size would count
             continue
@@ -107,10 +122,11 @@ def choices(
 ) -> dict[str, list[Option]]:
     """Return what can be done with every layer: see `pliant.families.lowrank.options.options`.
 
-    With metrics scores are damages to the loss, which can be summed over layers; for a ``level``,
-    at whose very ranks there is an option then, they are shares of a layer's own energy. A layer
-    that no calibration input reached (an expert to which none was routed) counts as the others do
-    on average.
+    A score says how much an option loses. With metrics it is an estimate of how much the loss of
+    the network rises, so scores of different layers can be added. With a ``level`` it is the share
+    of the layer's own energy that is lost, and one of the options has exactly the ranks that this
+    level asks for. A layer that no calibration input reached (an expert to which no sample was
+    routed) counts as the others do on average.
     """
     costs = run.planner.rows()
     worth = {n: seen[n].energy(m.weight.detach()) for n, m in layers.items() if n in seen}

@@ -30,9 +30,10 @@ def options(
 ) -> list[Option]:
     """Return what can be done with one layer: leave it, or factorize it at a ladder of ranks.
 
-    The score of an option is the share of energy it loses (see `losses`): what its factors do, not
-    a bound, so that forms are compared at equal error. With plain Tucker-2 alone it is 1 - p of
-    the rung, R3 and R4 read off at one p as the paper does.
+    The score of an option is the share of the energy that its factors lose (see `losses`). It is
+    computed for the factors themselves and is no bound, so different forms can be compared. Where
+    plain Tucker-2 is the only form, the score is 1 - p, and both ranks are the smallest that keep
+    the share p of the energy of their unfolding, as in the paper.
 
     Args:
         layer: its name.

@@ -1,182 +1,95 @@
-"""Plans which channels leave: scores, rankings, floors and budgets, each apart from the others."""
+"""The pattern of whole channels: which may leave a network, how they leave, what mends it."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from statistics import fmean
-from typing import Literal
+import copy
+from collections.abc import Sequence
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pliant.cost import Cost, LayerCost
-from pliant.edits.prune import Prune
-from pliant.families.prune.masks import unit_norms, weakest
+from pliant.edits import Prune
+from pliant.errors import ModelError
+from pliant.run import Run
+from pliant.surgery.batchnorm import absorb, recalibrate
 from pliant.surgery.graph import Group
+from pliant.surgery.prove import cuttable, ignore
+from pliant.surgery.select import readable
 
-Scope = Literal["global", "local"]
-Scores = Mapping[str, Tensor]
-"""For every group by name how much each of its units is worth."""
-
-
-@dataclass(frozen=True)
-class Place:
-    """One unit in a ranking.
-
-    Args:
-        level: the share of channels (of its group, or of all) that leave with it, at most 1.
-        group: the name of its group.
-        unit: its number there.
-    """
-
-    level: float
-    group: str
-    unit: int
+ABSORBED = 256  # samples that say what leaving channels give on average
+REHEARSED = 512  # samples from which batch norms are re-estimated in a copy that is only tried
 
 
-# ---------------------------------------------------------------- scores
+def removable(run: Run, only: Sequence[str] = (), exclude: Sequence[str] = ()) -> list[Group]:
+    """Return the groups of channels that may leave, and record why others may not.
 
-
-def filter_norms(model: nn.Module, group: Group, *, order: float = 2.0) -> Tensor:
-    """Return the norm of the filters that make the channels of each unit, all of them together.
-
-    Args:
-        model: holds the weights.
-        group: of channels.
-        order: 2 for the Euclidean norm, 1 for the sum of magnitudes.
-    """
-    return unit_norms(model, filters_of(group), order=order)
-
-
-def filters_of(group: Group) -> dict[str, Tensor]:
-    """Return the rows of weights that make the channels of each unit, by layer."""
-    return {slot[0]: group.rows(slot) for slot in group.makers}
-
-
-def random_scores(group: Group, generator: torch.Generator) -> Tensor:
-    """Return a random number for every unit."""
-    return torch.rand(len(group.units), generator=generator, dtype=torch.float64)
-
-
-def relative(scores: Scores) -> dict[str, Tensor]:
-    """Return scores in units of the mean of their group, to compare layers that differ in scale."""
-    return {name: values / values.mean().clamp_min(1e-12) for name, values in scores.items()}
-
-
-# ---------------------------------------------------------------- rankings
-
-
-def ranking(scores: Scores, scope: Scope, floors: Mapping[str, int] | None = None) -> list[Place]:
-    """Order the units that may leave, the least worth first; ties stay in the order of the model.
-
-    Args:
-        scores: of all units.
-        scope: ``local`` takes the same share from every group; ``global`` compares all units, by
-            their scores as they are.
-        floors: how many units of a group stay at least; one always does.
+    A group is left out if one of the layers that make its channels is not to be touched.
 
     Raises:
-        TrainingError: a score is not finite.
+        ModelError: there are none.
+        MethodError: a name pattern matches no layer.
     """
-    places = []
-    for name, values in scores.items():
-        count = len(values)
-        order = weakest(values, count).tolist()
-        most = count - max(1, (floors or {}).get(name, 1))
-        for rank, unit in enumerate(order[: max(0, most)]):
-            level = (rank + 1) / count if scope == "local" else float(values[unit])
-            places.append(Place(level, name, unit))
-    places.sort(key=lambda place: place.level)
-    if scope == "local":
-        return places
-    return numbered(places, sum(len(values) for values in scores.values()))
+    chosen, unwanted = readable(run.model, only=only, exclude=exclude)
+    groups, reasons = cuttable(run.model, run.example)
+    good = []
+    for group in groups:
+        barred = [unwanted[layer] for layer, _ in group.makers if layer not in chosen]
+        if not barred:
+            good.append(group)
+        for layer, side in group.slots if barred else ():
+            if side != "in":
+                reasons[layer] = barred[0]
+    touched = {layer for group in good for layer, _ in group.slots}
+    for layer, reason in reasons.items():
+        if layer not in touched:
+            run.keep(layer, reason)
+    if not good:
+        why = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
+        raise ModelError(
+            "The model has no channels that can be removed: it needs two layers in a row, of "
+            f"which the first may be narrower ({why or 'it has no layers with channels'})."
+        )
+    return good
 
 
-def numbered(places: Iterable[Place], total: int) -> list[Place]:
-    """Return places in this order, with levels as shares of so many units in all."""
-    return [Place((i + 1) / total, p.group, p.unit) for i, p in enumerate(places)]
-
-
-def up_to(places: Sequence[Place], share: float) -> list[Place]:
-    """Return the places up to a share of the channels: of every group, or of all."""
-    return [place for place in places if place.level <= share + 1e-9]
-
-
-def in_blocks(
-    places: Sequence[Place], sizes: Mapping[str, int], steps: Mapping[str, int]
-) -> list[list[Place]]:
-    """Gather places into blocks that leave whole, so that each group keeps multiples of its step.
-
-    Blocks are ordered by the mean level of their units. Units that fill no block stay.
+def remove(run: Run, edits: Sequence[Prune], *, recalibrate: bool = True) -> None:
+    """Remove channels for good; prove the edits first.
 
     Args:
-        places: a ranking.
-        sizes: how many units each group has.
-        steps: by group; with steps of 1 every unit is a block, and the ranking stays as it is.
-    """
-    own: dict[str, list[Place]] = {}
-    for place in places:
-        own.setdefault(place.group, []).append(place)
-    blocks = []
-    for name, members in own.items():
-        start, end = 0, sizes[name] % steps[name] or steps[name]
-        while end <= len(members):
-            blocks.append(members[start:end])
-            start, end = end, end + steps[name]
-    return sorted(blocks, key=lambda block: fmean(place.level for place in block))
-
-
-def leaving(places: Iterable[Place]) -> dict[str, list[int]]:
-    """Return the units that leave, by group."""
-    found: dict[str, list[int]] = {}
-    for place in places:
-        found.setdefault(place.group, []).append(place.unit)
-    return found
-
-
-def floors_of(groups: Iterable[Group], least: float) -> dict[str, int]:
-    """Return how many units of each group stay if a share of them must."""
-    return {group.name: max(1, math.ceil(least * len(group.units) - 1e-9)) for group in groups}
-
-
-# ---------------------------------------------------------------- budgets
-
-
-def after(now: Cost, rows: Mapping[str, LayerCost], edits: Iterable[Prune]) -> Cost:
-    """Return what a network costs when edits are made, exactly, without making them.
-
-    Args:
-        now: its cost.
-        rows: the cost of its layers.
+        run: its model is changed, its optimizer keeps the state of all that stays.
         edits: a cut.
+        recalibrate: put what the channels gave on average into the biases of the layers that
+            read them, and re-estimate batch norms afterwards, where there is data.
     """
-    new: dict[str, LayerCost] = {}
-    for edit in edits:
-        if edit.layer in rows:  # a layer without parameters has no row
-            new[edit.layer] = edit.predict(new.get(edit.layer, rows[edit.layer]))
-    return Cost(
-        params=now.params + sum(row.params - rows[name].params for name, row in new.items()),
-        macs=now.macs + sum(row.macs - rows[name].macs for name, row in new.items()),
-        bytes=now.bytes + sum(row.bytes - rows[name].bytes for name, row in new.items()),
-    )
+    if not edits:
+        return
+    if recalibrate and run.has_inputs:
+        absorb(run.model, _unread(edits), run.inputs(ABSORBED))
+    run.apply(*edits)
+    if recalibrate:
+        run.recalibrate()
 
 
-def fewest(most: int, fits: Callable[[int], bool], *, least: int = 0) -> int | None:
-    """Return the fewest first places of a ranking that fit, None if not even all of them do.
+def silenced(run: Run, edits: Sequence[Prune]) -> nn.Module:
+    """Copy the network so that nothing reads the channels that edits would remove.
 
-    By bisection. The number returned was itself tried, so it fits however irregular ``fits`` is.
-
-    Args:
-        most: how many places there are.
-        fits: whether the network does without so many of them.
-        least: how many leave in any case.
+    The copy computes what `remove` would make of the network, in the shapes of before.
     """
-    if not fits(most):
-        return None
-    low, high = least, most
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if fits(middle) else (middle + 1, high)
-    return high
+    model = copy.deepcopy(run.model)
+    if edits:
+        absorb(model, _unread(edits), run.inputs(ABSORBED))
+        ignore(model, edits)
+        recalibrate(model, run.inputs(REHEARSED))
+    return model
+
+
+def keep_whole(run: Run, groups: Sequence[Group]) -> None:
+    """Record of the layers that no edit has changed that their channels are worth more."""
+    changed = {edit.layer for edit in run.edits}
+    for group in groups:
+        for layer, _ in group.slots:
+            if layer not in changed:
+                run.keep(layer, "its channels are worth more than others")
+
+
+def _unread(edits: Sequence[Prune]) -> dict[str, tuple[int, ...]]:
+    return {edit.layer: edit.removed() for edit in edits if edit.side == "in"}

@@ -45,9 +45,13 @@ def group_fisher(
             seen.clear()
             loss, size = surprise(call(model, batch), generator), samples(batch)
             pulls = {name: torch.zeros(size, len(total)) for name, total in totals.items()}
-            for layer, pull in _pulls(model, loss, seen, size):
+            for layer, pull in _pulls(model, loss, seen):
                 for name, rows in readers[layer]:
-                    pulls[name] += pull[:, rows.flatten()].unflatten(1, rows.shape).sum(2)
+                    own = pull[:, rows.flatten()].unflatten(1, rows.shape).sum(2)
+                    if len(own) == size:
+                        pulls[name] += own
+                    else:  # rows that were routed here, of samples that are not known
+                        totals[name] += own.double().square().sum(0)
             for name, total in totals.items():
                 total += pulls[name].double().square().sum(0)
             count += size
@@ -64,18 +68,16 @@ def _readers(groups: Iterable[Group]) -> dict[str, list[tuple[str, Tensor]]]:
     return found
 
 
-def _pulls(
-    model: nn.Module, loss: Tensor, seen: Iterable[Read], size: int
-) -> Iterator[tuple[str, Tensor]]:
+def _pulls(model: nn.Module, loss: Tensor, seen: Iterable[Read]) -> Iterator[tuple[str, Tensor]]:
     """Yield the gradient of the loss by a mask on every channel of every input read."""
     layers, values, edges = zip(*seen, strict=True)
     gradients: Sequence[Tensor | None] = torch.autograd.grad(loss, edges, allow_unused=True)
     for layer, value, gradient in zip(layers, values, gradients, strict=True):
-        if gradient is None:
+        if gradient is None or not value.numel():
             continue
         axis = -1 if isinstance(model.get_submodule(layer), nn.Linear) else 1
         value, gradient = (
-            each.float().movedim(axis, -1).reshape(size, -1, each.shape[axis])
+            each.float().movedim(axis, -1).reshape(len(each), -1, each.shape[axis])
             for each in (value, gradient)
         )
         yield layer, ((value - value.mean((0, 1))) * gradient).sum(1).cpu()

@@ -1,1 +1,1 @@
-"""Fitting rounded networks to the ones they were made from."""
+"""Rounding networks to few bits: which layers, at which levels, and fitted to the dense ones."""

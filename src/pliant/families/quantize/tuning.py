@@ -1,12 +1,13 @@
 """Fits a rounded network to the one it was made from, without labels: block by block, then whole.
 
 Block reconstruction with learnable scales: LSQ (Esser et al., ICLR 2020) for the gradients, the
-order of the two stages from Yuan et al., ICPR 2020.
+order of the two stages from Yuan et al., ICPR 2020. Neither stage leaves a network worse than it
+found it: states are compared on inputs that are held out, and the best one stays.
 """
 
 from __future__ import annotations
 
-import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,14 +18,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 from pliant.cost import Example, call
-from pliant.math.quantize import FLOOR, column, learnable, levels
-from pliant.nn.layers import Factorizable, replace
-from pliant.nn.quantized import Bits, Values, applied
+from pliant.errors import ModelError
+from pliant.families.quantize.tunable import tunables
+from pliant.math.quantize import FLOOR, levels
+from pliant.nn import kinds
+from pliant.observe.outputs import answers, logits
 
 Outputs = Literal["classes", "values"]
+CHECKS = 8  # how often a stage looks at the inputs held out, besides its beginning
+USUAL = 7  # the largest level of 4 bits
+TINY = 1e-12  # of Adam: gradients of layers with 8 bits are near the usual 1e-8
+MASKED = -1e4  # stands for scores of minus infinity, which have no difference
 
 
 @dataclass(frozen=True)
@@ -32,69 +39,59 @@ class Rates:
     """Learning rates of one stage.
 
     Args:
-        weights: of weights and biases.
-        scales: of all scales.
+        weights: of weights and biases, in units of the distance between two levels.
+        scales: of the logarithms of scales: of activations, and of weights with 4 bits.
     """
 
     weights: float
     scales: float
 
 
-class Tunable(nn.Module):
-    """A layer that rounds in every forward pass, with weight, bias and scales to be trained.
+@dataclass(frozen=True)
+class Goal:
+    """What stage 2 minimises: L = sum_j mu |x^_j - x_j|^2 / var + nu D(answers).
 
     Args:
-        layer: its weight and bias are trained in place.
-        bits: how its numbers will be written.
-        values: where scales, groups and ranges begin.
-
-    Attributes:
-        scales: logarithms of the scales: they stay positive, and a step changes large and small
-            ones by the same share.
+        features: mu, weight of each block's error.
+        answers: nu, weight of the divergence from the teacher's answer.
+        temperature: T, softens class scores.
+        outputs: ``classes`` compares class scores by KL divergence and all other answers by
+            squared error, ``values`` everything by squared error.
     """
 
-    def __init__(self, layer: Factorizable, bits: Bits, values: Values) -> None:
-        super().__init__()
-        self.layer, self.bits, self.index = layer, bits, values.index
-        self.zero = {"input": 0, "output": 0}
-        self.scales = nn.ParameterDict({"weight": values.scales.log()})
-        for side, found in (("input", values.input), ("output", values.output)):
-            if found is not None:
-                self.zero[side] = found[1]
-                self.scales[side] = torch.tensor(found[0], device=layer.weight.device).log()
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map the rounded input by the rounded weight."""
-        x = self._activation(x, "input", self.bits.input)
-        scale = column(self.scales["weight"].exp()[self.index], self.layer.weight)
-        count = self.layer.weight.numel() // self.bits.scales
-        weight = learnable(self.layer.weight, scale, *levels(self.bits.weight), count)
-        x = applied(self.layer, type(self.layer), x, weight, self.layer.bias)
-        return self._activation(x, "output", self.bits.output)
-
-    def values(self) -> Values:
-        """Return the numbers as they are now."""
-        ranges = {
-            side: (self.scales[side].exp().item(), self.zero[side]) if side in self.scales else None
-            for side in ("input", "output")
-        }
-        bias = None if self.layer.bias is None else self.layer.bias.detach()
-        weight, scales = self.layer.weight.detach(), self.scales["weight"].detach().exp()
-        return Values(weight, scales, self.index, bias, **ranges)
-
-    def _activation(self, x: Tensor, side: str, bits: int) -> Tensor:
-        if not bits:
-            return x
-        low = -self.zero[side]
-        return learnable(x, self.scales[side].exp(), low, low + 2**bits - 1, x[0].numel())
+    features: float = 1.0
+    answers: float = 1.0
+    temperature: float = 4.0
+    outputs: Outputs = "classes"
 
 
-def tunable(model: nn.Module, plans: Mapping[str, tuple[Bits, Values]]) -> None:
-    """Put tunable layers in the place of the named ones, and freeze everything else."""
-    model.requires_grad_(False)
-    for name, (bits, values) in plans.items():
-        layer = model.get_submodule(name).requires_grad_(True)
-        replace(model, name, Tunable(layer, bits, values))  # type: ignore[arg-type]
+class Best:
+    """Remembers the trained numbers of modules as they were at their lowest score."""
+
+    def __init__(self, modules: Mapping[str, nn.Module]) -> None:
+        self.modules = modules
+        self.scores = dict.fromkeys(modules, math.inf)
+        self.states: dict[str, list[Tensor]] = {}
+
+    @torch.no_grad()
+    def see(self, scores: Mapping[str, float]) -> None:
+        """Keep the present numbers of every module whose score is lower than ever."""
+        for name, module in self.modules.items():
+            if name not in self.states or scores[name] < self.scores[name]:
+                self.scores[name] = scores[name]
+                self.states[name] = [p.clone() for p in trained(module)]
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Bring every module back to its best."""
+        for name, module in self.modules.items():
+            for parameter, value in zip(trained(module), self.states[name], strict=True):
+                parameter.copy_(value)
+
+
+def trained(module: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of the tunable layers of a module."""
+    return [p for _, layer in tunables(module) for p in layer.parameters()]
 
 
 # ---------------------------------------------------------------- bias correction
@@ -108,20 +105,20 @@ def correct(teacher: nn.Module, student: nn.Module, batches: Iterable[Example]) 
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
-    layers = {name: layer for name, layer in _tunables(student) if layer.layer.bias is not None}
+    found = {n: m for n, m in tunables(student) if getattr(m.layer, "bias", None) is not None}
 
     def see(name: str, args: Any, kwargs: Any, output: Tensor) -> None:
-        gap = output - layers[name](*args, **kwargs)
-        axis = -1 if isinstance(layers[name].layer, nn.Linear) else 1
+        gap = output - found[name](*args, **kwargs)
+        axis = -1 if kinds.channels_last(found[name].layer) else 1
         rows = gap.movedim(axis, -1).flatten(0, -2).double()
         sums[name] = sums.get(name, torch.zeros((), device=gap.device)) + rows.sum(0)
         counts[name] = counts.get(name, 0) + len(rows)
 
-    with beside(teacher, layers, see):
+    with beside(teacher, found, see):
         for batch in batches:
             call(teacher, batch)
     for name, total in sums.items():
-        layers[name].layer.bias.add_(total / counts[name])
+        found[name].layer.bias.add_(total / counts[name])
 
 
 # ---------------------------------------------------------------- the two stages
@@ -135,45 +132,47 @@ def independent(
     *,
     steps: int,
     rates: Rates,
-    check: Sequence[Example],
+    held: Sequence[Example],
 ) -> dict[str, tuple[float, float]]:
     """Fit every block on its own: it reads what it reads in the teacher, and shall say the same.
 
     All blocks take a step at the same time. Their losses share no parameter, so this is the same
-    as one block after the other, and no features have to be kept.
+    as one block after the other, and no features have to be kept. Every block ends where its
+    error on the inputs held out was lowest, its beginning included.
 
     Args:
         teacher: the network before; in eval mode, unchanged.
         student: a copy of it with tunable layers.
-        blocks: names of modules in both.
+        blocks: names of modules in both, with tunable layers.
         batches: inputs of forward calls, without end.
         steps: how many.
         rates: learning rates; Adam.
-        check: inputs on which each block is compared with itself before; one that has become
-            worse is taken back.
+        held: inputs on which states are compared.
 
     Returns:
-        The mean squared error of every block on ``check``, before and after.
+        The mean squared error of every block on ``held``, before and after.
     """
     if not steps:
         return {}
     found = {name: student.get_submodule(name) for name in blocks}
-    before, began = block_errors(teacher, student, blocks, check), copy.deepcopy(found)
+    best, before = Best(found), block_errors(teacher, student, blocks, held)
+    best.see(before)
 
     def see(name: str, args: Any, kwargs: Any, output: Tensor) -> None:
         with torch.enable_grad():
-            (found[name](*args, **kwargs) - output).square().mean().backward()
+            gap = found[name](*args, **kwargs).float() - output.float()
+            gap.square().mean().backward()
 
     def step(batch: Example) -> None:
         with torch.no_grad(), beside(teacher, blocks, see):
             call(teacher, batch)
 
-    _train(student, step, batches, steps, rates)
-    after = block_errors(teacher, student, blocks, check)
-    for name in blocks:
-        if not after[name] <= before[name]:
-            found[name].load_state_dict(began[name].state_dict())
-    return {name: (before[name], min(before[name], after[name])) for name in blocks}
+    def check() -> None:
+        best.see(block_errors(teacher, student, blocks, held))
+
+    _train(student, step, batches, steps, rates, check)
+    best.restore()
+    return {name: (before[name], best.scores[name]) for name in blocks}
 
 
 @torch.no_grad()
@@ -184,13 +183,45 @@ def block_errors(
     found: dict[str, list[float]] = {name: [] for name in blocks}
 
     def see(name: str, args: Any, kwargs: Any, output: Tensor) -> None:
-        gap = student.get_submodule(name)(*args, **kwargs) - output
+        gap = student.get_submodule(name)(*args, **kwargs).float() - output.float()
         found[name].append(gap.square().mean().item())
 
     with beside(teacher, blocks, see):
         for batch in batches:
             call(teacher, batch)
     return {name: sum(row) / max(1, len(row)) for name, row in found.items()}
+
+
+class Judge:
+    """Keeps the state of a whole student that is best on inputs held out.
+
+    That is the one of the lowest loss of stage 2 among those whose answers are no farther from the
+    teacher's than the first one's, in squared error: a divergence of scores can fall while boxes
+    go astray.
+    """
+
+    def __init__(
+        self,
+        teacher: nn.Module,
+        student: nn.Module,
+        blocks: Sequence[str],
+        goal: Goal,
+        held: Sequence[Example],
+    ) -> None:
+        self.networks = teacher, student, blocks
+        self.goal, self.held = goal, held
+        self.best, self.first = Best({"": student}), math.inf
+        self.losses: list[float] = []
+
+    @torch.no_grad()
+    def see(self) -> None:
+        """Compare the student as it is now."""
+        pairs = [_loss(*self.networks, self.goal, batch) for batch in self.held]
+        loss, error = torch.tensor(pairs, dtype=torch.float64).mean(0).tolist()
+        if not self.losses:
+            self.first = error
+        self.losses.append(loss)
+        self.best.see({"": loss if error <= self.first else math.inf})
 
 
 def joint(
@@ -201,15 +232,10 @@ def joint(
     *,
     steps: int,
     rates: Rates,
-    features: float = 1.0,
-    answers: float = 1.0,
-    temperature: float = 4.0,
-    outputs: Outputs = "classes",
-) -> list[float]:
+    goal: Goal,
+    judge: Judge,
+) -> None:
     """Fit the whole network on its own features, so that it also mends errors that add up.
-
-    The loss is the squared error of every block's output in units of its variance, and the
-    divergence from the teacher's answer.
 
     Args:
         teacher: as for `independent`.
@@ -218,34 +244,34 @@ def joint(
         batches: as for `independent`.
         steps: how many.
         rates: learning rates; Adam.
-        features: mu, weight of each block's error.
-        answers: nu, weight of the divergence.
-        temperature: T, softens the answers.
-        outputs: ``classes`` compares answers by KL divergence, ``values`` by squared error.
-
-    Returns:
-        The loss at each step.
+        goal: what is minimised.
+        judge: sees the student at times; what it found best is to be restored at the end.
     """
-    losses: list[float] = []
 
     def step(batch: Example) -> None:
-        targets: list[Tensor] = []
-        with torch.no_grad(), beside(teacher, blocks, lambda n, a, k, y: targets.append(y.clone())):
-            wanted = call(teacher, batch)
-        queue, errors = iter(targets), []
-
-        def see(name: str, args: Any, kwargs: Any, output: Tensor) -> None:
-            errors.append(_relative(output, next(queue)))
-
-        with torch.enable_grad(), beside(student, blocks, see, copies=False):
-            given = call(student, batch)
-            loss = features * sum(errors)
-            loss = loss + answers * _divergence(given, wanted, temperature, outputs)
+        with torch.enable_grad():
+            loss, _ = _loss(teacher, student, blocks, goal, batch)
             loss.backward()
-        losses.append(loss.item())
 
-    _train(student, step, batches, steps, rates)
-    return losses
+    _train(student, step, batches, steps, rates, judge.see)
+
+
+def _loss(
+    teacher: nn.Module, student: nn.Module, blocks: Sequence[str], goal: Goal, batch: Example
+) -> tuple[Tensor, Tensor]:
+    """Return what stage 2 minimises, and the relative squared error of all answers."""
+    targets: list[Tensor] = []
+    with torch.no_grad(), beside(teacher, blocks, lambda n, a, k, y: targets.append(y.clone())):
+        wanted = call(teacher, batch)
+    queue, errors = iter(targets), []
+
+    def see(name: str, args: Any, kwargs: Any, output: Tensor) -> None:
+        errors.append(_relative(output, next(queue)))
+
+    with beside(student, blocks, see, copies=False):
+        given = call(student, batch)
+    apart, error = _divergence(given, wanted, goal)
+    return goal.features * torch.stack(errors).sum() + goal.answers * apart, error
 
 
 def _train(
@@ -254,43 +280,77 @@ def _train(
     batches: Iterator[Example],
     steps: int,
     rates: Rates,
+    check: Callable[[], None],
 ) -> None:
-    """Take steps of Adam, their size falling to zero along a cosine."""
-    scales = [scale for _, layer in _tunables(student) for scale in layer.scales.values()]
-    others = [p for _, layer in _tunables(student) for p in layer.layer.parameters()]
-    groups = [{"params": others, "lr": rates.weights}, {"params": scales, "lr": rates.scales}]
-    optimizer = Adam(groups)
+    """Take steps of Adam, their size falling to zero along a cosine; check at times.
+
+    A step of a weight is counted in levels of its layer: what is small for 4 bits would be many
+    levels for 8. Scales of weights with more levels take shorter steps, by the root that LSQ
+    divides their gradient by and Adam undoes.
+    """
+    groups: list[dict[str, Any]] = []
+    for _, layer in tunables(student):
+        scales = dict(layer.scales)
+        share = (USUAL / levels(layer.bits.weight)[1]) ** 0.5
+        groups += [
+            {"params": list(layer.layer.parameters()), "lr": rates.weights * layer.level()},
+            {"params": [scales.pop("weight")], "lr": rates.scales * share},
+            {"params": list(scales.values()), "lr": rates.scales},
+        ]
+    optimizer = Adam([group for group in groups if group["params"]], eps=TINY)
     schedule = CosineAnnealingLR(optimizer, max(steps, 1))
-    for _ in range(steps):
+    pause = -(-steps // CHECKS)
+    for done in range(1, steps + 1):
         optimizer.zero_grad()
         step(next(batches))
         optimizer.step()
         schedule.step()
+        if done % pause == 0 or done == steps:
+            check()
+
+
+# ---------------------------------------------------------------- how far answers are apart
+
+
+def _divergence(given: Any, wanted: Any, goal: Goal) -> tuple[Tensor, Tensor]:
+    """Compare all answers: as the goal has it, and by relative squared error."""
+    pairs = list(zip(answers(given), answers(wanted), strict=True))
+    errors = [_relative(mine, other) for mine, other in pairs]
+    scores = _scores(wanted) if goal.outputs == "classes" else None
+    apart = [
+        _kl(mine, other, goal.temperature) if other is scores else error
+        for (mine, other), error in zip(pairs, errors, strict=True)
+    ]
+    return torch.stack(apart).sum(), torch.stack(errors).sum().detach()
+
+
+def _scores(output: Any) -> Tensor | None:
+    try:
+        return logits(output)
+    except ModelError:
+        return None
 
 
 def _relative(found: Tensor, wanted: Tensor) -> Tensor:
+    """Squared error in units of the variance, where there are finite numbers."""
+    there = wanted.isfinite()
+    if not there.all():
+        found, wanted = found[there], wanted[there]
+    if not wanted.numel():
+        return wanted.new_zeros(())
+    found, wanted = found.float(), wanted.float()
     return (found - wanted).square().mean() / wanted.var(correction=0).clamp(min=FLOOR)
 
 
-def _divergence(given: Any, wanted: Any, temperature: float, outputs: Outputs) -> Tensor:
-    """Compare answers; where they hold several tensors, all of them."""
-    pairs = [
-        (mine, other)
-        for mine, other in zip(tree_leaves(given), tree_leaves(wanted), strict=True)
-        if isinstance(mine, Tensor) and mine.is_floating_point()
-    ]
-    if outputs == "values":
-        return torch.stack([_relative(mine, other) for mine, other in pairs]).sum()
-    gaps = [_kl(mine / temperature, other / temperature) for mine, other in pairs]
-    return torch.stack(gaps).sum() * temperature**2
-
-
-def _kl(scores: Tensor, target: Tensor) -> Tensor:
+def _kl(scores: Tensor, target: Tensor, temperature: float) -> Tensor:
     classes = 1 if scores.dim() > 3 else -1  # of images: (N, C, H, W)
-    gap = F.kl_div(
-        scores.log_softmax(classes), target.log_softmax(classes), reduction="sum", log_target=True
+    there = target.isfinite()
+    mine, other = (
+        (torch.where(there, value.float(), MASKED) / temperature).log_softmax(classes)
+        for value in (scores, target)
     )
-    return gap / (scores.numel() / scores.shape[classes])
+    gap = F.kl_div(mine, other, reduction="sum", log_target=True)
+    return gap / (scores.numel() / scores.shape[classes]) * temperature**2
 
 
 # ---------------------------------------------------------------- hooks
@@ -343,7 +403,3 @@ def beside(
 
 def _copied(value: Any) -> Any:
     return value.clone() if isinstance(value, Tensor) else value
-
-
-def _tunables(model: nn.Module) -> Iterator[tuple[str, Any]]:
-    return ((name, m) for name, m in model.named_modules() if isinstance(m, Tunable))

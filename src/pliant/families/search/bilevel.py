@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +21,7 @@ from pliant.data.splits import Split
 from pliant.errors import DataError, MethodError
 from pliant.nn.cells import MixedOp
 from pliant.observe.watch import samples
+from pliant.registry.options import In, fault
 from pliant.run import Run
 from pliant.surgery.batchnorm import recalibrate
 
@@ -43,12 +44,12 @@ class Bilevel:
         order: 1 takes the weights as they are; 2 looks one weight step ahead.
     """
 
-    lr: float = 6e-4
+    lr: Annotated[float, In(0, open="low")] = 6e-4
     betas: tuple[float, float] = (0.5, 0.999)
-    decay: float = 1e-3
-    every: int = 1
-    warmup: float = 0.0
-    batch: int = 64
+    decay: Annotated[float, In(0)] = 1e-3
+    every: Annotated[int, In(1)] = 1
+    warmup: Annotated[float, In(0, 1, "high")] = 0.0
+    batch: Annotated[int, In(2)] = 64  # for batch norms
     order: Literal[1, 2] = 1
 
     def check(self, method: str) -> None:
@@ -57,15 +58,8 @@ class Bilevel:
         Raises:
             MethodError: one of them is out of its range; the message begins with the method.
         """
-        for name, said, holds, what in (
-            ("lr", "the logits' learning rate", self.lr > 0, "above 0"),
-            ("decay", "the logits' weight decay", self.decay >= 0, "at least 0"),
-            ("every", "every", self.every >= 1, "at least 1 step"),
-            ("warmup", "warmup", 0 <= self.warmup < 1, "in 0..1, below 1"),
-            ("batch", "batch", self.batch >= 2, "at least 2 samples, for batch norms"),
-        ):
-            if not holds:
-                raise MethodError(f"{method}: {said} must be {what}, not {getattr(self, name)}.")
+        if said := fault(self):
+            raise MethodError(f"{method}: {said}.")
 
 
 def mixed(model: nn.Module) -> dict[str, MixedOp]:

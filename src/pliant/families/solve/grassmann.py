@@ -87,9 +87,10 @@ def centred(sets: Sequence[Tensor]) -> tuple[Tensor, ...]:
     """Take the mean of all column vectors off each of them.
 
     What all sets share, such as a mean image, would otherwise be the first direction of every
-    subspace and tell none of them apart.
+    subspace and tell none of them apart. A single vector is its own mean, and stays.
     """
-    mean = torch.cat([one.double() for one in sets], 1).mean(1, keepdim=True)
+    columns = torch.cat([one.double() for one in sets], 1)
+    mean = columns.mean(1, keepdim=True) if columns.shape[1] > 1 else 0.0
     return tuple(one.double() - mean for one in sets)
 
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from pliant.errors import MethodError, require
 from pliant.families.solve.admm import Blocks, Pace, Solved
-from pliant.families.solve.options import check_pace, positive
 from pliant.result import Solution
 
 RESTARTS = 20  # of k-means
@@ -190,23 +189,14 @@ def _row(number: int, objective: float, solved: Solved) -> dict[str, Any]:
     }
 
 
-def check_options(name: str, method: Any) -> None:
-    """Refuse options of a self-representation that mean nothing.
+def check_error(name: str, method: Any) -> None:
+    """Refuse the robust error of a closed form.
 
     Raises:
-        MethodError: one is out of range, or the robust error was asked of a closed form.
+        MethodError: the solver has none.
     """
-    if not 0 <= method.strength < 2:
-        raise MethodError(
-            f"{name}: strength must lie in 0..2, since from 2 on nothing is left of Z, not "
-            f"{method.strength}."
-        )
-    if method.rank is not None and method.rank < 1:
-        raise MethodError(f"{name}: rank must be 1 or more, not {method.rank}.")
     if method.error == "l21" and method.solver == "spectral":
         raise MethodError(f'{name}: the robust error has no closed form: use solver="admm".')
-    positive(name, method, "mu")
-    check_pace(name, method)
 
 
 # ---------------------------------------------------------------- groups

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
 from pliant.errors import MethodError
 from pliant.families.solve.bilinear import PENALTIES, SOLVERS, product
 from pliant.families.solve.grassmann import gram_of
-from pliant.families.solve.selfrep import check_options, closed_form, grouped, iterated
-from pliant.registry import Paper, register
+from pliant.families.solve.selfrep import check_error, closed_form, grouped, iterated
+from pliant.registry import In, Paper, register
 from pliant.result import Solution, Views
 
 
@@ -50,24 +50,28 @@ class DoubleLowRank:
     True
     """
 
-    size: int = 5  # p, dimensions of a subspace; fewer where a set has fewer vectors
+    # p, dimensions of a subspace; fewer where a set has fewer vectors
+    size: Annotated[int, In(1)] = 5
     centre: bool = True  # take the mean of all vectors of a view off them first
-    rank: int | None = None  # r, columns of the factors; one more than the groups if None
-    strength: float = 0.05  # lambda, in units of the largest eigenvalue of the Gram matrix
+    # r, columns of the factors; one more than the groups if None
+    rank: Annotated[int, In(1)] | None = None
+    # lambda, in units of the largest eigenvalue of the Gram matrix
+    strength: Annotated[float, In(0, 2, "high")] = 0.05
     factor_penalty: Literal["none", "nuclear", "fro"] = "none"  # on U and V, in the place of Z's
-    weights: tuple[float, ...] = ()  # of the views; 1 each if empty
+    weights: tuple[Annotated[float, In(0)], ...] = ()  # of the views; 1 each if empty
     affinity: Literal["angles", "sizes"] = "angles"  # of samples: in the space of Z, or its entries
     solver: Literal["spectral", "admm"] = "spectral"  # closed form or iteration
     error: Literal["fro", "l21"] = "fro"  # squared, or robust to single samples (admm only)
     precomputed: bool = False  # x is a Gram matrix of the samples, or one per view
-    mu: float = 0.15  # at first, in units of the largest eigenvalue; at least twice the strength
-    growth: float = 1.01  # rho, of mu in each iteration
-    tolerance: float = 1e-6  # of the iteration
-    iterations: int = 2000  # at most
+    # at first, in units of the largest eigenvalue; at least twice the strength
+    mu: Annotated[float, In(0, open="low")] = 0.15
+    growth: Annotated[float, In(1, 10, "low")] = 1.01  # rho, of mu in each iteration
+    tolerance: Annotated[float, In(0, open="low")] = 1e-6  # of the iteration
+    iterations: Annotated[int, In(1)] = 2000  # at most
 
     def cluster(self, views: Views, groups: int, generator: torch.Generator) -> Solution:
         """Represent the samples by one another and cut the graph of their affinities."""
-        check_options("double_low_rank", self)
+        check_error("double_low_rank", self)
         if self.factor_penalty == "nuclear" and self.solver == "spectral":
             raise MethodError(
                 "double_low_rank: nuclear norms of the factors have no closed form: use "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -12,14 +12,14 @@ from pliant.families.solve.admm import Blocks, Solved, admm
 from pliant.families.solve.grassmann import gram_of
 from pliant.families.solve.selfrep import (
     Fit,
-    check_options,
+    check_error,
     closed_form,
     grouped,
     iterated,
     nuclear_norm,
 )
 from pliant.math.svd import polar, soft_spectrum
-from pliant.registry import Paper, register
+from pliant.registry import In, Paper, register
 from pliant.result import Solution, Views
 
 
@@ -59,23 +59,27 @@ class ProductGrassmannLRR:
     'spectral'
     """
 
-    size: int = 5  # p, dimensions of a subspace; fewer where a set has fewer vectors
+    # p, dimensions of a subspace; fewer where a set has fewer vectors
+    size: Annotated[int, In(1)] = 5
     centre: bool = True  # take the mean of all vectors of a view off them first
-    rank: int | None = None  # r, the most that Z may have; one more than the groups if None
-    strength: float = 0.05  # lambda, in units of the largest eigenvalue of the Gram matrix
-    weights: tuple[float, ...] = ()  # w, of the views; 1 each if empty
+    # r, the most that Z may have; one more than the groups if None
+    rank: Annotated[int, In(1)] | None = None
+    # lambda, in units of the largest eigenvalue of the Gram matrix
+    strength: Annotated[float, In(0, 2, "high")] = 0.05
+    weights: tuple[Annotated[float, In(0)], ...] = ()  # w, of the views; 1 each if empty
     affinity: Literal["angles", "sizes"] = "angles"  # of samples: in the space of Z, or its entries
     solver: Literal["spectral", "admm"] = "spectral"  # closed form or iteration
     error: Literal["fro", "l21"] = "fro"  # squared, or robust to single samples (admm only)
     precomputed: bool = False  # x is a Gram matrix of the samples, or one per view
-    mu: float = 0.15  # at first, in units of the largest eigenvalue; at least twice the strength
-    growth: float = 1.01  # rho, of mu in each iteration
-    tolerance: float = 1e-6  # of the iteration
-    iterations: int = 2000  # at most
+    # at first, in units of the largest eigenvalue; at least twice the strength
+    mu: Annotated[float, In(0, open="low")] = 0.15
+    growth: Annotated[float, In(1, 10, "low")] = 1.01  # rho, of mu in each iteration
+    tolerance: Annotated[float, In(0, open="low")] = 1e-6  # of the iteration
+    iterations: Annotated[int, In(1)] = 2000  # at most
 
     def cluster(self, views: Views, groups: int, generator: torch.Generator) -> Solution:
         """Represent the samples by one another and cut the graph of their affinities."""
-        check_options("product_grassmann_lrr", self)
+        check_error("product_grassmann_lrr", self)
         gram = gram_of("product_grassmann_lrr", views, self)
         rank = min(self.rank or groups + 1, len(gram))
         strength = self.strength * float(torch.linalg.eigvalsh(gram)[-1])

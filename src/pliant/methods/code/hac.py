@@ -1,9 +1,12 @@
-"""HAC and sHAC: prune, let weights share few values, and code what is left without loss."""
+"""HAC and sHAC: prune, let weights share few values, and code what is left without loss.
+
+The file is long because three stages (pruning, sharing, coding) each keep state that resumes.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import Tensor
@@ -11,11 +14,10 @@ from torch import Tensor
 from pliant.codecs import address_map
 from pliant.cost import Packed
 from pliant.edits.encode import encoding
-from pliant.errors import MethodError
 from pliant.families.code.shared import MOST, Shared, coded_bytes, lowest_level, shared, twin
 from pliant.method import Method
 from pliant.nn.layers import Factorizable
-from pliant.registry import Paper, register
+from pliant.registry import In, Paper, register
 from pliant.run import Run
 
 WHOLE = "its weights are whole numbers already: encode='auto' codes them in the file"
@@ -66,19 +68,21 @@ class HAC(Method):
     32
     """
 
-    prune: float = 0.9  # p, share of each layer's weights that become zero, if there is no budget
-    values: int = 32  # k, distinct values that the weights of one layer are given
+    # p, share of each layer's weights that become zero, if there is no budget
+    prune: Annotated[float, In(0, MOST)] = 0.9
+    # k, distinct values that the weights of one layer are given
+    values: Annotated[int, In(2, address_map.MOST)] = 32
     share: Literal["pq", "ws"] = "pq"  # probabilistic quantization, or weight sharing by k-means
     zeros: bool = False  # share values among the pruned weights too, as the paper does
     format: Literal["auto", "hac", "shac", "ans"] = "auto"  # how kernels are coded
-    masked: float = 0.5  # share of the training before values are shared
-    rate: float | None = None  # eta_c, on the sum of what a value's weights would move; None: mean
+    masked: Annotated[float, In(0, 1)] = 0.5  # share of the training before values are shared
+    # eta_c, on the sum of what a value's weights would move; None: mean
+    rate: Annotated[float, In(0, 1)] | None = None
     only: tuple[str, ...] = ()  # name patterns of the layers to code
     exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone
 
     def prepare(self, run: Run) -> None:
         """Choose the layers and the pruning level, and prune."""
-        self._check()
         layers, reasons = run.readable(self.only, self.exclude)
         for name, module in run.model.named_modules():
             if isinstance(module, Packed):
@@ -119,16 +123,6 @@ class HAC(Method):
         run.apply(*edits)
         if not run.step:
             run.recalibrate()
-
-    def _check(self) -> None:
-        for name, least, most in (("prune", 0, MOST), ("masked", 0, 1), ("rate", 0, 1)):
-            value = getattr(self, name)
-            if value is not None and not least <= value <= most:
-                raise MethodError(f"hac: {name} must lie in {least}..{most:g}, not {value}.")
-        if not 2 <= self.values <= address_map.MOST:
-            raise MethodError(
-                f"hac: values must lie in 2..{address_map.MOST:,}, not {self.values:,}."
-            )
 
     def _subjects(self, run: Run) -> Layers:
         return {name: run.model.get_submodule(name) for name in run.state["layers"]}  # type: ignore[misc]

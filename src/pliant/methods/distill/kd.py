@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 
 from pliant.data import unpack
-from pliant.errors import DataError, MethodError
+from pliant.errors import DataError
 from pliant.math.divergence import divergence
 from pliant.method import Method
 from pliant.observe.aside import Teacher
 from pliant.observe.outputs import logits
-from pliant.registry import Paper, register
+from pliant.registry import In, Paper, register
 from pliant.run import Run
 
 
@@ -42,16 +42,12 @@ class KD(Method):
     0.5
     """
 
-    weight: float = 0.5  # share of the loss that is the teacher's
-    temperature: float = 4.0  # T, by which scores are divided before they become probabilities
+    weight: Annotated[float, In(0, 1)] = 0.5  # share of the loss that is the teacher's
+    # T, by which scores are divided before they become probabilities
+    temperature: Annotated[float, In(0, open="low")] = 4.0
 
     def prepare(self, run: Run) -> None:
         """Freeze a copy."""
-        if not 0 <= self.weight <= 1 or self.temperature <= 0:
-            raise MethodError(
-                "kd: weight must lie in 0..1 and temperature above 0, not "
-                f"{self.weight} and {self.temperature}."
-            )
         run.hook(Teacher(run.model))
 
     def loss(self, run: Run, loss: Tensor, output: Any, batch: Any) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -16,7 +16,7 @@ from pliant.method import Method
 from pliant.observe.aside import Tap
 from pliant.observe.order import order
 from pliant.observe.outputs import logits
-from pliant.registry import Paper, register
+from pliant.registry import In, Paper, register
 from pliant.run import Run
 from pliant.surgery.select import weighted
 
@@ -49,17 +49,23 @@ class OSKD(Method):
     0.1
     """
 
-    weight: float = 0.1  # lambda, of the soft targets beside the loss of the task
-    neighbours: int | None = 5  # k, nearest samples of the class; None: all of them
+    # lambda, of the soft targets beside the loss of the task
+    weight: Annotated[float, In(0, MOST)] = 0.1
+    # k, nearest samples of the class; None: all of them
+    neighbours: Annotated[int, In(1)] | None = 5
     look_at: Literal["logits", "features"] = "logits"  # features: what the last layer reads
     measure: Literal["mse", "kl"] = "mse"  # distance to the target; "kl" is for logits
-    temperature: float = 4.0  # T, of "kl"
-    warmup: float = 0.1  # share of the training before it begins
-    ramp: float = 0.2  # share of the training in which it then rises to its weight
+    temperature: Annotated[float, In(0, open="low")] = 4.0  # T, of "kl"
+    warmup: Annotated[float, In(0, 1)] = 0.1  # share of the training before it begins
+    # share of the training in which it then rises to its weight
+    ramp: Annotated[float, In(0, 1)] = 0.2
 
     def prepare(self, run: Run) -> None:
         """Find the last layer, if what it reads is looked at."""
-        self._check()
+        if self.measure == "kl" and self.look_at == "features":
+            raise MethodError(
+                'oskd: measure="kl" compares probabilities of classes: it needs look_at="logits".'
+            )
         run.state.update(samples=0, paired=0)
         if self.look_at == "features":
             called = order(run.model, run.example, list(weighted(run.model))).called
@@ -99,19 +105,6 @@ class OSKD(Method):
                 "batch: use larger batches, or draw them class by class.",
                 stacklevel=2,
             )
-
-    def _check(self) -> None:
-        probable = self.measure == "mse" or self.look_at == "logits"
-        fits = {
-            f"weight must lie in 0..{MOST:g}": 0 <= self.weight <= MOST,
-            "neighbours must be None or at least 1": self.neighbours is None or self.neighbours > 0,
-            "temperature must be above 0": self.temperature > 0,
-            "warmup and ramp must lie in 0..1": 0 <= self.warmup <= 1 and 0 <= self.ramp <= 1,
-            'measure="kl" needs look_at="logits"': probable,
-        }
-        for sentence, holds in fits.items():
-            if not holds:
-                raise MethodError(f"oskd: {sentence}; {self} came.")
 
     def _share(self, run: Run) -> float:
         """Return the share of the weight that holds now; all of it if the steps are not known."""

@@ -1,24 +1,26 @@
-"""WeightAlign: filters of one mean and spread keep activations in range, without batch norms."""
+"""WeightAlign: filters of one mean and spread keep activations in range, without batch norms.
+
+The file is long because it says of every layer and batch norm whether it can be aligned.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
 from pliant.edits import Replaced, Swap
-from pliant.errors import MethodError, ModelError
+from pliant.errors import ModelError
 from pliant.math.filters import RECTIFIED
 from pliant.method import Method
 from pliant.nn.align import Align, Aligned
 from pliant.nn.filters import WEIGHTED, filter_size
 from pliant.observe.order import Order, order
-from pliant.registry import Paper, register
+from pliant.registry import In, Paper, register
 from pliant.run import Run
-from pliant.surgery.optim import cancel_decay, carry
 from pliant.surgery.select import check_patterns, matches, weighted
 
 
@@ -55,8 +57,9 @@ class WeightAlign(Method):
     """
 
     norms: Literal["remove", "keep"] = "remove"  # batch norms: take them out, or work beside them
-    scale: float = RECTIFIED  # n times a filter's variance: 1 behind no rectifier; paper: 2
-    eps: float = 1e-6  # under the root
+    # n times a filter's variance: 1 behind no rectifier; paper: 2
+    scale: Annotated[float, In(0, 100, "low")] = RECTIFIED
+    eps: Annotated[float, In(0, 1, "low")] = 1e-6  # under the root
     affine: bool = True  # learn a gain for every filter
     zero: tuple[str, ...] = ()  # name patterns of layers whose gains begin at 0: ends of branches
     depthwise: bool = False  # align depthwise convolutions too
@@ -65,11 +68,6 @@ class WeightAlign(Method):
 
     def prepare(self, run: Run) -> None:
         """Take batch norms out, and let layers compute with aligned filters."""
-        if not 0 < self.scale <= 100 or not 0 < self.eps <= 1:
-            raise MethodError(
-                "weightalign: scale must lie in 0..100 and eps in 0..1, both above 0, not "
-                f"{self.scale} and {self.eps}."
-            )
         check_patterns(run.model, (*self.zero, *self.only, *self.exclude))
         seen = _calls(run)
         layers = self._chosen(run, seen)
@@ -83,13 +81,12 @@ class WeightAlign(Method):
         """Keep the optimizer's weight decay off gains and biases."""
         spared = [layer.align.gain for layer in _aligned(run)]
         spared += [layer.layer.bias for layer in _aligned(run) if layer.layer.bias is not None]
-        cancel_decay(run.optimizer, spared)
+        run.spare(spared)
 
     def finalize(self, run: Run) -> None:
         """Fold the filters; the gains leave the optimizer, and the moments of the old filters."""
         for aligned in _aligned(run):
-            if run.optimizer is not None:
-                carry(run.optimizer, Replaced((aligned.raw, aligned.align.gain), (aligned.raw,)))
+            run.carry("", Replaced((aligned.raw, aligned.align.gain), (aligned.raw,)))
             aligned.remove()
 
     def _chosen(self, run: Run, seen: Order) -> list[str]:
@@ -132,8 +129,8 @@ class WeightAlign(Method):
         align = Align(layer, scale=self.scale, eps=self.eps, gain=gain, learn=self.affine)
         aligned = Aligned(layer, align)
         run.hook(aligned)
-        if run.optimizer is not None and self.affine:
-            carry(run.optimizer, Replaced((aligned.raw,), (aligned.raw, align.gain)))
+        if self.affine:
+            run.carry(name, Replaced((aligned.raw,), (aligned.raw, align.gain)))
 
 
 def _calls(run: Run) -> Order:

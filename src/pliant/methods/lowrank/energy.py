@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
-from pliant.families.lowrank.factorize import Form, factorize, look, plan, subjects
+from pliant.families.lowrank.factorize import Form, check_reachable, factorize, look, plan, subjects
 from pliant.method import Method
-from pliant.registry import Paper, register
+from pliant.registry import In, Paper, register
 from pliant.run import Run
 
 
@@ -34,13 +35,18 @@ class Energy(Method):
     0.9
     """
 
-    p: float = 0.95  # energy kept, if there is no budget
+    p: Annotated[float, In(0, 1)] = 0.95  # energy kept, if there is no budget
     form: Form = "tucker2"  # of the factors; "auto" takes the best per layer
-    samples: int = 0  # training inputs to look at; 0 looks at weights only
+    samples: Annotated[int, In(0)] = 0  # training inputs to look at; 0 looks at weights only
     recalibrate: bool = True  # re-estimate batch norms afterwards
-    reconstruct: int = 0  # training inputs from which the layers are refitted in turn
+    # training inputs from which the layers are refitted in turn
+    reconstruct: Annotated[int, In(0)] = 0
     only: tuple[str, ...] = ()  # name patterns of the layers to consider
     exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone
+
+    def refuse(self, run: Run) -> None:
+        """Refuse a budget that is out of reach."""
+        check_reachable(run, self.form, only=self.only, exclude=self.exclude)
 
     def prepare(self, run: Run) -> None:
         """Factorize at once."""

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
-from pliant.errors import MethodError
-from pliant.families.lowrank.factorize import factorize, note_spectra, plan, subjects
+from pliant.families.lowrank.factorize import (
+    check_reachable,
+    factorize,
+    note_spectra,
+    plan,
+    subjects,
+)
 from pliant.math.forms import blocks
 from pliant.math.norms import penalty_gradient
 from pliant.math.rank import energy_rank
 from pliant.math.svd import spectral_map, spectrum
 from pliant.method import Method
-from pliant.nn.layers import Factorizable
-from pliant.registry import Paper, register
+from pliant.nn.factorized import Factorizable
+from pliant.registry import In, Paper, register
 from pliant.run import Run
 
 
@@ -45,19 +50,21 @@ class TRP(Method):
     20
     """
 
-    weight: float = 3e-4  # lambda, of the nuclear norm
-    energy: float = 0.98  # e, kept by every cut
-    interval: int = 20  # m, steps between two cuts
-    search: float = 0.5  # share of the training before the split
-    p: float = 0.95  # energy kept by the split, if there is no budget
+    weight: Annotated[float, In(0)] = 3e-4  # lambda, of the nuclear norm
+    energy: Annotated[float, In(0, 1)] = 0.98  # e, kept by every cut
+    interval: Annotated[int, In(1)] = 20  # m, steps between two cuts
+    search: Annotated[float, In(0, 1)] = 0.5  # share of the training before the split
+    p: Annotated[float, In(0, 1)] = 0.95  # energy kept by the split, if there is no budget
     form: Literal["output", "spatial"] = "output"  # channel-wise or spatial decomposition
     only: tuple[str, ...] = ()  # name patterns of the layers to consider
     exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone
 
+    def refuse(self, run: Run) -> None:
+        """Refuse a budget that is out of reach."""
+        check_reachable(run, self.form, only=self.only, exclude=self.exclude)
+
     def prepare(self, run: Run) -> None:
         """Choose the layers."""
-        if self.interval < 1:
-            raise MethodError(f"trp: interval must be at least 1 step, not {self.interval}.")
         layers = subjects(run, self.only, self.exclude)
         run.state.update(layers=list(layers), split=False)
 

@@ -3,42 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Literal
-
-import torch
-from torch import Tensor
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
 from pliant.errors import MethodError
-from pliant.families.prune.channels import filters_of
-from pliant.families.prune.cut import cut, subjects, uniform_shares
-from pliant.families.prune.masks import fade, fade_small, unit_norms, weakest
-from pliant.method import Method
-from pliant.registry import Paper, register
+from pliant.families.prune import soft
+from pliant.families.prune.allocate import Goal, by_ratios, uniform_ratios
+from pliant.families.prune.pruner import ChannelPruning, Ratio, Share
+from pliant.families.prune.ranking import Scope
+from pliant.families.prune.scores import Groups, Scores, magnitudes
+from pliant.registry import In, Paper, register
 from pliant.run import Run
-from pliant.surgery.prove import edits_of
+from pliant.surgery.prove import Leaving
 from pliant.surgery.select import readable
 
-Decay = Literal["exponential", "linear", "constant"]
-
-FULL_FROM = 0.95  # share of the epochs from which the whole rate is pruned
-VANISHED = 1e-4  # factors below this are 0
-
-
-@register(
-    "asrfp",
-    paper=Paper(
-        "Softer Pruning, Incremental Regularization",
-        "L. Cai, Z. An, C. Yang, Y. Xu",
-        "ICPR",
-        2020,
-        "https://arxiv.org/abs/2010.09498",
-    ),
-    saves="params macs bytes latency",
+AtLeast0 = Annotated[float, In(0)]
+RENAMED = {"rate": "ratio", "search": "start"}
+PAPER = Paper(
+    "Softer Pruning, Incremental Regularization",
+    "L. Cai, Z. An, C. Yang, Y. Xu",
+    "ICPR",
+    2020,
+    "https://arxiv.org/abs/2010.09498",
 )
+
+
+@register("asrfp", paper=PAPER, saves="params macs bytes latency", renamed=RENAMED)
 @dataclass(frozen=True)
-class ASRFP(Method):
+class ASRFP(ChannelPruning):
     """Multiplies the weakest filters after every epoch by a factor that falls to 0.
 
     The filters are chosen anew each time, and all of them train between. The share that fades
@@ -49,74 +41,66 @@ class ASRFP(Method):
     *Departs from the paper*: by default only filters that can leave fade (those of channels that
     meet in a sum together), since zeros that stay cost accuracy and save nothing; ``every=True``
     lets every convolution fade by itself as in the paper. A hidden linear layer is treated as a
-    convolution. The cut at the end is inferred, and mends the batch norms where there is data.
+    convolution. The cut at the end is inferred, and re-estimates batch norms where there is data.
 
-    >>> ASRFP(alpha=0.0, ramp=0.0).rate  # SFP
+    >>> ASRFP(alpha=0.0, ramp=0.0).ratio  # SFP
     0.4
     """
 
-    rate: float = 0.4  # P, share of the filters that leaves, if there is no budget
-    alpha: float = 1.0  # alpha_0, factor at the beginning
-    sigma: float = 1e-5  # factor wanted at the end of an exponential decay
-    ramp: float = 0.125  # D, share of the training in which the rate reaches three quarters
-    decay: Decay = "exponential"  # of the factor
-    zero_from: float = 0.9  # share of the epochs from which the factor is 0
-    interval: int = 1  # epochs between two maskings
-    epochs: int = 0  # T, parts of the training after which filters fade; 0: the epochs themselves
-    search: float = 1.0  # share of the training before the filters leave
+    ratio: Ratio = 0.4  # P, share of the filters that leaves, if there is no budget
+    scope: Scope = field(default="local", init=False)
+    rounds: int = field(default=1, init=False)
+    start: Share = 1.0  # share of the training before the filters leave; 1 is its end
+    end: float = field(default=1.0, init=False)
+    alpha: Share = 1.0  # alpha_0, factor at the beginning
+    # factor wanted at the end of an exponential decay
+    sigma: Annotated[float, In(0, open="low")] = 1e-5
+    # D, share of the training in which the ratio reaches three quarters
+    ramp: AtLeast0 = 0.125
+    decay: soft.Decay = "exponential"  # of the factor
+    zero_from: AtLeast0 = 0.9  # share of the epochs from which the factor is 0
+    interval: Annotated[int, In(1)] = 1  # epochs between two maskings
+    # T, parts of the training after which filters fade; 0: the epochs themselves
+    epochs: Annotated[int, In(0)] = 0
     norm: Literal["l1", "l2"] = "l2"  # of a filter
     unit: Literal["filter", "weight"] = "filter"  # what fades; single weights never leave
     norms: bool = False  # fade the batch norms of these channels too
     every: bool = False  # fade filters that cannot leave too, as in the paper
-    least: float = 0.1  # share of the filters of a layer that stays in any case
-    only: tuple[str, ...] = ()  # name patterns of the layers to consider
-    exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone
 
     def prepare(self, run: Run) -> None:
         self._check(run)
-        run.state.update(rates={}, filters={}, norms={}, weights=[], removed=False)
-        if self.unit == "weight":
-            chosen, _ = readable(run.model, only=self.only, exclude=self.exclude)
-            run.state["weights"] = list(chosen)
-        else:
-            self._choose(run)
-        if run.steps:
+        self._choose(run)
+        self.cut_if_due(run)
+        if run.steps and self.pending(run):
             self._fade(run, 0, math.inf)
 
     def after_step(self, run: Run) -> None:
-        if run.state["removed"]:
-            return
-        end = self._end(run)
-        if self.epochs and run.step * self.epochs // end > (run.step - 1) * self.epochs // end:
-            self._fade_at(run, run.step * self.epochs // end - 1, self.epochs)
-        if self.search < 1 and run.step >= end:
-            self._remove(run)
+        end, parts = self._end(run), run.step * self.epochs
+        if self.pending(run) and parts // end > (parts - self.epochs) // end:
+            self._fade(run, parts // end - 1, self.epochs)
+        super().after_step(run)
 
     def after_epoch(self, run: Run) -> None:
-        if not self.epochs and not run.state["removed"]:
-            self._fade_at(run, run.epoch - 1, self._end(run) * run.epoch / run.step)
+        if self.pending(run) and not self.epochs:
+            self._fade(run, run.epoch - 1, self._end(run) * run.epoch / run.step)
 
-    def finalize(self, run: Run) -> None:
-        if not run.state["removed"]:
-            self._remove(run)
+    def groups(self, run: Run) -> Groups:
+        if self.unit == "weight":
+            return []
+        return [g for g in super().groups(run) if not self.every or len(g.makers) == 1]
+
+    def scores(self, run: Run, groups: Groups) -> Scores:
+        filters, order = run.state["filters"], 1 if self.norm == "l1" else 2
+        return {name: magnitudes(run.model, rows, order=order) for name, rows in filters.items()}
+
+    def allocation(self, run: Run, groups: Groups, goal: Goal) -> Leaving:
+        chosen = self._weakest(run, 1.0)
+        return {group.name: chosen[group.name] for group in groups}
+
+    def adjust(self, run: Run, groups: Groups, leaving: Leaving) -> None:
+        self._multiply(run, 1.0, 0.0)  # for good, those that stay too
 
     def _check(self, run: Run) -> None:
-        for name, value, most in (
-            *(("rate", self.rate, math.nextafter(1, 0)), ("alpha", self.alpha, 1)),
-            *(("least", self.least, 1), ("search", self.search, 1)),
-        ):
-            if not 0 <= value <= most:
-                raise MethodError(f"asrfp: {name} is a share between 0 and 1, not {value}.")
-        if not 0 < self.sigma < math.inf or self.ramp < 0 or self.zero_from < 0:
-            raise MethodError(
-                "asrfp: sigma must be positive, ramp and zero_from must not be negative, not "
-                f"{self.sigma}, {self.ramp} and {self.zero_from}."
-            )
-        if self.interval < 1 or self.epochs < 0:
-            raise MethodError(
-                f"asrfp: interval must be at least 1 and epochs at least 0, not {self.interval} "
-                f"and {self.epochs}."
-            )
         if self.unit == "weight" and run.limits():
             raise MethodError(
                 "asrfp: single weights that are zero save nothing that a budget counts; leave the "
@@ -124,106 +108,39 @@ class ASRFP(Method):
             )
 
     def _choose(self, run: Run) -> None:
-        """Note which filters fade together, and at which rate."""
-        groups = subjects(run, self.only, self.exclude)
+        """Note what fades together, and at which ratio."""
+        layers, _ = readable(run.model, only=self.only, exclude=self.exclude)
+        groups = self.groups(run)
+        ratios = uniform_ratios(run, groups, self.ratio, least=self.least)
+        run.state.update(soft.kinds(groups), weights=list(layers) if self.unit == "weight" else [])
         if self.every:
-            groups = [group for group in groups if len(group.makers) == 1]
-        filters = {group.name: filters_of(group) for group in groups}
-        rates = uniform_shares(run, groups, self.rate, least=self.least)
-        if self.every:
-            own = {layer for rows in filters.values() for layer in rows}
-            filters |= _others(run, own, self.only, self.exclude)
-        rate = max(rates.values())
-        run.state["rates"] = {name: rates.get(name, rate) for name in filters}
-        run.state["filters"] = filters
-        run.state["norms"] = {
-            g.name: {s[0]: g.rows(s) for s in g.slots if s[1] == "channels"} for g in groups
-        }
+            run.state["filters"] |= soft.alone(run.state["filters"], layers)
+        most = max(ratios.values(), default=self.ratio)
+        run.state["ratios"] = {name: ratios.get(name, most) for name in run.state["filters"]}
 
     def _end(self, run: Run) -> int:
-        return max(1, round(self.search * run.steps))
-
-    def _fade_at(self, run: Run, epoch: int, epochs: float) -> None:
-        if epoch % self.interval == 0 or epoch + 1 >= epochs:
-            self._fade(run, epoch, epochs)
+        return max(1, round(self.start * run.steps))
 
     def _fade(self, run: Run, epoch: int, epochs: float) -> None:
-        """One masking: choose the weakest anew and multiply them."""
-        part = ramp_at(epoch, epochs, self.ramp)
-        factor = alpha_at(epoch, epochs, self.alpha, self.sigma, self.decay, self.zero_from)
-        self._multiply(run, part, factor)
-        run.note(alpha=factor, rate=part * max(run.state["rates"].values(), default=self.rate))
+        """Mask after an epoch, if it is one of the interval's or the last."""
+        if epoch % self.interval and epoch + 1 < epochs:
+            return
+        part = soft.ramp_at(epoch, epochs, self.ramp)
+        factor = soft.factor_at(epoch, epochs, self.alpha, self.sigma, self.decay, self.zero_from)
+        if factor != 1:
+            self._multiply(run, part, factor)
+        run.note(alpha=factor, rate=part * max(run.state["ratios"].values(), default=self.ratio))
 
-    def _multiply(self, run: Run, part: float, factor: float) -> dict[str, Tensor]:
-        """Multiply the weakest units of every kind, a part of its rate; return which they are."""
-        if factor == 1:
-            return {}
+    def _weakest(self, run: Run, part: float) -> dict[str, list[int]]:
+        ratios = {name: part * ratio for name, ratio in run.state["ratios"].items()}
+        return by_ratios(self.scores(run, ()), ratios, least=self.least)
+
+    def _multiply(self, run: Run, part: float, factor: float) -> None:
         for layer in run.state["weights"]:
             weight: Any = run.model.get_submodule(layer).weight
-            fade_small(weight, math.floor(weight.numel() * part * self.rate + 1e-9), factor)
-        chosen = {}
-        for name, rows in run.state["filters"].items():
-            scores = unit_norms(run.model, rows, order=1.0 if self.norm == "l1" else 2.0)
-            most = len(scores) - max(1, math.ceil(self.least * len(scores) - 1e-9))
-            count = math.floor(len(scores) * part * run.state["rates"][name] + 1e-9)
-            chosen[name] = weakest(scores, min(most, count))
-            _fade_units(run, rows, chosen[name], factor, ("weight",))
+            soft.fade_small(weight, math.floor(weight.numel() * part * self.ratio + 1e-9), factor)
+        for name, units in self._weakest(run, part).items():
+            soft.fade_units(run.model, run.state["filters"][name], units, factor)
             if self.norms:
                 norms = run.state["norms"].get(name, {})
-                _fade_units(run, norms, chosen[name], factor, ("weight", "bias"))
-        return chosen
-
-    def _remove(self, run: Run) -> None:
-        """Zero the weakest units for good and take out those that can leave."""
-        chosen = self._multiply(run, 1.0, 0.0)
-        run.state["removed"] = True
-        if self.unit == "filter":
-            groups = [g for g in subjects(run, self.only, self.exclude) if g.name in chosen]
-            gone = {group.name: chosen[group.name].tolist() for group in groups}
-            cut(run, edits_of(run.model, groups, gone))
-
-
-def ramp_at(epoch: int, epochs: float, ramp: float) -> float:
-    """Return the part of the rate that fades after an epoch (P_t / P)."""
-    if not ramp or epoch >= FULL_FROM * epochs:
-        return 1.0
-    return 1 - math.exp(-math.log(4) * epoch / (ramp * epochs))
-
-
-def alpha_at(
-    epoch: int, epochs: float, alpha: float, sigma: float, decay: Decay, zero_from: float
-) -> float:
-    """Return the factor by which filters fade after an epoch (alpha_t)."""
-    if epoch >= zero_from * epochs:
-        return 0.0
-    if decay == "exponential" and alpha:
-        alpha *= math.exp(math.log(sigma / (alpha + 0.01 * sigma)) * epoch / epochs)
-    elif decay == "linear":
-        alpha *= max(0.0, 1 - epoch / max(1.0, epochs - 1))
-    return min(alpha, 1.0) if alpha >= VANISHED else 0.0
-
-
-def _others(
-    run: Run, own: set[str], only: tuple[str, ...], exclude: tuple[str, ...]
-) -> dict[str, dict[str, Tensor]]:
-    """The filters of convolutions that cannot leave: each of them for itself."""
-    chosen, _ = readable(run.model, only=only, exclude=exclude)
-    return {
-        f"{name} alone": {name: torch.arange(len(layer.weight))[:, None]}
-        for name, layer in chosen.items()
-        if name not in own and layer.weight.dim() > 2
-    }
-
-
-def _fade_units(
-    run: Run,
-    filters: Mapping[str, Tensor],
-    units: Tensor,
-    factor: float,
-    names: tuple[str, ...],
-) -> None:
-    for layer, rows in filters.items():
-        for name in names:
-            tensor = getattr(run.model.get_submodule(layer), name)
-            if tensor is not None:
-                fade(tensor, rows[units.to(rows.device)], factor)
+                soft.fade_units(run.model, norms, units, factor, ("weight", "bias"))

@@ -2,57 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from pliant.families.prune.channels import Place, Scope, random_scores, ranking, relative
-from pliant.families.prune.cut import Rounds, cut_in_rounds
-from pliant.method import Method
+import torch
+
+from pliant.families.prune.pruner import RENAMED, ChannelPruning
+from pliant.families.prune.ranking import Scope
+from pliant.families.prune.scores import Groups, Scores, relative
 from pliant.registry import Paper, register
 from pliant.run import Run
-from pliant.surgery.graph import Group
 
-
-@register(
-    "random",
-    paper=Paper(
-        "Recovering from Random Pruning: On the Plasticity of Deep Convolutional Neural Networks",
-        "D. Mittal, S. Bhardwaj, M. M. Khapra, B. Ravindran",
-        "WACV",
-        2018,
-        "https://arxiv.org/abs/1801.10447",
-    ),
-    saves="params macs bytes latency",
+PAPER = Paper(
+    "Recovering from Random Pruning: On the Plasticity of Deep Convolutional Neural Networks",
+    "D. Mittal, S. Bhardwaj, M. M. Khapra, B. Ravindran",
+    "WACV",
+    2018,
+    "https://arxiv.org/abs/1801.10447",
 )
+
+
+@register("random", paper=PAPER, saves="params macs bytes latency", renamed=RENAMED)
 @dataclass(frozen=True)
-class Random(Method):
+class Random(ChannelPruning):
     """Removes channels by lot, with all that belongs to them; the rest of the training repairs.
 
-    >>> Random(share=0.3).scope
+    >>> Random(ratio=0.3).scope
     'local'
     """
 
-    share: float = 0.5  # of the channels that leaves, if there is no budget
-    scope: Scope = "local"  # the same share of every layer, or any of the network
-    least: float = 0.1  # share of the channels of a layer that stays in any case
-    rounds: int = 1  # cuts; several are spread over the training
-    during: float = 0.5  # share of the training in which they are made
-    only: tuple[str, ...] = ()  # name patterns of the layers to consider
-    exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone
+    scope: Scope = "local"  # take the same share of every layer, or rank all channels together
 
-    def prepare(self, run: Run) -> None:
-        self._cut(run)
-
-    def after_step(self, run: Run) -> None:
-        self._cut(run)
-
-    def finalize(self, run: Run) -> None:
-        self._cut(run, last=True)
-
-    def _cut(self, run: Run, *, last: bool = False) -> None:
-        asked = Rounds(self.share, self.least, self.rounds, self.during)
-        cut_in_rounds(run, self._rank, asked, only=self.only, exclude=self.exclude, last=last)
-
-    def _rank(self, run: Run, groups: Sequence[Group], floors: Mapping[str, int]) -> list[Place]:
-        scores = {group.name: random_scores(group, run.generator) for group in groups}
-        return ranking(relative(scores), self.scope, floors)
+    def scores(self, run: Run, groups: Groups) -> Scores:
+        draw = partial(torch.rand, generator=run.generator, dtype=torch.float64)
+        return relative({group.name: draw(len(group.units)) for group in groups})

@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
 
-from pliant.errors import MethodError
 from pliant.families.solve.admm import Pace, Solved
 from pliant.families.solve.concave import Name, named
 from pliant.families.solve.cubes import check_mask, check_shape, from_cube, to_cube
-from pliant.families.solve.options import check_pace, positive
 from pliant.families.solve.split import NOTHING, Bound, Objective, split
-from pliant.registry import Paper, register
+from pliant.registry import In, Paper, register
 from pliant.result import Solution
 
 MOST_ROUNDS = 50
@@ -55,20 +53,24 @@ class NonconvexTSVD:
 
     penalty: Name = "mcp"  # g, on singular values; "l1" is the TNN itself
     error_penalty: Name = "mcp"  # h, on errors
-    scale: float = 0.5  # of g: a, in units of the largest singular value of round 0
-    error_scale: float = 0.5  # of h, in units of the typical error of round 0
-    strength: float = 1.0  # lambda, in units of 1 / sqrt(max(n1, n2) n3)
+    # of g: a, in units of the largest singular value of round 0
+    scale: Annotated[float, In(0, open="low")] = 0.5
+    # of h, in units of the typical error of round 0
+    error_scale: Annotated[float, In(0, open="low")] = 0.5
+    # lambda, in units of 1 / sqrt(max(n1, n2) n3)
+    strength: Annotated[float, In(0, open="low")] = 1.0
     majorizer: Literal["weights", "shift"] = "weights"  # bound by a weighted norm, or a linear term
-    rounds: int = 6  # after the first, at most
-    settled: float = 1e-4  # relative change of a round at which it stops
-    axis: int = -1  # of the tubes: bands, frames or colours
-    iterations: int = 600  # of each round, at most
-    tolerance: float = 1e-7  # of each round, for numbers of at most 1
-    growth: float = 1.05  # rho, of the penalty mu in each iteration
+    rounds: Annotated[int, In(0, MOST_ROUNDS)] = 6  # after the first, at most
+    # relative change of a round at which it stops
+    settled: Annotated[float, In(0, open="low")] = 1e-4
+    axis: Annotated[int, In(-3, 2)] = -1  # of the tubes: bands, frames or colours
+    iterations: Annotated[int, In(1)] = 600  # of each round, at most
+    tolerance: Annotated[float, In(0, open="low")] = 1e-7  # of each round, for numbers of at most 1
+    growth: Annotated[float, In(1, 10, "low")] = 1.05  # rho, of the penalty mu in each iteration
 
     def recover(self, x: Tensor, known: Tensor | None, generator: torch.Generator) -> Solution:
         """Complete x where it is not known, or free it from errors if all of it is."""
-        self._check(x)
+        check_shape("nonconvex_tsvd", x, self.axis)
         size = float(x.abs().max()) or 1.0
         cube = to_cube(x.double(), self.axis) / size
         mask = None if known is None else to_cube(known, self.axis)
@@ -80,14 +82,6 @@ class NonconvexTSVD:
             values = {name: torch.where(known, x, value) for name, value in values.items()}
         inner = sum(row["iterations"] for row in rows)
         return Solution(values, tuple(rows), rows[-1]["settled"], inner)
-
-    def _check(self, x: Tensor) -> None:
-        name = "nonconvex_tsvd"
-        check_shape(name, x, self.axis)
-        positive(name, self, "scale", "error_scale", "strength", "settled")
-        check_pace(name, self)
-        if not 0 <= self.rounds <= MOST_ROUNDS:
-            raise MethodError(f"{name}: rounds must be 0 to {MOST_ROUNDS}, not {self.rounds}.")
 
     def _rounds(
         self, cube: Tensor, mask: Tensor | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor
@@ -12,8 +12,7 @@ from torch import Tensor
 from pliant.errors import DataError, MethodError
 from pliant.families.solve.cp import CP, Kind, Search, Start, decompose, project, rebuilt
 from pliant.families.solve.cubes import Scaling, band_scaler
-from pliant.families.solve.options import positive
-from pliant.registry import Paper, register
+from pliant.registry import In, Paper, register
 from pliant.result import Solution
 
 
@@ -53,14 +52,16 @@ class Orion:
     'max'
     """
 
-    rank: int = 1000  # R
+    rank: Annotated[int, In(1)] = 1000  # R
     decomposition: Kind = "cp"  # least squares, nonnegative factors, or least squares on samples
     scaling: Scaling = "max"  # by the largest entry, or every band to 0..1
     start: Start = "random"  # uniform factors, or the singular vectors of the unfoldings
-    ridge: float = 1e-9  # rho, of cp, in units of the mean diagonal of the normal equations
-    axis: int = -1  # of the bands
-    iterations: int = 50  # at most
-    tolerance: float = 1e-5  # change of the relative error at which it has settled
+    # rho, of cp, in units of the mean diagonal of the normal equations
+    ridge: Annotated[float, In(0, 1)] = 1e-9
+    axis: Annotated[int, In(-3, 2)] = -1  # of the bands
+    iterations: Annotated[int, In(1)] = 50  # at most
+    # change of the relative error at which it has settled
+    tolerance: Annotated[float, In(0, open="low")] = 1e-5
 
     def recover(self, x: Tensor, known: Tensor | None, generator: torch.Generator) -> Solution:
         """Fit the model, from the known entries if not all of them are."""
@@ -121,20 +122,17 @@ class Orion:
         return Search(kind, start, self.ridge, self.iterations, self.tolerance)
 
     def _check(self, x: Tensor, known: Tensor | None) -> None:
-        if x.dim() != 3 or not -3 <= self.axis < 3:
+        if x.dim() != 3:
             raise DataError(
                 "orion takes cubes (rows, columns, bands) with the bands along one of three axes, "
                 f"not shape {tuple(x.shape)} with bands along axis {self.axis}; reshape it."
             )
         most = x.numel() // max(x.shape)
-        if not 1 <= self.rank <= most:
+        if self.rank > most:
             raise MethodError(
                 f"orion: rank must lie in 1..{most}, since no cube of shape {tuple(x.shape)} needs "
                 f"more, not {self.rank}."
             )
-        positive("orion", self, "iterations", "tolerance")
-        if not 0 <= self.ridge <= 1:
-            raise MethodError(f"orion: ridge must lie in 0..1, not {self.ridge}.")
         if known is not None and self.decomposition != "cp":
             raise MethodError(
                 f'orion: {self.decomposition} cannot leave entries out: use decomposition="cp".'

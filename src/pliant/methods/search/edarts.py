@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 
@@ -13,7 +13,7 @@ from pliant.families.search import bilevel as search
 from pliant.method import Method
 from pliant.nn.cells import CellNetwork, derive, placed
 from pliant.nn.operations import SKIP
-from pliant.registry import Paper, register
+from pliant.registry import In, Paper, register
 from pliant.run import Run
 
 FAVOURED = "sep_conv_3x3"  # the operation that the paper's analysis found to pay most
@@ -47,26 +47,20 @@ class EDARTS(Method):
     first-order DARTS, for ``zoo.darts.supernet(DENSE, DARTS_OPS, cells=8)``.
     """
 
-    alpha_lr: float = 6e-4  # of Adam on the logits alpha
-    alpha_decay: float = 1e-3  # weight decay of the logits
-    every: int = 2  # m, weight steps between two architecture steps
-    warmup: float = 0.3  # share of the training in which only weights learn
-    batch: int = 256  # validation samples of an architecture step
+    alpha_lr: Annotated[float, In(0, open="low")] = 6e-4  # of Adam on the logits alpha
+    alpha_decay: Annotated[float, In(0)] = 1e-3  # weight decay of the logits
+    every: Annotated[int, In(1)] = 2  # m, weight steps between two architecture steps
+    # share of the training in which only weights learn
+    warmup: Annotated[float, In(0, 1, "high")] = 0.3
+    batch: Annotated[int, In(2)] = 256  # validation samples of an architecture step
     order: Literal[1, 2] = 1  # 2 looks one weight step ahead, at more than twice the cost
-    prior: float = 1.0  # beta, added at first to the logits of sep_conv_3x3
-    anneal: float = 0.5  # share of the training after which the prior is gone
-    skip_dropout: float = 0.3  # of the outputs of skip connections at first; falls to 0
-    most_skips: int | None = 2  # in a derived cell
+    prior: Annotated[float, In(0)] = 1.0  # beta, added at first to the logits of sep_conv_3x3
+    anneal: Annotated[float, In(0, 1)] = 0.5  # share of the training after which the prior is gone
+    # of the outputs of skip connections at first; falls to 0
+    skip_dropout: Annotated[float, In(0, 1, "high")] = 0.3
+    most_skips: Annotated[int, In(0)] | None = 2  # in a derived cell
 
     def prepare(self, run: Run) -> None:
-        for name, holds, what in (
-            ("prior", self.prior >= 0, "at least 0"),
-            ("anneal", 0 <= self.anneal <= 1, "in 0..1"),
-            ("skip_dropout", 0 <= self.skip_dropout < 1, "in 0..1, below 1"),
-            ("most_skips", self.most_skips is None or self.most_skips >= 0, "None or at least 0"),
-        ):
-            if not holds:
-                raise MethodError(f"edarts: {name} must be {what}, not {getattr(self, name)}.")
         if not isinstance(run.model, CellNetwork):
             raise MethodError(
                 "edarts searches the mixed operations of a network of cells, not of a "

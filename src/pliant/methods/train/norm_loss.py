@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 
-from pliant.errors import MethodError
 from pliant.math.filters import filter_norms, norm_gap, scale_filters
 from pliant.method import Method
 from pliant.nn.filters import filter_layout
-from pliant.registry import Paper, register
+from pliant.registry import In, Paper, register
 from pliant.run import Run
-from pliant.surgery.optim import cancel_decay
 from pliant.surgery.select import check_patterns, weighted
 
 MOST = 10.0  # of the weight: beyond it steps of usual length overshoot
@@ -46,16 +44,14 @@ class NormLoss(Method):
     ('linear',)
     """
 
-    weight: float = 1e-3  # lambda, of the penalty
+    weight: Annotated[float, In(0, MOST)] = 1e-3  # lambda, of the penalty
     decoupled: bool = False  # move weights after the optimizer's step, as AdamW decays them
     replace_decay: bool = True  # take the optimizer's weight decay off the weights it covers
     only: tuple[str, ...] = ()  # name patterns of the convolutions and linear layers to cover
     exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone, e.g. the classifier
 
     def prepare(self, run: Run) -> None:
-        """Check the options."""
-        if not 0 <= self.weight <= MOST:
-            raise MethodError(f"norm_loss: weight must lie in 0..{MOST:g}, not {self.weight}.")
+        """Check that every pattern names a layer."""
         check_patterns(run.model, (*self.only, *self.exclude))
 
     def penalty(self, run: Run) -> Tensor | None:
@@ -67,16 +63,15 @@ class NormLoss(Method):
     def before_step(self, run: Run) -> None:
         """Keep the optimizer's weight decay off the covered weights."""
         if self.replace_decay:
-            cancel_decay(run.optimizer, [layer.weight for layer in self._layers(run)])
+            run.spare([layer.weight for layer in self._layers(run)])
 
     @torch.no_grad()
     def after_step(self, run: Run) -> None:
         """Move the weights themselves, in the decoupled form."""
         if not self.decoupled:
             return
-        rate = run.optimizer.param_groups[0]["lr"] if run.optimizer else 1.0
         for layer in self._layers(run):
-            factor = 1 - 2 * rate * self.weight * (1 - 1 / _norms(layer))
+            factor = 1 - 2 * run.lr * self.weight * (1 - 1 / _norms(layer))
             scale_filters(layer.weight, factor, **filter_layout(layer))
 
     @torch.no_grad()

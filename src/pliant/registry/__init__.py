@@ -8,16 +8,37 @@ import importlib
 import inspect
 import keyword
 import pkgutil
-import types
-import typing
-from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields, is_dataclass
-from functools import cache
+import sys
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, is_dataclass
+from functools import cache, singledispatch
 from importlib.metadata import entry_points
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import Any, Literal, TypeVar
 
 from pliant.budget import AXES
 from pliant.errors import MethodError
+from pliant.registry.options import In, OptionRow, fault, rows, settable
+
+__all__ = [
+    "CALLS",
+    "Entry",
+    "In",
+    "OptionRow",
+    "Paper",
+    "Verb",
+    "build",
+    "check_options",
+    "construct",
+    "entries",
+    "entry_of",
+    "get",
+    "of_verb",
+    "options",
+    "other_verb",
+    "plain",
+    "register",
+]
 
 Verb = Literal["compress", "recover", "cluster", "analyze"]
 T = TypeVar("T", bound=type)
@@ -53,6 +74,7 @@ class Entry:
         saves: the budget axes it can claim (``params``, ``macs``, ``bytes``, ``latency``).
         family: the folder it lives in.
         verb: the call that runs it.
+        renamed: options that had another name before, by that name.
     """
 
     name: str
@@ -61,6 +83,7 @@ class Entry:
     saves: tuple[str, ...]
     family: str
     verb: Verb = "compress"
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def summary(self) -> str:
@@ -72,7 +95,12 @@ _ENTRIES: dict[str, Entry] = {}
 
 
 def register(
-    name: str, *, paper: Paper, saves: str = "", verb: Verb = "compress"
+    name: str,
+    *,
+    paper: Paper,
+    saves: str = "",
+    verb: Verb = "compress",
+    renamed: Mapping[str, str] | None = None,
 ) -> Callable[[T], T]:
     """Enter a frozen dataclass into the list under ``name``; its family is its folder.
 
@@ -81,6 +109,7 @@ def register(
         paper: its source.
         saves: the axes of a budget that it can meet, with blanks between them.
         verb: the call that runs it.
+        renamed: options that had another name before, by that name: specs may go on using it.
 
     Raises:
         MethodError: the name is taken or no identifier, an axis is unknown, or the class is not
@@ -105,7 +134,8 @@ def register(
         if verb != "compress" and not callable(getattr(kind, verb, None)):
             raise MethodError(f"{kind.__name__} must have a method {verb}(...) to register for it.")
         family = kind.__module__.split(".")[-2] if "." in kind.__module__ else "other"
-        _ENTRIES[name] = Entry(name, kind, paper, tuple(saves.split()), family, verb)
+        old = dict(renamed or {})
+        _ENTRIES[name] = Entry(name, kind, paper, tuple(saves.split()), family, verb, old)
         return kind
 
     return enter
@@ -156,7 +186,7 @@ def get(name: str) -> Entry:
     return _ENTRIES[name]
 
 
-def _near(name: str, known: typing.Iterable[str]) -> str:
+def _near(name: str, known: Iterable[str]) -> str:
     known = sorted(known)
     close = difflib.get_close_matches(name, known, cutoff=0.5)
     return f": did you mean {' or '.join(close)}?" if close else f": choose from {', '.join(known)}"
@@ -200,28 +230,68 @@ def construct(name: str, options: dict[str, Any]) -> Any:
     """Construct a method from its name and plain options (numbers, strings, lists).
 
     Raises:
-        MethodError: the name or an option is unknown, or a value has the wrong type.
+        MethodError: the name or an option is unknown, or a value has the wrong type or is out of
+            its range.
     """
-    kind = get(name).kind
-    known = [field.name for field in fields(kind)]
+    kind, options = get(name).kind, _by_new_names(get(name), options)
+    known = [field.name for field in settable(kind)]
     for option in options:
         if option not in known:
             raise MethodError(f"{name} has no option {option!r}{_near(option, known)}.")
-    hints = typing.get_type_hints(kind)
+    values = {o: tuple(v) if isinstance(v, list) else v for o, v in options.items()}
+    method = kind(**values)
+    check_options(method)
+    return method
+
+
+def check_options(method: Any) -> None:
+    """Refuse options that are not what their fields declare, of the parts of a method too.
+
+    Specs are checked as they are read, instances where they are used: constructors do nothing.
+
+    Raises:
+        MethodError: names the option, the type and the range it must have, and what came.
+    """
+    for part in getattr(method, "parts", ()):
+        check_options(part)
+    if said := fault(method):
+        entry = entry_of(method)
+        raise MethodError(f"{entry.name if entry else type(method).__name__}: {said}.")
+
+
+def options(entry: Entry) -> list[OptionRow]:
+    """Return the options of a method, in order and in words."""
+    return rows(entry.kind)
+
+
+def _by_new_names(entry: Entry, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Give options that go by an old name their new one, and say so."""
     values = {}
     for option, value in options.items():
-        value = tuple(value) if isinstance(value, list) else value
-        if not _is_a(value, hints[option]):
-            raise MethodError(f"{name}: {option} must be {say(hints[option])}, not {value!r}.")
-        values[option] = value
-    return kind(**values)
+        name = entry.renamed.get(option, option)
+        if name != option and name in options:
+            raise MethodError(f"{entry.name}: {option} is now called {name}: give one of them.")
+        if name != option:
+            said = f"{entry.name}: the option {option} is now called {name}: use this name."
+            warnings.warn(said, DeprecationWarning, stacklevel=_calls_within() + 1)
+        values[name] = value
+    return values
+
+
+def _calls_within() -> int:
+    """Count the calls of this package below the one from outside, to warn where that one is."""
+    frame, calls = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").startswith("pliant."):
+        frame, calls = frame.f_back, calls + 1
+    return calls - 1
 
 
 def of_verb(method: Any, verb: Verb) -> Any:
     """Return a method that recovers, clusters or analyzes, from a name, a spec or an instance.
 
     Raises:
-        MethodError: it is unknown, belongs to another verb, or cannot do it.
+        MethodError: it is unknown, belongs to another verb, cannot do it, or an option is out of
+            its range.
     """
     built = build(method) if isinstance(method, str) else method
     entry = entry_of(built)
@@ -233,6 +303,7 @@ def of_verb(method: Any, verb: Verb) -> Any:
             f"A method for pliant.{verb} is a name, a spec string, or a dataclass with a method "
             f"{verb}(...), not {type(built).__name__}; `pliant methods` lists the names."
         )
+    check_options(built)
     return built
 
 
@@ -242,55 +313,17 @@ def other_verb(entry: Entry, verb: Verb) -> MethodError:
     return MethodError(f"{entry.name} cannot {verb}, it can {entry.verb}: call {call}.")
 
 
+def options_of(method: Any) -> dict[str, Any]:
+    """Return name and options of a method; one that is not registered goes by its class."""
+    entry = entry_of(method)
+    options = {f.name: getattr(method, f.name) for f in settable(type(method))}
+    return {"name": entry.name if entry else type(method).__name__, "options": options}
+
+
+@singledispatch
 def plain(method: Any) -> dict[str, Any]:
     """Return a method as plain data, from which ``construct`` builds an equal one.
 
     Composed methods describe their parts; one that is not registered goes by its class.
     """
-    if hasattr(method, "plain"):
-        return dict(method.plain())
-    entry = entry_of(method)
-    options = {f.name: getattr(method, f.name) for f in fields(method)}
-    return {"name": entry.name if entry else type(method).__name__, "options": options}
-
-
-def _is_a(value: Any, hint: Any) -> bool:
-    """Check a value against the simple annotations that hyper-parameters have."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return any(value == one and type(value) is type(one) for one in arguments)
-    if origin is tuple:
-        if not isinstance(value, tuple):
-            return False
-        same = arguments[-1] is Ellipsis
-        kinds = arguments[:1] * len(value) if same else arguments
-        return len(kinds) == len(value) and all(map(_is_a, value, kinds))
-    if origin in (typing.Union, types.UnionType):
-        return any(_is_a(value, argument) for argument in arguments)
-    if hint in (int, float):
-        kinds = (int,) if hint is int else (int, float)
-        return isinstance(value, kinds) and not isinstance(value, bool)
-    if hint is None or hint is types.NoneType:
-        return value is None
-    kind = origin or hint
-    return kind is Any or not isinstance(kind, type) or isinstance(value, kind)
-
-
-def say(hint: Any) -> str:
-    """Return an annotation in words a user knows: ``float or None``, ``one of "a", "b"``."""
-    origin, arguments = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return "one of " + ", ".join(f'"{v}"' if isinstance(v, str) else repr(v) for v in arguments)
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(say(argument) for argument in arguments)
-    if origin is tuple:
-        kinds = [say(argument) for argument in arguments if argument is not Ellipsis]
-        return f"a list of {kinds[0]}" if Ellipsis in arguments else f"({', '.join(kinds)})"
-    if hint is types.NoneType:
-        return "None"
-    return hint.__name__ if isinstance(hint, type) else str(hint)
-
-
-def default(field: Any) -> Any:
-    """Return the default of a dataclass field."""
-    return field.default if field.default is not MISSING else field.default_factory()
+    return options_of(method)

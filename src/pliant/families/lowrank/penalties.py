@@ -1,0 +1,119 @@
+"""The penalty of a search, as an exact gradient before a step or a proximal step after some.
+
+Both forms of one penalty take equal nuclear norm per optimizer step: a proximal step is as long
+as the way that the optimizer would go with the penalty's gradient, each parameter in its own group.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pliant.families.lowrank.factorize import Layers
+from pliant.families.lowrank.frames import Frame, Pair, frames
+from pliant.math.norms import penalty_gradient
+from pliant.math.prox import THRESHOLDS, shrink
+from pliant.math.svd import spectral_map
+from pliant.run import Run
+from pliant.surgery.steps import scaling, way
+
+Shrinkage = Literal["reweighted", "relative", "soft", "gradient", "logdet", "schatten", "hoyer"]
+Space = Literal["weights", "whitened"]
+
+TINY = 1e-30
+
+GRADIENTS = {
+    "gradient": "nuclear",
+    "logdet": "logdet",
+    "schatten": "schatten",
+    "hoyer": "hoyer",
+}
+"""The shrinkages that are gradients, each with its penalty in `pliant.math.norms`."""
+
+
+@dataclass(frozen=True)
+class Penalty:
+    """What pulls kernels to low rank.
+
+    Args:
+        kind: one of `GRADIENTS`, or of `pliant.math.prox.THRESHOLDS`.
+        space: whose singular values are meant; ``whitened`` needs data.
+        keep_norm: leave the norm of every kernel as it is: of a gradient to first order.
+        samples: training inputs to look at for ``whitened``.
+    """
+
+    kind: Shrinkage
+    space: Space
+    keep_norm: bool
+    samples: int
+
+    def frames(self, run: Run, layers: Layers) -> dict[str, Pair]:
+        """Look at the data, if directions are measured by it; what comes is for a run to keep."""
+        return frames(run, layers, self.samples) if self.space == "whitened" else {}
+
+    @torch.no_grad()
+    def before_step(self, layers: Layers, alpha: float, frames: Mapping[str, Pair]) -> None:
+        """Add alpha times the exact gradient to the gradients that are there, if it is one."""
+        for name, module in layers.items() if self.kind in GRADIENTS else ():
+            if module.weight.grad is None:
+                continue
+            frame, weight = Frame(*frames.get(name, ())), module.weight.detach()
+            kernel = frame.enter(weight)
+            pull = penalty_gradient(kernel, modes_of(weight), GRADIENTS[self.kind])
+            if self.keep_norm:
+                pull -= kernel * ((pull * kernel).sum() / kernel.square().sum().clamp_min(TINY))
+            module.weight.grad.add_(frame.enter(pull), alpha=alpha)
+
+    @torch.no_grad()
+    def after_steps(
+        self, run: Run, layers: Layers, alpha: float, frames: Mapping[str, Pair], *, steps: int
+    ) -> None:
+        """Take the proximal step of what so many steps with the penalty would have done.
+
+        Unfoldings are shrunk one after the other. Without an optimizer a step is as long as alpha.
+        A penalty that is a gradient has nothing to do here.
+        """
+        if self.kind in GRADIENTS:
+            return
+        for name, module in layers.items():
+            frame, weight = Frame(*frames.get(name, ())), module.weight
+            for mode, far in _far(run, weight, self.kind, alpha, frame, steps).items():
+                if far:
+                    kernel, tau = frame.enter(weight.detach()), alpha * far
+                    kernel = shrink(kernel, mode, tau, kind=self.kind, keep_norm=self.keep_norm)
+                    weight.copy_(frame.leave(kernel))
+
+
+def _far(
+    run: Run, weight: Tensor, kind: str, alpha: float, frame: Frame, steps: int
+) -> dict[int, float]:
+    """How far the optimizer would have gone in each unfolding, per unit of its penalty's gradient.
+
+    An adaptive optimizer scales every entry of the gradient by itself; what counts is how much
+    nuclear norm it would have taken so.
+    """
+    modes = modes_of(weight)
+    if not run.optimizers:
+        return dict.fromkeys(modes, float(steps))
+    far = way(run.optimizers, weight, step=run.step, steps=steps)
+    if not far or scaling(run.optimizers, weight, weight) is None:
+        return dict.fromkeys(modes, far)
+    kernel = frame.enter(weight.detach())
+    forces = {m: spectral_map(kernel, m, lambda s: THRESHOLDS[kind](s, alpha)) for m in modes}
+    together = frame.enter(torch.stack(list(forces.values())).sum(0))
+    scale, found = scaling(run.optimizers, weight, together), {}
+    assert scale is not None
+    for mode, force in forces.items():
+        polar = spectral_map(kernel, mode, torch.ones_like)
+        gone = frame.enter(frame.enter(force) * scale)
+        found[mode] = far * float((polar * gone).sum() / (polar * force).sum().clamp_min(TINY))
+    return found
+
+
+def modes_of(weight: Tensor) -> tuple[int, ...]:
+    """Return the unfoldings to penalise: the two of a matrix have the same singular values."""
+    return (0, 1) if weight[0, 0].numel() > 1 else (0,)

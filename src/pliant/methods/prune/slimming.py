@@ -1,0 +1,45 @@
+"""Network slimming: batch-norm scales are pulled to zero; channels of small scales leave."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+import torch
+from torch import Tensor
+
+from pliant.families.prune.pruner import ChannelPruning, Share
+from pliant.families.prune.scores import Groups, Scores, batchnorms, importance, scaled
+from pliant.registry import In, Paper, register
+from pliant.run import Run
+
+PAPER = Paper(
+    "Learning Efficient Convolutional Networks through Network Slimming",
+    "Z. Liu, J. Li, Z. Shen, G. Huang, S. Yan, C. Zhang",
+    "ICCV",
+    2017,
+    "https://arxiv.org/abs/1708.06519",
+)
+
+
+@register("slimming", paper=PAPER, saves="params macs bytes latency")
+@dataclass(frozen=True)
+class Slimming(ChannelPruning):
+    """Trains with an L1 penalty on batch-norm scales, then removes the channels of the smallest.
+
+    With ``start`` below 1 the rest of the training is fine-tuning, without the penalty.
+    *Departs from the paper*: channels that meet in a sum leave together, by their mean scale.
+    """
+
+    start: Share = 1.0  # share of the training before the first cut; 1 cuts when it is over
+    strength: Annotated[float, In(0)] = 1e-4  # lambda, of the sum of all scales; eq. (1)
+
+    def penalty(self, run: Run) -> Tensor | None:
+        scales = torch.cat([norm.weight for norm in batchnorms(run.model)]).abs()
+        return self.strength * scales.sum() if self.pending(run) else None
+
+    def groups(self, run: Run) -> Groups:
+        return scaled(run, super().groups(run))
+
+    def scores(self, run: Run, groups: Groups) -> Scores:
+        return {g.name: importance(run.model, g, of="batchnorm", order=1) for g in groups}

@@ -1,0 +1,104 @@
+"""The kinds of layers that an edit may put in, by the name under which files know them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, ClassVar, Protocol, runtime_checkable
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pliant.cost import LayerCost
+from pliant.errors import EditError
+from pliant.nn.filters import WEIGHTED, filter_count
+from pliant.nn.inserted import Conv, Copy, Linear, Residual
+from pliant.nn.scatter import Gather, Scatter
+from pliant.nn.separable import Separable
+
+Spec = Mapping[str, Any]
+"""What is set of a new layer: names, and plain values of the types that its kind declares."""
+
+
+class Kind(Protocol):
+    """What a file may put in: see `pliant.edits.swap` for how to write one."""
+
+    spec: ClassVar[Mapping[str, type]]
+
+    @classmethod
+    def build(cls, layer: Any, spec: Spec, /) -> nn.Module:
+        """Make the new layer, from the shapes of the old one alone."""
+
+    @classmethod
+    def predict(cls, before: LayerCost, spec: Spec, /) -> LayerCost:
+        """Return what it costs, from what the old one did."""
+
+
+@runtime_checkable
+class Filled(Protocol):
+    """A new layer that begins with what the old one has learned."""
+
+    def fill(self, layer: Any, /) -> None:
+        """Take over the weights of the old layer."""
+
+
+class Identity:
+    """Nothing in the place of a batch norm."""
+
+    spec: ClassVar[Mapping[str, type]] = {}
+
+    @classmethod
+    def build(cls, layer: Any, spec: Spec) -> nn.Module:
+        """Make what gives back what it gets."""
+        if not isinstance(layer, _BatchNorm):
+            kind = type(layer).__name__
+            raise EditError(f"must be a batch norm to become an identity, not {kind}.")
+        return nn.Identity()
+
+    @classmethod
+    def predict(cls, before: LayerCost, spec: Spec) -> LayerCost:
+        """Nothing is left to pay for."""
+        return replace(before, kind="Identity", params=0, macs=0, bytes=0, weight=())
+
+
+class Biased:
+    """A convolution or Linear gets a bias of zeros; it stays the same object."""
+
+    spec: ClassVar[Mapping[str, type]] = {}
+
+    @classmethod
+    def build(cls, layer: Any, spec: Spec) -> nn.Module:
+        """Add the bias."""
+        if not isinstance(layer, WEIGHTED):
+            kind = type(layer).__name__
+            raise EditError(f"must be a convolution or Linear to be biased, not {kind}.")
+        if layer.bias is not None:
+            raise EditError("has a bias already.")
+        zeros = layer.weight.new_zeros(filter_count(layer))
+        layer.bias = nn.Parameter(zeros, requires_grad=layer.weight.requires_grad)
+        return layer
+
+    @classmethod
+    def predict(cls, before: LayerCost, spec: Spec) -> LayerCost:
+        """A number more for every output channel."""
+        outputs = before.output[-1 if before.kind == "Linear" else 0]
+        size = before.bytes // max(1, before.params)
+        return replace(before, params=before.params + outputs, bytes=before.bytes + size * outputs)
+
+
+SWAPS: dict[str, type[Kind]] = {
+    "biased": Biased,
+    "identity": Identity,
+    "separable": Separable,
+}
+"""The closed set of layers that a file may put in the place of another; a line for each."""
+
+INSERTS: dict[str, type[Kind]] = {
+    "conv": Conv,
+    "copy": Copy,
+    "gather": Gather,
+    "linear": Linear,
+    "residual": Residual,
+    "scatter": Scatter,
+}
+"""The closed set of what a file may put before, behind or between layers; a line for each."""

@@ -1,0 +1,189 @@
+"""Finds blocks and layers that can be taken out, and proves on a copy that the rest stays."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from pliant.cost import Example, call
+from pliant.edits import Remove
+from pliant.errors import EditError
+from pliant.nn.filters import WEIGHTED
+from pliant.observe.watch import capture
+from pliant.surgery.graph import first_sample
+from pliant.surgery.prove import differs, randomized
+from pliant.surgery.select import UNCALLED
+
+_ENDS = (*WEIGHTED, _BatchNorm)
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def removable(model: nn.Module, example: Example) -> tuple[list[Remove], dict[str, str]]:
+    """Find the blocks and layers that are proven to be removable, and why others are not.
+
+    A block is any module with layers in it that is no mere row. It is removable where, if its
+    branch gave nothing, it would be an identity or one of its own children (a projection), with a
+    rectifier behind or without. A convolution or Linear is removable where it keeps shapes.
+
+    Args:
+        model: not touched.
+        example: the inputs of one forward call.
+
+    Returns:
+        An edit for every such block or layer, in the order of the model, each proven by itself;
+        and a reason for every other.
+
+    Raises:
+        ModelError: the network answers with no tensor that could be compared.
+    """
+    random = randomized(model)
+    seen = _look(random, example)
+    found, reasons = [], {}
+    for name, module in random.named_modules():
+        if not name or not _may_leave(module):
+            continue
+        edits, reasons[name] = _candidates(random, name, seen)
+        for edit in edits:
+            problem = _problem(random, example, [edit], seen)
+            if not problem:
+                found.append(edit)
+                del reasons[name]
+                break
+            reasons[name] = f"without it {problem}"
+    return found, reasons
+
+
+def prove_removed(model: nn.Module, example: Example, edits: Sequence[Remove]) -> None:
+    """Make sure that a network without some blocks runs, and computes what it did if they gave 0.
+
+    Both are tried as copies with random weights: in the whole one the branches of those blocks end
+    in zeros, and layers without a shortcut pass what comes. So it is the structure that is proven.
+
+    Raises:
+        EditError: the smaller network fails in forward, or computes something else.
+    """
+    random = randomized(model)
+    if problem := _problem(random, example, edits, _look(random, example)):
+        raise EditError(f"These blocks cannot be removed: without them {problem}.")
+
+
+def close_branch(model: nn.Module, example: Example, edit: Remove) -> None:
+    """Let the branch of a block end in zeros, or a single layer pass what comes, in place.
+
+    So a network computes what it will without the block, while the block can still be put back.
+
+    Raises:
+        EditError: the block has no layer that its branch could end with.
+    """
+    _close(model, edit, _look(model, example))
+
+
+# ---------------------------------------------------------------- what one forward pass shows
+
+
+@dataclass
+class _Call:
+    """The tensor that a module read and the one that it gave."""
+
+    given: Any
+    output: Any
+
+
+def _look(model: nn.Module, example: Example) -> dict[str, list[_Call]]:
+    """What each module did, in the order in which they ended."""
+    seen: dict[str, list[_Call]] = {}
+
+    def see(name: str, given: Any, output: Any) -> None:
+        seen.setdefault(name, []).append(_Call(given, output))
+
+    names = [name for name, _ in model.named_modules() if name]
+    with capture(model, names, see):
+        call(model, first_sample(example, model))
+    return seen
+
+
+def _may_leave(module: nn.Module) -> bool:
+    if isinstance(module, WEIGHTED):
+        return True
+    inside = any(isinstance(part, WEIGHTED) for part in module.modules())
+    return inside and not isinstance(module, _CONTAINERS)
+
+
+def _candidates(
+    model: nn.Module, name: str, seen: dict[str, list[_Call]]
+) -> tuple[list[Remove], str]:
+    """What may be left of a block, the least first; or why it must stay."""
+    calls = seen.get(name, [])
+    if len(calls) != 1:
+        return [], "called more than once" if calls else UNCALLED
+    given, output = calls[0].given, calls[0].output
+    if not isinstance(given, Tensor) or not isinstance(output, Tensor):
+        return [], "it does not make one tensor of one"
+    module = model.get_submodule(name)
+    found = [Remove(name)] if given.shape == output.shape else []
+    if isinstance(module, WEIGHTED):
+        return found, "" if found else "it changes shapes"
+    found += [Remove(name, relu=True)] if found else []
+    for child in sorted(dict(module.named_children()), key=lambda name: _size(module, name)):
+        inner = seen.get(f"{name}.{child}", [])
+        if len(inner) == 1 and inner[0].given is given and inner[0].output.shape == output.shape:
+            found += [Remove(name, child), Remove(name, child, relu=True)]
+    return found, "" if found else "it changes shapes, and no child of it does the same"
+
+
+def _size(module: nn.Module, child: str) -> int:
+    """Numbers in a child: of two ways through a block the shortcut is the smaller one."""
+    return sum(parameter.numel() for parameter in module.get_submodule(child).parameters())
+
+
+# ---------------------------------------------------------------- proof
+
+
+def _problem(
+    random: nn.Module, example: Example, edits: Sequence[Remove], seen: dict[str, list[_Call]]
+) -> str:
+    """Say what goes wrong in a network without some blocks, or nothing."""
+    whole = copy.deepcopy(random)
+    try:
+        for edit in edits:
+            _close(whole, edit, seen)
+    except EditError as error:
+        return str(error)
+    return differs(whole, example, random, edits)
+
+
+@torch.no_grad()
+def _close(model: nn.Module, edit: Remove, seen: dict[str, list[_Call]]) -> None:
+    module: Any = model.get_submodule(edit.layer)
+    if isinstance(module, nn.Linear):
+        nn.init.eye_(module.weight)
+    elif isinstance(module, WEIGHTED):
+        nn.init.dirac_(module.weight, getattr(module, "groups", 1))
+    else:
+        module = model.get_submodule(_end(model, edit, seen))
+        if module.weight is None:
+            raise EditError("its branch ends with a batch norm without a scale")
+        nn.init.zeros_(module.weight)
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+def _end(model: nn.Module, edit: Remove, seen: dict[str, list[_Call]]) -> str:
+    """The layer that the branch of a block ends with: the last to be called, the shortcut aside."""
+    stays = f"{edit.layer}.{edit.shortcut}" if edit.shortcut else None
+    ends = [
+        name
+        for name in seen
+        if name.startswith(f"{edit.layer}.")
+        and not (stays and f"{name}.".startswith(f"{stays}."))
+        and isinstance(model.get_submodule(name), _ENDS)
+    ]
+    if not ends:
+        raise EditError("it has no layer that its branch ends with")
+    return ends[-1]
