@@ -101,7 +101,7 @@ class Orion:
             generator: of the factors to begin with.
 
         Raises:
-            DataError: its bands are others.
+            DataError: its bands are others, or it is not finite.
         """
         cube, given = x.double().movedim(self.axis, -1), {}
         for name in ("weights", "rows", "columns", "bands", "offset", "scale"):
@@ -111,6 +111,8 @@ class Orion:
                 f"A cube of {len(given['bands'])} bands along axis {self.axis} was expected, not "
                 f"one of shape {tuple(x.shape)}: give the bands that the model was fitted to."
             )
+        if not torch.isfinite(cube).all():
+            raise DataError("The cube must be finite: leave out bands or pixels that are not.")
         model = CP(given["weights"], (given["rows"], given["columns"], given["bands"]))
         scaled = (cube - given["offset"]) / given["scale"]
         return project(scaled, model, self.search, generator)
