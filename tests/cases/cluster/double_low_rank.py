@@ -1,10 +1,12 @@
 """Double low rank: its optimum in closed form, what it reduces to, what its factors' norms are."""
 
+import numpy as np
 import torch
 from sklearn.cluster import KMeans
 from torch import Tensor
 
 import pliant
+from pliant.api.estimator import Clusterer
 from pliant.families.solve.grassmann import grassmann_gram
 from pliant.families.solve.selfrep import errors, representation
 from pliant.testing import Case
@@ -157,6 +159,16 @@ def a_cap_on_the_rank_finds_more_than_the_nuclear_norm_alone() -> None:
     assert all(one > other for one, other in zip(capped, plain, strict=True))
 
 
+def the_estimator_shows_all_values() -> None:
+    x = noise(24, 8, 4).numpy()
+    model = Clusterer(4, method=f'{OWN}(solver="admm", size=2, rank=3)', random_state=0).fit(x)
+    found = model.solution_.values
+    assert np.array_equal(model.left_ @ model.right_.T, found["representation"])
+    assert np.array_equal(model.representation_, found["representation"])
+    assert model.affinity_.shape == (24, 24) and len(model.residuals_) == model.n_iter_
+    assert model.objective_path_ == [row["objective"] for row in model.solution_.history]
+
+
 def what_cannot_be_done_is_refused() -> None:
     gram = noise(9, 20) @ noise(9, 20).T
     for words, options in (
@@ -187,6 +199,7 @@ CASES = [
             factors_make_the_representation,
             two_sweeps_are_those_of_the_equations,
             a_cap_on_the_rank_finds_more_than_the_nuclear_norm_alone,
+            the_estimator_shows_all_values,
             what_cannot_be_done_is_refused,
             *sets.shared(OWN),
         ),

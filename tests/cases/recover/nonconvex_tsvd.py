@@ -1,6 +1,8 @@
 """Recovering tensors: the t-product by its definition, penalties, and planted tensors."""
 
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,6 +13,7 @@ from pliant.errors import PliantError
 from pliant.families.solve import tsvd
 from pliant.families.solve.admm import Pace, admm
 from pliant.families.solve.concave import PENALTIES, named
+from pliant.methods.recover.nonconvex_tsvd import NonconvexTSVD
 from pliant.testing import Case
 
 FAST = "nonconvex_tsvd(growth=1.1)"
@@ -189,6 +192,118 @@ def tubes_may_lie_along_any_axis() -> None:
     assert torch.allclose(moved.value.movedim(0, 2), first, atol=1e-9)
 
 
+# ------------------------------------------------------------------ options
+
+
+def in_fourier(x: Tensor, change: Callable[[np.ndarray], np.ndarray]) -> Tensor:
+    """Change the singular values of every Fourier slice, all of them by numpy."""
+    slices = np.fft.fft(x.numpy(), axis=2)
+    for k in range(slices.shape[2]):
+        u, s, vh = np.linalg.svd(slices[:, :, k], full_matrices=False)
+        slices[:, :, k] = (u * change(s)) @ vh
+    return torch.as_tensor(np.fft.ifft(slices, axis=2).real)
+
+
+def by_hand(x: Tensor, known: Tensor | None, **options: Any) -> list[Tensor]:
+    """Two rounds of sweeps, written out: the low-rank parts and the objective of the last."""
+    o = {**BASE, **options}
+    g, h = named(o["penalty"]), named(o["error_penalty"])
+    strength = o["strength"] / (max(x.shape[:2]) * x.shape[2]) ** 0.5
+    low = rest = torch.zeros_like(x)
+    found, a, b = [], 1.0, 1.0
+    for number in range(2):
+        mu, dual = 1e-3, torch.zeros_like(x)
+        before, errors = low, rest
+
+        def slope(s: np.ndarray, a: float = a, number: int = number) -> np.ndarray:
+            return np.ones_like(s) if number == 0 else g.slope(torch.as_tensor(s), a).numpy()
+
+        weighted = o["majorizer"] == "weights"
+        sizes = torch.fft.fft(before, dim=2).movedim(2, 0)
+        weights = [slope(np.linalg.svd(one, compute_uv=False)) for one in sizes.numpy()]
+        pull = 0 * x if weighted else in_fourier(before, lambda s: 1 - slope(s))
+        push = 0 * x if weighted or number == 0 else errors.sign() * (1 - h.slope(errors.abs(), b))
+        thresholds = h.slope(errors.abs(), b) if weighted and number else torch.ones_like(x)
+        for _ in range(o["iterations"]):
+            each = iter(weights if weighted else [np.ones_like(one) for one in weights])
+            target = x - rest + (dual + pull) / mu
+            low = in_fourier(target, lambda s: np.maximum(s - next(each) / mu, 0))  # noqa: B023
+            target = x - low + dual / mu
+            if known is None:
+                rest = soft(target + strength * push / mu, strength * thresholds / mu)
+            else:
+                rest = target.masked_fill(known, 0)
+            dual, mu = dual + mu * (x - low - rest), mu * o["growth"]
+        if number == 0:
+            a = o["scale"] * float(tsvd.singular_values(low).max())
+            b = o["error_scale"] * float(rest.square().sum() / rest.abs().sum())
+        found.append(low)
+    value = float(tsvd.mean_over_slices(g.value(tsvd.singular_values(low), a), x.shape[2]))
+    if known is None:
+        value += strength * float(h.value(rest.abs(), b).sum())
+    return [*found, torch.tensor(value)]
+
+
+BASE: dict[str, Any] = {
+    "penalty": "mcp",
+    "error_penalty": "mcp",
+    "scale": 0.5,
+    "error_scale": 0.5,
+    "strength": 1.0,
+    "majorizer": "weights",
+    "iterations": 22,
+    "growth": 1.5,
+}
+OTHER: tuple[dict[str, Any], ...] = (
+    {},
+    {"penalty": "log"},
+    {"error_penalty": "laplace"},
+    {"scale": 0.2},
+    {"error_scale": 1.3},
+    {"strength": 1.6},
+    {"majorizer": "shift"},
+    {"iterations": 26},
+    {"growth": 1.4},
+)
+
+
+def two_rounds_are_those_of_the_equations() -> None:
+    """Every option that has a part in them, one after the other, with errors and with gaps."""
+    low = planted(2, size=8, tubes=3)
+    wrong = low + noise(8, 8, 3, seed=3).sign() * share(low.shape, 0.15)
+    wrong = wrong / wrong.abs().max()  # as the method scales it
+    known = share(low.shape, 0.7)
+    for options in OTHER:
+        built = NonconvexTSVD(**{**BASE, **options, "rounds": 1, "settled": 1e-12})
+        for x, mask in (
+            (wrong, None),
+            (torch.where(known, low, 0) / low[known].abs().max(), known),
+        ):
+            first, second, value = by_hand(x, mask, **options)
+            found = pliant.recover(x, mask, built)
+            for own, expected in ((found.values["convex"], first), (found.value, second)):
+                part = expected if mask is None else torch.where(mask, x, expected)
+                assert (own - part).abs().max() < 1e-7, options
+            assert abs(found.history[1]["objective"] - value) < 1e-6, options
+
+
+def rounds_end_where_they_are_told() -> None:
+    low = planted(3)
+    wrong = low + noise(*low.shape, seed=3).sign() * share(low.shape, 0.2)
+    run = lambda **o: pliant.recover(wrong, None, f"nonconvex_tsvd({_said(growth=1.3, **o)})")  # noqa: E731
+    assert [len(run(rounds=n, settled=1e-12).history) for n in (0, 1, 3)] == [1, 2, 4]
+    assert len(run(settled=1e9).history) == 1 < len(run(settled=1e-3).history)
+    short = run(iterations=7, rounds=0)
+    assert short.iterations == 7 and not short.converged
+    loose, tight = (run(tolerance=t, rounds=0).history[0] for t in (1e-3, 1e-8))
+    assert tight["residual"] < 1e-8 < loose["residual"] < 1e-3
+    assert loose["iterations"] < tight["iterations"]
+
+
+def _said(**options: object) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in options.items())
+
+
 def what_nobody_can_fill_in_is_refused() -> None:
     known = torch.ones(6, 5, 3, dtype=torch.bool)
     known[2] = False
@@ -228,6 +343,8 @@ CASES = [
             the_objective_never_rises,
             both_majorizers_reach_one_point,
             tubes_may_lie_along_any_axis,
+            two_rounds_are_those_of_the_equations,
+            rounds_end_where_they_are_told,
             what_nobody_can_fill_in_is_refused,
         ),
     )

