@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from pliant.codecs import address_map, ans, huffman, loops, tensors
+from pliant.codecs import address_map, ans, huffman, loops, packing, tensors
 from pliant.codecs.address_map import FORMS, csc, decode, encode, paper_size, predict, smallest
 from pliant.edits import Quantize, from_json, replay, to_json
 from pliant.edits.encode import Encode, encoding
@@ -513,3 +513,31 @@ def test_the_smallest_form_is_taken() -> None:
     assert len(smallest(matrix) or b"") == min(sizes.values()) == sizes["ans"]
     found = smallest(matrix, ("hac", "shac")) or b""
     assert address_map.form_of(found) == "shac" and len(found) == sizes["shac"]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 7])
+def test_packed_integers_are_coded_as_numbers_and_not_as_bytes(bits: int, tmp_path: Path) -> None:
+    """At the entropy of the numbers, whatever their width; bytes would hold several of them."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(200, 101)), torch.randn(2, 200)
+    edit = Quantize("0", bits=bits, groups=1, indexed=False)
+    edit.apply(model)
+    layer: Any = model[0]
+    with torch.no_grad():  # as trained weights are: normal, with a few far out
+        bell = torch.randn(101 * 200).mul(2**bits / 12).add(2 ** (bits - 1))
+        numbers = bell.round().clamp(0, 2**bits - 1).to(torch.uint8)
+        layer.integers.copy_(packing.pack(numbers, bits))
+    share = torch.bincount(numbers.long()).double() / numbers.numel()
+    entropy = -float((share[share > 0] * share[share > 0].log2()).sum())
+    path = artifact.save(tmp_path / "a.pliant", model, [edit], encode="ans")
+    size = artifact.inspect(path).coded["0.integers"]
+    assert size < 1.03 * entropy * numbers.numel() / 8 + 200
+    assert torch.equal(artifact.load(path, nn.Sequential(nn.Linear(200, 101)))(x), model(x))
+    as_bytes = tensors.pack(layer.integers, "ans")  # as earlier files have it
+    if as_bytes is not None:
+        shape = layer.integers.shape
+        assert torch.equal(tensors.unpack(as_bytes, shape, torch.uint8, bits), layer.integers)
+    damaged = address_map.encode(tensors.patterns(numbers + 2**bits), "hac")
+    assert damaged is not None
+    with pytest.raises(ArtifactError, match="more than"):
+        tensors.unpack(damaged, layer.integers.shape, torch.uint8, bits)

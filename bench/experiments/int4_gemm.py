@@ -16,7 +16,7 @@ from bench.claim import claim, judged
 from bench.compress import Values, compress
 from bench.experiments import Cell, Cells, Table, by_seed, paired, pick, values
 from bench.experiments.int4_rivals import NBITS, TORCH, Rival, rivals
-from bench.small import method_of, seeded
+from bench.small import cnn, method_of, seeded
 from bench.stats import plus_minus
 from pliant import zoo
 from pliant.cost import cost
@@ -36,12 +36,14 @@ def cells(settings: Settings) -> list[Cell]:
     """List every shape, then every seed with every way to round."""
     rows = [Cell({"part": "product", "shape": shape}, {}) for shape in settings["shapes"]]
     for seed in settings["seeds"]:
-        shared = {name: settings[name] for name in ("data", "network", "base")}
-        rows.append(Cell({"part": "network", "rival": DENSE, "seed": seed}, shared))
-        for rival, row in settings["rivals"].items():
-            key = {"part": "network", "rival": rival, "seed": seed}
-            train = settings["train"] if row["trained"] else None
-            rows.append(Cell(key, {**shared, "spec": row["spec"], "train": train}))
+        for network, own in settings["networks"].items():
+            shared = {"data": settings["data"], "widths": own["widths"], "base": own["base"]}
+            key = {"part": "network", "network": network, "rival": DENSE, "seed": seed}
+            rows.append(Cell(key, shared))
+            for rival, row in settings["rivals"].items():
+                train = own["train"] if row["trained"] else None
+                plan = {**shared, "spec": row["spec"], "train": train}
+                rows.append(Cell({**key, "rival": rival}, plan))
     return rows
 
 
@@ -108,13 +110,18 @@ def _network(plan: Mapping[str, Any], seed: int, watch: Callable[..., None]) -> 
 
 def _base(plan: Mapping[str, Any], seed: int, data: Data) -> nn.Module:
     """Train the network in floating point; once for all cells of one call."""
-    key = (str(plan["network"]), seed)
+    key = (str(plan["widths"]), seed)
     if key not in _BASES:
-        model, train = seeded(seed, lambda: zoo.build(plan["network"])), Train(**plan["base"])
+        model, train = seeded(seed, lambda: _built(plan["widths"])), Train(**plan["base"])
         steps = train.steps(data.steps(train.batch))
         fit(start(model, Method(), data=data, steps=steps, seed=seed), data, train)
         _BASES[key] = model
     return _BASES[key]
+
+
+def _built(widths: list[int]) -> nn.Module:
+    """LeNet-5 without widths; else pairs of convolutions with batch norms."""
+    return cnn(1, widths) if widths else zoo.build("lenet5")
 
 
 def _data(name: str) -> Data:
@@ -140,11 +147,28 @@ def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
         each = [row[other] / row[f"bytes {OURS}"] for row in whole if row.get(other)]
         return min(each, default=None)
 
-    def of(rival: str) -> dict[Any, float]:
-        return by_seed(cells, "accuracy", part="network", rival=rival)
+    def of(network: str, rival: str) -> dict[Any, float]:
+        return by_seed(cells, "accuracy", part="network", network=network, rival=asked[rival])
 
-    four, eight, plain = (of(asked[name]) for name in ("four", "eight", "untrained"))
+    def gap(network: str, first: str, second: str) -> list[float]:
+        return paired(of(network, first), of(network, second), 100)
+
+    trained = [
+        row
+        for network in settings["networks"]
+        for row in (
+            judged(
+                f"{network}: 4 bits, trained, behind 8 bits, trained",
+                *(gap(network, "eight", "four"), "<=", asked["behind"], "points"),
+            ),
+            judged(
+                f"{network}: 4 bits, trained, before 4 bits, not trained",
+                *(gap(network, "four", "untrained"), ">", 0, "points"),
+            ),
+        )
+    ]
     return [
+        *trained,
         claim("Sums that differ from 64-bit integers", sum(wrong) if wrong else None, "<=", 0, ""),
         claim(
             "292 products of 15 x 15 in one sum of 16 bits wrap around to 164, in blocks not",
@@ -154,14 +178,6 @@ def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
         claim("Bytes of float32 over ours", ratio("float32"), ">=", asked["float32"], "x"),
         claim(f"Bytes of {TORCH} over ours", ratio(f"bytes {TORCH}"), ">=", asked["int8"], "x"),
         claim(f"Bytes of {NBITS} over ours", ratio(f"bytes {NBITS}"), ">=", asked["nbits"], "x"),
-        judged(
-            "4 bits, trained, behind 8 bits, trained",
-            *(paired(eight, four, 100), "<=", asked["behind"], "points"),
-        ),
-        judged(
-            "4 bits, trained, before 4 bits, not trained",
-            *(paired(four, plain, 100), ">", 0, "points"),
-        ),
     ]
 
 
@@ -184,17 +200,17 @@ def tables(settings: Settings, cells: Cells) -> list[Table]:
         ]
         for cell in pick(cells, part="product")
     ]
-    networks = [
-        [
-            rival,
-            plus_minus([100 * v for v in values(cells, "accuracy", part="network", rival=rival)]),
-            f"{found[0]:,.0f}"
-            if (found := values(cells, "bytes", part="network", rival=rival))
-            else "",
-        ]
-        for rival in (DENSE, *settings["rivals"])
-    ]
-    return [
-        Table("Products of the same codes", head, rows),
-        Table("LeNet-5 on digits", ["numbers", "accuracy, %", "bytes"], networks),
-    ]
+    return [Table("Products of the same codes", head, rows), *_networks(settings, cells)]
+
+
+def _networks(settings: Settings, cells: Cells) -> list[Table]:
+    found = []
+    for network in settings["networks"]:
+        rows = []
+        for rival in (DENSE, *settings["rivals"]):
+            key = {"part": "network", "network": network, "rival": rival}
+            scores = plus_minus([100 * v for v in values(cells, "accuracy", **key)])
+            size = values(cells, "bytes", **key)
+            rows.append([rival, scores, f"{size[0]:,.0f}" if size else ""])
+        found.append(Table(f"{network} on digits", ["numbers", "accuracy, %", "bytes"], rows))
+    return found

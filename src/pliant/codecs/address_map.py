@@ -201,6 +201,11 @@ def form_of(data: bytes) -> str:
     return ("", *FORMS)[data[0]] if data and data[0] <= len(FORMS) else "unknown"
 
 
+def shape_of(data: bytes) -> tuple[int, int]:
+    """Say which shape a coded matrix claims to have; nothing where its header is cut off."""
+    return _HEAD.unpack_from(data)[3:5] if len(data) >= _HEAD.size else (0, 0)
+
+
 def decode(data: bytes, shape: tuple[int, int], item: int) -> Array:
     """Return the matrix that was coded.
 

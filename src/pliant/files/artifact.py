@@ -32,12 +32,14 @@ from pliant.codecs.container import (
     read,
     reading,
 )
+from pliant.codecs.packing import WIDEST
 from pliant.cost import bare
 from pliant.edits import Edit, Insert, Swap, Widen, complete, replay
 from pliant.errors import ArtifactError, ModelError
 from pliant.files.manifest import DTYPES, UNCODED, VERSION, Manifest, Spec, parse, write
 from pliant.nn.align import Align
 from pliant.nn.coded import Coded
+from pliant.nn.packed import integers
 
 MOST_EDITS, MOST_LEVELS = 128, 64  # edits for each module of the model; dots in a name
 MOST_MODULES = 64  # that edits may make of each module of the model
@@ -87,7 +89,7 @@ def save(
             f"by {encode!r}."
         )
     tensors, aliases = _tensors(model)
-    coded = _coded(tensors, encode) if encode else {}
+    coded = _coded(tensors, encode, integers(model)) if encode else {}
     weights = safetensors.torch.save({**tensors, **coded})
     manifest = Manifest(
         version=VERSION if coded else UNCODED,
@@ -152,9 +154,13 @@ def _alone(value: Tensor) -> Tensor:
     return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
 
 
-def _coded(tensors: Mapping[str, Tensor], choice: str) -> dict[str, Tensor]:
-    """Code the tensors that are smaller so."""
-    packed = {name: codec.pack(tensor, choice) for name, tensor in tensors.items()}
+def _coded(
+    tensors: Mapping[str, Tensor], choice: str, bits: Mapping[str, int]
+) -> dict[str, Tensor]:
+    """Code the tensors that are smaller so; packed integers by their own width."""
+    packed = {
+        name: codec.pack(tensor, choice, bits.get(name, WIDEST)) for name, tensor in tensors.items()
+    }
     return {
         name: torch.frombuffer(bytearray(data), dtype=torch.uint8)
         for name, data in packed.items()
@@ -216,7 +222,7 @@ def load(
             _check_edits(manifest, trial)
             _replay(manifest, trial)
             _compare(manifest, trial)
-            tensors = _weights(archive, manifest)
+            tensors = _weights(archive, manifest, integers(trial))
             _check_codes(trial, tensors)
     if trial is not built:
         replay(built, manifest.edits, weights=False)
@@ -342,7 +348,9 @@ def _without_data(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _weights(archive: zipfile.ZipFile, manifest: Manifest) -> dict[str, Tensor]:
+def _weights(
+    archive: zipfile.ZipFile, manifest: Manifest, bits: Mapping[str, int]
+) -> dict[str, Tensor]:
     """Read the tensors, now that the sizes are known to be those of the model."""
     least = sum(spec.bytes for spec in manifest.stored.values())
     data = read(archive, WEIGHTS, least=least, most=least + HEADER_LIMIT)
@@ -354,7 +362,8 @@ def _weights(archive: zipfile.ZipFile, manifest: Manifest) -> dict[str, Tensor]:
     for name in manifest.coded:
         spec, code = manifest.tensors[name], tensors[name].numpy().tobytes()
         with _of(name):
-            tensors[name] = codec.unpack(code, spec.shape, DTYPES[spec.dtype])
+            width = bits.get(name, WIDEST)
+            tensors[name] = codec.unpack(code, spec.shape, DTYPES[spec.dtype], width)
     return tensors
 
 

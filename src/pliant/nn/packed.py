@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pliant.codecs.packing import WIDEST, pack, packed_bytes, unpack
-from pliant.math.quantize import column, integers, levels
+from pliant.math.quantize import column, levels
+from pliant.math.quantize import integers as rounded_levels
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class Packing:
             scales: one for each group.
             index: the group of each channel.
         """
-        found = integers(rows, scales[index], self.bits.weight)
+        found = rounded_levels(rows, scales[index], self.bits.weight)
         packed = pack(found - levels(self.bits.weight)[0], self.bits.weight)
         self._buffer(module, "integers").copy_(packed)
         self._buffer(module, "scales").copy_(scales)
@@ -162,3 +163,15 @@ class Packing:
     def _buffer(self, module: nn.Module, name: str) -> Tensor:
         found: Tensor = getattr(module, self.prefix + name)
         return found
+
+
+def integers(model: nn.Module) -> dict[str, int]:
+    """Name the buffers of a model that hold packed integers, with the bits of each number."""
+    found: dict[str, int] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        own = [*getattr(module, "packings", {}).values(), getattr(module, "packing", None)]
+        for packing in own:
+            if isinstance(packing, Packing):
+                path = f"{name}." if name else ""
+                found[f"{path}{packing.prefix}integers"] = packing.bits.weight
+    return found
