@@ -84,13 +84,32 @@ def penalties_are_those_of_slow_loops() -> None:
         dead.requires_grad_()
         (slope,) = torch.autograd.grad(hierarchical(dead, kind), dead)
         assert slope.isfinite().all() and not slope[1, 2].any()
+        assert hierarchical(torch.zeros(2, 2, 1, 1), kind) == 0
+
+
+class InPlace(nn.Module):
+    """One rectifier called three times, and a sum that is made in place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.three, self.relu = nn.Conv2d(4, 5, 3), nn.ReLU(inplace=True)
+        self.head = nn.Linear(5, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.relu(self.one(x))
+        y = self.two(x)
+        y += x
+        out: Tensor = self.head(self.relu(self.three(self.relu(y))).mean((2, 3)))
+        return out
 
 
 def rises_are_those_of_whole_passes() -> None:
     """Where nothing is cached, in sums and behind depthwise layers, and with units gone before."""
-    for name in ("plain", "residual", "grouped", "bare"):
-        toy = toys.TOYS[name]
-        model, (images,), labels = toy.model(), toy.inputs(6), torch.arange(6) % 4
+    (images,), labels = toys.TOYS["plain"].inputs(6), torch.arange(6) % 4
+    torch.manual_seed(0)
+    kinds = [toys.TOYS[name].model() for name in ("plain", "residual", "grouped", "bare")]
+    for model in (*kinds, InPlace()):
         with torch.no_grad():
             model.train()(images)  # batch norms with statistics
         model.eval()
@@ -181,7 +200,7 @@ def the_penalty_begins_at_its_strength_and_ends_with_the_cut() -> None:
     assert penalty is not None and penalty.item() == pytest.approx(0.25)
     convs = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
     both = [0.75 * hierarchical(w, "squared_group_l12") + 0.25 * w.abs().sum() for w in convs]
-    assert penalty.item() == pytest.approx(run.state["lambda"] * sum(both).item())
+    assert penalty.item() == pytest.approx(run.state["lambda"] * sum(both, torch.zeros(())).item())
     for _ in range(2):
         optimizer.zero_grad()
         run.before_step()
@@ -201,7 +220,7 @@ def what_the_loss_misses_stays() -> None:
     """Of five units two are read; without a rise allowed, only those that do nothing leave."""
     model = pair(1.0, 2.0, 3.0, 4.0, 5.0)
     with torch.no_grad():
-        model[2].weight[:, [1, 2, 4]] = 0
+        model.get_parameter("2.weight")[:, [1, 2, 4]] = 0
     data = Data((torch.randn(16, 2), torch.arange(16) % 2), classes=2)
     run = start(model, HGSR(ratio=0.9, most=0.0, least=0.0, passes=1), data=data)
     left = kept(run)["0", "out"]
