@@ -110,6 +110,15 @@ def what_is_known_does_not_count() -> None:
     assert mean_of(x, y, z) < 0.3 * mean_of(x, y)
 
 
+def what_is_known_may_be_needed() -> None:
+    """Y is the product of signs X and Z: it tells of X only together with Z."""
+    g = draws()
+    x, z = (torch.randint(2, (SAMPLES, 1), generator=g).double() * 2 - 1 for _ in range(2))
+    noise = [0.1 * normal(g) for _ in range(3)]
+    assert mean_of(x + noise[0], x * z + noise[1]) < 0.1
+    assert mean_of(x + noise[0], x * z + noise[1], z + noise[2]) > 0.8
+
+
 def rows_belong_together() -> None:
     """With the rows of one side in another order nothing is left."""
     g = draws()
@@ -294,6 +303,7 @@ CASES = (
             a_copy_is_near_one,
             dependence_rises_with_correlation,
             what_is_known_does_not_count,
+            what_is_known_may_be_needed,
             rows_belong_together,
             constant_units_are_no_noise,
             blocks_below_the_cutoff_go,
