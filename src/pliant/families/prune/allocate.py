@@ -255,8 +255,13 @@ def on_the_way(run: Run, limits: Limits, part: float) -> Limits:
 
 
 def counted_limits(run: Run) -> dict[str, float]:
-    """Return the limits as numbers to count; milliseconds fall about as multiply-accumulates do."""
-    limits = run.limits()
+    """Return the limits of the budget as numbers to count: see `counted`."""
+    return counted(run, run.limits())
+
+
+def counted(run: Run, limits: Limits) -> dict[str, float]:
+    """Return limits as numbers to count; milliseconds fall about as multiply-accumulates do."""
+    limits = dict(limits)
     if "latency" in limits:
         macs = limits.pop("latency") / max(run.cost.latency, 1e-12) * run.cost.macs
         limits["macs"] = min(macs, limits.get("macs", macs))
