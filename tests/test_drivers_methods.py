@@ -5,11 +5,20 @@ import pytest
 from pliant.data import Train
 from pliant.method import Method
 from pliant.methods.train.maxdropout import MaxDropout
-from tests.test_drivers import SGD, WAYS, assert_same, plain
+from pliant.methods.train.orthogonal_loss import OrthogonalLoss
+from pliant.methods.train.p_diff import PDiff
+from pliant.methods.train.progressive_stepwise import ProgressiveStepwise
+from tests.test_drivers import ADAMW, SGD, WAYS, assert_same, plain
 
 CASES: dict[str, tuple[Method, Train]] = {
     "maxdropout": (MaxDropout(0.5, after=("norm", "second")), SGD),
     "maxdropout, random rates": (MaxDropout(0.8, "l2-random", "sample", ("second",)), SGD),
+    "orthogonal loss": (OrthogonalLoss("energy"), SGD),
+    "orthogonal loss, random basis": (OrthogonalLoss("softmax", "random", warmup=0.3), SGD),
+    "p_diff": (PDiff(0.4, window=3, ramp=0.5), SGD),
+    "p_diff, unknown noise": (PDiff(window=2, ramp=0.3, normalize="kept"), SGD),
+    "progressive": (ProgressiveStepwise((0.25, 0.5, 1.0)), SGD),
+    "progressive, growing batches": (ProgressiveStepwise((0.5, 1.0), rule="batch"), ADAMW),
 }
 
 

@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pliant.cost import LayerCost
 from pliant.errors import EditError
+from pliant.nn.basis import OrthogonalBasis
 from pliant.nn.filters import WEIGHTED, filter_count
 from pliant.nn.inserted import Conv, Copy, Linear, Residual
 from pliant.nn.scatter import Gather, Scatter
@@ -89,6 +90,7 @@ class Biased:
 SWAPS: dict[str, type[Kind]] = {
     "biased": Biased,
     "identity": Identity,
+    "orthogonal_basis": OrthogonalBasis,
     "separable": Separable,
 }
 """The closed set of layers that a file may put in the place of another; a line for each."""
