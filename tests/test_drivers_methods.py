@@ -1,15 +1,20 @@
 """Registered methods that act on a training itself: all four loops agree to the last bit."""
 
+from dataclasses import replace
+
 import pytest
 
+from pliant.compose import together
 from pliant.data import Train
 from pliant.method import Method
 from pliant.methods.train.maxdropout import MaxDropout
+from pliant.methods.train.mltp import MLTP
 from pliant.methods.train.orthogonal_loss import OrthogonalLoss
 from pliant.methods.train.p_diff import PDiff
 from pliant.methods.train.progressive_stepwise import ProgressiveStepwise
 from tests.test_drivers import ADAMW, SGD, WAYS, assert_same, plain
 
+CONSTANT = replace(SGD, schedule="constant", warmup=0)
 CASES: dict[str, tuple[Method, Train]] = {
     "maxdropout": (MaxDropout(0.5, after=("norm", "second")), SGD),
     "maxdropout, random rates": (MaxDropout(0.8, "l2-random", "sample", ("second",)), SGD),
@@ -19,6 +24,9 @@ CASES: dict[str, tuple[Method, Train]] = {
     "p_diff, unknown noise": (PDiff(window=2, ramp=0.3, normalize="kept"), SGD),
     "progressive": (ProgressiveStepwise((0.25, 0.5, 1.0)), SGD),
     "progressive, growing batches": (ProgressiveStepwise((0.5, 1.0), rule="batch"), ADAMW),
+    "mltp": (MLTP(), CONSTANT),  # the plain loop sets its rate after the loss
+    "mltp, difference": (MLTP(0.5, 0.02, "difference"), SGD),
+    "mltp, growing data": (together(MLTP(alpha=0.02), ProgressiveStepwise((0.5, 1.0))), SGD),
 }
 
 
