@@ -14,6 +14,7 @@ from pliant.errors import EditError
 from pliant.nn.basis import OrthogonalBasis
 from pliant.nn.filters import WEIGHTED, filter_count
 from pliant.nn.inserted import Conv, Copy, Linear, Residual
+from pliant.nn.morphological import BMConv2d, Rectified
 from pliant.nn.scatter import Gather, Scatter
 from pliant.nn.separable import Separable
 
@@ -90,7 +91,9 @@ class Biased:
 SWAPS: dict[str, type[Kind]] = {
     "biased": Biased,
     "identity": Identity,
+    "morphological": BMConv2d,
     "orthogonal_basis": OrthogonalBasis,
+    "rectified": Rectified,
     "separable": Separable,
 }
 """The closed set of layers that a file may put in the place of another; a line for each."""
