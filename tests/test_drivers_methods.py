@@ -7,6 +7,9 @@ import pytest
 from pliant.compose import together
 from pliant.data import Train
 from pliant.method import Method
+from pliant.methods.layers.bm_resnet import BMResNet
+from pliant.methods.layers.cqnn import CQNN
+from pliant.methods.layers.shift_attention import ShiftAttention
 from pliant.methods.train.maxdropout import MaxDropout
 from pliant.methods.train.mltp import MLTP
 from pliant.methods.train.orthogonal_loss import OrthogonalLoss
@@ -24,6 +27,9 @@ CASES: dict[str, tuple[Method, Train]] = {
     "p_diff, unknown noise": (PDiff(window=2, ramp=0.3, normalize="kept"), SGD),
     "progressive": (ProgressiveStepwise((0.25, 0.5, 1.0)), SGD),
     "progressive, growing batches": (ProgressiveStepwise((0.5, 1.0), rule="batch"), ADAMW),
+    "bm_resnet": (BMResNet(span=0.7), SGD),
+    "shift_attention": (ShiftAttention(), SGD),
+    "cqnn": (CQNN(), SGD),
     "mltp": (MLTP(), CONSTANT),  # the plain loop sets its rate after the loss
     "mltp, difference": (MLTP(0.5, 0.02, "difference"), SGD),
     "mltp, growing data": (together(MLTP(alpha=0.02), ProgressiveStepwise((0.5, 1.0))), SGD),
