@@ -15,8 +15,9 @@ from pliant.edits import Choose, from_json, replay, to_json
 from pliant.errors import DataError, EditError, ModelError
 from pliant.families.search import bilevel as search
 from pliant.method import Method
-from pliant.nn.cells import CellNetwork, MixedOp, derive, placed
+from pliant.nn.cells import CellNetwork, derive, placed
 from pliant.nn.genotype import DARTS_V2, DARTS_V2_WIRING, Genotype, Layout, chain, dense
+from pliant.nn.mixed import MixedOp
 from pliant.nn.operations import OPERATIONS, FactorizedReduction, operation
 from pliant.render.genotype import genotype_svg
 from pliant.run import start

@@ -13,6 +13,7 @@ from pliant.cost import LayerCost
 from pliant.errors import EditError
 from pliant.nn.filters import WEIGHTED, filter_count
 from pliant.nn.inserted import Conv, Copy, Linear, Residual
+from pliant.nn.meta_kernel import Cropped, MetaKernel
 from pliant.nn.scatter import Gather, Scatter
 from pliant.nn.separable import Separable
 
@@ -88,7 +89,9 @@ class Biased:
 
 SWAPS: dict[str, type[Kind]] = {
     "biased": Biased,
+    "cropped": Cropped,
     "identity": Identity,
+    "meta_kernel": MetaKernel,
     "separable": Separable,
 }
 """The closed set of layers that a file may put in the place of another; a line for each."""

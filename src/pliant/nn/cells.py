@@ -12,47 +12,8 @@ from torch import Tensor, nn
 
 from pliant.errors import ModelError
 from pliant.nn.genotype import Genotype, Layout, Nodes
+from pliant.nn.mixed import MixedOp
 from pliant.nn.operations import NONE, SKIP, FactorizedReduction, mix_channels, operation
-
-
-class MixedOp(nn.Module):
-    """Adds up what several operations give, weighted by the softmax of its logits.
-
-    The logits do not ask for gradients: no optimizer of weights moves them, only a search does.
-    What a search adds for a while is kept in buffers, so that it is resumed with the weights:
-    ``prior`` is added to the logits, ``drop`` is the share of a skip connection's outputs that
-    is zeroed in training.
-
-    Args:
-        ops: the candidates by name, all with the same shape of output.
-    """
-
-    multiplies = False  # what the costs count are its candidates
-    prior: Tensor
-    drop: Tensor
-
-    def __init__(self, ops: Mapping[str, nn.Module]) -> None:
-        super().__init__()
-        self.ops = nn.ModuleDict(ops)
-        self.logits = nn.Parameter(1e-3 * torch.randn(len(ops)), requires_grad=False)
-        self.register_buffer("prior", torch.zeros(len(ops)))
-        self.register_buffer("drop", torch.zeros(()))
-
-    def probabilities(self) -> Tensor:
-        """Return the weights of the candidates, a tensor (candidates,) that sums to one."""
-        return (self.logits + self.prior).softmax(0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map the input by every candidate and mix the outputs."""
-        shares = self.probabilities().unbind()
-        paths = (self._path(name, op, x) for name, op in self.ops.items())
-        return reduce(add, (share * path for share, path in zip(shares, paths, strict=True)))
-
-    def _path(self, name: str, op: nn.Module, x: Tensor) -> Tensor:
-        out: Tensor = op(x)
-        if name == SKIP and self.training and self.drop > 0:
-            out = F.dropout(out, float(self.drop))
-        return out
 
 
 class Cell(nn.Module):
