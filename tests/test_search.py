@@ -90,6 +90,22 @@ def test_dense_wiring_keeps_the_two_strongest_edges() -> None:
     assert placed(network, derive(network))["cells.0.edges.2"] == "none"
 
 
+def test_dropout_thins_skip_connections_in_training_only() -> None:
+    """Half of what the skip gives is zeroed and the rest doubled; other candidates are whole."""
+    part = MixedOp({"skip_connect": nn.Identity(), "none": nn.Identity()})
+    part.logits.copy_(torch.tensor([0.0, -1e4]))
+    part.drop.fill_(0.5)
+    x = torch.ones(64, 4, 8, 8)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        out = part(x)
+    assert set(out.unique().tolist()) == {0.0, 2.0}
+    assert 0.45 < float((out == 0).float().mean()) < 0.55
+    assert torch.equal(part.eval()(x), x)
+    part.train().logits.copy_(torch.tensor([-1e4, 0.0]))
+    assert torch.equal(part(x), x)
+
+
 def test_one_candidate_is_a_plain_operation() -> None:
     network = supernet(((0, 1),), ("skip_connect",), cells=3, channels=2)
     assert not search.mixed(network)

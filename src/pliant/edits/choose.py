@@ -9,8 +9,8 @@ import torch
 from pliant.cost import LayerCost, layer_costs
 from pliant.edits.edit import Replaced, layer_of
 from pliant.errors import EditError
-from pliant.nn.mixed import MixedOp
 from pliant.nn.layers import replace
+from pliant.nn.mixed import MixedOp
 from pliant.nn.operations import operation
 
 

@@ -11,6 +11,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pliant.cost import LayerCost
 from pliant.errors import EditError
+from pliant.nn.attention import (
+    BlockAttention,
+    DepthwiseResidual,
+    EfficientAttention,
+    SqueezeExcite,
+)
 from pliant.nn.filters import WEIGHTED, filter_count
 from pliant.nn.inserted import Conv, Copy, Linear, Residual
 from pliant.nn.meta_kernel import Cropped, MetaKernel
@@ -97,11 +103,15 @@ SWAPS: dict[str, type[Kind]] = {
 """The closed set of layers that a file may put in the place of another; a line for each."""
 
 INSERTS: dict[str, type[Kind]] = {
+    "cbam": BlockAttention,
     "conv": Conv,
     "copy": Copy,
+    "eca": EfficientAttention,
     "gather": Gather,
     "linear": Linear,
+    "res3": DepthwiseResidual,
     "residual": Residual,
     "scatter": Scatter,
+    "se": SqueezeExcite,
 }
 """The closed set of what a file may put before, behind or between layers; a line for each."""

@@ -19,6 +19,8 @@ from pliant.nn.operations import NONE, SKIP, FactorizedReduction, mix_channels, 
 class Cell(nn.Module):
     """Reads the outputs of the two cells before it; its nodes, concatenated, are its output.
 
+    Behind each node and behind the output is an empty row, into which edits can put operations.
+
     Args:
         layout: wiring, and the candidates of every edge: one is a plain operation, more are a
             `MixedOp`.
@@ -49,14 +51,17 @@ class Cell(nn.Module):
             _edge(names, channels, 2 if reduction and state < 2 else 1, affine=affine)
             for names, (_, state) in zip(layout.ops, layout.edges, strict=True)
         )
+        self.nodes = nn.ModuleList(nn.Sequential() for _ in layout.wiring)
+        self.after = nn.Sequential()
 
     def forward(self, before: Tensor, last: Tensor) -> Tensor:
         """Map the outputs of two cells to (N, nodes * channels, H, W)."""
         states = [self.first(before), self.second(last)]
         edges = iter(self.edges)
-        for reads in self.layout.wiring:
-            states.append(reduce(add, [next(edges)(states[state]) for state in reads]))
-        return torch.cat(states[2:], dim=1)
+        for reads, behind in zip(self.layout.wiring, self.nodes, strict=True):
+            states.append(behind(reduce(add, [next(edges)(states[state]) for state in reads])))
+        out: Tensor = self.after(torch.cat(states[2:], dim=1))
+        return out
 
 
 def _edge(names: tuple[str, ...], channels: int, stride: int, *, affine: bool) -> nn.Module:

@@ -44,7 +44,8 @@ class MetaKernel(Mixed):
         self.stride, self.groups = layer.stride, layer.groups
         self.in_channels, self.out_channels = layer.in_channels, layer.out_channels
         for size in sizes[-1:] if nested else sizes:  # each drawn for the taps that it has
-            self.register_parameter(_name(size, sizes), self.plain(size, bias=False).weight)
+            drawn = self.plain(size, bias=False).weight
+            self.register_parameter(_name(size, sizes), nn.Parameter(drawn.detach()))
         self.bias = layer.bias
         rings = len(sizes) - nested
         self.logits = nn.Parameter(torch.zeros(rings), requires_grad=False)
@@ -104,7 +105,7 @@ class MetaKernel(Mixed):
     def plain(self, size: int, *, bias: bool) -> nn.Conv2d:
         """Return an ordinary convolution of one size, with weights that are drawn."""
         ends = self.in_channels, self.out_channels
-        return nn.Conv2d(*ends, size, self.stride, size // 2, groups=self.groups, bias=bias)  # type: ignore[arg-type]
+        return nn.Conv2d(*ends, size, self.stride, size // 2, groups=self.groups, bias=bias)
 
     def _centred(self, kernel: Tensor) -> Tensor:
         return F.pad(kernel, [(self.sizes[-1] - kernel.shape[-1]) // 2] * 4)

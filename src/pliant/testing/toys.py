@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from pliant.cost import Example
 from pliant.data import Data
-from pliant.zoo.darts import supernet
+from pliant.nn.genotype import Genotype
+from pliant.zoo.darts import evaluation, supernet
 
 CLASSES = 4
 
@@ -173,6 +174,11 @@ def _supernet() -> nn.Module:
     return supernet(wiring, operations, cells=3, channels=2, classes=CLASSES)
 
 
+def _cells() -> nn.Module:
+    cell = Genotype.of((("sep_conv_3x3", 0), ("skip_connect", 1)))
+    return evaluation(cell, cells=3, channels=2, classes=CLASSES)
+
+
 TOYS: dict[str, Toy] = {
     toy.name: toy
     for toy in (
@@ -190,5 +196,8 @@ TOYS: dict[str, Toy] = {
 }
 """All toys by name; the first one stands for ordinary networks and gets the thorough checks."""
 
-SPECIAL: dict[str, Toy] = {toy.name: toy for toy in (Toy("supernet", _supernet, (3, 6, 6)),)}
+SPECIAL: dict[str, Toy] = {
+    toy.name: toy
+    for toy in (Toy("supernet", _supernet, (3, 6, 6)), Toy("cells", _cells, (3, 6, 6)))
+}
 """Networks for methods that refuse ordinary ones, such as those that choose operations."""
