@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from pliant.cost import Example
 from pliant.data import Data
 from pliant.nn.genotype import Genotype
+from pliant.nn.mobile import MobileNetwork, Space, Stage
 from pliant.zoo.darts import evaluation, supernet
 
 CLASSES = 4
@@ -179,6 +180,12 @@ def _cells() -> nn.Module:
     return evaluation(cell, cells=3, channels=2, classes=CLASSES)
 
 
+def _mobile() -> nn.Module:
+    ops = ("mbconv_k3_e1", "mbconv_k5_e2", "skip_connect")
+    stages = (Stage(4, 2, 1, ops), Stage(8, 2, 2, ops))
+    return MobileNetwork(Space(3, 4, (3, 3), (1, 1), stages, head=8), CLASSES)
+
+
 TOYS: dict[str, Toy] = {
     toy.name: toy
     for toy in (
@@ -198,6 +205,10 @@ TOYS: dict[str, Toy] = {
 
 SPECIAL: dict[str, Toy] = {
     toy.name: toy
-    for toy in (Toy("supernet", _supernet, (3, 6, 6)), Toy("cells", _cells, (3, 6, 6)))
+    for toy in (
+        Toy("supernet", _supernet, (3, 6, 6)),
+        Toy("cells", _cells, (3, 6, 6)),
+        Toy("mobile", _mobile, (3, 6, 6)),
+    )
 }
 """Networks for methods that refuse ordinary ones, such as those that choose operations."""

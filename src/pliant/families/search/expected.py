@@ -117,8 +117,8 @@ def _price(
         if isinstance(layer, nn.Identity):
             return 0.0
         return table.time(layer, (table.target.batch, *shape))
-    like = next(iter(layer.parameters()), torch.empty(0))
-    whole = cost(nn.Sequential(layer), (torch.zeros(1, *shape, device=like.device),))
+    like = next(iter(layer.parameters()), torch.empty(0)).detach()
+    whole = cost(nn.Sequential(layer), (like.new_zeros(1, *shape),))
     return float(getattr(whole, axis))
 
 

@@ -23,26 +23,11 @@ def alone(run: Run) -> None:
 
 
 @torch.no_grad()
-def draw(run: Run, *, uniform: bool = False) -> None:
-    """Draw a sample of every mixed operation, from the run's generator.
-
-    Args:
-        run: whose network has them.
-        uniform: sample all candidates alike, whatever their logits; for those that run alone.
-    """
+def draw(run: Run) -> None:
+    """Draw a sample of every mixed operation, from the run's generator."""
     for part in mixed(run.model).values():
         flat = torch.rand(len(part.noise), generator=run.generator)
-        noise = -(-(flat + TINY).log() + TINY).log()
-        part.noise.copy_(noise)
-        if uniform:
-            part.noise.sub_(part.logits)
-
-
-@torch.no_grad()
-def quiet(run: Run) -> None:
-    """Take the noise away."""
-    for part in mixed(run.model).values():
-        part.noise.zero_()
+        part.noise.copy_(-(-(flat + TINY).log() + TINY).log())
 
 
 def full(run: Run, *, skips_learn: bool = True) -> Gates:

@@ -8,7 +8,6 @@ from pliant.families.search.bilevel import choices
 from pliant.run import Run
 
 
-@torch.no_grad()
 def anneal(run: Run, start: float, end: float, *, after: float = 0.0) -> None:
     """Set the temperature of all layers with candidates: it falls exponentially, step by step.
 
@@ -20,6 +19,11 @@ def anneal(run: Run, start: float, end: float, *, after: float = 0.0) -> None:
     """
     done = run.step / run.steps if run.steps else 1.0
     share = max(0.0, done - after) / (1 - after)
-    value = start * (end / start) ** min(1.0, share)
+    temper(run, start * (end / start) ** min(1.0, share))
+
+
+@torch.no_grad()
+def temper(run: Run, value: float) -> None:
+    """Set the temperature of all layers with candidates."""
     for part in choices(run.model).values():
         part.temperature.fill_(value)
