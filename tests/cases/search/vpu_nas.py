@@ -38,16 +38,16 @@ def device(kernels: float, expansions: float) -> Any:
     return seconds
 
 
-def network() -> MobileNetwork:
+def network(ops: tuple[str, ...] = OPS) -> MobileNetwork:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        space = Space(3, 4, (3, 3), (1, 1), (Stage(4, 2, 1, OPS), Stage(8, 2, 2, OPS)), head=8)
+        space = Space(3, 4, (3, 3), (1, 1), (Stage(4, 2, 1, ops), Stage(8, 2, 2, ops)), head=8)
         return MobileNetwork(space, 4)
 
 
-def searched(target: Any, **options: Any) -> Run:
+def searched(target: Any, ops: tuple[str, ...] = OPS, **options: Any) -> Run:
     given = {"warmup": 0.0, "every": 1, "batch": 8, "alpha_lr": 0.3, **options}
-    run = start(network(), VPUNAS(**given), data=TOY.data(), steps=20, target=target)
+    run = start(network(ops), VPUNAS(**given), data=TOY.data(), steps=20, target=target)
     for _ in range(20):
         run.after_step()
     return run
@@ -58,13 +58,15 @@ def the_prediction_is_the_sum_of_the_table() -> None:
     table = LatencyTable.of(Target.of(device(1.0, 10.0)))
     model, x = network().double().eval(), (torch.zeros(1, 3, 6, 6, dtype=torch.float64),)
     found = expected(copy.deepcopy(model).float(), (x[0].float(),), "latency", table)
-    assert found.fixed == pytest.approx(1.5)  # stem, head and classifier; norms cost nothing
+    assert found.fixed == pytest.approx(
+        1.5, abs=1e-5
+    )  # stem, head and classifier; norms cost nothing
     assert found.prices["blocks.0"].tolist() == pytest.approx([23, 33, 27, 37, 0])
     assert found.prices["blocks.2"].tolist() == pytest.approx([23, 33, 27, 37])
     for part in search.mixed(model).values():
         part.logits.fill_(-1e3)[1] = 0
     names = {name: part.names[1] for name, part in search.mixed(model).items()}
-    assert abs(float(found.of(model)) - (1.5 + 4 * 33)) < 1e-9
+    assert abs(float(found.of(model)) - found.at(names, model)) < 1e-9
     assert found.at(names, model) == pytest.approx(1.5 + 4 * 33)
     logits = search.architecture(model)
     for one in logits:
@@ -106,21 +108,13 @@ def nothing_but_cost_ends_at_the_cheapest_candidates() -> None:
 
 
 def each_device_gets_its_own_network() -> None:
-    """Of one that is slow at large filters and one that is slow at wide blocks."""
-    slow = {"kernels": device(4.0, 0.1), "wide": device(0.1, 4.0)}
-    tables = {
-        name: expected(network(), TOY.inputs(1), "latency", LatencyTable.of(Target.of(one)))
-        for name, one in slow.items()
-    }
-    for estimator in ("gumbel", "gates"):
-        # No skips: they are the cheapest everywhere.
-        found = {}
-        for name, one in slow.items():
-            run = searched(one, strength=3.0, estimator=estimator)
-            found[name] = derive.best(run)
-        for name, table in tables.items():
-            (other,) = tables.keys() - {name}
-            assert table.at(found[name], network()) <= table.at(found[other], network())
+    """No large filters where these are slow, no wide blocks where those are."""
+    ops, slow = OPS[:-1], {"k7": device(4.0, 0.1), "e4": device(0.1, 4.0)}
+    for estimator, strength in (("gumbel", 3.0), ("gates", 30.0)):
+        for word, target in slow.items():
+            run = searched(target, ops, strength=strength, estimator=estimator)
+            found = derive.best(run).values()
+            assert not [op for op in found if word in op], (estimator, word, found)
 
 
 def two_paths_leave_others_as_probable_as_before() -> None:
@@ -132,8 +126,8 @@ def two_paths_leave_others_as_probable_as_before() -> None:
         assert gates[name][0] == part.train().place() and len(set(gates[name])) == 2
     search.step(run, run.method._plan(), None, gates)  # type: ignore[attr-defined]
     for name, part in search.mixed(run.model).items():
-        now, rest = part.logits.softmax(0), [i for i in range(len(part.names))]
-        rest = [i for i in rest if i not in gates[name]]
+        now = part.logits.softmax(0)
+        rest = [i for i in range(len(part.names)) if i not in gates[name]]
         assert torch.allclose(now[rest], before[name][rest], atol=1e-6)
         assert not torch.allclose(now, before[name], atol=1e-4)
 
