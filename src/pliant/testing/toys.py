@@ -13,6 +13,7 @@ from pliant.data import Data
 from pliant.nn.genotype import Genotype
 from pliant.nn.mobile import MobileNetwork, Space, Stage
 from pliant.zoo.darts import evaluation, supernet
+from pliant.zoo.staged import StagedResNet
 
 CLASSES = 4
 
@@ -186,6 +187,10 @@ def _mobile() -> nn.Module:
     return MobileNetwork(Space(3, 4, (3, 3), (1, 1), stages, head=8), CLASSES)
 
 
+def _staged() -> nn.Module:
+    return StagedResNet((1, 2), (4, 6), CLASSES)
+
+
 TOYS: dict[str, Toy] = {
     toy.name: toy
     for toy in (
@@ -209,6 +214,7 @@ SPECIAL: dict[str, Toy] = {
         Toy("supernet", _supernet, (3, 6, 6)),
         Toy("cells", _cells, (3, 6, 6)),
         Toy("mobile", _mobile, (3, 6, 6)),
+        Toy("staged", _staged, (3, 6, 6)),
     )
 }
 """Networks for methods that refuse ordinary ones, such as those that choose operations."""
