@@ -1,5 +1,6 @@
 """Growing stages: the importance of features, what networks cost, how the search goes."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -108,6 +109,17 @@ def stages_grow_by_all_or_nothing() -> None:
     assert len(run.edits) == sum(kept) - 3  # as if nothing else had been tried
 
 
+def classes_may_have_names_and_no_sample() -> None:
+    """A class without samples is a column that says nothing."""
+    x, labels = features()
+    three, four = (projection_importance(x, labels, count, 2) for count in (3, 4))
+    assert torch.allclose(three, four, atol=1e-8)
+    data = replace(TOY.data(), classes=("a", "b", "c", "d"))
+    run = start(TOY.model(), StageWise(iterations=1), data=data, steps=3)
+    found = growing.importance(run, ["stages.0", "stages.1"], parts=2, samples=8)
+    assert all(0 < value <= 1 for value in found.values())
+
+
 def a_stage_stays_deeper_where_its_importance_rose() -> None:
     """Measured by hand: before 0.5 and 0.9, deeper 0.6 and 0.8, so the first one grows."""
     values = iter([[0.5, 0.9], [0.6, 0.8], [0.6, 0.8]])
@@ -180,6 +192,7 @@ CASES = [
             features_that_are_dead_or_not_finite,
             published_depths_have_published_sizes,
             stages_grow_by_all_or_nothing,
+            classes_may_have_names_and_no_sample,
             a_stage_stays_deeper_where_its_importance_rose,
             where_nothing_rises_the_search_is_over,
             features_are_sums_before_they_are_rectified,

@@ -104,12 +104,13 @@ def importance(run: Run, names: Sequence[str], *, parts: int, samples: int) -> d
         for side in ("input", "output"):
             layers = [layer for layer, at in ends.values() if at == side]
             if layers:
-                rows = Rows(run.model, layers, side, form=_pooled).of(inputs)  # type: ignore[arg-type]
+                rows = Rows(run.model, layers, side, form=_pooled).of(inputs)
                 for name, (layer, at) in ends.items():
                     if at == side:
                         features[name].append(rows[layer].cpu())
     known = torch.cat(labels)
-    classes = max(int(known.max()) + 1, (run.data and run.data.classes) or 0)
+    assert run.data is not None
+    classes = max(int(known.max()) + 1, run.data.class_count)
     return {
         name: float(projection_importance(torch.cat(rows), known, classes, parts).mean())
         for name, rows in features.items()
@@ -130,8 +131,8 @@ def _pooled(values: Tensor) -> Tensor:
     """Map (samples, channels, H, W) to means over windows, (samples, features)."""
     if values.dim() != 4:
         return values.flatten(1)
-    grid = [max(1, side // WINDOW) for side in values.shape[2:]]
-    return F.adaptive_avg_pool2d(values, grid).flatten(1)
+    height, width = (max(1, side // WINDOW) for side in values.shape[2:])
+    return F.adaptive_avg_pool2d(values, (height, width)).flatten(1)
 
 
 def _batches(run: Run, samples: int) -> list[tuple[tuple[Tensor, ...], Tensor]]:
