@@ -11,9 +11,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pliant.cost import LayerCost
 from pliant.errors import EditError
+from pliant.nn.attention import (
+    BlockAttention,
+    DepthwiseResidual,
+    EfficientAttention,
+    SqueezeExcite,
+)
 from pliant.nn.basis import OrthogonalBasis
 from pliant.nn.filters import WEIGHTED, filter_count
 from pliant.nn.inserted import Conv, Copy, Linear, Residual
+from pliant.nn.meta_kernel import Cropped, MetaKernel
 from pliant.nn.morphological import BMConv2d, Rectified
 from pliant.nn.quadratic import QuadraticConv2d, QuadraticFactors
 from pliant.nn.scatter import Gather, Scatter
@@ -92,12 +99,14 @@ class Biased:
 
 SWAPS: dict[str, type[Kind]] = {
     "biased": Biased,
+    "cropped": Cropped,
     "identity": Identity,
     "morphological": BMConv2d,
     "orthogonal_basis": OrthogonalBasis,
     "quadratic": QuadraticConv2d,
     "quadratic_factors": QuadraticFactors,
     "rectified": Rectified,
+    "meta_kernel": MetaKernel,
     "separable": Separable,
     "shift": ShiftConv2d,
     "shift_attention": ShiftAttentionConv2d,
@@ -105,11 +114,15 @@ SWAPS: dict[str, type[Kind]] = {
 """The closed set of layers that a file may put in the place of another; a line for each."""
 
 INSERTS: dict[str, type[Kind]] = {
+    "cbam": BlockAttention,
     "conv": Conv,
     "copy": Copy,
+    "eca": EfficientAttention,
     "gather": Gather,
     "linear": Linear,
+    "res3": DepthwiseResidual,
     "residual": Residual,
     "scatter": Scatter,
+    "se": SqueezeExcite,
 }
 """The closed set of what a file may put before, behind or between layers; a line for each."""
