@@ -91,7 +91,8 @@ class Report:
     (singular values by layer and unfolding). ``seconds`` is by stage, ``export`` what was written
     and how it compares, ``target`` where milliseconds were measured and how sure their comparison
     is. ``sizes`` are those of an elastic network, each by itself, from the largest; empty for any
-    other. ``verdict`` judges what was lost.
+    other. ``verdict`` judges what was lost. ``tried`` has a row for every network that was made on
+    the way, where sizes or methods were searched: what it is, costs and lost.
     """
 
     model: str
@@ -113,6 +114,7 @@ class Report:
     target: dict[str, Any] = field(default_factory=dict)
     sizes: tuple[Side, ...] = ()
     verdict: Verdict | None = None
+    tried: tuple[dict[str, Any], ...] = ()
 
     def to_json(self) -> str:
         """Return the report as JSON; numbers that are not finite become null."""
@@ -131,7 +133,8 @@ class Report:
             raw["verdict"] = Verdict(**raw["verdict"]) if raw.get("verdict") else None
             raw["sizes"] = tuple(Side(**_tuples(row)) for row in raw.get("sizes", ()))
             raw["layers"] = tuple(LayerRow(**_tuples(row)) for row in raw["layers"])
-            raw["history"], raw["misses"] = tuple(raw["history"]), tuple(raw["misses"])
+            for name in ("history", "misses", "tried"):
+                raw[name] = tuple(raw.get(name, ()))
             return cls(**raw)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise PliantError(

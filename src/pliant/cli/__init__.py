@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from pliant.cli import compress, files, inspect, measure, methods, solve
+from pliant.cli import auto, compress, files, inspect, measure, methods, solve
 
 app = typer.Typer(
     name="pliant",
@@ -14,6 +14,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("compress")(compress.compress)
+app.command("auto")(auto.auto)
 app.command("recover")(solve.recover)
 app.command("cluster")(solve.cluster)
 app.command("analyze")(solve.analyze)

@@ -45,6 +45,23 @@ def sizes(report: Report) -> Table:
     return table
 
 
+def tried(report: Report) -> Table:
+    """List what was tried where sizes or methods were searched, the chosen one in bold."""
+    table, rows = _table("What was tried"), words.tried_cells(report)
+    shown = [place for place in range(1, 7) if any(row[place] != words.NONE for row in rows)]
+    table.add_column("network", overflow="fold", min_width=10)
+    for place in shown:
+        table.add_column(words.TRIED_COLUMNS[place - 1], justify="right", no_wrap=place != 5)
+    table.add_column("", overflow="fold", ratio=1)
+    for tried, cells in zip(report.tried, rows, strict=True):
+        said = "chosen" if tried.get("chosen") else cells[-1]
+        texts = (cells[0], *(cells[place] for place in shown), said)
+        table.add_row(*map(Text, texts), style="bold" if tried.get("chosen") else "dim")
+    table.caption = Text("; ".join(row["note"] for row in words.tried(report) if row.get("chosen")))
+    table.caption_justify = "left"
+    return table
+
+
 def layers(report: Report) -> Table:
     """List the layers that cost MACs: what each became, or why it was left alone.
 
