@@ -8,7 +8,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from pliant import _moved
-from pliant.api import analyze, auto, cluster, compress, load, recover, smallest
+from pliant.api import analyze, auto, cluster, compress, load, recover, smallest, sweep
 from pliant.budget import Budget
 from pliant.compose import Stage, chain, together
 from pliant.cost import Cost, cost, layer_costs
@@ -60,6 +60,7 @@ __all__ = [
     "register",
     "smallest",
     "start",
+    "sweep",
     "to_onnx",
     "together",
 ]

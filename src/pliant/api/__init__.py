@@ -4,6 +4,7 @@ from pliant.api.network import CONTROL, compress
 from pliant.api.probe import analyze
 from pliant.api.shortlist import auto
 from pliant.api.solve import cluster, recover
+from pliant.api.sweep import sweep
 from pliant.api.within import smallest
 from pliant.files.load import MOST_CLASSES, load
 
@@ -17,4 +18,5 @@ __all__ = [
     "load",
     "recover",
     "smallest",
+    "sweep",
 ]

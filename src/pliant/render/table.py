@@ -12,6 +12,12 @@ from pliant.render import words
 from pliant.result import LayerRow, Report
 
 BARS = "▁▂▃▄▅▆▇█"
+MANY = (
+    ("accuracy", "accuracy", words.percent),
+    ("params", "params", words.human),
+    ("latency_ms", "ms", words.milliseconds),
+    ("seconds", "took", words.seconds),
+)
 SPARK = 12  # characters of a spectrum in a table
 
 
@@ -20,6 +26,17 @@ def _table(title: str | None = None) -> Table:
         title=title and Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
         pad_edge=False, collapse_padding=True, padding=(0, 1), header_style="bold",
     )  # fmt: skip
+
+
+def plain(pairs: Sequence[tuple[str, str]]) -> Table:
+    """List names and what they stand for."""
+    table = _table()
+    table.show_header = False
+    table.add_column("", no_wrap=True)
+    table.add_column("", overflow="fold")
+    for name, text in pairs:
+        table.add_row(Text(name, "dim"), Text(text))
+    return table
 
 
 def before_after(report: Report) -> Table:
@@ -59,6 +76,22 @@ def tried(report: Report) -> Table:
         table.add_row(*map(Text, texts), style="bold" if tried.get("chosen") else "dim")
     table.caption = Text("; ".join(row["note"] for row in words.tried(report) if row.get("chosen")))
     table.caption_justify = "left"
+    return table
+
+
+def many(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """List networks: what each costs and scores, or why there is none."""
+    table = _table()
+    kept = [each for each in MANY if any(row.get(each[0]) is not None for row in rows)]
+    table.add_column("network", overflow="fold", min_width=14, ratio=2)
+    for _, name, _ in kept:
+        table.add_column(name, justify="right", no_wrap=True)
+    refused = any(row.get("refused") for row in rows)
+    if refused:
+        table.add_column("refused", overflow="fold", ratio=2)
+    for row in rows:
+        texts = [str(row["name"]), *(write(row.get(key)) for key, _, write in kept)]
+        table.add_row(*map(Text, texts + ([str(row.get("refused") or "")] if refused else [])))
     return table
 
 
