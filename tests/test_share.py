@@ -95,7 +95,7 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.asked.append(self.path)
-        self.answer({"sha": "0", "siblings": []})
+        self.answer({"id": "me/net", "sha": "0", "siblings": []})
 
     def answer(self, value: Any, status: int = 200) -> None:
         text = json.dumps(value).encode()
