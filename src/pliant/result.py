@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +92,8 @@ class Report:
     (singular values by layer and unfolding). ``seconds`` is by stage, ``export`` what was written
     and how it compares, ``target`` where milliseconds were measured and how sure their comparison
     is. ``sizes`` are those of an elastic network, each by itself, from the largest; empty for any
-    other. ``verdict`` judges what was lost.
+    other. ``verdict`` judges what was lost. ``tried`` has a row for every network that was made on
+    the way, where sizes or methods were searched: what it is, costs and lost.
     """
 
     model: str
@@ -113,10 +115,23 @@ class Report:
     target: dict[str, Any] = field(default_factory=dict)
     sizes: tuple[Side, ...] = ()
     verdict: Verdict | None = None
+    tried: tuple[dict[str, Any], ...] = ()
 
     def to_json(self) -> str:
         """Return the report as JSON; numbers that are not finite become null."""
         return json.dumps(_finite(asdict(self)), indent=1)
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write ``report.html``, ``report.json`` and ``report.md`` into a folder.
+
+        Raises:
+            OutputError: the folder cannot be made or written.
+        """
+        return shown("save_report")(self, folder)
+
+    def _repr_html_(self) -> str:
+        """Show the verdict and the numbers in a notebook."""
+        return shown("notebook")(self)
 
     @classmethod
     def from_json(cls, text: str) -> Report:
@@ -131,7 +146,8 @@ class Report:
             raw["verdict"] = Verdict(**raw["verdict"]) if raw.get("verdict") else None
             raw["sizes"] = tuple(Side(**_tuples(row)) for row in raw.get("sizes", ()))
             raw["layers"] = tuple(LayerRow(**_tuples(row)) for row in raw["layers"])
-            raw["history"], raw["misses"] = tuple(raw["history"]), tuple(raw["misses"])
+            for name in ("history", "misses", "tried"):
+                raw[name] = tuple(raw.get(name, ()))
             return cls(**raw)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise PliantError(
@@ -170,6 +186,49 @@ class Result:
             OutputError: a file of another kind is there, or the file cannot be written.
         """
         return artifact.save(path, self.model, self.edits, source=source, encode=encode)
+
+    def save_pretrained(
+        self, folder: str | Path, *, source: str | None = None, onnx: Any = ()
+    ) -> Path:
+        """Write a folder to share, which ``pliant.load`` reads: network, report, model card.
+
+        Args:
+            folder: where to; files of the same names in it are replaced.
+            source: what builds the dense network, for commands: a zoo name or module:callable.
+            onnx: inputs of one forward call; with them the network is written as ONNX too.
+
+        Raises:
+            OutputError: the folder cannot be made or written.
+        """
+        return shown("save_pretrained")(self, folder, source=source, onnx=onnx)
+
+    def push_to_hub(self, repo: str, folder: str | Path, **asked: Any) -> str:
+        """Write a folder as `save_pretrained` does, upload it, and return its address.
+
+        Args:
+            repo: ``owner/name`` on the hub.
+            folder: where the files are kept here.
+            asked: ``token``, ``private``, ``endpoint`` and ``message`` of the upload; ``source``
+                and ``onnx`` of `save_pretrained`.
+
+        Raises:
+            MissingExtraError: huggingface_hub is not installed.
+            OutputError: the folder cannot be written, or the hub refuses.
+        """
+        return shown("push_to_hub")(self, repo, folder, **asked)
+
+    def _repr_html_(self) -> str:
+        """Show the report in a notebook."""
+        return self.report._repr_html_()
+
+
+def shown(name: str) -> Callable[..., Any]:
+    """Return a function of the room above that shows and shares results.
+
+    It is looked up when it is called: results are plain data, and need no renderer to exist.
+    """
+    found: Callable[..., Any] = getattr(import_module("pliant.api.present"), name)
+    return found
 
 
 def _finite(value: Any) -> Any:

@@ -2,7 +2,21 @@
 
 from pliant.api.network import CONTROL, compress
 from pliant.api.probe import analyze
+from pliant.api.shortlist import auto
 from pliant.api.solve import cluster, recover
+from pliant.api.sweep import sweep
+from pliant.api.within import smallest
 from pliant.files.load import MOST_CLASSES, load
 
-__all__ = ["CONTROL", "MOST_CLASSES", "analyze", "cluster", "compress", "load", "recover"]
+__all__ = [
+    "CONTROL",
+    "MOST_CLASSES",
+    "analyze",
+    "auto",
+    "cluster",
+    "compress",
+    "load",
+    "recover",
+    "smallest",
+    "sweep",
+]

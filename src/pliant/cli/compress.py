@@ -175,13 +175,23 @@ def compress(
                 result,
                 samples.example(),
                 source=found.made_by,
-                extra=_extra(samples, found),
+                extra=extra(samples, found),
                 onnx=onnx,
                 encode=encode,
             )
         except KeyboardInterrupt:
             bars.progress.stop()
             raise _stopped(context, place) from None
+    end(written, as_json=as_json, allow_drop=allow_drop)
+
+
+def end(written: folder.Written, *, as_json: bool, allow_drop: bool = False) -> None:
+    """Print what came out, and end in red where it is not what was asked for.
+
+    Raises:
+        BudgetError: the budget was missed.
+        typer.Exit: more was lost than may be.
+    """
     _print(written, as_json=as_json)
     if not written.report.met:
         raise BudgetError(f"The result misses the budget: {'; '.join(written.report.misses)}.")
@@ -201,7 +211,7 @@ def _name(method: Method) -> str:
     return entry.name if entry else type(method).__name__.lower()
 
 
-def _extra(samples: Data, found: source.Source) -> dict[str, Any]:
+def extra(samples: Data, found: source.Source) -> dict[str, Any]:
     """What a file should know beside the weights: how inputs look, and what outputs mean."""
     example = samples.example()
     first = None if isinstance(example, Mapping) else next(iter(example), None)

@@ -66,6 +66,8 @@ def print_report(report: Report, files: Iterable[Path]) -> None:
         shown.print(f"Before: {report.train['reference']}.", style="dim")
     if report.sizes:
         shown.print(table.sizes(report))
+    if report.tried:
+        shown.print(table.tried(report))
     shown.print(table.layers(report))
     for path in files:
         shown.print(f"  {path}", soft_wrap=True, markup=False)

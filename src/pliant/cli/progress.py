@@ -68,6 +68,16 @@ class Bars:
                 left=f"{words.seconds(row['seconds_left'])} left",
             )
 
+    def count(self, row: dict[str, Any]) -> None:
+        """Take a row that counts: how many are done of how many, and the seconds left."""
+        phase = str(row["phase"])
+        if phase != self.now:
+            self._begin(phase)
+        left = f"{words.seconds(row['seconds_left'])} left"
+        done, total = row["step"], row["steps"]
+        told = {"completed": done, "total": total, "what": f"{done} of {total}", "left": left}
+        self.progress.update(self.tasks[phase], **told)
+
     def _begin(self, phase: str) -> None:
         self._end()
         self.now = phase

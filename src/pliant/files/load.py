@@ -15,6 +15,7 @@ from pliant.edits import Nest
 from pliant.edits import sizes as elastic
 from pliant.errors import ArtifactError, ModelError
 from pliant.files import artifact
+from pliant.files.hub import model_file
 from pliant.files.manifest import Manifest
 from pliant.latency import Target, Where, as_target, measure
 
@@ -34,7 +35,7 @@ def load(
     Nothing in a file can execute anything: without `model` only networks of the zoo are built.
 
     Args:
-        path: a ``.pliant`` file.
+        path: a ``.pliant`` file, or a folder with one from `Result.save_pretrained`.
         model: the dense architecture, freshly built, or a function that builds it; may be left
             out for a network of the zoo.
         at: of an elastic network, which size: the largest that this budget allows, or of which
@@ -49,6 +50,7 @@ def load(
         BudgetError: even the smallest size is too large.
     """
     place = None if target is None else as_target(target)
+    path = model_file(Path(path)) if Path(path).is_dir() else path
     manifest = artifact.inspect(path)
     dense = model if model is not None else _of_zoo(manifest)
     if at is None:

@@ -12,6 +12,12 @@ from pliant.render import words
 from pliant.result import LayerRow, Report
 
 BARS = "▁▂▃▄▅▆▇█"
+MANY = (
+    ("accuracy", "accuracy", words.percent),
+    ("params", "params", words.human),
+    ("latency_ms", "ms", words.milliseconds),
+    ("seconds", "took", words.seconds),
+)
 SPARK = 12  # characters of a spectrum in a table
 
 
@@ -20,6 +26,17 @@ def _table(title: str | None = None) -> Table:
         title=title and Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
         pad_edge=False, collapse_padding=True, padding=(0, 1), header_style="bold",
     )  # fmt: skip
+
+
+def plain(pairs: Sequence[tuple[str, str]]) -> Table:
+    """List names and what they stand for."""
+    table = _table()
+    table.show_header = False
+    table.add_column("", no_wrap=True)
+    table.add_column("", overflow="fold")
+    for name, text in pairs:
+        table.add_row(Text(name, "dim"), Text(text))
+    return table
 
 
 def before_after(report: Report) -> Table:
@@ -42,6 +59,39 @@ def sizes(report: Report) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for row in words.sizes(report):
         table.add_row(*row)
+    return table
+
+
+def tried(report: Report) -> Table:
+    """List what was tried where sizes or methods were searched, the chosen one in bold."""
+    table, rows = _table("What was tried"), words.tried_cells(report)
+    shown = [place for place in range(1, 7) if any(row[place] != words.NONE for row in rows)]
+    table.add_column("network", overflow="fold", min_width=10)
+    for place in shown:
+        table.add_column(words.TRIED_COLUMNS[place - 1], justify="right", no_wrap=place != 5)
+    table.add_column("", overflow="fold", ratio=1)
+    for tried, cells in zip(report.tried, rows, strict=True):
+        said = "chosen" if tried.get("chosen") else cells[-1]
+        texts = (cells[0], *(cells[place] for place in shown), said)
+        table.add_row(*map(Text, texts), style="bold" if tried.get("chosen") else "dim")
+    table.caption = Text("; ".join(row["note"] for row in words.tried(report) if row.get("chosen")))
+    table.caption_justify = "left"
+    return table
+
+
+def many(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """List networks: what each costs and scores, or why there is none."""
+    table = _table()
+    kept = [each for each in MANY if any(row.get(each[0]) is not None for row in rows)]
+    table.add_column("network", overflow="fold", min_width=14, ratio=2)
+    for _, name, _ in kept:
+        table.add_column(name, justify="right", no_wrap=True)
+    refused = any(row.get("refused") for row in rows)
+    if refused:
+        table.add_column("refused", overflow="fold", ratio=2)
+    for row in rows:
+        texts = [str(row["name"]), *(write(row.get(key)) for key, _, write in kept)]
+        table.add_row(*map(Text, texts + ([str(row.get("refused") or "")] if refused else [])))
     return table
 
 

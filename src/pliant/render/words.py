@@ -181,6 +181,48 @@ def sizes(report: Report) -> list[tuple[str, str, str, str, str]]:
     ]
 
 
+def tried(report: Report) -> list[dict[str, Any]]:
+    """Return a row for every network that was tried on the way, with a name and a note."""
+    return [{**row, "name": _tried_name(row), "note": _tried_note(row)} for row in report.tried]
+
+
+TRIED_COLUMNS = ("params", "bytes", "ms", "accuracy", "points lost", "took")
+
+
+def tried_cells(report: Report) -> list[tuple[str, ...]]:
+    """Return the cells of the table of what was tried: a name, `TRIED_COLUMNS`, a note."""
+    return [
+        (
+            row["name"],
+            human(row.get("params")),
+            size(row.get("bytes")),
+            human(row.get("latency_ms")),
+            percent(row.get("accuracy"), 2),
+            NONE if row.get("lost") is None else f"{row['lost']:.2f}",
+            seconds(row.get("seconds")),
+            row["note"],
+        )
+        for row in tried(report)
+    ]
+
+
+def _tried_name(row: Mapping[str, Any]) -> str:
+    share = row.get("share")
+    sized = "" if share is None else f"at {100 * share:.1f} %"
+    trained = "trained" if row.get("trained") else ""
+    return ", ".join(filter(None, (row.get("plan", ""), sized, trained)))
+
+
+def _tried_note(row: Mapping[str, Any]) -> str:
+    if row.get("chosen"):
+        return f"chosen: {row['why']}" if "why" in row else "chosen"
+    if "refused" in row:
+        return str(row["refused"])
+    if row.get("met") is False:
+        return "misses the limits"
+    return "" if row.get("within") else "too much"
+
+
 def _said(before: float | None, after: float | None) -> str:
     return NONE if not before or not after else _sized(before, after, "less", "more")
 
