@@ -40,6 +40,7 @@ from pliant.registry import check_options
 from pliant.surgery.batchnorm import recalibrate
 from pliant.surgery.followers import Followers
 from pliant.surgery.optim import Optimizers, add_gradient, cancel_decay, check_holds
+from pliant.surgery.plain import plain
 from pliant.surgery.select import factorizable, leave_unused, readable
 
 ROUTED = 256  # samples that may call layers to which one sample is not routed
@@ -387,6 +388,7 @@ class Run:
         Raises:
             MethodError: a name pattern matches no layer.
         """
+        self.unwrap()
         return self._in_use(*factorizable(self.model, only=only, exclude=exclude))
 
     def readable(
@@ -397,7 +399,12 @@ class Run:
         Raises:
             MethodError: a name pattern matches no layer.
         """
+        self.unwrap()
         return self._in_use(*readable(self.model, only=only, exclude=exclude))
+
+    def unwrap(self) -> None:
+        """Put plain layers in the place of those that compute the same: see `Plain`."""
+        self.apply(*plain(self.model, self.example))
 
     def _in_use(
         self, layers: dict[str, Factorizable], reasons: dict[str, str]

@@ -131,7 +131,7 @@ class Gathered:
     grams: dict[str, Tensor] = field(default_factory=dict)
     kept: dict[str, list[Tensor]] = field(default_factory=dict)
     counts: dict[str, Tensor] = field(default_factory=dict)
-    strides: dict[str, int] = field(default_factory=dict)  # of which samples one is kept
+    paces: dict[str, tuple[int, int]] = field(default_factory=dict)  # met so far, one kept of
     last: list[tuple[Any, Any, Tensor]] = field(default_factory=list)
 
     def see(self, name: str, inputs: Tensor) -> None:
@@ -145,8 +145,7 @@ class Gathered:
         width, kept = rows.shape[1], self.kept.setdefault(name, [])
         few = 2 * (sum(map(len, kept)) + len(rows)) <= width
         if name not in self.grams and (few or width > MOST):
-            kept.append(rows[:: self.strides.get(name, 1)])
-            self._thin(name)
+            self._keep(name, rows)
             return
         for earlier in kept:
             self.grams[name] = self.grams.get(name, 0) + self_product(earlier.T)
@@ -157,7 +156,7 @@ class Gathered:
         """Return the sums of all layers that were called."""
         found: dict[str, Reads] = {name: Diagonal(count) for name, count in self.counts.items()}
         for name in [name for name in self.layers if name in self.kept]:
-            layer, often = self.layers[name], self.strides.get(name, 1) ** 0.5
+            layer, often = self.layers[name], self.paces.get(name, (0, 1))[1] ** 0.5
             few = [rows * often for rows in self.kept[name]]
             if isinstance(layer, TRANSPOSED):
                 gram = self.grams[name] if name in self.grams else self_product(torch.cat(few).T)
@@ -186,11 +185,13 @@ class Gathered:
             self.gram_of = self_product(rows.T)
         return self.gram_of
 
-    def _thin(self, name: str) -> None:
-        kept = self.kept[name]
-        while 2 * sum(map(len, kept)) > min(kept[0].shape[1], 2 * MOST):
-            kept[:] = [torch.cat(kept)[::2]]
-            self.strides[name] = 2 * self.strides.get(name, 1)
+    def _keep(self, name: str, rows: Tensor) -> None:
+        """Keep one of so many samples, and half of them where they have become too many."""
+        kept, (met, stride) = self.kept[name], self.paces.get(name, (0, 1))
+        kept.append(rows[-met % stride :: stride])
+        while 2 * sum(map(len, kept)) > min(rows.shape[1], 2 * MOST):
+            kept[:], stride = [torch.cat(kept)[::2]], 2 * stride
+        self.paces[name] = met + len(rows), stride
 
 
 def thinned(module: nn.Module, output: Tensor) -> Tensor:

@@ -29,6 +29,7 @@ def removable(run: Run, only: Sequence[str] = (), exclude: Sequence[str] = ()) -
         ModelError: there are none.
         MethodError: a name pattern matches no layer.
     """
+    run.unwrap()
     chosen, unwanted = readable(run.model, only=only, exclude=exclude)
     groups, reasons = cuttable(run.model, run.example, routed(run))
     good = []
