@@ -381,15 +381,20 @@ class Run:
             recalibrate(self.model, self.inputs(samples))
 
     def factorizable(
-        self, only: Sequence[str] = (), exclude: Sequence[str] = ()
+        self, only: Sequence[str] = (), exclude: Sequence[str] = (), *, every: bool = False
     ) -> tuple[dict[str, Factorizable], dict[str, str]]:
         """Return the layers in use that can be factorized, and why others cannot.
+
+        Args:
+            only: name patterns of layers to consider; none means all.
+            exclude: name patterns of layers to leave alone.
+            every: see `pliant.nn.layers.obstacle`.
 
         Raises:
             MethodError: a name pattern matches no layer.
         """
         self.unwrap()
-        return self._in_use(*factorizable(self.model, only=only, exclude=exclude))
+        return self._in_use(*factorizable(self.model, only=only, exclude=exclude, every=every))
 
     def readable(
         self, only: Sequence[str] = (), exclude: Sequence[str] = ()

@@ -11,6 +11,7 @@ from pliant.errors import MethodError
 from pliant.families.lowrank.factorize import Layers, look
 from pliant.math.metric import SENSITIVITY_DAMPING, Metric
 from pliant.math.moments import dampen
+from pliant.nn.kinds import kernel
 from pliant.run import Run
 
 READING_DAMPING = 1e-2  # share of the mean eigenvalue added to what a layer reads: it is inverted
@@ -68,8 +69,9 @@ def frames(run: Run, layers: Layers, samples: int) -> dict[str, Pair]:
     Raises:
         MethodError: there are no training inputs, or none may be looked at.
     """
-    seen = look(run, layers, samples)
-    if not seen:
+    plain = {n: m for n, m in layers.items() if kernel(m) is m.weight}
+    seen = look(run, plain, samples)
+    if not seen and plain:
         raise MethodError(
             'space="whitened" measures directions by training inputs, and there are none: pass '
             'data and samples above 0, or take space="weights".'
