@@ -52,7 +52,8 @@ class Factor:
         added: tuple[Any, ...] = tuple(child.weight for child in new)
         turned = kinds.kernel(module) is not module.weight
         back = partial(_pull_back, row=new, form=self.form, turned=turned)
-        return Replaced((module.weight,), added, back)
+        dense_weight: Any = module.weight
+        return Replaced((dense_weight,), added, back)
 
     def predict(self, before: LayerCost) -> LayerCost:
         """Return the cost of the smaller layers together."""

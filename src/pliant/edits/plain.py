@@ -106,7 +106,7 @@ def hidden(module: nn.Module) -> bool:
     if known in (*kinds.TABLE, *kinds.TRANSPOSED) or type(module).__module__.startswith("pliant."):
         return False
     owned = dict(module.named_parameters())
-    parts = list(module.children()) or list(module.buffers())
+    parts = [*module.children(), *module.buffers()]
     return (
         isinstance(getattr(module, "weight", None), nn.Parameter)
         and not parts

@@ -19,6 +19,14 @@ class SplitAttention(nn.Module):
         weights: whether these are copied; else they are left empty, for loading.
     """
 
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    embed_dim: int
+    num_heads: int
+    head_dim: int
+    dropout: float
+
     in_proj_bias = None
     """PyTorch's sign to transformer blocks around it that there is no fused path."""
 
@@ -116,7 +124,7 @@ class SplitAttention(nn.Module):
 
     @torch.no_grad()
     def _fill(self, packed: nn.MultiheadAttention) -> None:
-        layers = self.query, self.key, self.value
+        layers: Any = (self.query, self.key, self.value)
         weights: Any = (packed.q_proj_weight, packed.k_proj_weight, packed.v_proj_weight)
         if packed.in_proj_weight is not None:
             weights = packed.in_proj_weight.chunk(3)

@@ -126,7 +126,7 @@ def _foreign(module: nn.Module) -> str:
     """Say why a layer of a class that is none of the plain ones is left alone."""
     kind = type(module).__name__
     if isinstance(module, nn.MultiheadAttention):
-        return "its projections are packed in one tensor: put a run's plain layers in first"
+        return "its projections are packed in one tensor, which was not split"
     if isinstance(module, nn.RNNBase):
         return f"{kind} multiplies its matrices within one fused operation, step by step"
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
