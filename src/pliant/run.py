@@ -40,6 +40,7 @@ from pliant.registry import check_options
 from pliant.surgery.batchnorm import recalibrate
 from pliant.surgery.followers import Followers
 from pliant.surgery.optim import Optimizers, add_gradient, cancel_decay, check_holds
+from pliant.surgery.plain import plain
 from pliant.surgery.select import factorizable, leave_unused, readable
 
 ROUTED = 256  # samples that may call layers to which one sample is not routed
@@ -380,14 +381,20 @@ class Run:
             recalibrate(self.model, self.inputs(samples))
 
     def factorizable(
-        self, only: Sequence[str] = (), exclude: Sequence[str] = ()
+        self, only: Sequence[str] = (), exclude: Sequence[str] = (), *, every: bool = False
     ) -> tuple[dict[str, Factorizable], dict[str, str]]:
         """Return the layers in use that can be factorized, and why others cannot.
+
+        Args:
+            only: name patterns of layers to consider; none means all.
+            exclude: name patterns of layers to leave alone.
+            every: see `pliant.nn.layers.obstacle`.
 
         Raises:
             MethodError: a name pattern matches no layer.
         """
-        return self._in_use(*factorizable(self.model, only=only, exclude=exclude))
+        self.unwrap()
+        return self._in_use(*factorizable(self.model, only=only, exclude=exclude, every=every))
 
     def readable(
         self, only: Sequence[str] = (), exclude: Sequence[str] = ()
@@ -397,7 +404,12 @@ class Run:
         Raises:
             MethodError: a name pattern matches no layer.
         """
+        self.unwrap()
         return self._in_use(*readable(self.model, only=only, exclude=exclude))
+
+    def unwrap(self) -> None:
+        """Put plain layers in the place of those that compute the same: see `Plain`."""
+        self.apply(*plain(self.model, self.example))
 
     def _in_use(
         self, layers: dict[str, Factorizable], reasons: dict[str, str]

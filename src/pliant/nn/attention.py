@@ -1,197 +1,145 @@
-"""Gates over channels and places, and a light residual: operations that begin as next to nothing.
-
-Each maps (N, channels, H, W) to the same shape. A gate is a sigmoid whose argument begins as a
-constant, so that all features are multiplied by one number just below 1.
-"""
+"""Attention whose projections are four linear layers of their own, instead of one packed tensor."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pliant.cost import LayerCost
-from pliant.errors import EditError
 
-OPEN = 4.0  # where a single gate begins: its sigmoid is 0.982
-WIDER = 5.0  # where each of two gates begins: the product of both is 0.987
-LEAST = 4  # hidden features: fewer tell channels apart no more
-SIDE = 7  # of the kernel that looks at places
+class SplitAttention(nn.Module):
+    """Computes what ``nn.MultiheadAttention`` does, with ``query``, ``key``, ``value`` and ``out``.
 
-_SQUEEZED: Mapping[str, type] = {"channels": int, "reduction": int}
+    Its projections can be factorized, cut and coded as any linear layers.
 
-
-class SqueezeExcite(nn.Module):
-    """Multiplies every channel by a gate that is computed from the means of all.
-
-    Source: Hu, Shen and Sun, "Squeeze-and-excitation networks", CVPR 2018.
+    Args:
+        packed: the layer it replaces; projections begin with its numbers.
+        weights: whether these are copied; else they are left empty, for loading.
     """
 
-    spec: ClassVar[Mapping[str, type]] = _SQUEEZED
+    query: nn.Linear
+    key: nn.Linear
+    value: nn.Linear
+    embed_dim: int
+    num_heads: int
+    head_dim: int
+    dropout: float
 
-    def __init__(self, channels: int, reduction: int) -> None:
+    in_proj_bias = None
+    """PyTorch's sign to transformer blocks around it that there is no fused path."""
+
+    def __init__(self, packed: nn.MultiheadAttention, *, weights: bool = True) -> None:
         super().__init__()
-        hidden = _hidden(channels, reduction)
-        self.squeeze = nn.Linear(channels, hidden, bias=False)
-        self.excite = _constant(nn.Linear(hidden, channels), OPEN)
+        names = ("embed_dim", "kdim", "vdim", "num_heads", "head_dim", "dropout", "batch_first")
+        for name in (*names, "add_zero_attn", "_qkv_same_embed_dim"):
+            setattr(self, name, getattr(packed, name))
+        out = packed.out_proj.weight
+        where: Any = {"device": out.device, "dtype": out.dtype}
+        bias = packed.in_proj_bias is not None
+        width = self.embed_dim
+        for name, size in (("query", width), ("key", self.kdim), ("value", self.vdim)):
+            setattr(self, name, nn.utils.skip_init(nn.Linear, size, width, bias, **where))
+        again = packed.out_proj.bias is not None
+        self.out = nn.utils.skip_init(nn.Linear, width, width, again, **where)
+        self.bias_k, self.bias_v = packed.bias_k, packed.bias_v
+        if weights:
+            self._fill(packed)
+        self.train(packed.training)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, channels, H, W) to the same shape."""
-        gate: Tensor = self.excite(self.squeeze(x.mean((2, 3))).relu()).sigmoid()
-        return x * gate[:, :, None, None]
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        key_padding_mask: Tensor | None = None,
+        need_weights: bool = True,
+        attn_mask: Tensor | None = None,
+        average_attn_weights: bool = True,
+        is_causal: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Attend: the arguments and what comes back are those of ``nn.MultiheadAttention``."""
+        batched = query.dim() == 3
+        first = self.batch_first or not batched
+        if not batched:
+            query, key, value = query[None], key[None], value[None]
+            key_padding_mask = None if key_padding_mask is None else key_padding_mask[None]
+        q, k, v = self.query(query), self.key(key), self.value(value)
+        if not first:
+            q, k, v = (each.transpose(0, 1) for each in (q, k, v))
+        k, v, more = self._longer(k, v)
+        mask = self._mask(attn_mask, key_padding_mask, q, k.shape[1] - more, more)
+        q, k, v = (self._heads(each) for each in (q, k, v))
+        found, shares = self._attended(q, k, v, mask, needed=need_weights)
+        found = self.out(found.transpose(1, 2).flatten(2))
+        if shares is not None:
+            shares = shares.mean(1) if average_attn_weights else shares
+        if not batched:
+            return found[0], None if shares is None else shares[0]
+        return found if first else found.transpose(0, 1), shares
 
-    @classmethod
-    def build(cls, layer: Any, spec: Mapping[str, Any]) -> SqueezeExcite:
-        """Make it."""
-        return cls(spec["channels"], spec["reduction"])
+    def _attended(
+        self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, needed: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        drop = self.dropout if self.training else 0.0
+        if not needed:
+            return F.scaled_dot_product_attention(q, k, v, mask, drop), None
+        scores = q @ k.transpose(-2, -1) * self.head_dim**-0.5
+        shares = (scores if mask is None else scores + mask).softmax(-1)
+        shares = F.dropout(shares, drop) if drop else shares
+        return shares @ v, shares
 
-    @classmethod
-    def predict(cls, before: LayerCost, spec: Mapping[str, Any]) -> LayerCost:
-        """Two small layers for each sample, one of them with a bias."""
-        channels = _matching(before, spec)
-        weights = 2 * channels * _hidden(channels, spec["reduction"])
-        return _row(cls, before, weights + channels, weights)
+    def _heads(self, x: Tensor) -> Tensor:
+        """Lay heads on an axis of their own: (N, heads, L, head_dim)."""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
 
+    def _longer(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
+        """Add the keys and values that are parameters or zeros."""
+        more = 0
+        if self.bias_k is not None and self.bias_v is not None:
+            k = torch.cat([k, self.bias_k.expand(len(k), 1, -1)], 1)
+            v, more = torch.cat([v, self.bias_v.expand(len(v), 1, -1)], 1), 1
+        if self.add_zero_attn:
+            k, v, more = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1)), more + 1
+        return k, v, more
 
-class EfficientAttention(nn.Module):
-    """Multiplies every channel by a gate that is computed from the means of its neighbours.
+    def _mask(
+        self,
+        attention: Tensor | None,
+        padding: Tensor | None,
+        q: Tensor,
+        sources: int,
+        more: int,
+    ) -> Tensor | None:
+        """Return what is added to scores (N, heads or 1, L, S), None for nothing."""
+        found: Tensor | None = None
+        if attention is not None:
+            added = _added(attention, q)
+            found = added.view(-1, self.num_heads, *added.shape[1:]) if added.dim() == 3 else added
+        if padding is not None:
+            added = _added(padding, q)[:, None, None, :]
+            found = added if found is None else found + added
+        return found if found is None or not more else F.pad(found, (0, more))
 
-    Source: Wang et al., "ECA-Net: efficient channel attention", CVPR 2020.
-    """
-
-    spec: ClassVar[Mapping[str, type]] = {"channels": int}
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        reach = _reach(channels)
-        self.near = _constant(nn.Conv1d(1, 1, reach, padding=reach // 2), OPEN)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, channels, H, W) to the same shape."""
-        gate: Tensor = self.near(x.mean((2, 3))[:, None]).sigmoid()
-        return x * gate[:, 0, :, None, None]
-
-    @classmethod
-    def build(cls, layer: Any, spec: Mapping[str, Any]) -> EfficientAttention:
-        """Make it."""
-        _hidden(spec["channels"], 1)
-        return cls(spec["channels"])
-
-    @classmethod
-    def predict(cls, before: LayerCost, spec: Mapping[str, Any]) -> LayerCost:
-        """One short kernel along the channels."""
-        channels = _matching(before, spec)
-        return _row(cls, before, _reach(channels) + 1, _reach(channels) * channels)
-
-
-class BlockAttention(nn.Module):
-    """A gate over channels, from their means and maxima, and then one over places.
-
-    Source: Woo et al., "CBAM: convolutional block attention module", ECCV 2018.
-    """
-
-    spec: ClassVar[Mapping[str, type]] = _SQUEEZED
-
-    def __init__(self, channels: int, reduction: int) -> None:
-        super().__init__()
-        hidden = _hidden(channels, reduction)
-        self.squeeze = nn.Linear(channels, hidden, bias=False)
-        self.excite = _constant(nn.Linear(hidden, channels), WIDER / 2)  # two are added
-        self.place = _constant(nn.Conv2d(2, 1, SIDE, padding=SIDE // 2), WIDER)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, channels, H, W) to the same shape."""
-        both = [self._excited(x.mean((2, 3))), self._excited(x.amax((2, 3)))]
-        x = x * (both[0] + both[1]).sigmoid()[:, :, None, None]
-        seen = torch.cat((x.mean(1, keepdim=True), x.amax(1, keepdim=True)), dim=1)
-        gate: Tensor = self.place(seen).sigmoid()
-        return x * gate
-
-    def _excited(self, features: Tensor) -> Tensor:
-        found: Tensor = self.excite(self.squeeze(features).relu())
-        return found
-
-    @classmethod
-    def build(cls, layer: Any, spec: Mapping[str, Any]) -> BlockAttention:
-        """Make it."""
-        return cls(spec["channels"], spec["reduction"])
-
-    @classmethod
-    def predict(cls, before: LayerCost, spec: Mapping[str, Any]) -> LayerCost:
-        """Two small layers that are called twice, and a kernel at every place."""
-        channels, taps = _matching(before, spec), 2 * SIDE**2
-        weights = 2 * channels * _hidden(channels, spec["reduction"])
-        macs = 2 * weights + taps * math.prod(before.output[1:])
-        return _row(cls, before, weights + channels + taps + 1, macs)
-
-
-class DepthwiseResidual(nn.Module):
-    """x plus a rectifier, a filter for each channel and a batch norm that begins with zeros."""
-
-    spec: ClassVar[Mapping[str, type]] = {"channels": int}
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1, groups=channels, bias=False)
-        self.norm = nn.BatchNorm2d(channels)
-        nn.init.zeros_(self.norm.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, channels, H, W) to the same shape."""
-        branch: Tensor = self.norm(self.conv(x.relu()))
-        return x + branch
-
-    @classmethod
-    def build(cls, layer: Any, spec: Mapping[str, Any]) -> DepthwiseResidual:
-        """Make it."""
-        _hidden(spec["channels"], 1)
-        return cls(spec["channels"])
-
-    @classmethod
-    def predict(cls, before: LayerCost, spec: Mapping[str, Any]) -> LayerCost:
-        """Nine weights for each channel, and a batch norm with its statistics."""
-        channels = _matching(before, spec)
-        row = _row(cls, before, 11 * channels, 9 * channels * math.prod(before.output[1:]))
-        return replace(row, bytes=row.bytes + 2 * channels * before.itemsize + 8)
+    @torch.no_grad()
+    def _fill(self, packed: nn.MultiheadAttention) -> None:
+        layers: Any = (self.query, self.key, self.value)
+        weights: Any = (packed.q_proj_weight, packed.k_proj_weight, packed.v_proj_weight)
+        if packed.in_proj_weight is not None:
+            weights = packed.in_proj_weight.chunk(3)
+        for layer, weight in zip(layers, weights, strict=True):
+            layer.weight.copy_(weight)
+            layer.weight.requires_grad_(packed.out_proj.weight.requires_grad)
+        if packed.in_proj_bias is not None:
+            for layer, bias in zip(layers, packed.in_proj_bias.chunk(3), strict=True):
+                layer.bias.copy_(bias)
+                layer.bias.requires_grad_(packed.in_proj_bias.requires_grad)
+        self.out.weight, self.out.bias = packed.out_proj.weight, packed.out_proj.bias
 
 
-def _hidden(channels: int, reduction: int) -> int:
-    if channels < 1 or reduction < 1:
-        raise EditError(f"needs channels and a reduction from 1 on, not {channels}, {reduction}.")
-    return max(LEAST, channels // reduction)
-
-
-def _reach(channels: int) -> int:
-    """The odd number next to half of the binary logarithm of the channels and a half."""
-    reach = int(math.log2(channels) / 2 + 0.5)
-    return reach if reach % 2 else reach + 1
-
-
-def _constant(layer: Any, value: float) -> Any:
-    nn.init.zeros_(layer.weight)
-    nn.init.constant_(layer.bias, value)
-    return layer
-
-
-def _matching(before: LayerCost, spec: Mapping[str, Any]) -> int:
-    channels = int(spec["channels"])
-    if len(before.output) != 3 or before.output[0] != channels:
-        raise EditError(f"gives {before.output}, where maps of {channels} channels were to come.")
-    return channels
-
-
-def _row(kind: type, before: LayerCost, params: int, macs: int) -> LayerCost:
-    return replace(
-        before,
-        kind=kind.__name__,
-        params=params,
-        macs=macs * before.calls,
-        bytes=params * before.itemsize,
-        weight=(),
-        input=before.output,
-        parts=(),
-    )
+def _added(mask: Tensor, like: Tensor) -> Tensor:
+    """Turn a mask that is true where nothing is seen into minus infinity there."""
+    if mask.dtype != torch.bool:
+        return mask.to(like.dtype)
+    return torch.zeros_like(mask, dtype=like.dtype).masked_fill(mask, float("-inf"))

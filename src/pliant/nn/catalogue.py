@@ -11,14 +11,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pliant.cost import LayerCost
 from pliant.errors import EditError
-from pliant.nn.attention import (
+from pliant.nn.basis import OrthogonalBasis
+from pliant.nn.filters import WEIGHTED, filter_count
+from pliant.nn.gates import (
     BlockAttention,
     DepthwiseResidual,
     EfficientAttention,
     SqueezeExcite,
 )
-from pliant.nn.basis import OrthogonalBasis
-from pliant.nn.filters import WEIGHTED, filter_count
 from pliant.nn.inserted import Conv, Copy, Linear, Residual
 from pliant.nn.meta_kernel import Cropped, MetaKernel
 from pliant.nn.morphological import BMConv2d, Rectified

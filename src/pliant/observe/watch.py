@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from pliant.cost import Example, call, evaluating, tensors
 
@@ -73,6 +74,15 @@ def samples(example: Example) -> int:
     """Count the samples of a batch of inputs."""
     values = example.values() if isinstance(example, Mapping) else example
     return len(next(value for value in values if isinstance(value, Tensor)))
+
+
+def one_sample(example: Example, row: int) -> Any:
+    """Return one sample of a batch of inputs: a row of every tensor with an axis."""
+
+    def take(value: Any) -> Any:
+        return value[row : row + 1] if isinstance(value, Tensor) and value.dim() else value
+
+    return tree_map(take, dict(example) if isinstance(example, Mapping) else tuple(example))
 
 
 class Stepped:

@@ -14,16 +14,22 @@ from pliant.cost import Example, call
 from pliant.edits import Edit, replay
 from pliant.edits.prune import Prune, sides
 from pliant.errors import EditError
+from pliant.observe.order import called_by
 from pliant.observe.outputs import alike, answers
+from pliant.observe.watch import one_sample, samples
+from pliant.surgery.even import evened
 from pliant.surgery.graph import Group, Slot, first_sample, slow_attention, trace
 
 Leaving = Mapping[str, Sequence[int]]
 """For every group by name, the units that leave."""
 
+UNEVEN = "it can lose channels only with as many of others, which have another number of them"
 CLOSE = 1e-4  # largest difference that rounding may make, relative to the largest output
 
 
-def cuttable(model: nn.Module, example: Example) -> tuple[list[Group], dict[str, str]]:
+def cuttable(
+    model: nn.Module, example: Example, batches: Iterable[Example] = ()
+) -> tuple[list[Group], dict[str, str]]:
     """Find the groups of channels that are proven to be removable, and why others are not.
 
     Half of the units of all groups are removed from a copy with random weights, at once. Where
@@ -32,6 +38,7 @@ def cuttable(model: nn.Module, example: Example) -> tuple[list[Group], dict[str,
     Args:
         model: not touched.
         example: the inputs of one forward call.
+        batches: more inputs, asked for where the example calls not all layers.
 
     Returns:
         The groups in the order of the model, and a reason for every layer with channels all of
@@ -41,14 +48,22 @@ def cuttable(model: nn.Module, example: Example) -> tuple[list[Group], dict[str,
         ModelError: the network answers with no tensor that could be compared.
     """
     random = randomized(model)
-    found, reasons = trace(random, example)
-    good = found
-    while failing := _failing(random, example, sorted(good, key=lambda g: len(g.slots))):
+    others = reaching(random, example, batches)
+    found, reasons = trace(random, example, others)
+    good, examples = found, [example, *others]
+    while failing := _failing(random, examples, sorted(good, key=lambda g: len(g.slots))):
         for group in good:
             for layer, side in group.slots if group.name in failing else ():
                 if side != "in":
                     reasons[layer] = f"without some of its channels {failing[group.name]}"
         good = [group for group in good if group.name not in failing]
+
+    def fails(some: Sequence[Group], leaving: Leaving) -> bool:
+        return bool(_problem(random, examples, edits_of(random, some, leaving)))
+
+    good, lost = evened(good, fails) if good else ([], [])
+    for group in lost:
+        reasons |= {layer: UNEVEN for layer, side in group.slots if side != "in"}
     changed = {layer for group in good for layer, side in group.slots if side != "in"}
     return good, {layer: why for layer, why in reasons.items() if layer not in changed}
 
@@ -68,7 +83,35 @@ def edits_of(model: nn.Module, groups: Iterable[Group], leaving: Leaving) -> lis
     ]
 
 
-def prove(model: nn.Module, example: Example, edits: Sequence[Prune]) -> None:
+def reaching(model: nn.Module, example: Example, batches: Iterable[Example]) -> list[Example]:
+    """Return samples that call the layers which a first one does not call: experts, for example.
+
+    Args:
+        model: not touched.
+        example: the first sample.
+        batches: inputs among which more are looked for, as far as needed.
+    """
+    names = [name for name, module in model.named_modules() if "in" in sides(module)]
+    seen, found = called_by(model, names, [first_sample(example, model)]), []
+    for batch in batches if len(seen) < len(names) else ():
+        ahead = called_by(model, names, [batch]) - seen
+        for row in range(samples(batch)):
+            if not ahead:
+                break
+            sample = one_sample(batch, row)
+            new = ahead & called_by(model, names, [sample])
+            if new:
+                found.append(sample)
+                seen, ahead = seen | new, ahead - new
+    return found
+
+
+def prove(
+    model: nn.Module,
+    example: Example,
+    edits: Sequence[Prune],
+    batches: Iterable[Example] = (),
+) -> None:
     """Make sure that a cut network runs, and computes what the whole one does without them.
 
     Both are tried as copies with random weights: in the whole one, all that reads the channels
@@ -77,7 +120,8 @@ def prove(model: nn.Module, example: Example, edits: Sequence[Prune]) -> None:
     Raises:
         EditError: the cut network fails in forward, or computes something else.
     """
-    if problem := _problem(randomized(model), example, edits):
+    random = randomized(model)
+    if problem := _problem(random, [example, *reaching(random, example, batches)], edits):
         raise EditError(f"These channels cannot be removed: without them {problem}.")
 
 
@@ -125,19 +169,21 @@ def silence(model: nn.Module, edits: Iterable[Prune]) -> None:
 # ---------------------------------------------------------------- proofs
 
 
-def _failing(random: nn.Module, example: Example, groups: Sequence[Group]) -> dict[str, str]:
+def _failing(
+    random: nn.Module, examples: Sequence[Example], groups: Sequence[Group]
+) -> dict[str, str]:
     """Name the groups that cannot be cut, and what happens then."""
     if not groups:
         return {}
     halves = {group.name: _every_second(group) for group in groups}
-    problem = _problem(random, example, edits_of(random, groups, halves))
+    problem = _problem(random, examples, edits_of(random, groups, halves))
     if not problem:
         return {}
     if len(groups) == 1:
         return {groups[0].name: problem}
     middle = len(groups) // 2
-    first = _failing(random, example, groups[:middle])
-    second = _failing(random, example, groups[middle:])
+    first = _failing(random, examples, groups[:middle])
+    second = _failing(random, examples, groups[middle:])
     if first or second:
         return first | second
     return {group.name: f"and of others {problem}" for group in groups}
@@ -150,11 +196,12 @@ def _every_second(group: Group) -> list[int]:
     return order[: len(order) // 2]
 
 
-def _problem(random: nn.Module, example: Example, edits: Sequence[Prune]) -> str:
+def _problem(random: nn.Module, examples: Sequence[Example], edits: Sequence[Prune]) -> str:
     """Say what goes wrong in a cut network, or nothing."""
     whole = copy.deepcopy(random)
     ignore(whole, edits)
-    return differs(whole, example, random, edits)
+    found = (differs(whole, example, random, edits) for example in examples)
+    return next(filter(None, found), "")
 
 
 def differs(whole: nn.Module, example: Example, random: nn.Module, edits: Sequence[Edit]) -> str:

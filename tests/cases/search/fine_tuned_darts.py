@@ -11,8 +11,8 @@ from pliant.families.search import bilevel as search
 from pliant.families.search.fixed import MENU, places, select
 from pliant.methods.search.edarts import EDARTS
 from pliant.methods.search.fine_tuned_darts import FineTunedDARTS
-from pliant.nn.attention import EfficientAttention
 from pliant.nn.cells import CellNetwork, derive
+from pliant.nn.gates import EfficientAttention
 from pliant.nn.genotype import DARTS_V2
 from pliant.run import Run, start
 from pliant.testing import Case
