@@ -18,6 +18,7 @@ from typing import BinaryIO
 
 from safetensors import SafetensorError
 
+from pliant.codecs.disk import regular
 from pliant.errors import ArtifactError, EditError, OutputError
 
 MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
@@ -122,7 +123,7 @@ def opened(path: Path) -> Iterator[zipfile.ZipFile]:
     """Open a file whose members are known to be ours and no larger than they can be."""
     with ExitStack() as stack:
         with reading(path):
-            stream = stack.enter_context(path.open("rb"))
+            stream = stack.enter_context(regular(path))
             _check_end(stream)
             archive = stack.enter_context(zipfile.ZipFile(stream))
             _check_members(archive)

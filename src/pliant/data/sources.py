@@ -231,6 +231,11 @@ def seeded(batches: Iterable[Any], key: int) -> Iterator[Any]:
         yield batch
 
 
+def under(key: int, make: Callable[[], Any]) -> Any:
+    """Make something under random states seeded by `key`; the caller's stay as they are."""
+    return next(seeded((make() for _ in range(1)), key))
+
+
 def _random_states() -> tuple[Any, ...]:
     return torch.default_generator.get_state(), np.random.get_state(), random.getstate()
 
