@@ -68,7 +68,8 @@ def compress(
     """Make a smaller network out of a network; the given one stays as it is.
 
     What can be refused is refused before any training. Accuracy is measured on the test split,
-    or on validation where there is none.
+    or on validation where there is none. Random numbers of PyTorch are one stream for a whole
+    process, so of calls in several threads one works and the others wait for it.
 
     Args:
         model: any network; a copy of it is compressed, on the device that `train` names.
@@ -90,7 +91,8 @@ def compress(
             network before: the honest reference of a network that comes untrained. With
             `train.distill` it is the teacher.
         folder: where checkpoints are kept while training; None keeps none.
-        resume: go on from the checkpoints in `folder`.
+        resume: go on from the checkpoints in `folder`; without, those of an earlier run there
+            are removed.
         watch: called with a dict at every step (see `fit`) and at every change of phase.
 
     Returns:

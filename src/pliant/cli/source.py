@@ -18,6 +18,7 @@ from pliant.api import MOST_CLASSES
 from pliant.edits import Edit
 from pliant.errors import DataError, ModelError, PliantError
 from pliant.files import artifact
+from pliant.math.alone import forked
 
 SUFFIX = ".pliant"
 
@@ -66,7 +67,7 @@ def find(
         ModelError: there is nothing of that name, or it gives no network.
         ArtifactError: the file is damaged or of another architecture.
     """
-    with torch.random.fork_rng(devices=[]):
+    with forked():
         torch.manual_seed(seed)
         if spec.endswith(SUFFIX):
             if weights:
