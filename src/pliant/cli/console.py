@@ -31,8 +31,8 @@ class _Console(Console):
             if segment.control or segment.text.isprintable() or segment.text == "\n":
                 yield segment
             else:
-                lines = segment.text.split("\n")
-                yield Segment("\n".join(shown(line, 4 * len(line)) for line in lines), segment.style)
+                lines = [shown(line, 4 * len(line)) for line in segment.text.split("\n")]
+                yield Segment("\n".join(lines), segment.style)
 
 
 def out() -> Console:
