@@ -121,9 +121,14 @@ def honest(folder: Path) -> list[tuple[Path, Build | None]]:
         coded = folder / f"{name}-coded.pliant"
         found.append((artifact.save(coded, model, done, encode="auto"), built))
     network = pliant.zoo.build("lenet5")
+    with torch.no_grad():
+        for tensor in network.parameters():
+            tensor.copy_((tensor * 16).round() / 16)
     extra = {"classes": 10, "input": [1, 28, 28], "class_names": ["a"] * 10}
-    path = artifact.save(folder / "zoo.pliant", network, (), source="lenet5", extra=extra)
-    return [*found, (path, None)]
+    for name, encode in (("zoo", None), ("zoo-hac", "hac"), ("zoo-ans", "ans")):
+        told: dict[str, Any] = {"source": "lenet5", "extra": extra, "encode": encode}
+        found.append((artifact.save(folder / f"{name}.pliant", network, (), **told), None))
+    return found
 
 
 def built() -> nn.Module:

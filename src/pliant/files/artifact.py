@@ -20,14 +20,16 @@ from torch import Tensor, nn
 
 from pliant.codecs import tensors as codec
 from pliant.codecs.container import (
-    MANIFEST,
-    MANIFEST_LIMIT,
+    MANIFEST as MANIFEST,
+)
+from pliant.codecs.container import (
     WEIGHTS,
     check_replaceable,
     is_pliant,
     opened,
     pack,
     read,
+    read_manifest,
     reading,
 )
 from pliant.codecs.packing import WIDEST
@@ -183,7 +185,7 @@ def inspect(path: str | Path) -> Manifest:
     """
     path = Path(path)
     with opened(path) as archive, reading(path):
-        return parse(read(archive, MANIFEST, least=2, most=MANIFEST_LIMIT))
+        return parse(read_manifest(archive))
 
 
 def load(
@@ -212,7 +214,7 @@ def load(
     with opened(path) as archive:
         if manifest is None:
             with reading(path):
-                manifest = parse(read(archive, MANIFEST, least=2, most=MANIFEST_LIMIT))
+                manifest = parse(read_manifest(archive))
         built = _built(path, manifest, model)
         with reading(path):
             trial = tried(manifest, built, model, most=(most := bound(path, built)))
