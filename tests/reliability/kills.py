@@ -21,6 +21,7 @@ from typing import Any
 from pliant import compress
 from pliant.data import Train
 from pliant.data.digest import digest_of
+from pliant.drivers.devices import fabric_of
 from pliant.edits import to_json
 from pliant.errors import PliantError
 from pliant.registry import get
@@ -45,6 +46,7 @@ def run(kills: int, folder: Path, names: list[str], seed: int = 0) -> dict[str, 
     Returns:
         For each method how many were equal, differed, failed, or could not be trained.
     """
+    fabric_of(PLAN)  # imports what every child would import anew
     choose, found = random.Random(seed), {}
     for name in names:
         found[name] = _method(name, kills, folder / name, choose)

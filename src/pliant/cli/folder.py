@@ -69,7 +69,7 @@ def claimed(out: Path, *, force: bool, resume: bool, own: bool = False) -> Itera
 
 
 def _held(out: Path) -> list[str]:
-    """Name what a folder holds, ours first, after removing what a kill left half written."""
+    """Name what a folder holds, others' first, after removing what a kill left half written."""
     try:
         names = [path.name for path in out.iterdir() if path.name != LOCK]
         for path in (out / name for name in names if _LEFT.fullmatch(name)):
@@ -79,7 +79,7 @@ def _held(out: Path) -> list[str]:
             f"The folder {out} cannot be used ({error.strerror or error}): choose another --out."
         ) from error
     kept = [name for name in names if not _LEFT.fullmatch(name)]
-    return sorted(kept, key=lambda name: (name not in OURS, name))
+    return sorted(kept, key=lambda name: (name in OURS, name))
 
 
 @dataclass(frozen=True)
