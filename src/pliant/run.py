@@ -17,6 +17,7 @@ from pliant.budget import Budget
 from pliant.cost import Cost, Example, LayerCost, bare, count
 from pliant.data import Data, Epoch, unpack
 from pliant.data.criterion import Reduction, task_loss, weighted
+from pliant.data.digest import digest_of
 from pliant.data.draws import Draws, ranks
 from pliant.data.epochs import Epochs, planned
 from pliant.data.sources import moved
@@ -116,6 +117,7 @@ class Run:
         finished: whether the compression has been made permanent.
         began: of a view, step and epoch of the whole run at which its own clock began.
         observe: called whenever a stage of a chain is over; what it returns enters the history.
+        origin: digest of the weights that the run began with.
     """
 
     model: nn.Module
@@ -142,6 +144,7 @@ class Run:
     finished: bool = False
     began: tuple[int, int] = (0, 0)
     observe: Callable[[Run], Mapping[str, Any]] | None = None
+    origin: str = ""
 
     @property
     def budget(self) -> Budget | None:
@@ -678,6 +681,7 @@ def start(
         criterion=criterion or task_loss,
         epochs=plan,
         followers=Followers(copies=tuple(copies)),
+        origin=digest_of(*model.state_dict().values()),
     )
     run.limits()  # a malformed budget is refused now
     run.optimizer = optimizer

@@ -27,6 +27,7 @@ from pliant.data.splits import Split
 from pliant.drivers import checkpoint
 from pliant.drivers.check import check_data
 from pliant.drivers.devices import own_randomness
+from pliant.drivers.lock import owned
 from pliant.drivers.loop import Watch, epochs_of, evaluate, fit
 from pliant.drivers.score import Score, device_of
 from pliant.edits import from_json, to_json
@@ -41,7 +42,7 @@ from pliant.run import RECALIBRATED, Run, start
 from pliant.surgery.batchnorm import recalibrate
 from pliant.surgery.select import factorizable
 
-CONTROL = "control"  # folder of the control run's checkpoint, and its phase in the history
+CONTROL = checkpoint.CONTROL  # folder of the control run's checkpoint, its phase in the history
 REFERENCE = "the same network trained for as many epochs without compression"
 
 Methods = Method | Stage | str | Sequence[Any]
@@ -67,7 +68,8 @@ def compress(
     """Make a smaller network out of a network; the given one stays as it is.
 
     What can be refused is refused before any training. Accuracy is measured on the test split,
-    or on validation where there is none.
+    or on validation where there is none. Random numbers of PyTorch are one stream for a whole
+    process, so of calls in several threads one works and the others wait for it.
 
     Args:
         model: any network; a copy of it is compressed, on the device that `train` names.
@@ -89,7 +91,8 @@ def compress(
             network before: the honest reference of a network that comes untrained. With
             `train.distill` it is the teacher.
         folder: where checkpoints are kept while training; None keeps none.
-        resume: go on from the checkpoints in `folder`.
+        resume: go on from the checkpoints in `folder`; without, those of an earlier run there
+            are removed.
         watch: called with a dict at every step (see `fit`) and at every change of phase.
 
     Returns:
@@ -105,12 +108,28 @@ def compress(
     """
     asked = resolve(method), _budget(budget), train, seed
     given = (example,) if isinstance(example, Tensor) else example
-    with own_randomness(seed, _place(model)):
+    place = Path(folder) if folder is not None else None
+    with own_randomness(seed, _place(model)), _written_alone(place, resume=resume):
         task = _Task(bare(model), Data.of(data, seed=seed), *asked, given, resume)
-        task.folder = Path(folder) if folder is not None else None
+        task.folder = place
         task.watch = watch or task.watch
         task.target = None if target is None else as_target(target)
         return task.go(control=control, strict=strict, name=name or type(bare(model)).__name__)
+
+
+@contextmanager
+def _written_alone(folder: Path | None, *, resume: bool) -> Iterator[None]:
+    """Keep others out of the folder of checkpoints, and clear it of those of earlier runs.
+
+    Of several processes that train together the first one does.
+    """
+    if folder is None or int(os.environ.get("RANK", 0)):
+        yield
+        return
+    with owned(folder):
+        if not resume:
+            checkpoint.forget(folder)
+        yield
 
 
 # ---------------------------------------------------------------- refusals

@@ -149,8 +149,11 @@ def compress(
         classes=samples.class_count or None,
         seed=seed,
     )
-    folder.claim(place, force=force, resume=resume, own=demo and out is None)
-    with Bars(quiet=as_json) as bars, warnings.catch_warnings():
+    with (
+        folder.claimed(place, force=force, resume=resume, own=demo and out is None),
+        Bars(quiet=as_json) as bars,
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore", AccuracyWarning)  # said at the end, and by the exit code
         try:
             result = api.compress(

@@ -4,7 +4,6 @@ import difflib
 import hashlib
 import importlib
 import inspect
-import io
 import json
 import os
 import sys
@@ -19,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pliant.codecs.disk import regular
+from pliant.data.images import FREE, GROWTH, decode, inside
 from pliant.data.sources import Tensors, generator
 from pliant.data.splits import Data, last_tenth
 from pliant.errors import DataError, MissingExtraError, PliantError, require
@@ -126,6 +127,7 @@ def _folder(path: Path, seed: int) -> Data:
     for top in (path, path / "data"):
         files = {split: _starting(top, names) for split, names in _SPLITS.items()}
         if files["train"]:
+            _check_files([one for found in files.values() for one in found], path)
             return _parquet(path.resolve().name, files)
     folders = {
         s: next((path / n for n in ns if (path / n).is_dir()), None) for s, ns in _SPLITS.items()
@@ -136,7 +138,16 @@ def _folder(path: Path, seed: int) -> Data:
             f"{', '.join(sorted(p.name for p in path.iterdir())[:5]) or 'nothing'}; "
             "check the path."
         )
-    return _image_folder(path.resolve().name, folders, seed)
+    return _image_folder(path, folders, seed)
+
+
+def _check_files(files: Sequence[Path], folder: Path) -> None:
+    """Refuse pipes and devices, and links that lead out of the folder or nowhere."""
+    for file in files:
+        try:
+            regular(inside(file, folder)).close()
+        except OSError as error:
+            raise DataError(f"{file} cannot be read ({error.strerror or error}).") from error
 
 
 def _starting(folder: Path, names: Iterable[str]) -> list[Path]:
@@ -163,12 +174,12 @@ def _count(parts: dict[str, Any]) -> int:
     return max(int(labels.max()) + 1 for _, labels in parts.values())
 
 
-def _image_folder(name: str, folders: dict[str, Path | None], seed: int) -> Data:
-    train = folders["train"]
+def _image_folder(root: Path, folders: dict[str, Path | None], seed: int) -> Data:
+    name, train = root.resolve().name, folders["train"]
     assert train is not None
     classes = tuple(sorted(p.name for p in train.iterdir() if p.is_dir()))
     parts: dict[str, Any] = {
-        s: _read_folder(f, classes) for s, f in folders.items() if f is not None
+        s: _read_folder(f, classes, root) for s, f in folders.items() if f is not None
     }
     if "val" not in parts:
         parts["train"], val = last_tenth(Tensors(*parts["train"]), seed)
@@ -176,7 +187,7 @@ def _image_folder(name: str, folders: dict[str, Path | None], seed: int) -> Data
     return _finish(replace(Data(classes=classes, name=name), **parts))
 
 
-def _read_folder(folder: Path, classes: tuple[str, ...]) -> _Labelled:
+def _read_folder(folder: Path, classes: tuple[str, ...], root: Path) -> _Labelled:
     foreign = sorted({p.name for p in folder.iterdir() if p.is_dir()} - set(classes))
     if foreign:
         raise DataError(
@@ -189,7 +200,7 @@ def _read_folder(folder: Path, classes: tuple[str, ...]) -> _Labelled:
         for file in sorted((folder / name).glob("*"))
         if file.suffix.lower() in IMAGES
     ]
-    images = _decode(((str(file), file) for file, _ in files), str(folder))
+    images = decode(((str(file), file) for file, _ in files), str(folder), root)
     return images, torch.tensor([number for _, number in files])
 
 
@@ -198,21 +209,48 @@ def _read_folder(folder: Path, classes: tuple[str, ...]) -> _Labelled:
 
 def _read_parquet(files: Sequence[Path]) -> _Decoded:
     """Decode all images of some parquet files; the columns are found by their types."""
-    datasets, parquet = require("datasets", "data"), require("pyarrow.parquet", "data")
     where = str(files[0])
     try:
-        tables = [parquet.read_table(file) for file in files]
-    except (OSError, ValueError) as error:
-        raise DataError(f"{where} must be a parquet file, but cannot be read: {error}.") from error
+        return _decoded(files, where)
+    except (DataError, MissingExtraError):
+        raise
+    except Exception as error:  # damaged metadata may raise anything in three packages
+        kind = type(error).__name__
+        raise DataError(
+            f"{where} must be a parquet file with images and labels, but cannot be read ({kind}: "
+            f"{str(error)[:200]})."
+        ) from error
+
+
+def _decoded(files: Sequence[Path], where: str) -> _Decoded:
+    datasets = require("datasets", "data")
+    tables = [_table(file) for file in files]
     rows = datasets.concatenate_datasets(
         [datasets.Dataset(datasets.table.InMemoryTable(table)) for table in tables]
     )
     image, label = _columns(rows.features, where)
     names = tuple(getattr(rows.features[label], "names", None) or ())
     cells = rows.data.column(image).to_pylist()
-    named = ((f"row {number} of {where}", _source_of(cell)) for number, cell in enumerate(cells))
+    named = ((f"row {number} of {where}", cell) for number, cell in enumerate(cells))
     labels = torch.tensor(rows.data.column(label).to_pylist())
-    return _decode(named, where), labels.long(), names
+    return decode(named, where, files[0].parent), labels.long(), names
+
+
+def _table(file: Path) -> Any:
+    """Read a parquet file, if it does not claim to unpack to more than its bytes can be."""
+    parquet = require("pyarrow.parquet", "data")
+    with regular(file) as stream:
+        opened = parquet.ParquetFile(stream)
+        whole = sum(
+            opened.metadata.row_group(i).total_byte_size for i in range(opened.num_row_groups)
+        )
+        most = max(FREE, GROWTH * file.stat().st_size)
+        if whole > most or opened.metadata.num_rows > max(10**6, file.stat().st_size):
+            raise DataError(
+                f"{file} claims {opened.metadata.num_rows:,} rows and {whole:,} bytes, more than "
+                "a file of its size holds: it is damaged or made to do harm."
+            )
+        return opened.read()
 
 
 def _columns(features: Any, where: str) -> tuple[str, str]:
@@ -234,35 +272,6 @@ def _columns(features: Any, where: str) -> tuple[str, str]:
             "drop or rename columns, or use module:callable."
         )
     return images[0], labels[0]
-
-
-def _source_of(cell: Any) -> Any:
-    if isinstance(cell, dict):
-        return io.BytesIO(cell["bytes"]) if cell.get("bytes") else cell.get("path")
-    return cell
-
-
-def _decode(named: Iterable[tuple[str, Any]], where: str) -> Tensor:
-    """Decode images of one size to uint8 (N, C, H, W); grey ones have one channel."""
-    pil, numpy = require("PIL.Image", "data"), require("numpy", "data")
-    pixels: list[Any] = []
-    mode = ""
-    for name, source in named:
-        try:
-            with pil.open(source) as image:
-                mode = mode or ("L" if image.mode in ("1", "L") else "RGB")
-                pixels.append(numpy.asarray(image.convert(mode)))
-        except Exception as error:
-            raise DataError(f"{name} must be an image, but cannot be decoded: {error}.") from error
-        if pixels[-1].shape != pixels[0].shape:
-            raise DataError(
-                f"All images must have one size, but {name} has {pixels[-1].shape[:2]} and the "
-                f"first {pixels[0].shape[:2]} pixels; resize them first."
-            )
-    if not pixels:
-        raise DataError(f"{where} must hold images, but there are none; check the path.")
-    stacked = torch.from_numpy(numpy.stack(pixels))
-    return stacked.unsqueeze(1) if mode == "L" else stacked.permute(0, 3, 1, 2).contiguous()
 
 
 # ---------------------------------------------------------------- cache

@@ -16,6 +16,7 @@ from torch.utils.data.distributed import DistributedSampler
 
 from pliant.cost import Example
 from pliant.errors import DataError
+from pliant.math.alone import ALONE
 
 LABELS = ("labels", "label", "targets", "target")  # what labels are called in a batch with names
 IGNORED = -100  # the label that cross-entropy leaves out
@@ -214,21 +215,27 @@ def seeded(batches: Iterable[Any], key: int) -> Iterator[Any]:
     iterator: Iterator[Any] | None = None
     states: tuple[Any, ...] | None = None
     while True:
-        outer = _random_states()
-        try:
-            if states is None:
-                _seed(key)
-            else:
-                _restore(states)
-            if iterator is None:
-                iterator = iter(batches)
-            batch = next(iterator)
-            states = _random_states()
-        except StopIteration:
-            return
-        finally:
-            _restore(outer)
+        with ALONE:
+            outer = _random_states()
+            try:
+                if states is None:
+                    _seed(key)
+                else:
+                    _restore(states)
+                if iterator is None:
+                    iterator = iter(batches)
+                batch = next(iterator)
+                states = _random_states()
+            except StopIteration:
+                return
+            finally:
+                _restore(outer)
         yield batch
+
+
+def under(key: int, make: Callable[[], Any]) -> Any:
+    """Make something under random states seeded by `key`; the caller's stay as they are."""
+    return next(seeded((make() for _ in range(1)), key))
 
 
 def _random_states() -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -23,6 +24,7 @@ from pliant.data.sources import (
     key_of,
     rows_of_rank,
     seeded,
+    under,
     unpack,
 )
 from pliant.errors import DataError
@@ -213,7 +215,7 @@ class Data:
             if shuffle:
                 order = order[torch.randperm(len(order), generator=generator(key))]
             mine = rows_of_rank(order, rank, world, even=split == "train")
-            return _batches(source, list(mine.split(batch_size))[start:], moves, key_of(key, start))
+            return _batches(source, list(mine.split(batch_size)), moves, key, start)
         batches = source.epoch(key, epoch, rank, world)
         stop = source.steps(world) if split == "train" and world > 1 else None
         return _slice(batches, start, stop)
@@ -394,10 +396,12 @@ def last_tenth(source: Tensors | Items, seed: int) -> tuple[Any, Any]:
 
 
 def _batches(
-    source: Tensors | Items, chunks: list[Tensor], moves: Tensor | None, key: int
+    source: Tensors | Items, chunks: list[Tensor], moves: Tensor | None, key: int, start: int = 0
 ) -> Iterator[Any]:
-    made = (source.batch(rows, None if moves is None else moves[rows]) for rows in chunks)
-    return made if isinstance(source, Tensors) else seeded(made, key)
+    """Make the batches from one on; each of a data set has a random state of its own."""
+    for number, rows in enumerate(chunks[start:], start):
+        batch = partial(source.batch, rows, None if moves is None else moves[rows])
+        yield batch() if isinstance(source, Tensors) else under(key_of(key, number), batch)
 
 
 def _slice(batches: Iterator[Any], start: int, stop: int | None) -> Iterator[Any]:

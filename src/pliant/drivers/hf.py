@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from pliant.data import IGNORED
@@ -26,8 +25,9 @@ from pliant.drivers.check import (
     check_steps,
     check_trainer,
 )
+from pliant.drivers.checkpoint import sealed, unsealed
 from pliant.drivers.devices import agree
-from pliant.errors import TrainingError, require
+from pliant.errors import ArtifactError, TrainingError, require
 from pliant.run import Run
 
 FILE = "pliant.pt"
@@ -71,6 +71,7 @@ class PliantCallback(_Callback):
 
         Raises:
             TrainingError: the folder holds no state of a run.
+            ArtifactError: it is damaged.
         """
         path = Path(checkpoint) / FILE
         if not path.exists():
@@ -78,7 +79,15 @@ class PliantCallback(_Callback):
                 f"{path} must hold the state of the run, but is not there; resume from a "
                 "checkpoint that was written while compressing."
             )
-        self.run.load_state_dict(torch.load(path, weights_only=True))
+        try:
+            saved = unsealed(path)
+        except Exception as error:  # torch.load raises what it likes on foreign bytes
+            said = str(error) if isinstance(error, ArtifactError) else type(error).__name__
+            raise ArtifactError(
+                f"{path} must hold the state of the run, but cannot be read ({said}); resume from "
+                "another checkpoint."
+            ) from error
+        self.run.load_state_dict(saved)
         self._edits = len(self.run.edits)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -122,7 +131,7 @@ class PliantCallback(_Callback):
         """Put the run beside the Trainer's checkpoint."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
-            torch.save(self.run.state_dict(), folder / FILE)
+            (folder / FILE).write_bytes(sealed(self.run.state_dict()).getbuffer())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Finish the run; whether the budget is met is for the caller to see."""

@@ -180,6 +180,8 @@ class _Training:
         elif resume:
             raise TrainingError("Resuming needs the folder of the checkpoint; pass folder=.")
         saved = checkpoint.read(self.folder, self.identity) if resume and self.folder else None
+        if self.folder is not None and not resume and self.fabric.is_global_zero:
+            checkpoint.forget(self.folder)
         self.fabric.to_device(self.run.model)
         if self.teacher is not None:
             self.teacher = self.fabric.to_device(self.teacher.eval())
@@ -216,6 +218,7 @@ class _Training:
         if self.fabric.is_global_zero:
             content = {
                 "identity": self.identity,
+                "threads": torch.get_num_threads(),
                 "place": vars(self.place),
                 "run": self.run.state_dict(),
                 "model": self.run.model.state_dict(),
@@ -398,7 +401,8 @@ class _Training:
         )
 
     def _lost(self, what: str) -> str:
-        kept = f"; the last good checkpoint is in {self.folder}" if self.folder else ""
+        saved = self.folder is not None and (self.folder / checkpoint.NAME).exists()
+        kept = f"; the last good checkpoint is in {self.folder}" if saved else ""
         return (
             f"Loss and weights must stay finite, but after step {self.place.step} of the "
             f"{self.name} {what}; lower the learning rate ({self.train.lr}), add a warmup or clip "

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from pliant import zoo
 from pliant.budget import Budget
-from pliant.cost import Example
+from pliant.cost import Cost, Example
 from pliant.edits import Nest
 from pliant.edits import sizes as elastic
 from pliant.errors import ArtifactError, ModelError
@@ -20,6 +20,7 @@ from pliant.files.manifest import Manifest
 from pliant.latency import Target, Where, as_target, measure
 
 MOST_CLASSES = 100_000  # that a file may ask the zoo for
+FEW_CLASSES = 1000  # that a file of any size may
 
 
 def load(
@@ -52,7 +53,7 @@ def load(
     place = None if target is None else as_target(target)
     path = model_file(Path(path)) if Path(path).is_dir() else path
     manifest = artifact.inspect(path)
-    dense = model if model is not None else _of_zoo(manifest)
+    dense = model if model is not None else _of_zoo(manifest, path)
     if at is None:
         return artifact.load(path, dense, manifest=manifest)
     given = (example,) if isinstance(example, Tensor) else example
@@ -61,12 +62,21 @@ def load(
     return _load_at(path, manifest, dense, at, example=given, target=place)
 
 
-def _of_zoo(manifest: Manifest) -> Callable[[], nn.Module] | None:
-    source, classes = manifest.source, manifest.extra.get("classes")
+def _of_zoo(manifest: Manifest, path: str | Path) -> Callable[[], nn.Module] | None:
+    source = manifest.source
     if source not in zoo.NETWORKS:
         return None
-    known = type(classes) is int and 0 < classes <= MOST_CLASSES
-    return lambda: zoo.build(source, classes=classes if known else None)
+    classes = classes_of(manifest, path)
+    return lambda: zoo.build(source, classes=classes)
+
+
+def classes_of(manifest: Manifest, path: str | Path) -> int | None:
+    """Return the classes that a file says its network has; None where it says nothing sensible.
+
+    A class takes a byte of the file at least: a small file cannot ask for a large network.
+    """
+    classes, most = manifest.extra.get("classes"), max(FEW_CLASSES, Path(path).stat().st_size)
+    return classes if type(classes) is int and 0 < classes <= min(MOST_CLASSES, most) else None
 
 
 def _load_at(
@@ -117,14 +127,18 @@ def _load_at(
     def milliseconds(size: int) -> float:
         return measure(elastic.of_size(loaded, edits, size), example, place).median_ms
 
+    def cost(size: int) -> Cost:
+        return elastic.counted(elastic.of_size(loaded, edits, size), example)
+
     try:
-        sizes = elastic.costs(loaded, edits, example)
+        cost(0)
     except ArtifactError as error:
         raise ArtifactError(
             f"{path} holds an elastic network that was compressed further, so no size can be cut "
             "from it any more: leave at= out."
         ) from error
-    elastic.shrink(loaded, edits, elastic.choose(sizes, budget, dense, milliseconds))
+    count = elastic.count(edits)
+    elastic.shrink(loaded, edits, elastic.choose(cost, count, budget, dense, milliseconds))
     return loaded
 
 

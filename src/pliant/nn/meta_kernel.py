@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from pliant.cost import LayerCost
 from pliant.errors import EditError
+from pliant.math.alone import forked
 from pliant.nn.mixed import Mixed
 
 LARGEST = 11  # size of a kernel
@@ -95,7 +96,7 @@ class MetaKernel(Mixed):
     def candidates(self) -> Mapping[str, nn.Module]:
         """Return a convolution of every size, with values of its own."""
         bias = self.bias is not None
-        with torch.random.fork_rng(devices=[]):
+        with forked():
             return {str(size): self.plain(size, bias=bias) for size in self.sizes}
 
     def cropped(self, size: int) -> Tensor:

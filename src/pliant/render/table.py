@@ -7,6 +7,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from pliant.errors import shown
 from pliant.registry import Entry
 from pliant.render import words
 from pliant.result import LayerRow, Report
@@ -124,7 +125,7 @@ def _layer(row: LayerRow) -> tuple[Text, ...]:
     if not words.is_changed(row):
         became = f"dense: {words.why(row)}"
     return (
-        Text(row.layer, style),
+        Text(shown(row.layer, 200), style),
         Text(became, style),
         Text(_change(row, "params"), style),
         Text(_change(row, "macs"), style),
@@ -196,7 +197,7 @@ def cell(value: Any) -> str:
         return words.human(value)
     if isinstance(value, (list, tuple)) and all(isinstance(v, (int, float)) for v in value):
         return spark(value) if len(value) > 4 else "/".join(map(words.human, value))
-    return words.plain(value)
+    return shown(words.plain(value), 200)
 
 
 def spark(values: Sequence[float]) -> str:

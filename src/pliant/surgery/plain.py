@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from pliant.cost import Example, call, evaluating, tensors
 from pliant.edits.plain import Plain, hidden
+from pliant.math.alone import forked
 from pliant.nn.layers import shared_weights
 
 CLOSE = 1e-5  # largest difference that rounding may make, relative to the largest output
@@ -70,7 +71,7 @@ def _inputs(model: nn.Module, layers: dict[str, nn.Module], example: Example) ->
 
 def _proven(name: str, module: nn.Module, args: Any, kwargs: Any) -> Plain | None:
     """The edit for one layer, None if it computes something else."""
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), _unfused(), evaluating(module):
+    with torch.no_grad(), forked(), _unfused(), evaluating(module):
         edits = [Plain(name)]
         if not isinstance(module, nn.MultiheadAttention):
             weight = _weight_in_use(module, args, kwargs)

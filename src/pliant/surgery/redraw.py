@@ -6,7 +6,8 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
+from torch.optim import Optimizerfrom pliant.math.alone import forked
+
 
 
 def redraw(
@@ -19,7 +20,7 @@ def redraw(
         generator: whose next number seeds the weights; the global random state stays as it is.
         optimizers: of the model.
     """
-    with torch.random.fork_rng(devices=[]):
+    with forked():
         torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
         for module in model.modules():
             if callable(reset := getattr(module, "reset_parameters", None)):

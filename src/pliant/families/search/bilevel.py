@@ -18,6 +18,7 @@ from pliant.cost import call
 from pliant.data import Data, unpack
 from pliant.data.splits import Split
 from pliant.errors import DataError, MethodError
+from pliant.math.alone import forked
 from pliant.nn.mixed import Mixed, MixedOp
 from pliant.observe.watch import samples
 from pliant.registry.options import In, fault
@@ -359,6 +360,6 @@ def _own_randomness(run: Run) -> Iterator[None]:
     """Let dropout draw from the run's generator, not from the training's random state."""
     seed = int(torch.randint(2**31, (), generator=run.generator))
     devices = sorted({p.device.index for p in run.model.parameters() if p.is_cuda})
-    with torch.random.fork_rng(devices=devices):
+    with forked(devices):
         torch.manual_seed(seed)
         yield

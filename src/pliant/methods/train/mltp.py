@@ -14,6 +14,7 @@ from torch.func import functional_call
 from pliant.cost import Example, call
 from pliant.data import unpack
 from pliant.errors import DataError, MethodError, ModelError
+from pliant.math.alone import forked
 from pliant.method import Method
 from pliant.observe.outputs import logits
 from pliant.observe.watch import samples
@@ -154,7 +155,7 @@ def _check_twice(model: torch.nn.Module, example: Example) -> None:
         ModelError: it cannot be.
     """
     trial = copy.deepcopy(model).train()
-    with torch.random.fork_rng(), torch.enable_grad():
+    with forked(), torch.enable_grad():
         weights = _trained(trial)[1]
         squares = logits(call(trial, example)).square().mean()
         try:
