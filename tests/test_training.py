@@ -25,7 +25,8 @@ import pliant
 from pliant.budget import Budget
 from pliant.compose import Stage, chain, together
 from pliant.data import Data, Epoch, Train, unpack
-from pliant.data.criterion import task_loss, weighted
+from pliant.data.criterion import weighted
+from pliant.data.guess import task_loss
 from pliant.data.draws import Draws
 from pliant.data.epochs import Epochs
 from pliant.drivers.devices import take_step

@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -21,6 +21,7 @@ class Side:
     """The network before or after: its costs and what it scores; None where not measured.
 
     ``latency_spread_ms`` is half the distance between the quartiles of the measured times.
+    ``metrics`` are those of the task by name, the first one judges.
     """
 
     params: int
@@ -31,6 +32,27 @@ class Side:
     loss: float | None = None
     uncounted: tuple[str, ...] = ()
     latency_spread_ms: float | None = None
+    metrics: dict[str, float | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How near all outputs of the smaller network are to those of the dense one.
+
+    Args:
+        error: root of the squared error over the squared size, over all samples; a mean over
+            outputs.
+        cosine: between the outputs of a sample, a mean over samples.
+        agreement: share of equal answers, None where answers are no classes.
+        samples: how many were compared.
+        where: the split they are of.
+    """
+
+    error: float
+    cosine: float
+    agreement: float | None
+    samples: int
+    where: str
 
 
 @dataclass(frozen=True)
@@ -38,13 +60,16 @@ class Verdict:
     """What the smaller network lost of its score, and whether that may be.
 
     Args:
-        bound: points of a percent that may be lost.
-        lost: points that were lost on the split that was scored; None where nothing was.
+        bound: points of a percent, or percent, that may be lost.
+        lost: what was lost on the split that was scored; None where nothing was.
         low: lower end of an interval of 95 % for what is lost on all such samples.
         high: its upper end.
         samples: how many samples were scored.
         holds: whether no more was lost than may be; None where it was not measured.
         note: what to know besides, in a sentence; empty if nothing.
+        metric: by which it is judged.
+        unit: of what was lost: points of a percent where the metric is a share, else percent of
+            what it was.
     """
 
     bound: float
@@ -54,6 +79,8 @@ class Verdict:
     samples: int = 0
     holds: bool | None = None
     note: str = ""
+    metric: str = "accuracy"
+    unit: Literal["points", "%"] = "points"
 
 
 @dataclass(frozen=True)
@@ -91,7 +118,8 @@ class Report:
     (singular values by layer and unfolding). ``seconds`` is by stage, ``export`` what was written
     and how it compares, ``target`` where milliseconds were measured and how sure their comparison
     is. ``sizes`` are those of an elastic network, each by itself, from the largest; empty for any
-    other. ``verdict`` judges what was lost.
+    other. ``verdict`` judges what was lost, ``fidelity`` compares outputs with the dense network's,
+    and ``task`` is what was trained and scored.
     """
 
     model: str
@@ -113,6 +141,8 @@ class Report:
     target: dict[str, Any] = field(default_factory=dict)
     sizes: tuple[Side, ...] = ()
     verdict: Verdict | None = None
+    fidelity: Fidelity | None = None
+    task: str = ""
 
     def to_json(self) -> str:
         """Return the report as JSON; numbers that are not finite become null."""
@@ -129,6 +159,7 @@ class Report:
             raw = json.loads(text)
             raw["before"], raw["after"] = (Side(**_tuples(raw[s])) for s in ("before", "after"))
             raw["verdict"] = Verdict(**raw["verdict"]) if raw.get("verdict") else None
+            raw["fidelity"] = Fidelity(**raw["fidelity"]) if raw.get("fidelity") else None
             raw["sizes"] = tuple(Side(**_tuples(row)) for row in raw.get("sizes", ()))
             raw["layers"] = tuple(LayerRow(**_tuples(row)) for row in raw["layers"])
             raw["history"], raw["misses"] = tuple(raw["history"]), tuple(raw["misses"])

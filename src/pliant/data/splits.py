@@ -95,7 +95,7 @@ class Data:
             inputs, labels = _tensor(data[0]), _tensor(data[1])
             check_pair("train", inputs, labels)
             train, val = last_tenth(Tensors(inputs, labels), seed)
-            return Data(train, val, classes=int(labels.max()) + 1)
+            return Data(train, val, classes=_classes(labels))
         if is_indexed(data) and not isinstance(data, list | tuple):
             return Data(*last_tenth(Items(data), seed))
         if isinstance(data, Iterable) and not isinstance(data, str | bytes | Tensor | Mapping):
@@ -315,17 +315,18 @@ class Data:
         labels = source.labels.flatten().long()
         return torch.bincount(labels[labels >= 0], minlength=self.class_count)
 
-    def check(self, classes: int | None = None) -> None:
+    def check(self, classes: int | None = None, *, labelled: bool = True) -> None:
         """Refuse data that cannot be trained on, before any training.
 
         Of tensors everything is looked at, of data sets and loaders the first batch.
 
         Args:
             classes: number of outputs of the model; the data's own number if None.
+            labelled: look at the range of classes too; a task looks at its labels itself.
 
         Raises:
             DataError: a split is empty, inputs are not finite, inputs and labels differ in
-                length, labels are not whole numbers or not below `classes`.
+                length, or a class is not below `classes`.
         """
         for split in get_args(Split):
             if not self.has(split):
@@ -338,7 +339,8 @@ class Data:
             check_finite(split, inputs)
             if isinstance(labels, Tensor):
                 check_pair(split, inputs[0], labels)
-                check_range(split, labels, classes or self.class_count)
+                if labelled:
+                    check_range(split, labels, classes or self.class_count)
 
     def _first_batch(self, split: Split) -> tuple[list[Tensor], Any]:
         batch = next(iter(self.batches(split, 2)), None)
@@ -383,6 +385,12 @@ class Data:
         if shuffle:
             order = torch.randperm(len(source), generator=generator(seed))
         return unpack(next(_batches(source, [order[:count]], None, seed)))[0]
+
+
+def _classes(labels: Tensor) -> int:
+    """Count the classes that labels of samples name; 0 where they are no classes."""
+    whole = not labels.is_floating_point() and not labels.is_complex()
+    return max(0, int(labels.max()) + 1) if whole and labels.dim() == 1 else 0
 
 
 def last_tenth(source: Tensors | Items, seed: int) -> tuple[Any, Any]:

@@ -176,13 +176,12 @@ def loss_function(
 
     def loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
         args, kwargs = seen.pop("inputs", ((), {}))
+        batch = {**kwargs, "labels": labels} if kwargs else (*args, labels)
         if run.model.training:
-            weighs = {"reduction": "none"} if run.reduction == "none" else {}
-            task = run.criterion(outputs, labels, **weighs)
-            batch = {**kwargs, "labels": labels} if kwargs else (*args, labels)
+            task = run.task_loss(outputs, batch, run.reduction)
             task = run.loss(task, _output(outputs, kwargs), batch)
         else:
-            task = run.criterion(outputs, labels)
+            task = run.task_loss(outputs, batch)
         if num_items_in_batch is None:
             return task
         return task * ((labels != IGNORED).sum() / num_items_in_batch)
