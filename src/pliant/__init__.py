@@ -12,7 +12,7 @@ from pliant.api import analyze, cluster, compress, load, recover
 from pliant.budget import Budget
 from pliant.compose import Stage, chain, together
 from pliant.cost import Cost, cost, layer_costs
-from pliant.data import Data, Metric, Task, Train
+from pliant.data import Data, Train
 from pliant.drivers.loop import evaluate, fit
 from pliant.errors import PliantError
 from pliant.files.onnx import to_onnx
@@ -36,7 +36,6 @@ __all__ = [
     "Entry",
     "Finding",
     "Method",
-    "Metric",
     "Paper",
     "PliantError",
     "Report",
@@ -44,7 +43,6 @@ __all__ = [
     "Run",
     "Solution",
     "Stage",
-    "Task",
     "Train",
     "analyze",
     "chain",

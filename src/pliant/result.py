@@ -119,7 +119,8 @@ class Report:
     and how it compares, ``target`` where milliseconds were measured and how sure their comparison
     is. ``sizes`` are those of an elastic network, each by itself, from the largest; empty for any
     other. ``verdict`` judges what was lost, ``fidelity`` compares outputs with the dense network's,
-    and ``task`` is what was trained and scored.
+    ``task`` is what was trained and scored, and ``metrics`` says of its metrics which way is better
+    and what they count.
     """
 
     model: str
@@ -143,6 +144,7 @@ class Report:
     verdict: Verdict | None = None
     fidelity: Fidelity | None = None
     task: str = ""
+    metrics: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return the report as JSON; numbers that are not finite become null."""

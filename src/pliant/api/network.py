@@ -227,7 +227,7 @@ class _Job:
         bound = LOSE if self.budget is None or self.budget.drop is None else self.budget.drop
         verdict = judge(dense, small, bound)
         report = replace(self._report(run, name, sides, rows), sizes=found, verdict=verdict)
-        report = replace(report, fidelity=near, task=str(self.task or ""))
+        report = replace(report, fidelity=near, task=str(self.task or ""), metrics=self._metrics())
         if verdict.holds is False:
             warnings.warn(said(verdict), AccuracyWarning, stacklevel=3)
         edits = tuple(from_json(to_json(run.edits)))  # a plan: without the tensors of factors
@@ -335,6 +335,10 @@ class _Job:
         found = {"accuracy": _known(score.accuracy), "loss": _known(score.loss)}
         return replace(side(costs, **found), metrics=values), score
 
+    def _metrics(self) -> dict[str, dict[str, str]]:
+        known = self.task.metrics if self.task is not None else {}
+        return {name: {"better": m.better, "unit": m.unit} for name, m in known.items()}
+
     def _settle(self, network: nn.Module) -> None:
         """Find out what is trained and scored, and refuse what cannot be."""
         splits: list[Split] = ["train"] if self._epochs() else []
@@ -353,10 +357,9 @@ class _Job:
             if where is not None:
                 inputs = _first_inputs(self.data, where, COMPARED)
                 return fidelity(dense, run.model, inputs, where, self.task)
-            inputs = run.inputs(COMPARED) if run.has_inputs else [run.example]
-            return fidelity(
-                dense, run.model, inputs, "train" if run.has_inputs else "example", self.task
-            )
+            name = "train" if run.has_inputs else "example"
+            seen = run.inputs(COMPARED) if run.has_inputs else [run.example]
+            return fidelity(dense, run.model, seen, name, self.task)
 
     def _sizes(self, run: Run) -> tuple[Side, ...]:
         """Measure every size that the file of an elastic network holds."""

@@ -37,9 +37,8 @@ def class_view(
     labels = squeezed(labels, tuple(wanted))
     if labels.shape != wanted:
         raise refuse("Classification needs one label for every row of scores", scores, labels)
-    if not is_whole(labels):
-        if labels.is_complex() or not bool((labels == labels.round()).all()):
-            raise refuse("Labels of classes are whole numbers", scores, labels)
+    if not is_whole(labels) and not bool((labels == labels.round()).all()):
+        raise refuse("Labels of classes are whole numbers", scores, labels)
     return scores, _known(labels.long(), scores.shape[1], void)
 
 
@@ -83,7 +82,8 @@ def class_loss(
     void: int | None = None,
 ) -> Tensor:
     """Return the cross-entropy; 0 for a batch without any label."""
-    return _entropy(*class_view(output, batch, axis, void), reduction)
+    scores, labels = class_view(output, batch, axis, void)
+    return _entropy(scores, labels, reduction)
 
 
 def _entropy(scores: Tensor, labels: Tensor, reduction: str) -> Tensor:
@@ -114,7 +114,9 @@ def class_scores(output: Any, axis: int | None = None) -> Tensor:
     return scores.movedim(1 if axis is None else axis, -1)
 
 
-def maps_view(output: Any, batch: Any, axis: int = 1, void: int | None = None) -> Any:
+def maps_view(
+    output: Any, batch: Any, axis: int = 1, void: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Return scores and labels of positions; scores of a coarser map are interpolated.
 
     Raises:
@@ -137,7 +139,8 @@ def maps_loss(
     output: Any, batch: Any, reduction: str = "mean", *, axis: int = 1, void: int | None = None
 ) -> Tensor:
     """Return the cross-entropy of positions."""
-    return _entropy(*maps_view(output, batch, axis, void), reduction)
+    scores, labels = maps_view(output, batch, axis, void)
+    return _entropy(scores, labels, reduction)
 
 
 def maps_hits(output: Any, batch: Any, *, axis: int = 1, void: int | None = None) -> Tensor:
@@ -155,6 +158,7 @@ def maps_overlaps(output: Any, batch: Any, *, axis: int = 1, void: int | None = 
 
 
 def share(sums: Tensor) -> Tensor:
+    """Return what part of the second sum the first one is."""
     return sums[..., 0] / sums[..., 1].clamp(min=1)
 
 
@@ -238,7 +242,8 @@ def token_loss(
     output: Any, batch: Any, reduction: str = "mean", *, void: int | None = None
 ) -> Tensor:
     """Return the cross-entropy of the next token."""
-    return _entropy(*token_view(output, batch, void), reduction)
+    scores, labels = token_view(output, batch, void)
+    return _entropy(scores, labels, reduction)
 
 
 def token_hits(output: Any, batch: Any, *, void: int | None = None) -> Tensor:

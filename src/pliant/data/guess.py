@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from pliant.cost import Example, call, evaluating
-from pliant.data.classes import class_view
+from pliant.data.classes import binary_loss, class_view
 from pliant.data.ready import (
     binary,
     classification,
@@ -257,11 +257,8 @@ def squashed(task: Task, model: nn.Module, inputs: Example) -> Task:
         return task
     made = (multi_label if task.name == "multi-label" else binary)(probabilities=True)
     metrics = {**task.metrics, **made.metrics}
-    return replace(made, metrics=metrics, **({"loss": task.loss} if _custom(task) else {}))
-
-
-def _custom(task: Task) -> bool:
-    return getattr(task.loss, "func", None) is not getattr(binary().loss, "func", None)
+    ready = getattr(task.loss, "func", None) is binary_loss
+    return replace(made, metrics=metrics, loss=made.loss if ready else task.loss)
 
 
 @torch.no_grad()

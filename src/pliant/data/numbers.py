@@ -39,7 +39,9 @@ def number_rows(output: Any, batch: Any) -> Tensor:
     return measures.mean_error(*(each.detach() for each in number_view(output, batch)))
 
 
-def image_view(output: Any, batch: Any, peak: float, border: int, luma: bool) -> Any:
+def image_view(
+    output: Any, batch: Any, peak: float, border: int, luma: bool
+) -> tuple[Tensor, Tensor]:
     """Return images as they are compared.
 
     Raises:
@@ -54,19 +56,23 @@ def image_view(output: Any, batch: Any, peak: float, border: int, luma: bool) ->
             f"Target images must lie in 0..{peak:g}, but {low:.3g} to {high:.3g} came: name the "
             "largest value, such as task='super-resolution(peak=255)', or undo a normalization."
         )
-    return tuple(measures.prepared(each.detach(), peak, border, luma) for each in (given, wanted))
+    one, other = (measures.prepared(each.detach(), peak, border, luma) for each in (given, wanted))
+    return one, other
 
 
 def image_loss(output: Any, batch: Any, reduction: str = "mean") -> Tensor:
     """Return the absolute error."""
-    return F.l1_loss(*number_view(output, batch), reduction=reduction)
+    given, wanted = number_view(output, batch)
+    return F.l1_loss(given, wanted, reduction=reduction)
 
 
 def image_psnr(output: Any, batch: Any, *, peak: float, border: int, luma: bool) -> Tensor:
     """Return the PSNR of every image in dB."""
-    return measures.psnr(*image_view(output, batch, peak, border, luma), peak)
+    given, wanted = image_view(output, batch, peak, border, luma)
+    return measures.psnr(given, wanted, peak)
 
 
 def image_ssim(output: Any, batch: Any, *, peak: float, border: int, luma: bool) -> Tensor:
     """Return the structural similarity of every image."""
-    return measures.ssim(*image_view(output, batch, peak, border, luma), peak)
+    given, wanted = image_view(output, batch, peak, border, luma)
+    return measures.ssim(given, wanted, peak)

@@ -45,7 +45,7 @@ def classification(*, axis: int | None = None, void: int | None = None) -> Task:
         axis: of the classes in the output; found by its shape if None.
         void: a label that is no class; -100 never is, nor are -1 and 255 as labels of positions.
     """
-    options = {"axis": axis, "void": void}
+    options: dict[str, Any] = {"axis": axis, "void": void}
     return Task(
         "classification",
         partial(class_loss, **options),
@@ -84,7 +84,7 @@ def binary(*, probabilities: bool = False) -> Task:
     Args:
         probabilities: the network ends in a sigmoid.
     """
-    options = {"probabilities": probabilities}
+    options: dict[str, Any] = {"probabilities": probabilities}
     return Task(
         "binary",
         partial(binary_loss, **options),
@@ -146,7 +146,7 @@ def next_token(*, void: int | None = None) -> Task:
     Args:
         void: a label that does not count, besides -100, -1 and 255 where they are no tokens.
     """
-    options = {"void": void}
+    options: dict[str, Any] = {"void": void}
     return Task(
         "next-token",
         partial(token_loss, **options),
@@ -227,7 +227,7 @@ def _metric(name: str, given: Any) -> Metric:
         return Metric(*given)
     raise MethodError(
         f"The metric {name!r} must say which way is better: write metrics={{{name!r}: "
-        '(function, "higher")}, or "lower", or a pliant.Metric.'
+        '(function, "higher")}, or "lower", or a pliant.data.Metric.'
     )
 
 

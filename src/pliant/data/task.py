@@ -104,8 +104,9 @@ def main_output(output: Any) -> Tensor:
     Raises:
         ModelError: there is none, or there are several of which none is called logits or out.
     """
-    if isinstance(output, Mapping) and isinstance(output.get("out"), Tensor):
-        return output["out"]  # type: ignore[no-any-return]  # torchvision's segmentation
+    named = output.get("out") if isinstance(output, Mapping) else None
+    if isinstance(named, Tensor):
+        return named  # torchvision's segmentation
     try:
         return logits(output)
     except ModelError:
@@ -149,6 +150,7 @@ def squeezed(labels: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def refuse(what: str, scores: Tensor, labels: Tensor) -> DataError:
+    """Say that outputs and labels do not fit, and what to pass."""
     return DataError(
         f"{what}, but the network gives {tuple(scores.shape)} and the labels are "
         f"{labels.dtype} {tuple(labels.shape)}: name another task, or {INSTEAD}."
@@ -162,14 +164,12 @@ def own_loss(output: Any, batch: Any = None) -> Tensor:
         ModelError: there is none.
     """
     named = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-    if _is_number(named):
-        return named  # type: ignore[no-any-return]
-    if _is_number(output):
-        return output  # type: ignore[no-any-return]
     if isinstance(output, Mapping) and output and all(map(_is_number, output.values())):
         return torch.stack([value.reshape(()) for value in output.values()]).sum()
-    if isinstance(output, list | tuple) and output and _is_number(output[0]):
-        return output[0]  # type: ignore[no-any-return]
+    first = output[0] if isinstance(output, list | tuple) and output else None
+    for found in (named, output, first):
+        if isinstance(found, Tensor) and _is_number(found):
+            return found
     raise ModelError(
         f"A network with its own loss must return it when it is called with its labels, as loss, "
         f"as a mapping of losses or first, but its {type(output).__name__} holds none: {INSTEAD}."

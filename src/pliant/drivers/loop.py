@@ -33,7 +33,7 @@ from pliant.drivers.devices import (
     take_step,
 )
 from pliant.drivers.schedule import optimizer_of, optimizers_of, rate
-from pliant.drivers.score import Score, distillation, evaluate, forward
+from pliant.drivers.score import Score, distillation, evaluate, forward, scored
 from pliant.drivers.settle import settle
 from pliant.errors import DataError, TrainingError
 from pliant.run import Hooks, Run
@@ -365,9 +365,7 @@ class _Training:
                 place.ended = True
         row: dict[str, Any] = {"loss": mean(self.fabric, place.total / max(1, place.batch))}
         if self.data.has("val"):
-            score = evaluate(run.model, self.data, "val", batch=self.train.batch, task=run.task)
-            row |= {"accuracy": score.accuracy, "val_loss": score.loss}
-            row |= {n: v for n, v in score.values.items() if n not in ("accuracy", "loss")}
+            row |= scored(run, self.data, batch=self.train.batch)
         with self._whole():
             row |= {"lr": self._lr(), "seconds": place.seconds}
             at = {} if self.hooks else {"step": run.step + place.step, "epoch": self._number()}

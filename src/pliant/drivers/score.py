@@ -23,6 +23,7 @@ from pliant.errors import DataError, ModelError, PliantError
 from pliant.math.divergence import divergence
 from pliant.observe.outputs import answers
 from pliant.result import Fidelity
+from pliant.run import Run
 
 TINY = 1e-12
 
@@ -147,6 +148,13 @@ def scoring(model: nn.Module, task: Task | None) -> Iterator[None]:
         for module in model.modules():
             module.training = not isinstance(module, _NormBase | _DropoutNd)
         yield
+
+
+def scored(run: Run, data: Data, *, batch: int = 256) -> dict[str, float]:
+    """Return what the history says of the validation split: loss and all metrics of the task."""
+    score = evaluate(run.model, data, "val", batch=batch, task=run.task)
+    values = {name: value for name, value in score.values.items() if name != "loss"}
+    return {"val_loss": score.loss, "accuracy": score.accuracy, **values}
 
 
 def _classes(task: Task, output: Any) -> int:

@@ -19,6 +19,7 @@ from pliant.data.splits import Split
 from pliant.data.task import Task, labels_of, main_output, own_loss
 from pliant.drivers.score import device_of, forward, samples_of, scoring
 from pliant.errors import DataError, MethodError, ModelError, PliantError
+from pliant.run import Run
 
 LOOKED = 64  # samples that tell the task, where not all labels are in memory
 TRIED = 8  # samples on which losses and metrics are tried
@@ -54,6 +55,20 @@ def settle(
             task = _of(task, model, data, split, batch, trains=trains)
         _try(task, model, batch, split, trains=trains and split == "train")
     return task
+
+
+def settle_run(run: Run) -> bool:
+    """Settle the task of a run that was started with one; say whether there is a split to score.
+
+    Raises:
+        DataError: as for `settle`.
+        ModelError: as for `settle`.
+        MethodError: as for `settle`.
+    """
+    if run.task is None or run.data is None or not run.data.has("val"):
+        return False
+    run.task = settle(run.task, run.model, run.data, ["val"], trains=False)
+    return run.task is not None
 
 
 def _judges(task: Task | None) -> bool:
