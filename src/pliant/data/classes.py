@@ -64,11 +64,11 @@ def _known(labels: Tensor, classes: int, void: int | None) -> Tensor:
         labels = torch.where(labels == value, IGNORED, labels)
     wrong = labels[((labels < 0) & (labels != IGNORED)) | (labels >= classes)]
     if wrong.numel():
+        kind = "segmentation" if labels.dim() > 2 else "classification"
         raise DataError(
             f"Labels must lie in 0..{classes - 1}, one for each of the {classes} outputs, but "
             f"{int(wrong[0])} came; correct the labels, build the model with more classes, or "
-            f"name the value that is no class, such as task='classification(void="
-            f"{int(wrong[0])})'."
+            f"name the value that is no class, such as task='{kind}(void={int(wrong[0])})'."
         )
     return labels
 

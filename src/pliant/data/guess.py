@@ -193,7 +193,13 @@ def _same_shape(scores: Tensor, labels: Tensor) -> Task:
     """Whole numbers in the shape of the outputs."""
     values = labels[labels != IGNORED] if labels.dtype != torch.bool else labels
     if labels.dim() > 2 and labels.dtype != torch.bool:
-        values = values[(values != 255) & (values != -1)]
+        left = values[(values != 255) & (values != -1)]
+        if left.numel() < values.numel() and not bool((left == 1).any()):
+            raise DataError(
+                "Labels are 0 and 255 or -1 without any 1, so these may mean yes or no label: give "
+                "0 and 1, or pass loss= and metrics=."
+            )
+        values = left
     if not bool(((values == 0) | (values == 1)).all()):
         raise _doubt("Whole numbers other than 0 and 1 may be classes or amounts", scores, labels)
     return _yes_no(scores, labels)
@@ -216,7 +222,12 @@ def _fractions(scores: Tensor, labels: Tensor) -> Task:
         raise _doubt("Numbers are compared with outputs of their own shape", scores, labels)
     known = labels[~labels.isnan()]
     binary_only = bool(((known == 0) | (known == 1)).all())
-    if binary_only and known.numel() >= SURE and bool((known == 1).any() & (known == 0).any()):
+    if binary_only and bool((known == 1).any() & (known == 0).any()):
+        if known.numel() < SURE:
+            raise DataError(
+                f"All of {known.numel()} labels are 0 or 1, so they may be yes and no or amounts: "
+                "name task='binary', 'multi-label' or 'regression'."
+            )
         return _yes_no(scores, labels)
     if scores.dim() == 2 and scores.shape[1] > 1 and bool((known >= 0).all()):
         sums = labels.reshape(scores.shape).sum(1)

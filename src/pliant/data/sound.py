@@ -30,6 +30,7 @@ def check_range(split: str, labels: Tensor, classes: int) -> None:
     """Refuse labels of samples outside the classes; those of positions are the task's."""
     if labels.is_floating_point() or labels.dtype == torch.bool or labels.dim() != 1:
         return
+    labels = labels.long()
     counted = labels[labels != IGNORED]
     wrong = counted[(counted < 0) | (counted >= classes)] if classes else counted[counted < 0]
     if wrong.numel():

@@ -390,7 +390,7 @@ class Data:
 def _classes(labels: Tensor) -> int:
     """Count the classes that labels of samples name; 0 where they are no classes."""
     whole = not labels.is_floating_point() and not labels.is_complex()
-    return max(0, int(labels.max()) + 1) if whole and labels.dim() == 1 else 0
+    return max(0, int(labels.long().max()) + 1) if whole and labels.dim() == 1 else 0
 
 
 def last_tenth(source: Tensors | Items, seed: int) -> tuple[Any, Any]:

@@ -42,18 +42,25 @@ def settle(
         ModelError: the network fails, or does not return a loss as it should.
         MethodError: a loss or a metric does not give what it must.
     """
-    if task is not None and task.name == "none" and not trains:
-        return task
-    found = {split: _first(model, data, split) for split in splits}
+    if task is not None and task.name == "none":
+        return task if not trains else _refused(task)
+    telling: list[Split] = ["train"] if data.has("train") else []  # the most labels there are
+    found = {split: _first(model, data, split) for split in dict.fromkeys((*telling, *splits))}
     labelled = {s: b for s, b in found.items() if unpack(b)[1] is not None or _judges(task)}
     if trains and "train" not in labelled:
         labels_of(found["train"])  # says what is missing
-    if not labelled:
+    if not labelled.keys() & set(splits):
         return task
     for split, batch in labelled.items():
         with evaluating(model), torch.no_grad():
             task = _of(task, model, data, split, batch, trains=trains)
-        _try(task, model, batch, split, trains=trains and split == "train")
+        if split in splits:
+            _try(task, model, batch, split, trains=trains and split == "train")
+    return task
+
+
+def _refused(task: Task) -> Task:
+    task.total(None, None)  # says what to do
     return task
 
 
