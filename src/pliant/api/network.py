@@ -460,7 +460,7 @@ def _scored(data: Data, task: Task | None) -> Split | None:
     """Name the split to measure scores on, None where nothing is labelled."""
     if task is not None and task.name == "none":
         return None
-    own = task is not None and task.name == "custom"
+    own = task is not None and task.name in ("custom", "own")
     splits: tuple[Split, ...] = ("test", "val")
     for split in splits:
         if data.has(split):
