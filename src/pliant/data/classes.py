@@ -89,10 +89,9 @@ def class_loss(
 def _entropy(scores: Tensor, labels: Tensor, reduction: str) -> Tensor:
     if labels.shape == scores.shape:
         return F.cross_entropy(scores, labels.to(scores.dtype), reduction=reduction)
-    found = F.cross_entropy(scores, labels, ignore_index=IGNORED, reduction="none")
-    if reduction == "none":
-        return found
-    return found.sum() / (labels != IGNORED).sum().clamp(min=1)
+    if reduction == "mean" and bool((labels == IGNORED).all()):
+        return (scores * 0).sum()  # the mean over nothing
+    return F.cross_entropy(scores, labels, ignore_index=IGNORED, reduction=reduction)
 
 
 def class_hits(
@@ -192,9 +191,10 @@ def binary_loss(
     """Return the binary cross-entropy of logits, a mean over all that has a label."""
     scores, targets = binary_view(output, batch, probabilities)
     known = ~targets.isnan()
-    found = F.binary_cross_entropy_with_logits(
-        scores, torch.where(known, targets, 0.0), reduction="none"
-    )
+    if bool(known.all()):
+        return F.binary_cross_entropy_with_logits(scores, targets, reduction=reduction)
+    targets = torch.where(known, targets, 0.0)
+    found = F.binary_cross_entropy_with_logits(scores, targets, reduction="none")
     found = torch.where(known, found, 0.0)
     return found if reduction == "none" else found.sum() / known.sum().clamp(min=1)
 

@@ -49,7 +49,7 @@ class Score:
     classes: int = 0
     values: Mapping[str, float] = field(default_factory=dict)
     rows: Tensor = field(default_factory=lambda: torch.empty(0), compare=False)
-    metric: Metric | None = None
+    metric: Metric | None = field(default=None, compare=False)
 
     @property
     def main(self) -> str:
