@@ -632,3 +632,66 @@ def test_every_ready_task_reads_its_own_name() -> None:
     for name, make in READY.items():
         task: Callable[..., Task] = make
         assert task().name == name and task_of(name) is not None
+
+
+# ---------------------------------------------------------------- all outputs
+
+
+class Heads(nn.Module):
+    """A head of classes and a head of boxes whose numbers are a hundred times smaller, nested."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.body = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU())
+        self.classes = nn.Sequential(nn.Conv2d(16, 24, 3), nn.ReLU(), nn.Conv2d(24, 10, 1))
+        self.boxes = nn.Sequential(nn.Conv2d(16, 24, 3), nn.ReLU(), nn.Conv2d(24, 4, 1))
+
+    def forward(self, images: Tensor) -> dict[str, Any]:
+        hidden = self.body(images)
+        found = self.classes(hidden).mean((2, 3))
+        return {"logits": found, "more": {"boxes": [0.01 * self.boxes(hidden).mean((2, 3))]}}
+
+
+def kept(report: pliant.Report) -> tuple[float, float]:
+    """The share of the channels within each head that stayed."""
+    rows = {row.layer: row.kept or (24, 24) for row in report.layers}
+    return rows["classes.0"][0] / 24, rows["boxes.0"][0] / 24
+
+
+def test_both_heads_count_whatever_their_scale() -> None:
+    batches = [(part,) for part in IMAGES.split(16)]
+    report = pliant.compress(Heads(), batches, "group_fisher(samples=48)", "macs=0.6").report
+    classes, boxes_ = kept(report)
+    assert 0.4 < classes < 0.9 and 0.4 < boxes_ < 0.9
+
+
+@pytest.mark.parametrize("head", ["classes", "boxes"])
+def test_a_loss_of_ones_own_says_which_head_counts(head: str) -> None:
+    def loss(output: dict[str, Any], batch: Any) -> Tensor:
+        found = output["logits"] if head == "classes" else 100 * output["more"]["boxes"][0]
+        return (found - batch[1].unsqueeze(1)).square().mean()
+
+    data = Data(train=(IMAGES, noise(N)))
+    asked: Any = {"loss": loss}
+    method = "group_fisher(samples=48)"
+    classes, boxes_ = kept(pliant.compress(Heads(), data, method, "macs=0.6", **asked).report)
+    assert (classes > 0.9 and boxes_ < 0.3) if head == "classes" else boxes_ > classes
+
+
+def test_teachers_are_asked_along_the_classes() -> None:
+    """Of maps (N, C, H, W) classes lie on axis 1, and every position is an answer."""
+    from pliant.methods.distill.kd import KD
+    from pliant.observe.aside import Teacher
+
+    method: Any = KD(weight=1.0, temperature=1.0)
+    run = start(maps(4), method, example=(IMAGES,), steps=1, task="segmentation")
+    labels = whole(4, N, 12, 12)
+    output = maps(4, nn.Tanh())(IMAGES)
+    target = run.aside.get(Teacher).answer((IMAGES,), torch.device("cpu"))
+    found = run.loss(torch.zeros(()), output, (IMAGES, labels))
+    logs = [each.log_softmax(1) for each in (output, target)]
+    by_hand = (logs[1].exp() * (logs[1] - logs[0])).sum(1).mean()
+    assert torch.allclose(found, by_hand, atol=1e-5)
+    with pytest.raises(DataError, match="leave it out of a regression"):
+        start(flat(2), method, example=(ROWS,), steps=1, task="regression")

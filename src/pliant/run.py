@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from pliant.budget import Budget
-from pliant.cost import Cost, Example, LayerCost, bare, count
+from pliant.cost import Cost, Example, LayerCost, bare, count, tensors
 from pliant.data import Data, Epoch, unpack
 from pliant.data.criterion import Reduction, weighted
 from pliant.data.draws import Draws, ranks
@@ -38,6 +38,7 @@ from pliant.nn.layers import Factorizable
 from pliant.observe.aside import Aside, Removable
 from pliant.observe.finite import check_example, check_weights
 from pliant.observe.order import called_by
+from pliant.observe.outputs import logits
 from pliant.plan.planner import Planner
 from pliant.registry import check_options
 from pliant.surgery.batchnorm import recalibrate
@@ -46,6 +47,7 @@ from pliant.surgery.optim import Optimizers, add_gradient, cancel_decay, check_h
 from pliant.surgery.select import factorizable, leave_unused, readable
 
 ROUTED = 256  # samples that may call layers to which one sample is not routed
+Loss = Callable[[int, Any], Tensor]
 RECALIBRATED = 2048  # samples from which batch norms are re-estimated
 
 
@@ -232,6 +234,16 @@ class Run:
             self.task = guess(output, batch, self.model)
         return self.task.total(output, batch, reduction)
 
+    def class_scores(self, output: Any) -> Tensor:
+        """Return a row of class scores for every answer in an output, (rows, classes).
+
+        Raises:
+            ModelError: the output holds none.
+        """
+        if self.task is None or self.task.scores is None:
+            return logits(output)
+        return self.task.scores(output).flatten(0, -2)
+
     def batches(self) -> Iterable[Any]:
         """Return the training batches of the present epoch, as the method wants them.
 
@@ -397,6 +409,36 @@ class Run:
         """
         assert self.data is not None
         return self.data.calibration(samples, batch=batch, seed=self.seed + seed)
+
+    def looks(
+        self, samples: int, *, batch: int = 256, seed: int = 1
+    ) -> tuple[list[Example], Loss | None]:
+        """Return inputs for statistics, and the loss by whose gradients outputs matter.
+
+        Where the user gave a loss, or the network returns its own, that counts, with the labels.
+        Elsewhere it is None: labels drawn from the network's predictions count, or all outputs.
+
+        Args:
+            samples: how many at least.
+            batch: samples per batch.
+            seed: as for `inputs`.
+
+        Returns:
+            Inputs of forward calls, and a function of a batch's number and its output, which gives
+            the loss summed over samples.
+        """
+        task = self.task
+        given = task is not None and task.name in ("custom", "own") and not task.trains
+        if not given or task is None or task.loss is None or self.data is None:
+            return self.inputs(samples, batch=batch, seed=seed), None
+        items = self.data.calibration_batches(samples, batch=batch, seed=self.seed + seed)
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        sizes = [len(next(iter(tensors(unpack(item)[0])))) for item in items]
+
+        def loss(number: int, output: Any) -> Tensor:
+            return task.total(output, moved(items[number], device)) * sizes[number]
+
+        return [task.inputs(item) for item in items], loss
 
     @property
     def has_inputs(self) -> bool:

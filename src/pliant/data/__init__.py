@@ -5,7 +5,7 @@ from pliant.data.measures import Metric
 from pliant.data.readers import load
 from pliant.data.sources import IGNORED, unpack
 from pliant.data.splits import Data
-from pliant.data.task import Task
+from pliant.data.task import Task, batch_of
 from pliant.data.train import Train
 
-__all__ = ["IGNORED", "Data", "Epoch", "Metric", "Task", "Train", "load", "unpack"]
+__all__ = ["IGNORED", "Data", "Epoch", "Metric", "Task", "Train", "batch_of", "load", "unpack"]

@@ -249,11 +249,15 @@ class Data:
         Returns:
             Inputs of forward calls: tuples of tensors, or mappings of keyword arguments.
         """
-        found: list[Example] = []
+        return [unpack(item)[0] for item in self.calibration_batches(count, batch=batch, seed=seed)]
+
+    def calibration_batches(self, count: int, *, batch: int = 128, seed: int = 0) -> list[Any]:
+        """Draw training batches as for `calibration`, with their labels."""
+        found: list[Any] = []
         seen = 0
         for item in self.batches("train", batch, seed=seed, augment=True, shuffle=True):
             inputs = unpack(item)[0]
-            found.append(inputs)
+            found.append(item)
             values = list(inputs.values() if isinstance(inputs, Mapping) else inputs)
             seen += len(values[0])
             if seen >= count:

@@ -137,6 +137,11 @@ def labels_of(batch: Any) -> Tensor:
     return labels.long() if is_whole(labels) and labels.dtype != torch.bool else labels
 
 
+def batch_of(inputs: Example, labels: Any) -> Any:
+    """Put a batch together again out of what `unpack` took apart."""
+    return {**inputs, "labels": labels} if isinstance(inputs, Mapping) else (*inputs, labels)
+
+
 def is_whole(labels: Tensor) -> bool:
     """Say whether labels are whole numbers of any type, or truth values."""
     return not labels.is_floating_point() and not labels.is_complex()

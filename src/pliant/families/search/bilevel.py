@@ -12,11 +12,10 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pliant.cost import call
-from pliant.data import Data, unpack
+from pliant.data import Data, batch_of, unpack
 from pliant.data.splits import Split
 from pliant.errors import DataError, MethodError
 from pliant.nn.cells import MixedOp
@@ -151,7 +150,7 @@ def _gradients(
 ) -> tuple[float, Sequence[Tensor]]:
     def loss_on(batch: Any) -> Tensor:
         inputs, labels = batch
-        return F.cross_entropy(call(run.model, inputs), labels)
+        return run.task_loss(call(run.model, inputs), batch_of(inputs, labels))
 
     val = _batch(run, plan, "val")
     if plan.order == 1:
