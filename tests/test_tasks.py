@@ -1,8 +1,11 @@
 """Every task is told where there is no doubt, refused in a sentence where there is, and judged."""
 
+import importlib
 import math
+import re
 import warnings
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -695,3 +698,74 @@ def test_teachers_are_asked_along_the_classes() -> None:
     assert torch.allclose(found, by_hand, atol=1e-5)
     with pytest.raises(DataError, match="leave it out of a regression"):
         start(flat(2), method, example=(ROWS,), steps=1, task="regression")
+
+
+# ---------------------------------------------------------------- reports and trainers
+
+
+@pytest.mark.parametrize(
+    ("model", "labels", "name", "head"),
+    [
+        (maps(4), whole(4, N, 12, 12), "segmentation", r"mIoU [\d.]+ % → [\d.]+ %$"),
+        (maps(3), noise(N, 3, 12, 12).sigmoid(), "super-resolution", r"PSNR [\d.]+ dB → [\d.]+ dB"),
+        (maps(4), whole(4, N, 12, 12), "none", r"[\d.]+ % of answers as before$"),
+    ],
+)
+def test_a_report_says_what_was_measured(
+    model: nn.Module, labels: Tensor, name: str, head: str
+) -> None:
+    from pliant.render import words
+    from pliant.render.html import html
+    from pliant.render.markdown import markdown
+
+    if name == "none":
+        model = nn.Sequential(model, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    report = pliant.compress(model, (IMAGES, labels), "energy(p=0.9999)", task=name).report
+    assert re.search(head, words.headline(report)), words.headline(report)
+    assert f"| {report.task} |" in markdown(report) and name in html(report)
+    assert "Beside the dense network, on 4 samples of val:" in markdown(report)
+    if name == "segmentation":
+        assert words.lost(report).startswith("mIoU kept: ") and " points " in words.lost(report)
+    if name == "super-resolution":
+        assert words.lost(report).startswith("PSNR kept: ") and " % " in words.lost(report)
+        rows = {row.label: row for row in words.comparisons(report)}
+        assert rows["PSNR"].before.endswith(" dB") and rows["SSIM"].after.endswith(" %")
+
+
+def test_the_trainer_of_transformers_shifts_labels_without_being_told() -> None:
+    transformers = pytest.importorskip("transformers")
+    from pliant.drivers.hf import loss_function
+
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(
+        vocab_size=9, n_embd=16, n_layer=1, n_head=2, n_positions=16, bos_token_id=0,
+        eos_token_id=0, attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0,
+    )  # fmt: skip
+    model, tokens = transformers.GPT2LMHeadModel(config).train(), whole(9, 6, 8)
+    run = start(model, pliant.Method(), example={"input_ids": tokens}, steps=1)
+    loss = loss_function(run)
+    found = loss(model(input_ids=tokens), tokens)
+    assert torch.allclose(found, model(input_ids=tokens, labels=tokens).loss, rtol=1e-5)
+    assert run.task is not None and run.task.name == "next-token"
+
+
+@pytest.mark.parametrize("trainer", ["lightning", "hf"])
+def test_trainers_score_a_run_that_was_started_with_a_task(trainer: str) -> None:
+    driver = importlib.import_module(f"pliant.drivers.{trainer}")
+    data = Data((IMAGES, whole(4, N, 12, 12)), (IMAGES, whole(4, N, 12, 12)))
+
+    def ended(**asked: Any) -> dict[str, Any]:
+        run = start(maps(4), pliant.Method(), data=data, steps=1, **asked)
+        callback = driver.PliantCallback(run)
+        place = SimpleNamespace(world_size=1, trainer=None, callbacks=[])
+        if trainer == "hf":
+            callback.on_epoch_end(place, None, None)
+        else:
+            callback.on_train_epoch_end(place, None)
+        return run.log[-1] if run.log else {}
+
+    assert ended(task="segmentation").keys() >= {"mIoU", "accuracy", "val_loss"}
+    assert "sure" in ended(metrics={"sure": (lambda o, b: o.softmax(1).amax((1, 2, 3)), "higher")})
+    assert ended() == {}
+    with pytest.raises(DataError, match="shape of the outputs"):
+        ended(task="regression")

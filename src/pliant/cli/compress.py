@@ -63,7 +63,10 @@ def compress(
     ] = None,
     lose: Annotated[
         float | None,
-        typer.Option(help="points of accuracy that may be lost (default: 2)"),
+        typer.Option(
+            help="points of accuracy or another share that may be lost, percent of other metrics "
+            "(default: 2)"
+        ),
     ] = None,
     task: Annotated[
         str | None,
@@ -74,7 +77,7 @@ def compress(
         ),
     ] = None,
     allow_drop: Annotated[
-        bool, typer.Option("--allow-drop", help="end well even if more accuracy was lost")
+        bool, typer.Option("--allow-drop", help="end well even if more was lost")
     ] = False,
     target: Annotated[
         str | None,
