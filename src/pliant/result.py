@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -22,6 +22,7 @@ class Side:
     """The network before or after: its costs and what it scores; None where not measured.
 
     ``latency_spread_ms`` is half the distance between the quartiles of the measured times.
+    ``metrics`` are those of the task by name, the first one judges.
     """
 
     params: int
@@ -32,6 +33,27 @@ class Side:
     loss: float | None = None
     uncounted: tuple[str, ...] = ()
     latency_spread_ms: float | None = None
+    metrics: dict[str, float | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How near all outputs of the smaller network are to those of the dense one.
+
+    Args:
+        error: root of the squared error over the squared size, over all samples; a mean over
+            outputs.
+        cosine: between the outputs of a sample, a mean over samples.
+        agreement: share of equal answers, None where answers are no classes.
+        samples: how many were compared.
+        where: the split they are of.
+    """
+
+    error: float
+    cosine: float
+    agreement: float | None
+    samples: int
+    where: str
 
 
 @dataclass(frozen=True)
@@ -39,13 +61,16 @@ class Verdict:
     """What the smaller network lost of its score, and whether that may be.
 
     Args:
-        bound: points of a percent that may be lost.
-        lost: points that were lost on the split that was scored; None where nothing was.
+        bound: points of a percent, or percent, that may be lost.
+        lost: what was lost on the split that was scored; None where nothing was.
         low: lower end of an interval of 95 % for what is lost on all such samples.
         high: its upper end.
         samples: how many samples were scored.
         holds: whether no more was lost than may be; None where it was not measured.
         note: what to know besides, in a sentence; empty if nothing.
+        metric: by which it is judged.
+        unit: of what was lost: points of a percent where the metric is a share, else percent of
+            what it was.
     """
 
     bound: float
@@ -55,6 +80,8 @@ class Verdict:
     samples: int = 0
     holds: bool | None = None
     note: str = ""
+    metric: str = "accuracy"
+    unit: Literal["points", "%"] = "points"
 
 
 @dataclass(frozen=True)
@@ -92,8 +119,10 @@ class Report:
     (singular values by layer and unfolding). ``seconds`` is by stage, ``export`` what was written
     and how it compares, ``target`` where milliseconds were measured and how sure their comparison
     is. ``sizes`` are those of an elastic network, each by itself, from the largest; empty for any
-    other. ``verdict`` judges what was lost. ``tried`` has a row for every network that was made on
-    the way, where sizes or methods were searched: what it is, costs and lost.
+    other. ``verdict`` judges what was lost, ``fidelity`` compares outputs with the dense network's,
+    ``task`` is what was trained and scored, and ``metrics`` says of its metrics which way is better
+    and what they count. ``tried`` has a row for every network that was made on the way, where
+    sizes or methods were searched: what it is, costs and lost.
     """
 
     model: str
@@ -116,6 +145,9 @@ class Report:
     sizes: tuple[Side, ...] = ()
     verdict: Verdict | None = None
     tried: tuple[dict[str, Any], ...] = ()
+    fidelity: Fidelity | None = None
+    task: str = ""
+    metrics: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return the report as JSON; numbers that are not finite become null."""
@@ -144,6 +176,7 @@ class Report:
             raw = json.loads(text)
             raw["before"], raw["after"] = (Side(**_tuples(raw[s])) for s in ("before", "after"))
             raw["verdict"] = Verdict(**raw["verdict"]) if raw.get("verdict") else None
+            raw["fidelity"] = Fidelity(**raw["fidelity"]) if raw.get("fidelity") else None
             raw["sizes"] = tuple(Side(**_tuples(row)) for row in raw.get("sizes", ()))
             raw["layers"] = tuple(LayerRow(**_tuples(row)) for row in raw["layers"])
             for name in ("history", "misses", "tried"):

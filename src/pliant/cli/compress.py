@@ -17,6 +17,7 @@ from pliant.cli import console, folder, measure, source
 from pliant.cli.progress import Bars
 from pliant.compose import resolve
 from pliant.data import Data, Train, load
+from pliant.data.ready import task_of
 from pliant.errors import AccuracyWarning, BudgetError, DataError
 from pliant.method import Method
 from pliant.registry import entry_of
@@ -62,10 +63,21 @@ def compress(
     ] = None,
     lose: Annotated[
         float | None,
-        typer.Option(help="points of accuracy that may be lost (default: 2)"),
+        typer.Option(
+            help="points of accuracy or another share that may be lost, percent of other metrics "
+            "(default: 2)"
+        ),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="classification, binary, multi-label, regression, segmentation, next-token, "
+            "super-resolution, own or none, with options: segmentation(void=255) (default: told "
+            "from outputs and labels)"
+        ),
     ] = None,
     allow_drop: Annotated[
-        bool, typer.Option("--allow-drop", help="end well even if more accuracy was lost")
+        bool, typer.Option("--allow-drop", help="end well even if more was lost")
     ] = False,
     target: Annotated[
         str | None,
@@ -141,6 +153,7 @@ def compress(
         bounds = replace(bounds or Budget(), drop=lose)
     place_of_time = measure.target_of(target, threads, None, asked=bool(bounds and bounds.latency))
     place = out or Path(DEMO.out if demo else f"runs/{_stem(str(model))}-{_name(built)}")
+    task_of(task)  # refused before anything is loaded
     samples = load(data or DEMO.data, seed=seed)
     found = source.find(
         model or DEMO.model,
@@ -170,6 +183,7 @@ def compress(
                 folder=place,
                 resume=resume,
                 watch=bars.watch,
+                task=task,
             )
             bars.watch({"phase": "onnx" if onnx else "write"})
             result = replace(result, edits=(*found.edits, *result.edits))

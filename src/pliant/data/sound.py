@@ -8,7 +8,7 @@ from pliant.errors import DataError
 
 
 def check_pair(split: str, inputs: Tensor, labels: Tensor) -> None:
-    """Refuse a pair that is empty, of unequal lengths, or without class indices."""
+    """Refuse a pair that is empty, of unequal lengths, or with complex labels."""
     if not inputs.dim() or not labels.dim() or not len(inputs):
         raise DataError(
             f"The {split} split must hold at least one sample, but its inputs have shape "
@@ -19,15 +19,18 @@ def check_pair(split: str, inputs: Tensor, labels: Tensor) -> None:
             f"The {split} split needs one label per input, but has {len(inputs)} inputs and "
             f"{len(labels)} labels; make them equally long."
         )
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+    if labels.is_complex():
         raise DataError(
-            f"Labels of the {split} split must be whole numbers (class indices), not "
-            f"{labels.dtype}; convert them with labels.long()."
+            f"Labels of the {split} split must be real numbers, not {labels.dtype}; give real and "
+            "imaginary parts as two numbers."
         )
 
 
 def check_range(split: str, labels: Tensor, classes: int) -> None:
-    """Refuse labels outside the classes."""
+    """Refuse labels of samples outside the classes; those of positions are the task's."""
+    if labels.is_floating_point() or labels.dtype == torch.bool or labels.dim() != 1:
+        return
+    labels = labels.long()
     counted = labels[labels != IGNORED]
     wrong = counted[(counted < 0) | (counted >= classes)] if classes else counted[counted < 0]
     if wrong.numel():

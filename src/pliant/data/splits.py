@@ -97,7 +97,7 @@ class Data:
             inputs, labels = _tensor(data[0]), _tensor(data[1])
             check_pair("train", inputs, labels)
             train, val = last_tenth(Tensors(inputs, labels), seed)
-            return Data(train, val, classes=int(labels.max()) + 1)
+            return Data(train, val, classes=_classes(labels))
         if is_indexed(data) and not isinstance(data, list | tuple):
             return Data(*last_tenth(Items(data), seed))
         if isinstance(data, Iterable) and not isinstance(data, str | bytes | Tensor | Mapping):
@@ -251,11 +251,15 @@ class Data:
         Returns:
             Inputs of forward calls: tuples of tensors, or mappings of keyword arguments.
         """
-        found: list[Example] = []
+        return [unpack(item)[0] for item in self.calibration_batches(count, batch=batch, seed=seed)]
+
+    def calibration_batches(self, count: int, *, batch: int = 128, seed: int = 0) -> list[Any]:
+        """Draw training batches as for `calibration`, with their labels."""
+        found: list[Any] = []
         seen = 0
         for item in self.batches("train", batch, seed=seed, augment=True, shuffle=True):
             inputs = unpack(item)[0]
-            found.append(inputs)
+            found.append(item)
             values = list(inputs.values() if isinstance(inputs, Mapping) else inputs)
             seen += len(values[0])
             if seen >= count:
@@ -317,17 +321,18 @@ class Data:
         labels = source.labels.flatten().long()
         return torch.bincount(labels[labels >= 0], minlength=self.class_count)
 
-    def check(self, classes: int | None = None) -> None:
+    def check(self, classes: int | None = None, *, labelled: bool = True) -> None:
         """Refuse data that cannot be trained on, before any training.
 
         Of tensors everything is looked at, of data sets and loaders the first batch.
 
         Args:
             classes: number of outputs of the model; the data's own number if None.
+            labelled: look at the range of classes too; a task looks at its labels itself.
 
         Raises:
             DataError: a split is empty, inputs are not finite, inputs and labels differ in
-                length, labels are not whole numbers or not below `classes`.
+                length, or a class is not below `classes`.
         """
         for split in get_args(Split):
             if not self.has(split):
@@ -340,7 +345,8 @@ class Data:
             check_finite(split, inputs)
             if isinstance(labels, Tensor):
                 check_pair(split, inputs[0], labels)
-                check_range(split, labels, classes or self.class_count)
+                if labelled:
+                    check_range(split, labels, classes or self.class_count)
 
     def _first_batch(self, split: Split) -> tuple[list[Tensor], Any]:
         batch = next(iter(self.batches(split, 2)), None)
@@ -385,6 +391,12 @@ class Data:
         if shuffle:
             order = torch.randperm(len(source), generator=generator(seed))
         return unpack(next(_batches(source, [order[:count]], None, seed)))[0]
+
+
+def _classes(labels: Tensor) -> int:
+    """Count the classes that labels of samples name; 0 where they are no classes."""
+    whole = not labels.is_floating_point() and not labels.is_complex()
+    return max(0, int(labels.long().max()) + 1) if whole and labels.dim() == 1 else 0
 
 
 def last_tenth(source: Tensors | Items, seed: int) -> tuple[Any, Any]:

@@ -42,6 +42,7 @@ def identity(run: Run, data: Data, train: Train) -> dict[str, str]:
         "budget": repr(run.budget.given() if run.budget else {}),
         "data": f"{data.name} with {sizes[0]} and {sizes[1]} samples, the first being {first}",
         "seed": str(run.seed),
+        "task": str(run.task or ""),
         "train": _listed(plan),
         "target": _listed(place) or "none",
         "digest of the weights": run.origin,

@@ -27,6 +27,8 @@ from pliant.drivers.check import (
 )
 from pliant.drivers.checkpoint import sealed, unsealed
 from pliant.drivers.devices import agree
+from pliant.drivers.score import scored
+from pliant.drivers.settle import settle_run
 from pliant.errors import ArtifactError, TrainingError, require
 from pliant.run import Run
 
@@ -53,14 +55,19 @@ class PliantCallback(_Callback):
     Args:
         run: from ``pliant.start(..., steps=...)``; its model is the Trainer's or a part of it.
 
+    A run that was started with a task, a loss or metrics, and with validation data, is scored at
+    the end of every epoch: see its log.
+
     Raises:
         MethodError: the run was started without steps or epochs and its method needs them.
+        DataError: what the run's task was given as labels does not fit.
     """
 
     def __init__(self, run: Run) -> None:
         check_steps(run)
         check_served(run)
         self.run = run
+        self._scores = settle_run(run)
         self._edits = len(run.edits)
 
     def restore(self, checkpoint: str | Path) -> None:
@@ -125,6 +132,8 @@ class PliantCallback(_Callback):
         """One pass over the data is over."""
         agree(self.run.model, args.world_size, weights=False)
         self.run.after_epoch()
+        if self._scores and self.run.data is not None:
+            self.run.note(**scored(self.run, self.run.data))
         self._check_edits(args)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -185,13 +194,12 @@ def loss_function(
 
     def loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
         args, kwargs = seen.pop("inputs", ((), {}))
+        batch = {**kwargs, "labels": labels} if kwargs else (*args, labels)
         if run.model.training:
-            weighs = {"reduction": "none"} if run.reduction == "none" else {}
-            task = run.criterion(outputs, labels, **weighs)
-            batch = {**kwargs, "labels": labels} if kwargs else (*args, labels)
+            task = run.task_loss(outputs, batch, run.reduction)
             task = run.loss(task, _output(outputs, kwargs), batch)
         else:
-            task = run.criterion(outputs, labels)
+            task = run.task_loss(outputs, batch)
         if num_items_in_batch is None:
             return task
         return task * ((labels != IGNORED).sum() / num_items_in_batch)

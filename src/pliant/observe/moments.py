@@ -33,6 +33,7 @@ def metrics(
     layers: Mapping[str, Factorizable],
     batches: Iterable[Example],
     generator: torch.Generator,
+    loss: Callable[[int, Any], Tensor] | None = None,
 ) -> dict[str, Metric]:
     """Return the metric of every layer that is called, from inputs alone, without labels.
 
@@ -45,6 +46,8 @@ def metrics(
         layers: the layers to look at, by name.
         batches: inputs of forward calls.
         generator: draws the labels.
+        loss: function of a batch's number and its output, summed over samples, whose gradients
+            count instead.
     """
     pulls: dict[str, Tensor] = {}
     outputs: dict[str, list[GradientEdge]] = {}
@@ -60,11 +63,12 @@ def metrics(
 
     count = 0
     with _tracked(layers.values()), capture(model, layers, see, gradients=True):
-        for batch in batches:
+        for number, batch in enumerate(batches):
             outputs.clear()
             result = call(model, batch)
             count += samples(batch)
-            _gather(pulls, outputs, surprise(result, generator), layers)
+            pull = surprise(result, generator) if loss is None else loss(number, result)
+            _gather(pulls, outputs, pull, layers)
     unknown = _unknown(pulls, layers)
     return {
         name: Metric(over(read, count), (pulls[name] if name in pulls else unknown(name)) / count)

@@ -166,7 +166,12 @@ def _run(report: Report, plot: Plot) -> str:
         ("Export", list(words.facts(report.export))),
         (
             "Where and with what",
-            [("device", report.device), ("seed", str(report.seed)), *report.versions.items()],
+            [
+                ("task", report.task or "none"),
+                ("device", report.device),
+                ("seed", str(report.seed)),
+                *report.versions.items(),
+            ],
         ),
     )
     said = "".join(f"<h3>{name}</h3>{facts(pairs)}" for name, pairs in groups if pairs)

@@ -48,7 +48,8 @@ def before_after(report: Report) -> Table:
         table.add_column(name, justify="right")
     for row in words.comparisons(report):
         table.add_row(row.label, row.before, Text(row.after, "bold"), Text(row.change, "green"))
-    table.caption = Text(words.verdict(report), "dim" if words.fine(report) else "bold red")
+    said = f"{words.verdict(report)} {words.near(report)}".strip()
+    table.caption = Text(said, "dim" if words.fine(report) else "bold red")
     table.caption_justify = "left"
     return table
 

@@ -6,7 +6,9 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torch.optim import Optimizerfrom pliant.math.alone import forked
+from torch.optim import Optimizer
+
+from pliant.math.alone import forked
 
 
 

@@ -72,8 +72,8 @@ def look(run: Run, layers: Layers, samples: int, *, seed: int = 0) -> dict[str, 
     """
     if not run.has_inputs or not samples:
         return {}
-    batches = run.inputs(samples, batch=BATCH, seed=seed)
-    return metrics(run.model, layers, batches, run.generator)
+    batches, loss = run.looks(samples, batch=BATCH, seed=seed)
+    return metrics(run.model, layers, batches, run.generator, loss)
 
 
 def check_reachable(

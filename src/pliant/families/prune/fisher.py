@@ -24,6 +24,7 @@ def group_fisher(
     groups: Sequence[Group],
     batches: Iterable[Example],
     generator: torch.Generator,
+    loss: Callable[[int, Any], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Return by how much the loss rises without each unit, to second order: (units,) per group.
 
@@ -37,15 +38,18 @@ def group_fisher(
         groups: of channels.
         batches: inputs of forward calls, samples on the first axis.
         generator: draws labels from the network's own predictions.
+        loss: function of a batch's number and its output, summed over samples, whose gradients
+            count instead.
     """
     totals = {g.name: torch.zeros(len(g.units), dtype=torch.float64) for g in groups}
     readers, count = readers_of_units(groups), 0
     with reading(model, readers) as seen:
-        for batch in batches:
+        for number, batch in enumerate(batches):
             seen.clear()
-            loss, size = surprise(call(model, batch), generator), samples(batch)
+            result, size = call(model, batch), samples(batch)
+            pain = surprise(result, generator) if loss is None else loss(number, result)
             sums = {name: torch.zeros(size, len(total)) for name, total in totals.items()}
-            for layer, pull in pulls(model, loss, seen):
+            for layer, pull in pulls(model, pain, seen):
                 for name, rows in readers[layer]:
                     own = pull[:, rows.flatten()].unflatten(1, rows.shape).sum(2)
                     if len(own) == size:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from pliant.cost import call
-from pliant.data import Data, unpack
+from pliant.data import Data, batch_of, unpack
 from pliant.data.splits import Split
 from pliant.errors import DataError, MethodError
 from pliant.math.alone import forked
@@ -176,7 +176,7 @@ def _gradients(
 ) -> tuple[float, Sequence[Tensor]]:
     def loss_on(batch: Any) -> Tensor:
         inputs, labels = batch
-        return run.criterion(call(run.model, inputs), labels)
+        return run.task_loss(call(run.model, inputs), batch_of(inputs, labels))
 
     val = _batch(run, plan, "train" if plan.single else "val")
     if plan.order == 1:

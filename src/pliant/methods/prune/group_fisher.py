@@ -46,8 +46,9 @@ class GroupFisher(ChannelPruning):
     *Departs from the paper*: all channels of a cut leave before training goes on, and scores are
     taken anew several times on the way, on a copy that ignores those that have left (``passes``);
     the paper removes one at a time while it trains (``rounds`` goes part of that way). Labels are
-    drawn from the network's predictions; what a channel gives on average costs nothing, since
-    biases and batch norms make up for it; savings are those the budget asks for.
+    drawn from the network's predictions, unless a loss is given or the network returns its own;
+    what a channel gives on average costs nothing, since biases and batch norms make up for it;
+    savings are those the budget asks for.
 
     >>> GroupFisher(passes=1).samples
     1024
@@ -80,8 +81,8 @@ class GroupFisher(ChannelPruning):
     def _without(self, run: Run, groups: Groups, gone: Sequence[Unit], number: int) -> Scores:
         """Return what each unit is worth beside those that are left, for what leaves with it."""
         model = silenced(run, edits_of(run.model, groups, by_group(gone)))
-        inputs = run.inputs(self.samples, batch=BATCH, seed=10 * number)
-        damages = group_fisher(model, groups, inputs, run.generator)
+        inputs, loss = run.looks(self.samples, batch=BATCH, seed=10 * number)
+        damages = group_fisher(model, groups, inputs, run.generator, loss)
         saved = savings(run, groups, gone, tuple(counted_limits(run)))
         scores = {name: damage / saved[name] for name, damage in damages.items()}
         for place, unit in enumerate(gone):  # in their order, before those that are worth nothing

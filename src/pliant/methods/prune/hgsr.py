@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from pliant.cost import Example
-from pliant.data import unpack
+from pliant.data import batch_of, unpack
 from pliant.edits.prune import CONVS
 from pliant.errors import DataError
 from pliant.families.prune.allocate import Goal, in_passes
@@ -90,11 +90,11 @@ class HGSR(ChannelPruning):
         return run.state["lambda"] * self._whole(run)
 
     def scores(self, run: Run, groups: Groups) -> Scores:
-        return increases(run.model, groups, self._labelled(run), run.criterion)
+        return increases(run.model, groups, self._labelled(run), _criterion(run))
 
     def allocation(self, run: Run, groups: Groups, goal: Goal) -> Leaving:
         def ranked(gone: Sequence[Unit], number: int) -> Sequence[Unit]:
-            scores = increases(run.model, groups, self._labelled(run), run.criterion, gone)
+            scores = increases(run.model, groups, self._labelled(run), _criterion(run), gone)
             if self.most is not None and not goal.limits:
                 for values in scores.values():
                     values[values > self.most] = torch.inf
@@ -132,6 +132,11 @@ class HGSR(ChannelPruning):
             both = self.mix * hierarchical(weight, self.penalize, self.grouping)
             total = total.to(weight.device) + both + (1 - self.mix) * weight.abs().sum()
         return total
+
+
+def _criterion(run: Run) -> Callable[[Any, Any], Tensor]:
+    """Return the loss of the task as a function of outputs and labels."""
+    return lambda output, labels: run.task_loss(output, batch_of((), labels))
 
 
 def _penalized(layer: Any) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from pliant.cost import Example, call
-from pliant.data import unpack
+from pliant.data import batch_of, unpack
 from pliant.errors import DataError, MethodError, ModelError
 from pliant.math.alone import forked
 from pliant.method import Method
@@ -129,7 +129,7 @@ def _loss(run: Run, weights: Weights, inputs: Example, labels: Any) -> Tensor:
     apart = {name: buffer.clone() for name, buffer in run.model.named_buffers()}
     args, named = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
     output = functional_call(run.model, {**apart, **weights}, args, named)
-    return run.criterion(output, labels)
+    return run.task_loss(output, batch_of(inputs, labels))
 
 
 def _gradient(
