@@ -57,10 +57,19 @@ def _tensorboard(place: str, name: str) -> Logger:
     return TensorBoardLogger(place, name, version="")
 
 
-def _wandb(place: str, name: str) -> Logger:
-    from lightning.pytorch.loggers import WandbLogger
+class _Wandb:
+    """The client of W&B behind the same two calls."""
 
-    return WandbLogger(name=name, project=place or "pliant")
+    def __init__(self, place: str, name: str) -> None:
+        import wandb
+
+        self.run = wandb.init(project=place or "pliant", name=name)
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        self.run.log(metrics, step=step)
+
+    def finalize(self, status: str) -> None:
+        self.run.finish(exit_code=int(status != "success"))
 
 
 class _MLflow:
@@ -83,7 +92,7 @@ class _MLflow:
 
 
 _OPEN: dict[str, Callable[[str, str], Logger]] = {
-    "csv": _csv, "tensorboard": _tensorboard, "mlflow": _MLflow, "wandb": _wandb,
+    "csv": _csv, "tensorboard": _tensorboard, "mlflow": _MLflow, "wandb": _Wandb,
 }  # fmt: skip
 
 

@@ -11,7 +11,6 @@ from torch.optim import Optimizer
 from pliant.math.alone import forked
 
 
-
 def redraw(
     model: nn.Module, generator: torch.Generator, optimizers: Iterable[Optimizer] = ()
 ) -> None:
