@@ -61,8 +61,11 @@ def auto(
     found = source.find(
         model, weights=weights, architecture=architecture, classes=classes, seed=seed
     )
-    folder.claim(place, force=force, resume=False)
-    with Bars(quiet=as_json) as bars, warnings.catch_warnings():
+    with (
+        folder.claimed(place, force=force, resume=False),
+        Bars(quiet=as_json) as bars,
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore", AccuracyWarning)
         result = api.auto(
             found.model, samples, bounds, goal=goal, target=timed, seed=seed, name=found.name,

@@ -93,9 +93,10 @@ def sweep(
 
     def keep(case: Case, result: Result) -> str:
         run = place / _slug(case)
-        folder.claim(run, force=True, resume=False)
         extra = compress.extra(samples, found)
-        folder.fill(run, result, samples.example(), source=found.made_by, extra=extra, onnx=False)
+        told: dict[str, Any] = {"source": found.made_by, "extra": extra, "onnx": False}
+        with folder.claimed(run, force=True, resume=False):
+            folder.fill(run, result, samples.example(), **told)
         return str(run.relative_to(place) / "report.html")
 
     with Bars(quiet=False) as bars:

@@ -113,8 +113,12 @@ def _file(path: Path, architecture: str | None) -> Source:
     dense = _dense(made_by, None, classes)
     model = artifact.load(path, dense.model)
     shape = extra.get("input")
-    whole = isinstance(shape, list) and all(type(size) is int and size > 0 for size in shape)
-    known = whole and len(shape) <= MOST_DIMS and math.prod(shape) <= MOST_NUMBERS
+    known = (
+        isinstance(shape, list)
+        and all(type(size) is int and size > 0 for size in shape)
+        and len(shape) <= MOST_DIMS
+        and math.prod(shape) <= MOST_NUMBERS
+    )
     return Source(
         path.stem,
         model,
