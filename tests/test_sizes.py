@@ -12,6 +12,7 @@ from torch import nn
 import pliant
 from pliant.api.shortlist import Plan
 from pliant.api.within import bisect, divided, within
+from pliant.budget import Budget
 from pliant.data import Data
 from pliant.errors import BudgetError, DataError
 from pliant.result import Verdict
@@ -97,6 +98,8 @@ def test_nine_in_ten_shall_lose_less() -> None:
     verdict = Verdict(1.0, lost=0.2, low=-0.8, high=1.2, samples=2000)
     assert within(verdict, 0.2 + 1.2816 / 1.96 + 1e-6)
     assert not within(verdict, 0.2 + 1.2816 / 1.96 - 1e-6)
+    unknown = replace(verdict, low=None, high=None)
+    assert within(unknown, 0.2) and not within(unknown, 0.19)
     few = replace(verdict, samples=40)  # equal answers of 40 samples would not show it
     assert within(few, 0.3) and not within(few, 0.1)
 
@@ -114,11 +117,8 @@ def test_bisection_halves_the_logarithm() -> None:
     assert bisect(lambda share: False, 3) is None
 
 
-PLANS = (
-    Plan("energy(samples=256)"),
-    Plan("magnitude"),
-    Plan("energy(samples=256)", "hac(values=64)"),
-)
+LOW = "energy(samples=256)"
+PLANS = (Plan(LOW), Plan("magnitude"), Plan(LOW, "hac(values=64)"))
 
 
 def test_the_best_of_the_short_list_wins(net: nn.Module, data: Data) -> None:
@@ -173,3 +173,16 @@ def test_what_was_tried_is_kept_and_shown(net: nn.Module, data: Data) -> None:
     from pliant.render.markdown import markdown
 
     assert "What was tried" in markdown(found) and "chosen: the smallest within 3" in html(found)
+
+
+def test_a_budget_of_nothing_but_a_drop_asks_for_the_smallest(net: nn.Module, data: Data) -> None:
+    found = pliant.compress(net, data, LOW, Budget(drop=1.0))
+    same = pliant.smallest(net, data, LOW, 1.0)
+    assert len(found.report.tried) == 7
+    assert found.report.after.params == same.report.after.params
+    once = pliant.compress(net, data, LOW, "params=0.9,drop=1")
+    assert not once.report.tried
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        judged = pliant.compress(net, data, "kd", budget=Budget(drop=1.0))  # it saves no size
+    assert not judged.report.tried and judged.report.verdict is not None

@@ -510,7 +510,7 @@ def test_a_drop_bounds_every_metric() -> None:
     assert report.verdict.lost == pytest.approx(100 * gap)
     with warnings.catch_warnings():
         warnings.simplefilter("error", AccuracyWarning)
-        drop = pliant.Budget(drop=100)
+        drop = pliant.Budget(params=0.9, drop=100)
         pliant.compress(trained, data, "energy(p=0.9)", drop)
 
 

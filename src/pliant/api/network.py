@@ -52,7 +52,7 @@ REFERENCE = "the same network trained for as many epochs without compression"
 Methods = Method | Stage | str | Sequence[Any]
 
 
-def compress(
+def once(
     model: nn.Module,
     data: Any,
     method: Methods,
@@ -83,7 +83,9 @@ def compress(
         data: a `Data`, a pair of tensors (inputs, labels), a data set, a DataLoader, or None
             where the method needs none; then `example` is needed.
         method: a name, a spec such as ``"nrmf(alpha=0.01)"``, a `Method`, or several (a chain).
-        budget: what the result may cost: a `Budget`, or text such as ``"params=0.3"``.
+        budget: what the result may cost: a `Budget`, or text such as ``"params=0.3"``. One with
+            nothing but a ``drop`` asks for the smallest network within it (see `smallest`, which
+            compresses several times); a method that saves nothing is judged by it.
         train: how long to train with the method, and to fine-tune afterwards; None calibrates
             only: no labels, no training, seconds.
         target: where milliseconds are measured, such as ``"onnxruntime,threads=2"``, or a

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from pliant.api.network import compress
+from pliant.api.network import once
 from pliant.api.within import (
     LEAST,
     axis_of,
@@ -120,7 +120,7 @@ def auto(
     winner = search.winner()
     with silent():
         told = {**asked, **_training(winner.plan, train if winner.row["trained"] else None)}
-        last = compress(model, check, winner.method, Budget(drop=search.drop), **told)
+        last = once(model, check, winner.method, Budget(drop=search.drop), **told)
     given, misses = limits.given(), search.misses(last)
     report = replace(last.report, tried=search.rows(winner), misses=misses, met=not misses)
     if given:
@@ -200,7 +200,7 @@ class _Search:
         try:
             with silent():
                 told = {**self.asked, **_training(plan, train)}
-                made = compress(self.model, self.data, method, Budget(drop=self.drop), **told)
+                made = once(self.model, self.data, method, Budget(drop=self.drop), **told)
         except (BudgetError, ModelError, MethodError) as error:
             row |= {"refused": str(error)}
         else:
@@ -255,10 +255,11 @@ class _Search:
             raise BudgetError(f"Nothing could be made: {self.tried[-1].row['refused']}")
         near = min(scored, key=lambda found: (not found.row["met"], found.row["lost"])).row
         met = "meets" if near["met"] else "misses"
+        sure = "" if near["low"] is None else f" ({near['low']:.2f} to {near['high']:.2f})"
         raise BudgetError(
-            f"Nothing that was tried meets the limits and loses less than {self.drop:g} points for "
-            f"sure; the nearest, {near['plan']}, {met} the limits and lost {near['lost']:.2f} "
-            f"({near['low']:.2f} to {near['high']:.2f}): allow more, or train."
+            f"Nothing that was tried meets the limits and loses less than {self.drop:g} for sure; "
+            f"the nearest, {near['plan']}, {met} the limits and lost {near['lost']:.2f}{sure}: "
+            "allow more, or train."
         )
 
     def rows(self, winner: Found) -> tuple[dict[str, Any], ...]:

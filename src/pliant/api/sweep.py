@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from pliant.api.network import compress
+from pliant.api.network import once
 from pliant.api.within import measured, silent
 from pliant.compose import resolve
 from pliant.errors import MissingExtraError, PliantError
@@ -114,7 +114,7 @@ def sweep(
         try:
             with silent():
                 told = {**asked, "seed": case.seed, "strict": False}
-                found = compress(model, data, case.method, case.budget or None, **told)
+                found = once(model, data, case.method, case.budget or None, **told)
         except PliantError as error:
             trial.set_user_attr("refused", str(error))
             raise

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from torch import nn
 from torch.utils.data import Subset
 
-from pliant.api.network import Methods, compress
+from pliant.api.network import Methods, once
 from pliant.budget import Budget
-from pliant.compose import name_of, resolve, saved_by
+from pliant.compose import bounds, name_of, resolve, saved_by
 from pliant.data import Data
 from pliant.data.splits import Split
 from pliant.errors import AccuracyWarning, BudgetError, DataError
@@ -28,6 +30,24 @@ PROBES = 7  # halvings of the range on a log scale: sizes are found to 3 %
 ONE_SIDED = 1.2816 / 1.96  # of half an interval of 95 %: nine in ten networks lose less
 
 Rows = list[dict[str, Any]]
+P = ParamSpec("P")
+
+
+def searching(call: Callable[P, Result]) -> Callable[P, Result]:
+    """Let a compression with nothing but a drop search the smallest network within it."""
+
+    @functools.wraps(call)
+    def compress(*args: P.args, **kwargs: P.kwargs) -> Result:
+        given = inspect.signature(call).bind(*args, **kwargs).arguments
+        budget: Budget | str | None = given.pop("budget", None)
+        wanted = Budget.parse(budget) if isinstance(budget, str) else budget
+        if isinstance(wanted, Budget) and wanted.drop is not None and not wanted.given():
+            built = resolve(given["method"])
+            if saved_by(built) and not bounds(built, None):
+                return smallest(**{**given, "method": built, "drop": wanted.drop})
+        return call(*args, **kwargs)
+
+    return compress
 
 
 def smallest(
@@ -76,9 +96,7 @@ def smallest(
     if best is None:
         raise BudgetError(_nothing(probe, drop))
     with silent():
-        last = compress(
-            model, check, built, budget(where, best, drop), **{**asked, "strict": False}
-        )
+        last = once(model, check, built, budget(where, best, drop), **{**asked, "strict": False})
     report = replace(last.report, tried=probe.chosen(best))
     if report.verdict is not None and report.verdict.holds is False:
         warnings.warn(slipped(report.verdict), AccuracyWarning, stacklevel=2)
@@ -132,7 +150,7 @@ class _Probe:
         wanted = {**self.asked, "strict": False, "control": False, "folder": None, "resume": False}
         try:
             with silent():
-                found = compress(
+                found = once(
                     self.model,
                     self.data,
                     self.method,
@@ -175,10 +193,13 @@ def within(verdict: Verdict | None, drop: float) -> bool:
     Where so few samples were scored that even equal answers would not show it, what was lost on
     them decides.
     """
-    if verdict is None or verdict.lost is None or verdict.high is None:
+    if verdict is None or verdict.lost is None:
         return False
-    surely = verdict.lost + ONE_SIDED * (verdict.high - verdict.lost)
-    blind = 100 * ONE_SIDED * 1.96 * math.sqrt(2) / max(1, verdict.samples) > drop
+    surely = verdict.lost
+    if verdict.high is not None:
+        surely += ONE_SIDED * (verdict.high - verdict.lost)
+    paired = verdict.metric == "accuracy"
+    blind = paired and 128.16 * math.sqrt(2) / max(1, verdict.samples) > drop
     return (verdict.lost if blind else surely) <= drop
 
 
@@ -230,6 +251,9 @@ def _halves(split: Any, samples: int | None, seed: int) -> tuple[Any, Any]:
     return Subset(split, parts[0].tolist()), Subset(split, parts[1].tolist())
 
 
+compress = searching(once)
+
+
 @contextmanager
 def silent() -> Iterator[None]:
     """Keep the warnings of tries to themselves: their losses stand in the table."""
@@ -244,18 +268,21 @@ def _nothing(probe: _Probe, drop: float) -> str:
     if not scored:
         return f"No size could be made: {probe.rows[-1]['refused']}"
     near = min(scored, key=lambda row: row["lost"])
+    sure = "" if near["low"] is None else f" ({near['low']:.2f} to {near['high']:.2f})"
     return (
-        f"No size that was tried loses less than {drop:g} points for sure; the nearest, with "
+        f"No size that was tried loses less than {drop:g} for sure; the nearest, with "
         f"{100 * near['share']:.0f} % of the {probe.axis}, lost {near['lost']:.2f} on "
-        f"{near['samples']} samples ({near['low']:.2f} to {near['high']:.2f}): allow more, train "
-        "(train=Train(epochs=...)), or give more validation samples."
+        f"{near['samples']} samples{sure}: allow more, train (train=Train(epochs=...)), or give "
+        "more validation samples."
     )
 
 
 def slipped(verdict: Verdict) -> str:
     """Say that what was chosen on one split lost too much on the other."""
+    known = verdict.low is not None and verdict.high is not None
+    sure = f" ({verdict.low:.2f} to {verdict.high:.2f})" if known else ""
     return (
         f"The network was within the drop where it was chosen, but on the untouched samples it "
-        f"lost {verdict.lost:.2f} points ({verdict.low:.2f} to {verdict.high:.2f}) where "
-        f"{verdict.bound:g} may be lost: choose on more validation samples."
+        f"lost {verdict.lost:.2f}{sure} where {verdict.bound:g} may be lost: choose on more "
+        "validation samples."
     )
