@@ -12,7 +12,7 @@ from pliant import zoo
 from pliant.cost import cost, layer_costs
 from pliant.data import Data
 from pliant.edits import Choose, from_json, replay, to_json
-from pliant.errors import DataError, EditError, ModelError
+from pliant.errors import DataError, EditError, MethodError, ModelError
 from pliant.families.search import bilevel as search
 from pliant.method import Method
 from pliant.nn.cells import CellNetwork, derive, placed
@@ -272,6 +272,22 @@ def test_second_order_runs_in_a_search() -> None:
     run.after_step()
     moved = [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
     assert moved == ["0.logits"]
+
+
+def test_a_search_of_one_level_learns_on_the_training_split() -> None:
+    """Without a validation split, the logits move by the gradient on the training samples."""
+    model, method, data = tiny(), Choosing(), Data(task().train, classes=2)
+    object.__setattr__(method, "plan", search.Bilevel(lr=0.05, batch=32, single=True))
+    run = start(model, method, data=data, steps=2)
+    logits = model[0].logits.requires_grad_(True)
+    (wanted,) = torch.autograd.grad(F.cross_entropy(model(data.train[0]), data.train[1]), [logits])
+    before = logits.detach().clone()
+    logits.requires_grad_(False)
+    run.after_step()
+    assert torch.equal((logits - before).sign(), -wanted.sign())
+    assert run.state["bilevel"]["places"]["train"] == [0, 1]
+    with pytest.raises(MethodError, match="validation"):
+        start(tiny(), Choosing(), data=data, steps=2)
 
 
 def test_evaluation_network_trains() -> None:

@@ -12,6 +12,7 @@ from pliant.data import Data
 from pliant.edits import Swap
 from pliant.errors import EditError, MethodError
 from pliant.families.search.bilevel import choices
+from pliant.families.search.expected import Expected
 from pliant.methods.search.ednas import EDNAS
 from pliant.nn.meta_kernel import MetaKernel
 from pliant.registry import build
@@ -146,6 +147,32 @@ def the_reach_of_a_pattern_is_found() -> None:
     assert _found(0, 3, cheap) == _found(0, 7, dear) == 3
 
 
+def the_expected_cost_counts_every_call() -> None:
+    """One-hot shares cost what the derived network does, where a layer is called twice too."""
+    toy = TOYS["shared"]
+    for axis in ("macs", "params"):
+        model = toy.model()
+        run = start(model, EDNAS(scope="all", by=axis), example=toy.inputs(1))  # type: ignore[arg-type]
+        for place, part in enumerate(choices(model).values()):
+            part.logits.fill_(-1e4)[2 - place] = 0.0
+        predicted = float(Expected.from_plain(run.state["expected"]).of(model))
+        run.finish()
+        assert run.log[-1]["sizes"] == {"stem": 7, "twice": 5}
+        assert predicted == getattr(cost(model, toy.inputs(1)), axis)
+
+
+def shares_sharpen_after_the_warm_up() -> None:
+    """From 4 to 1 by half of its logarithm at the middle of what is left."""
+    toy = TOYS["grouped"]
+    method = EDNAS(start=4.0, end=1.0, warmup=0.5, batch=4)
+    run, seen = start(toy.model(), method, data=toy.data(), steps=4), []
+    for _ in range(4):
+        seen.append(float(next(iter(choices(run.model).values())).temperature))
+        run.after_step()
+    seen.append(float(next(iter(choices(run.model).values())).temperature))
+    assert seen == pytest.approx([4, 4, 4, 2, 1])
+
+
 def what_cannot_be_merged_is_refused() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1, groups=4))
     x = (torch.zeros(1, 4, 6, 6),)
@@ -188,6 +215,8 @@ CASES = [
             a_one_hot_kernel_is_the_convolution_that_is_left,
             rings_belong_to_a_nested_kernel_above_their_thresholds,
             the_reach_of_a_pattern_is_found,
+            the_expected_cost_counts_every_call,
+            shares_sharpen_after_the_warm_up,
             what_cannot_be_merged_is_refused,
             fresh_weights_are_not_those_of_the_search,
         ),

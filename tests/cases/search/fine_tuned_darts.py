@@ -12,7 +12,12 @@ from pliant.families.search.fixed import MENU, places, select
 from pliant.methods.search.edarts import EDARTS
 from pliant.methods.search.fine_tuned_darts import FineTunedDARTS
 from pliant.nn.cells import CellNetwork, derive
-from pliant.nn.gates import EfficientAttention
+from pliant.nn.gates import (
+    BlockAttention,
+    DepthwiseResidual,
+    EfficientAttention,
+    SqueezeExcite,
+)
 from pliant.nn.genotype import DARTS_V2
 from pliant.run import Run, start
 from pliant.testing import Case
@@ -51,6 +56,17 @@ def every_operation_begins_as_next_to_nothing() -> None:
             row = model.get_submodule(edit.layer)
             Remove(f"{edit.layer}.{list(row._modules)[-1]}").apply(model)  # type: ignore[union-attr]
         assert list(model.state_dict()) == names and torch.equal(model(x), before)
+
+
+def gates_begin_as_one_number() -> None:
+    """0.982 for a single gate, and the product of two of 0.9933, wherever and whatever comes."""
+    x = torch.randn(2, 8, 4, 4)
+    for gate, number in (
+        (SqueezeExcite(8, 2), 0.98201), (EfficientAttention(8), 0.98201),
+        (BlockAttention(8, 2), 0.98666),
+    ):  # fmt: skip
+        assert torch.allclose(gate(x), number * x, atol=1e-4)
+    assert torch.equal(DepthwiseResidual(8)(x), x)
 
 
 def gates_cost_two_layers_each() -> None:
@@ -120,6 +136,7 @@ CASES = [
         refuses={name: "network of cells" for name in TOYS},
         own=(
             every_operation_begins_as_next_to_nothing,
+            gates_begin_as_one_number,
             gates_cost_two_layers_each,
             what_is_fixed_is_no_part_of_a_search,
             more_growth_than_allowed_is_refused,

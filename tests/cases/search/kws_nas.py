@@ -1,6 +1,7 @@
 """Sampled paths, gradients of gates, counts of a released network, and rounded weights."""
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -153,6 +154,17 @@ def one_path_runs_and_others_get_no_gradient() -> None:
     assert paths.full(run)["blocks.1"] == (0, 1, 2)
 
 
+def the_rate_of_logits_rises_to_its_end() -> None:
+    """lr (1 + cos(pi (1 + t / 2))): 0 when the warm-up is over, all of it at the end."""
+    run = start(TOY.model(), KWSNAS(alpha_lr=0.1, warmup=0.5, every=9), data=TOY.data(), steps=8)
+    rates = []
+    for _ in range(8):
+        run.after_step()
+        rates.append(KWSNAS(alpha_lr=0.1, warmup=0.5)._plan(run).lr)
+    assert rates[3] == pytest.approx(0, abs=1e-9) and rates[7] == pytest.approx(0.1)
+    assert rates[5] == pytest.approx(0.1 * (1 - math.sqrt(0.5)))
+
+
 def a_higher_power_makes_the_network_cheaper() -> None:
     costs = []
     for strength in (0.0, 100.0):
@@ -198,6 +210,7 @@ CASES = [
             grids_have_the_published_levels,
             rounded_weights_follow_what_is_exact,
             one_path_runs_and_others_get_no_gradient,
+            the_rate_of_logits_rises_to_its_end,
             a_higher_power_makes_the_network_cheaper,
             a_network_without_a_choice_is_only_rounded,
         ),

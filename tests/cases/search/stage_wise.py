@@ -138,6 +138,40 @@ def a_stage_stays_deeper_where_its_importance_rose() -> None:
     assert [edit.layer for edit in run.edits] == ["stages.0"]
 
 
+def every_network_begins_from_weights_of_its_own() -> None:
+    """Those that came are not used, and momentum of the network before is forgotten."""
+    model, given = TOY.model(), TOY.model()
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, 0.9)
+    method = StageWise(growth=1, iterations=1)
+    run = start(model, method, data=TOY.data(), steps=6, optimizer=optimizer)
+    seen = [given.linear.weight, model.linear.weight.clone()]
+    for step in range(6):
+        model(torch.randn(4, 3, 6, 6)).square().mean().backward()
+        optimizer.step()
+        before = model.linear.weight.clone()
+        run.after_step()
+        if step in (1, 3):
+            assert not optimizer.state and not torch.equal(model.linear.weight, before)
+            seen.append(model.linear.weight.clone())
+        else:
+            assert torch.equal(model.linear.weight, before)
+    for place, one in enumerate(seen):
+        assert not any(torch.allclose(one, other) for other in seen[place + 1 :])
+    run.finish()
+
+
+def random_growth_is_as_large() -> None:
+    """Where one stage rose one grows, whichever: of several seeds, not always the same."""
+    found = set()
+    for seed in range(8):
+        run = start(TOY.model(), StageWise(choice="random"), data=TOY.data(), seed=seed)
+        run.state["search"]["known"] = [0.5, 0.9]
+        growing.deepen(run, ["stages.0", "stages.1"], 2)
+        run.method._keep(run, [0.6, 0.8])  # type: ignore[attr-defined]
+        found.add(tuple(growing.depths(run, ["stages.0", "stages.1"])))
+    assert found == {(3, 2), (1, 4)}
+
+
 def where_nothing_rises_the_search_is_over() -> None:
     run = searched(StageWise(growth=1, iterations=3, gain=1.0), 14)
     rows = [row for row in run.log if "depths" in row]
@@ -194,6 +228,8 @@ CASES = [
             stages_grow_by_all_or_nothing,
             classes_may_have_names_and_no_sample,
             a_stage_stays_deeper_where_its_importance_rose,
+            every_network_begins_from_weights_of_its_own,
+            random_growth_is_as_large,
             where_nothing_rises_the_search_is_over,
             features_are_sums_before_they_are_rectified,
             a_block_leaves_the_end_of_a_row,

@@ -11,6 +11,7 @@ from pliant.errors import MethodError
 from pliant.families.search import bilevel as search
 from pliant.families.search import derive, paths
 from pliant.families.search.expected import expected
+from pliant.families.search.objective import objective
 from pliant.latency import LatencyTable, Target
 from pliant.methods.search.vpu_nas import VPUNAS
 from pliant.nn.mobile import MBConv, MobileNetwork, Space, Stage, mbconvs
@@ -124,7 +125,8 @@ def two_paths_leave_others_as_probable_as_before() -> None:
     gates = paths.pairs(run)
     for name, part in search.mixed(run.model).items():
         assert gates[name][0] == part.train().place() and len(set(gates[name])) == 2
-    search.step(run, run.method._plan(), None, gates)  # type: ignore[attr-defined]
+    plan = run.method._plan()  # type: ignore[attr-defined]
+    search.step(run, plan, lambda loss: objective(run, loss, "sum", 1.0), gates)
     for name, part in search.mixed(run.model).items():
         now = part.logits.softmax(0)
         rest = [i for i in range(len(part.names)) if i not in gates[name]]

@@ -97,8 +97,9 @@ def expected(
     prices, first = {}, {}
     for name, part in parts.items():
         layers = part.candidates()
+        calls = 1 if axis == "params" else rows[name].calls
         found = [_price(layer, shapes[name], axis, table) for layer in layers.values()]
-        prices[name] = torch.tensor(found, dtype=torch.float64)
+        prices[name] = calls * torch.tensor(found, dtype=torch.float64)
         first[name] = next(iter(layers.values()))
     for name, layer in first.items():
         holder, _, child = name.rpartition(".")
