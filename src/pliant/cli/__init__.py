@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from pliant.cli import compress, files, inspect, measure, methods, solve
+from pliant.cli import compress, files, inspect, measure, methods, networks, solve
 
 app = typer.Typer(
     name="pliant",
@@ -21,6 +21,7 @@ app.command("inspect")(inspect.inspect)
 app.command("measure")(measure.measure)
 app.command("methods")(methods.methods)
 app.command("show")(methods.show)
+app.command("zoo")(networks.networks)
 app.command("report")(files.report)
 app.command("export")(files.export)
 

@@ -170,8 +170,13 @@ def _here() -> Any:
         sys.path.remove(os.getcwd())
 
 
-def example(source: Source, shape: str | None = None) -> tuple[Any, ...]:
+def example(source: Source, shape: str | None = None, *, data: bool = False) -> tuple[Any, ...]:
     """Make one input of a network: noise of the shape that is known or given as "3,32,32".
+
+    Args:
+        source: the network.
+        shape: of an input, as it was written.
+        data: whether the command has --data.
 
     Raises:
         DataError: the shape is not known, or cannot be read.
@@ -186,7 +191,7 @@ def example(source: Source, shape: str | None = None) -> tuple[Any, ...]:
             raise DataError(f"--input must be sizes such as 3,32,32, not {shape!r}.")
     if not sizes:
         raise DataError(
-            f"The input shape of {source.name} is not known: name it with --input 3,32,32, or "
-            "give --data."
+            f"The input shape of {source.name} is not known: name it with --input 3,32,32"
+            f"{', or give --data' if data else ''}."
         )
     return (torch.randn(1, *sizes, generator=torch.Generator().manual_seed(0)),)
