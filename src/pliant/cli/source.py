@@ -113,15 +113,16 @@ def _file(path: Path, architecture: str | None) -> Source:
     dense = _dense(made_by, None, classes)
     model = artifact.load(path, dense.model)
     shape = extra.get("input")
-    whole = isinstance(shape, list) and all(type(size) is int and size > 0 for size in shape)
-    known = whole and len(shape) <= MOST_DIMS and math.prod(shape) <= MOST_NUMBERS
+    sizes = tuple(shape) if isinstance(shape, list) else ()
+    known = all(type(size) is int and size > 0 for size in sizes) and len(sizes) <= MOST_DIMS
+    known = known and math.prod(sizes) <= MOST_NUMBERS
     return Source(
         path.stem,
         model,
         made_by,
         manifest.edits,
         True,
-        tuple(shape) if known and shape else dense.input,
+        sizes if known and sizes else dense.input,
         dense.classes,
     )
 
