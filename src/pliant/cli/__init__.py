@@ -4,7 +4,18 @@ from typing import Annotated
 
 import typer
 
-from pliant.cli import auto, compress, doctor, files, inspect, measure, methods, runs, solve
+from pliant.cli import (
+    auto,
+    compress,
+    doctor,
+    files,
+    inspect,
+    measure,
+    methods,
+    networks,
+    runs,
+    solve,
+)
 
 app = typer.Typer(
     name="pliant",
@@ -26,6 +37,7 @@ app.command("sweep")(runs.sweep)
 app.command("runs")(runs.runs)
 app.command("compare")(runs.compare)
 app.command("doctor")(doctor.doctor)
+app.command("zoo")(networks.networks)
 app.command("report")(files.report)
 app.command("export")(files.export)
 

@@ -33,7 +33,9 @@ _LEFT = re.compile(rf"\.({_WHOLE})\.[0-9a-z_]{{8}}|{re.escape(PART)}")  # by a k
 
 
 @contextmanager
-def claimed(out: Path, *, force: bool, resume: bool, own: bool = False) -> Iterator[None]:
+def claimed(
+    out: Path, *, force: bool = False, resume: bool = False, own: bool = False, run: bool = True
+) -> Iterator[None]:
     """Make the folder and hold it, or refuse one that holds something.
 
     What a kill left half written is removed, and with `force` the checkpoints of the run before.
@@ -44,6 +46,7 @@ def claimed(out: Path, *, force: bool, resume: bool, own: bool = False) -> Itera
         force: replace the files of a run in it.
         resume: go on with the run in it.
         own: replace its content without being told, if it is nothing but a run.
+        run: whether the command has --resume and --force.
 
     Raises:
         OutputError: it holds something, or a model.pliant that is none, or cannot be written to,
@@ -58,9 +61,10 @@ def claimed(out: Path, *, force: bool, resume: bool, own: bool = False) -> Itera
             )
         own = own and OURS.issuperset(held)
         if held and not (force or resume or own):
+            ways = ", or go on with --resume, or replace it with --force" if run else ""
             raise OutputError(
                 f"{out} exists and holds {', '.join(held[:3])}{' and more' if held[3:] else ''}: "
-                "choose another --out, or go on with --resume, or replace it with --force."
+                f"choose another --out{ways}."
             )
         check_replaceable(out / MODEL, ".pliant", is_pliant)
         if force and not resume:

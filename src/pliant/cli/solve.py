@@ -150,7 +150,7 @@ def _place_of(out: Path | None) -> AbstractContextManager[None]:
     if out is None or out.suffix == ".json":
         _check_place(out, (".json",))
         return nullcontext()
-    return folder.claimed(out, force=False, resume=False, own=True)
+    return folder.claimed(out, own=True, run=False)
 
 
 def _write(path: Path, write: Any) -> None:

@@ -113,19 +113,16 @@ def _file(path: Path, architecture: str | None) -> Source:
     dense = _dense(made_by, None, classes)
     model = artifact.load(path, dense.model)
     shape = extra.get("input")
-    known = (
-        isinstance(shape, list)
-        and all(type(size) is int and size > 0 for size in shape)
-        and len(shape) <= MOST_DIMS
-        and math.prod(shape) <= MOST_NUMBERS
-    )
+    sizes = tuple(shape) if isinstance(shape, list) else ()
+    known = all(type(size) is int and size > 0 for size in sizes) and len(sizes) <= MOST_DIMS
+    known = known and math.prod(sizes) <= MOST_NUMBERS
     return Source(
         path.stem,
         model,
         made_by,
         manifest.edits,
         True,
-        tuple(shape) if known and shape else dense.input,
+        sizes if known and sizes else dense.input,
         dense.classes,
     )
 
@@ -174,8 +171,13 @@ def _here() -> Any:
         sys.path.remove(os.getcwd())
 
 
-def example(source: Source, shape: str | None = None) -> tuple[Any, ...]:
+def example(source: Source, shape: str | None = None, *, data: bool = False) -> tuple[Any, ...]:
     """Make one input of a network: noise of the shape that is known or given as "3,32,32".
+
+    Args:
+        source: the network.
+        shape: of an input, as it was written.
+        data: whether the command has --data.
 
     Raises:
         DataError: the shape is not known, or cannot be read.
@@ -190,7 +192,7 @@ def example(source: Source, shape: str | None = None) -> tuple[Any, ...]:
             raise DataError(f"--input must be sizes such as 3,32,32, not {shape!r}.")
     if not sizes:
         raise DataError(
-            f"The input shape of {source.name} is not known: name it with --input 3,32,32, or "
-            "give --data."
+            f"The input shape of {source.name} is not known: name it with --input 3,32,32"
+            f"{', or give --data' if data else ''}."
         )
     return (torch.randn(1, *sizes, generator=torch.Generator().manual_seed(0)),)

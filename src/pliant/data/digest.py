@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils._pytree import tree_leaves
 
 from pliant.data.sources import Batches, Items, Source, Tensors, generator, seeded, unpack
@@ -101,7 +101,7 @@ def _pieces(value: Any) -> Iterator[bytes]:
 
 
 def _tensor(value: Tensor) -> Iterator[bytes]:
-    if is_lazy(value) or value.is_meta:
+    if isinstance(value, UninitializedParameter | UninitializedBuffer) or value.is_meta:
         return
     yield f"{value.dtype}{tuple(value.shape)}".encode()
     dense = value.detach()

@@ -109,8 +109,7 @@ def counted(model: nn.Module, example: Example) -> Cost:
 
 
 def choose(
-    cost_of: Callable[[int], Cost],
-    sizes: int,
+    sizes: Sequence[Cost],
     budget: Budget,
     dense: Cost,
     latency: Callable[[int], float] | None = None,
@@ -118,8 +117,7 @@ def choose(
     """Return the largest size that a budget allows; few of them are looked at.
 
     Args:
-        cost_of: the cost of a size, 0 being the largest.
-        sizes: how many there are, none larger than the one before.
+        sizes: the cost of each, from the largest; none is larger than the one before.
         budget: what the size may cost.
         dense: what its fractions refer to.
         latency: milliseconds of a size, for a budget that bounds them.
@@ -129,14 +127,14 @@ def choose(
     """
     limits = budget.limits(dense)
     longest = limits.pop("latency", None)
-    first = bisect_left(range(sizes), x=True, key=lambda size: _fits(cost_of(size), limits))
-    if first == sizes:
-        smallest = cost_of(sizes - 1)
+    first = bisect_left(sizes, x=True, key=lambda cost: _fits(cost, limits))
+    if first == len(sizes):
+        smallest = sizes[-1]
         least = ", ".join(f"{axis}={getattr(smallest, axis):,}" for axis in limits)
         raise BudgetError(f"No size is this small: the smallest has {least}; allow as much.")
     if longest is None or latency is None:
         return first
-    return _fastest(first, sizes - 1, longest, latency)
+    return _fastest(first, len(sizes) - 1, longest, latency)
 
 
 def _fastest(first: int, last: int, most: float, latency: Callable[[int], float]) -> int:

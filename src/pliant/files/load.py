@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from pliant import zoo
 from pliant.budget import Budget
 from pliant.cost import Cost, Example
-from pliant.edits import Nest
+from pliant.edits import Edit, Nest
 from pliant.edits import sizes as elastic
 from pliant.errors import ArtifactError, ModelError
 from pliant.files import artifact
@@ -127,19 +128,32 @@ def _load_at(
     def milliseconds(size: int) -> float:
         return measure(elastic.of_size(loaded, edits, size), example, place).median_ms
 
-    def cost(size: int) -> Cost:
-        return elastic.counted(elastic.of_size(loaded, edits, size), example)
-
+    sizes = _Sizes(loaded, edits, example)
     try:
-        cost(0)
+        sizes[0]
     except ArtifactError as error:
         raise ArtifactError(
             f"{path} holds an elastic network that was compressed further, so no size can be cut "
             "from it any more: leave at= out."
         ) from error
-    count = elastic.count(edits)
-    elastic.shrink(loaded, edits, elastic.choose(cost, count, budget, dense, milliseconds))
+    elastic.shrink(loaded, edits, elastic.choose(sizes, budget, dense, milliseconds))
     return loaded
+
+
+@dataclass(frozen=True)
+class _Sizes(Sequence[Cost]):
+    """What the sizes of a network cost: each is made when it is asked for, as there may be many."""
+
+    model: nn.Module
+    edits: Sequence[Edit]
+    example: Example
+
+    def __len__(self) -> int:
+        return elastic.count(self.edits)
+
+    def __getitem__(self, size: Any) -> Any:
+        number = range(len(self))[size]
+        return elastic.counted(elastic.of_size(self.model, self.edits, number), self.example)
 
 
 def _budget(at: Budget | str | float) -> Budget:

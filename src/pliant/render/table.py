@@ -1,9 +1,10 @@
 """Tables for the terminal; each stays readable at 80 columns."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
@@ -19,11 +20,50 @@ MANY = (
     ("latency_ms", "ms", words.milliseconds),
     ("seconds", "took", words.seconds),
 )
+LEAST = 8  # characters of a column that may be folded
 SPARK = 12  # characters of a spectrum in a table
 
 
+class _Fitting(Table):
+    """A table that writes its rows below each other where they would be cut at the right."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Render as a table where its columns fit, and as a list of rows where they do not."""
+        if self._needed() <= options.max_width:
+            yield from super().__rich_console__(console, options)
+            return
+        yield from (Text(overflow="fold").join(part) for part in self._listed())
+
+    def _needed(self) -> int:
+        """The least width at which every column can be read."""
+        widths = []
+        for column in self.columns:
+            cells = [_text(cell) for cell in (column.header, *column.cells)]
+            whole = max((line.cell_len for cell in cells for line in cell.split()), default=0)
+            folds = column.overflow == "fold" and not column.no_wrap
+            widths.append(min(whole, column.min_width or LEAST) if folds else whole)
+        return sum(widths) + 2 * len(widths)
+
+    def _listed(self) -> Iterator[list[Text]]:
+        if self.title:
+            yield [_text(self.title)]
+        heads = [_text(column.header) for column in self.columns]
+        for row in zip(*(column.cells for column in self.columns), strict=True):
+            first, *rest = map(_text, row)
+            yield [Text(first.plain, "bold")]
+            for head, cell in zip(heads[1:], rest, strict=True):
+                if cell.plain.strip():
+                    yield [Text(f"    {head.plain or 'what'}: ", "dim"), cell]
+        if self.caption:
+            yield [_text(self.caption)]
+
+
+def _text(cell: Any) -> Text:
+    return cell if isinstance(cell, Text) else Text(str(cell))
+
+
 def _table(title: str | None = None) -> Table:
-    return Table(
+    return _Fitting(
         title=title and Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
         pad_edge=False, collapse_padding=True, padding=(0, 1), header_style="bold",
     )  # fmt: skip
@@ -154,7 +194,7 @@ def methods(entries: Sequence[Entry]) -> Table:
     table.add_column("method", overflow="fold", min_width=22, style="bold")
     table.add_column("verb", no_wrap=True)
     table.add_column("saves", overflow="fold", min_width=7, max_width=7)
-    table.add_column("what it does", overflow="fold")
+    table.add_column("what it does", overflow="fold", min_width=20)
     table.add_column("paper", overflow="fold", min_width=9, max_width=9)
     family = ""
     for entry in entries:
