@@ -202,6 +202,16 @@ def test_all_labels_in_memory_are_looked_at() -> None:
         told(flat(1), ROWS, labels)
 
 
+def test_the_task_is_that_of_the_most_labels_wherever_it_is_scored() -> None:
+    """Ten labels that are 0 or 1 leave a doubt, and the others of the training split end it."""
+    labels = whole(2, N).float()
+    data = Data(train=(ROWS, labels), val=(ROWS[:10], labels[:10]))
+    for trains in (False, True):
+        splits: Any = ["train", "val"] if trains else ["val"]
+        task = settle(None, flat(1), data, splits, trains=trains)
+        assert task is not None and task.name == "binary"
+
+
 # ---------------------------------------------------------------- language models
 
 
