@@ -192,14 +192,25 @@ def test_float_labels_are_a_regression_from_end_to_end() -> None:
 
 
 def test_all_labels_in_memory_are_looked_at() -> None:
-    labels = whole(5, N)
+    """More than are looked at one batch long."""
+    rows, labels = ROWS.repeat(3, 1), whole(5, 3 * N)
     labels[-1] = 5
     with pytest.raises(DataError, match="5 came"):
-        told(flat(5), ROWS, labels)
-    labels = whole(2, N)
+        told(flat(5), rows, labels)
+    labels = whole(2, 3 * N)
     labels[-1] = 2
     with pytest.raises(DataError, match="in doubt"):
-        told(flat(1), ROWS, labels)
+        told(flat(1), rows, labels)
+
+
+def test_the_task_is_that_of_the_most_labels_wherever_it_is_scored() -> None:
+    """Ten labels that are 0 or 1 leave a doubt, and the others of the training split end it."""
+    labels = whole(2, N).float()
+    data = Data(train=(ROWS, labels), val=(ROWS[:10], labels[:10]))
+    for trains in (False, True):
+        splits: Any = ["train", "val"] if trains else ["val"]
+        task = settle(None, flat(1), data, splits, trains=trains)
+        assert task is not None and task.name == "binary"
 
 
 # ---------------------------------------------------------------- language models

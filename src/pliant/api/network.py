@@ -27,7 +27,7 @@ from pliant.data.ready import Metrics, task_of
 from pliant.data.splits import Split
 from pliant.data.task import Task
 from pliant.drivers import checkpoint
-from pliant.drivers.check import check_data
+from pliant.drivers.check import check_call, check_data
 from pliant.drivers.devices import own_randomness
 from pliant.drivers.lock import owned
 from pliant.drivers.loop import Watch, epochs_of, evaluate, fit
@@ -368,6 +368,7 @@ class _Job:
         if self.split is not None and self.split not in splits:
             splits.append(self.split)
         if splits:
+            check_call(network, self.data)
             self.task = settle(self.task, network, self.data, splits, trains=bool(self._epochs()))
 
     def _fidelity(self, dense: nn.Module, run: Run) -> Fidelity | None:

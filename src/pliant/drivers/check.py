@@ -93,9 +93,19 @@ def check_data(model: nn.Module, data: Data) -> None:
     """
     if not data.has("train"):
         raise DataError("Training needs the train split, but the data has none; give it to Data.")
-    with evaluating(model), torch.no_grad():
-        forward(model, moved(data.example(), device_of(model)))
+    check_call(model, data)
     data.check(labelled=False)
+
+
+def check_call(model: nn.Module, data: Data) -> None:
+    """Refuse a model that fails on one sample of the training data, if there are any.
+
+    Raises:
+        ModelError: the model fails on the inputs.
+    """
+    if data.has("train"):
+        with evaluating(model), torch.no_grad():
+            forward(model, moved(data.example(), device_of(model)))
 
 
 def not_finite(model: nn.Module, batch: Any = None) -> str:
