@@ -93,14 +93,15 @@ class InPlace(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.one, self.two = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
-        self.three, self.relu = nn.Conv2d(4, 5, 3), nn.ReLU(inplace=True)
-        self.head = nn.Linear(5, 4)
+        self.three, self.four = nn.Conv2d(4, 5, 3, padding=1), nn.Conv2d(5, 4, 3, padding=1)
+        self.relu, self.head = nn.ReLU(inplace=True), nn.Linear(4, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.relu(self.one(x))
         y = self.two(x)
         y += x
-        out: Tensor = self.head(self.relu(self.three(self.relu(y))).mean((2, 3)))
+        z = y + self.four(self.relu(self.three(y)))
+        out: Tensor = self.head(self.relu(z).mean((2, 3)))
         return out
 
 

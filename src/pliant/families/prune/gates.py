@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from pliant.cost import Example, call, evaluating
+from pliant.cost import evaluating
 from pliant.families.prune.scores import Groups
-from pliant.observe.moments import surprise
+
+T = TypeVar("T")
 
 
 class Gates:
@@ -23,6 +24,8 @@ class Gates:
     Args:
         model: has the hooks until `remove`.
         groups: of channels.
+        behind: for some groups by name a module: all that it gives is multiplied, channel by
+            channel, instead of what layers read.
 
     >>> from pliant.surgery.prove import cuttable
     >>> net = nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1))
@@ -33,15 +36,21 @@ class Gates:
     True
     """
 
-    def __init__(self, model: nn.Module, groups: Groups) -> None:
+    def __init__(
+        self, model: nn.Module, groups: Groups, behind: Mapping[str, str] | None = None
+    ) -> None:
         self.groups = list(groups)
         self.sizes = {group.name: len(group.units) for group in groups}
         self.values = torch.ones(sum(self.sizes.values()))
         self._passes: list[dict[int, Tensor]] = []
         self._handles = [model.register_forward_pre_hook(self._begin)]
-        for layer, places in _places(model, self.groups).items():
+        places, blocks = _places(model, self.groups, behind or {})
+        for layer, at in places.items():
             module = model.get_submodule(layer)
-            self._handles.append(module.register_forward_pre_hook(self._gate(places)))
+            self._handles.append(module.register_forward_pre_hook(self._gate(at)))
+        for block, at in blocks.items():
+            module = model.get_submodule(block)
+            self._handles.append(module.register_forward_hook(self._gate_behind(at)))
 
     def split(self, values: Tensor) -> dict[str, Tensor]:
         """Divide numbers of all units among the groups, by their names."""
@@ -72,13 +81,18 @@ class Gates:
 
     def _gate(self, places: Tensor) -> Callable[[nn.Module, Any], Any]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            given = args[0]
-            factors = self._leaf(len(given), given.device)[:, places.to(given.device)]
-            axis = given.dim() - 1 if isinstance(module, nn.Linear) else 1
-            shape = [size if dim in (0, axis) else 1 for dim, size in enumerate(given.shape)]
-            return given * factors.to(given.dtype).view(shape), *args[1:]
+            axis = args[0].dim() - 1 if isinstance(module, nn.Linear) else 1
+            return self._gated(args[0], axis, places), *args[1:]
 
         return hook
+
+    def _gate_behind(self, places: Tensor) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+        return lambda module, args, output: self._gated(output, 1, places)
+
+    def _gated(self, given: Tensor, axis: int, places: Tensor) -> Tensor:
+        factors = self._leaf(len(given), given.device)[:, places.to(given.device)]
+        shape = [size if dim in (0, axis) else 1 for dim, size in enumerate(given.shape)]
+        return given * factors.to(given.dtype).view(shape)
 
     def _leaf(self, count: int, device: torch.device) -> Tensor:
         """The gates of one forward pass, a row for each sample; the last column is always one."""
@@ -89,33 +103,40 @@ class Gates:
 
 
 def effects(
-    model: nn.Module, groups: Groups, batches: Iterable[Example], generator: torch.Generator
-) -> Iterable[list[Tensor]]:
+    model: nn.Module, gates: Gates, batches: Iterable[T], loss: Callable[[T], Tensor]
+) -> Iterator[list[Tensor]]:
     """Yield for each batch what `Gates.take` returns, of the network as it is, in eval mode.
 
-    Labels are drawn from the network's own predictions, so inputs are enough.
+    Args:
+        model: has the gates, which are taken out at the end.
+        gates: of its units.
+        batches: of any kind.
+        loss: runs the network on one of them and gives its loss.
     """
-    gates = Gates(model, groups)
-    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
-        for parameter in frozen:
+        for parameter in learning:
             parameter.requires_grad_(False)
         for batch in batches:
             with evaluating(model), torch.enable_grad():
-                surprise(call(model, batch), generator).backward()
+                loss(batch).backward()
             yield gates.take()
     finally:
         gates.remove()
-        for parameter in frozen:
+        for parameter in learning:
             parameter.requires_grad_(True)
 
 
-def _places(model: nn.Module, groups: Groups) -> dict[str, Tensor]:
-    """Say for every layer that reads units which gate each of its channels has."""
-    found: dict[str, Tensor] = {}
+def _places(
+    model: nn.Module, groups: Groups, behind: Mapping[str, str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Say which gate each channel has: of what layers read, and of what blocks give."""
+    found, given = dict[str, Tensor](), dict[str, Tensor]()
     total, first = sum(len(group.units) for group in groups), 0
     for group in groups:
-        for slot in group.slots:
+        if group.name in behind:
+            given[behind[group.name]] = torch.arange(first, first + len(group.units))
+        for slot in group.slots if group.name not in behind else ():
             if slot[1] == "in":
                 module: Any = model.get_submodule(slot[0])
                 size = module.in_features if isinstance(module, nn.Linear) else module.in_channels
@@ -123,4 +144,4 @@ def _places(model: nn.Module, groups: Groups) -> dict[str, Tensor]:
                 rows = group.rows(slot)
                 places[rows] = torch.arange(first, first + len(rows))[:, None]
         first += len(group.units)
-    return found
+    return found, given

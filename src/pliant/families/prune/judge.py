@@ -8,13 +8,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pliant.cost import call, evaluating
+from pliant.cost import Example, call, evaluating
 from pliant.data import IGNORED, unpack
 from pliant.data.criterion import classes_second
 from pliant.observe.outputs import logits
+from pliant.observe.watch import samples
 from pliant.run import Run
 
-BATCH = 256
+BATCH = 256  # samples of one forward pass
+HELD = 64  # samples whose activations are held at once
+
+
+def labelled(run: Run, count: int) -> list[tuple[Example, Any]]:
+    """Draw training samples with labels, without augmentation: inputs of a call, and labels.
+
+    Args:
+        run: the seed is its own, so they are the same every time.
+        count: how many at least; none come without training data.
+    """
+    found, seen = list[tuple[Example, Any]](), 0
+    if run.data is None or not run.has_inputs:
+        return found
+    for batch in run.data.batches("train", HELD, seed=run.seed, shuffle=True):
+        found.append(unpack(batch))
+        seen += samples(found[-1][0])
+        if seen >= count:
+            break
+    return found
 
 
 @torch.no_grad()

@@ -5,10 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Annotated, Any
 
 import torch
+from torch import Tensor
 
+from pliant.cost import Example, call
 from pliant.edits import Edit
 from pliant.errors import DataError
 from pliant.families.prune.allocate import Goal, counted_limits, within
@@ -17,6 +20,7 @@ from pliant.families.prune.pruner import ChannelPruning, Ratio, Rounds, Share
 from pliant.families.prune.ranking import Scope, floors_of, ranking
 from pliant.families.prune.scores import Groups, Scores
 from pliant.families.prune.utility import decay_at, masks, utility
+from pliant.observe.moments import surprise
 from pliant.registry import In, Paper, register
 from pliant.run import Run
 
@@ -111,8 +115,8 @@ class DynamicChannelPropagation(ChannelPruning):
         if known is None or not known.any():
             self.refuse(run)
             known = torch.zeros(sum(sizes.values())).double()
-            batches = run.inputs(self.samples, batch=BATCH)
-            for seen in effects(run.model, groups, batches, run.generator):
+            gates, batches = Gates(run.model, groups), run.inputs(self.samples, batch=BATCH)
+            for seen in effects(run.model, gates, batches, partial(_surprise, run)):
                 known = utility(known, seen, known >= 0, sizes, self.decay)
         return dict(zip(sizes, known.split([*sizes.values()]), strict=True))
 
@@ -126,3 +130,7 @@ class DynamicChannelPropagation(ChannelPruning):
                 run.state["masked"] = len(within(run, gates.groups, ranked, limits))
         run.state["mask"] = masks(scores, floors, run.state["masked"])
         gates.values = run.state["mask"].float()
+
+
+def _surprise(run: Run, inputs: Example) -> Tensor:
+    return surprise(call(run.model, inputs), run.generator)

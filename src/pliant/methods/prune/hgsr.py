@@ -9,23 +9,21 @@ from typing import Annotated, Any
 import torch
 from torch import Tensor
 
-from pliant.cost import Example
-from pliant.data import batch_of, unpack
+from pliant.data import batch_of
 from pliant.edits.prune import CONVS
 from pliant.errors import DataError
 from pliant.families.prune.allocate import Goal, in_passes
+from pliant.families.prune.judge import labelled
 from pliant.families.prune.pruner import ChannelPruning, Share
 from pliant.families.prune.ranking import Unit, ranking
 from pliant.families.prune.scores import Groups, Scores
 from pliant.families.prune.zeroing import increases
 from pliant.math.hierarchical import Grouping, Kind, hierarchical
-from pliant.observe.watch import samples
 from pliant.registry import In, Paper, register
 from pliant.run import Run
 from pliant.surgery.prove import Leaving
 from pliant.surgery.select import readable
 
-BATCH = 64  # samples whose activations are held at once
 LARGE = 1e300  # behind all that may leave
 PAPER = Paper(
     "Filter Pruning Using Hierarchical Group Sparse Regularization for Deep Convolutional "
@@ -68,7 +66,7 @@ class HGSR(ChannelPruning):
     most: Annotated[float, In(0)] | None = None
 
     def refuse(self, run: Run) -> None:
-        first = next(iter(self._labelled(run, 1)), None)
+        first = next(iter(labelled(run, 1)), None)
         if first is None or first[1] is None:
             raise DataError(
                 "hgsr compares losses on labelled training samples, but there are none: give data "
@@ -90,11 +88,12 @@ class HGSR(ChannelPruning):
         return run.state["lambda"] * self._whole(run)
 
     def scores(self, run: Run, groups: Groups) -> Scores:
-        return increases(run.model, groups, self._labelled(run), _criterion(run))
+        return increases(run.model, groups, labelled(run, self.samples), _criterion(run))
 
     def allocation(self, run: Run, groups: Groups, goal: Goal) -> Leaving:
         def ranked(gone: Sequence[Unit], number: int) -> Sequence[Unit]:
-            scores = increases(run.model, groups, self._labelled(run), _criterion(run), gone)
+            batches = labelled(run, self.samples)
+            scores = increases(run.model, groups, batches, _criterion(run), gone)
             if self.most is not None and not goal.limits:
                 for values in scores.values():
                     values[values > self.most] = torch.inf
@@ -111,18 +110,6 @@ class HGSR(ChannelPruning):
         floors = {name: max(floor, kept[name]) for name, floor in run.state["floors"].items()}
         finite = {n: values.where(~values.isposinf(), LARGE) for n, values in scores.items()}
         return ranking(finite, self.scope, floors)
-
-    def _labelled(self, run: Run, count: int = 0) -> list[tuple[Example, Any]]:
-        """Draw the samples on which losses are compared, without augmentation."""
-        found, seen = list[tuple[Example, Any]](), 0
-        if run.data is None or not run.has_inputs:
-            return found
-        for batch in run.data.batches("train", BATCH, seed=run.seed, shuffle=True):
-            found.append(unpack(batch))
-            seen += samples(found[-1][0])
-            if seen >= (count or self.samples):
-                break
-        return found
 
     def _whole(self, run: Run) -> Tensor:
         """Both penalties of all convolutions, before lambda."""
