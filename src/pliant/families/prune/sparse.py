@@ -19,6 +19,7 @@ from pliant.errors import BudgetError, ModelError, TrainingError
 from pliant.families.prune.columns import columns
 from pliant.families.prune.scores import Groups
 from pliant.nn.layers import Factorizable
+from pliant.observe.order import order
 from pliant.run import Run
 from pliant.surgery.prove import cuttable, edits_of, prove
 from pliant.surgery.select import readable
@@ -46,6 +47,33 @@ def subjects(run: Run, only: Sequence[str] = (), exclude: Sequence[str] = ()) ->
             f"linear layer of its own ({why or 'it has none'})."
         )
     return list(layers)
+
+
+def prunable(
+    run: Run, only: Sequence[str] = (), exclude: Sequence[str] = (), *, linear: bool = False
+) -> list[str]:
+    """Return the convolutions whose weights may become zero, and record why others' may not.
+
+    Args:
+        run: with the network.
+        only: name patterns of the layers to consider.
+        exclude: name patterns of the layers to leave alone.
+        linear: take linear layers too, but for the last layer, as where there are no convolutions.
+
+    Raises:
+        ModelError: there is none.
+        MethodError: a name pattern matches no layer.
+    """
+    names = subjects(run, only, exclude)
+    convolutions = [name for name in names if not isinstance(layer_of(run, name), nn.Linear)]
+    last = order(run.model, run.example, names).called[-1:]
+    chosen = convolutions
+    if linear or not convolutions:
+        chosen = [name for name in names if name in convolutions or name not in last] or names
+    for name in names:
+        if name not in chosen:
+            run.keep(name, "linear layers, or the last of them, keep their weights")
+    return chosen
 
 
 def layer_of(run: Run, name: str) -> Factorizable:
