@@ -17,6 +17,7 @@ from pliant.errors import EditError
 
 AT_ONCE = 1 << 22  # numbers held at a time, of all outputs of the products of a patch
 FORMS = ("full", "symmetric")
+MOST = 1 << 30  # weights of one layer, whoever asks for more
 
 
 class QuadraticConv2d(nn.Module):
@@ -155,6 +156,7 @@ class QuadraticConv2d(nn.Module):
         if not known:
             check_quadratic(layer)
         sizes = (layer.inputs, layer.outputs) if known else (layer.in_channels, layer.out_channels)
+        _check_size(sizes[1], math.prod(layer.kernel_size) * sizes[0] + 1)
         geometry = layer.kernel_size, layer.stride, layer.padding, layer.dilation
         mode, how = layer.padding_mode, {"form": spec["form"], "negative": spec["negative"]}
         new = cls(*sizes, *geometry, padding_mode=mode, **how)
@@ -230,6 +232,7 @@ class QuadraticFactors(nn.Module):
         taps = layer.size if isinstance(layer, QuadraticConv2d) else layer.weight[0].numel() + 1
         if not 1 <= spec["rank"] <= taps:
             raise EditError(f"takes a rank of 1 to {taps}, not {spec['rank']}.")
+        _check_size(spec["rank"], taps)
         new = cls(layer, spec["rank"])
         new.random = spec["random"]
         return new
@@ -291,6 +294,11 @@ def check_quadratic(layer: Any) -> None:
     """Refuse what is no Conv2d without groups, by a sentence that begins with its name."""
     if type(layer) is not nn.Conv2d or layer.groups != 1:
         raise EditError("must be a Conv2d without groups to become quadratic.")
+
+
+def _check_size(matrices: int, size: int) -> None:
+    if matrices * size**2 > MOST:
+        raise EditError(f"would have {matrices * size**2:,} weights: take a lower rank.")
 
 
 def _pairs(size: int) -> int:

@@ -235,6 +235,9 @@ def what_is_too_large_is_refused() -> None:
         begun(CQNN(most=3000))
     begun(CQNN(most=3000, form="symmetric"))
     begun(CQNN(most=3000, form="lowrank"))
+    wide = nn.Conv2d(512, 512, 3, device="meta")
+    with pytest.raises(EditError, match="lower rank"):
+        swapped(wide, "quadratic", form="full", negative=True, random=True)
     with pytest.raises(ModelError, match="see only and exclude"):
         begun(CQNN(only=("6",)))
 

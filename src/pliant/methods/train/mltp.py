@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
-from pliant.cost import Example, call
-from pliant.data import batch_of, unpack
-from pliant.errors import DataError, MethodError, ModelError
-from pliant.math.alone import forked
+from pliant.data import unpack
+from pliant.errors import DataError, MethodError
+from pliant.families.train.ahead import check_twice, curvature, gradient_of, loss_at, trained
 from pliant.method import Method
-from pliant.observe.outputs import logits
 from pliant.observe.watch import samples
 from pliant.registry import In, Paper, register
 from pliant.run import Run
-
-Weights = Mapping[str, Tensor]
-REACH = 1e-2  # length of the step of the difference quotient
 
 
 @register(
@@ -66,26 +58,26 @@ class MLTP(Method):
             )
         assert run.data is not None
         if self.order == "second":
-            _check_twice(run.model, run.data.example(2))
+            check_twice(run.model, run.data.example(2))
 
     def loss(self, run: Run, loss: Tensor, output: Any, batch: Any) -> Tensor:
         """Add the loss of another batch after a step on this one."""
         mine = unpack(batch)
         other = run.draw(samples(mine[0]))
-        names, weights = _trained(run.model)
+        names, weights = trained(run.model)
         inner = self._inner(run)
-        grads = _gradient(loss, weights, twice=self.order == "second", again=True)
+        grads = gradient_of(loss, weights, twice=self.order == "second", again=True)
         if self.order != "difference":
             ahead = [w - inner * g for w, g in zip(weights, grads, strict=True)]
-            return loss + self.beta * _loss(run, dict(zip(names, ahead, strict=True)), *other)
+            return loss + self.beta * loss_at(run, dict(zip(names, ahead, strict=True)), *other)
         ahead = [
             (w.detach() - inner * g).requires_grad_() for w, g in zip(weights, grads, strict=True)
         ]
-        second = _loss(run, dict(zip(names, ahead, strict=True)), *other)
-        pulls = _gradient(second, ahead)
+        second = loss_at(run, dict(zip(names, ahead, strict=True)), *other)
+        pulls = gradient_of(second, ahead)
 
         def gradient(at: list[Tensor]) -> list[Tensor]:
-            return _gradient(_loss(run, dict(zip(names, at, strict=True)), *mine), at)
+            return gradient_of(loss_at(run, dict(zip(names, at, strict=True)), *mine), at)
 
         bent = curvature(gradient, [w.detach() for w in weights], pulls)
         pulls = [pull - inner * bend for pull, bend in zip(pulls, bent, strict=True)]
@@ -103,66 +95,3 @@ class MLTP(Method):
                 "pliant.start(..., optimizer=optimizer), or set alpha."
             )
         return run.lr
-
-
-def curvature(
-    gradient: Callable[[list[Tensor]], list[Tensor]], at: list[Tensor], along: list[Tensor]
-) -> list[Tensor]:
-    """Return the Hessian times a vector, by a difference of two gradients.
-
-    Args:
-        gradient: of some loss, at weights that require gradients.
-        at: the weights.
-        along: the vector, in parts like the weights.
-    """
-    length = torch.stack([part.square().sum() for part in along]).sum().sqrt()
-    step = REACH / length.clamp_min(1e-12)
-    sides = [
-        gradient([(w + sign * step * v).requires_grad_() for w, v in zip(at, along, strict=True)])
-        for sign in (1, -1)
-    ]
-    return [(one - other) / (2 * step) for one, other in zip(*sides, strict=True)]
-
-
-def _loss(run: Run, weights: Weights, inputs: Example, labels: Any) -> Tensor:
-    """Return the task's loss with other weights; statistics of the network stay as they are."""
-    apart = {name: buffer.clone() for name, buffer in run.model.named_buffers()}
-    args, named = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
-    output = functional_call(run.model, {**apart, **weights}, args, named)
-    return run.task_loss(output, batch_of(inputs, labels))
-
-
-def _gradient(
-    loss: Tensor, weights: Iterable[Tensor], *, twice: bool = False, again: bool = False
-) -> list[Tensor]:
-    """Return the gradient; 0 where the loss does not depend on a weight."""
-    weights = [*weights]
-    found = torch.autograd.grad(
-        loss, weights, create_graph=twice, retain_graph=again or twice, allow_unused=True
-    )
-    return [torch.zeros_like(w) if g is None else g for w, g in zip(weights, found, strict=True)]
-
-
-def _trained(model: torch.nn.Module) -> tuple[list[str], list[Tensor]]:
-    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    return [name for name, _ in named], [p for _, p in named]
-
-
-def _check_twice(model: torch.nn.Module, example: Example) -> None:
-    """Differentiate a copy twice.
-
-    Raises:
-        ModelError: it cannot be.
-    """
-    trial = copy.deepcopy(model).train()
-    with forked(), torch.enable_grad():
-        weights = _trained(trial)[1]
-        squares = logits(call(trial, example)).square().mean()
-        try:
-            grads = _gradient(squares, weights, twice=True)
-            torch.stack([g.square().sum() for g in grads]).sum().backward()
-        except RuntimeError as error:
-            raise ModelError(
-                f"mltp differentiates twice, but {type(model).__name__} cannot be "
-                f'({str(error).splitlines()[0].rstrip(".")}): use order="difference" or "first".'
-            ) from error
