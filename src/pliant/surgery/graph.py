@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from pliant.cost import Example, call
-from pliant.edits.prune import sides
+from pliant.edits.prune import channel_axis, sides
 from pliant.errors import ModelError
 from pliant.nn.layers import shared_weights
 from pliant.observe.outputs import answers
@@ -70,7 +70,11 @@ class Group:
 
 
 def trace(
-    model: nn.Module, example: Example, others: Sequence[Example] = ()
+    model: nn.Module,
+    example: Example,
+    others: Sequence[Example] = (),
+    *,
+    marks: Sequence[float] = (math.nan,),
 ) -> tuple[list[Group], dict[str, str]]:
     """Find the groups of channels that may leave a network, and why other layers keep theirs.
 
@@ -81,6 +85,7 @@ def trace(
         model: any module.
         example: the inputs of one forward call, samples on the first axis.
         others: further ones, for layers to which not every sample is routed.
+        marks: not-a-number, or `MOVES`, which pass where a network takes such numbers out.
 
     Returns:
         The groups in the order of the model, not proven yet, and for every layer none of whose
@@ -90,7 +95,7 @@ def trace(
         ModelError: the network answers with no tensor that marks could arrive in.
     """
     try:
-        probe = _spread(model, [example, *others], (math.nan,))
+        probe = _spread(model, [example, *others], marks)
     except ModelError:
         raise
     except Exception:  # a model may object to such numbers in any way
@@ -219,7 +224,7 @@ class _Probe:
     def _reader(self, slot: Slot) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             if args and isinstance(args[0], Tensor):
-                self._read(slot, args[0], 1)
+                self._read(slot, args[0], channel_axis(module, args[0]))
 
         return hook
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from pliant.observe.order import called_by
 from pliant.observe.outputs import alike, answers
 from pliant.observe.watch import one_sample, samples
 from pliant.surgery.even import evened
-from pliant.surgery.graph import Group, Slot, first_sample, slow_attention, trace
+from pliant.surgery.graph import MOVES, Group, Slot, first_sample, slow_attention, trace
 
 Leaving = Mapping[str, Sequence[int]]
 """For every group by name, the units that leave."""
@@ -49,23 +50,40 @@ def cuttable(
     """
     random = randomized(model)
     others = reaching(random, example, batches)
-    found, reasons = trace(random, example, others)
-    good, examples = found, [example, *others]
+    examples = [example, *others]
+    good, lost, reasons = _traced(random, examples, (math.nan,))
+    if lost:  # not-a-number may have been taken out on its way: a mask, a check, a distribution
+        again = _traced(random, examples, MOVES)
+        if _units(again[0]) > _units(good):
+            good, _, reasons = again
+
+    def fails(some: Sequence[Group], leaving: Leaving) -> bool:
+        return bool(_problem(random, examples, edits_of(random, some, leaving)))
+
+    good, uneven = evened(good, fails) if good else ([], [])
+    for group in uneven:
+        reasons |= {layer: UNEVEN for layer, side in group.slots if side != "in"}
+    changed = {layer for group in good for layer, side in group.slots if side != "in"}
+    return good, {layer: why for layer, why in reasons.items() if layer not in changed}
+
+
+def _traced(
+    random: nn.Module, examples: Sequence[Example], marks: Sequence[float]
+) -> tuple[list[Group], int, dict[str, str]]:
+    """Groups that are proven, how many were found that are not, and why layers keep channels."""
+    found, reasons = trace(random, examples[0], examples[1:], marks=marks)
+    good = found
     while failing := _failing(random, examples, sorted(good, key=lambda g: len(g.slots))):
         for group in good:
             for layer, side in group.slots if group.name in failing else ():
                 if side != "in":
                     reasons[layer] = f"without some of its channels {failing[group.name]}"
         good = [group for group in good if group.name not in failing]
+    return good, len(found) - len(good), reasons
 
-    def fails(some: Sequence[Group], leaving: Leaving) -> bool:
-        return bool(_problem(random, examples, edits_of(random, some, leaving)))
 
-    good, lost = evened(good, fails) if good else ([], [])
-    for group in lost:
-        reasons |= {layer: UNEVEN for layer, side in group.slots if side != "in"}
-    changed = {layer for group in good for layer, side in group.slots if side != "in"}
-    return good, {layer: why for layer, why in reasons.items() if layer not in changed}
+def _units(groups: Sequence[Group]) -> int:
+    return sum(len(group.units) for group in groups)
 
 
 def edits_of(model: nn.Module, groups: Iterable[Group], leaving: Leaving) -> list[Prune]:
@@ -161,7 +179,7 @@ def silence(model: nn.Module, edits: Iterable[Prune]) -> None:
     for edit in edits:
         module, gone = model.get_submodule(edit.layer), list(edit.removed())
         for name in ("weight", "bias") if edit.side != "in" else ():
-            tensor = getattr(module, name)
+            tensor = getattr(module, name, None)
             if tensor is not None:
                 tensor.detach().unflatten(0, (edit.of, -1))[gone] = 0
 
