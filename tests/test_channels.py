@@ -170,20 +170,29 @@ class Attending(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (
-            layer(x).unflatten(-1, (3, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v)
+            layer(x).unflatten(-1, (-1, 4)).transpose(1, 2) for layer in (self.q, self.k, self.v)
         )
         heads = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         x = x + self.out(heads)
         return self.head(x + self.down(F.gelu(self.up(x)))).mean(1)
 
 
-def test_widths_of_heads_and_of_the_perceptron_leave() -> None:
-    """Heads stay three, each narrower by as much: the head width that queries and values have."""
-    torch.manual_seed(0)
+def test_heads_and_the_width_of_the_perceptron_leave() -> None:
     groups = {g.name: g for g in cuttable(Attending(), (torch.randn(1, 5, 12),))[0]}
     assert len(groups["up"].units) == 24
-    values = [group for group in groups.values() if ("v", "out") in group.slots]
-    assert values
+    assert {layer for layer, _ in groups["q"].slots} == {"q", "k", "v", "out"}
+    place = groups["q"].slots.index(("v", "out"))
+    assert [unit[place] for unit in groups["q"].units] == [
+        tuple(range(4 * head, 4 * head + 4)) for head in range(3)
+    ]
+
+
+def test_heads_of_packed_attention_leave() -> None:
+    torch.manual_seed(0)
+    block = nn.TransformerEncoderLayer(12, 3, 24, batch_first=True)
+    model = nn.Sequential(nn.TransformerEncoder(block, 1), nn.Flatten(), nn.Linear(60, 3))
     x, y = torch.randn(16, 5, 12), torch.randint(0, 3, (16,))
-    result = pliant.compress(Attending(), (x, y), "magnitude", "params=0.7")
+    result = pliant.compress(model, (x, y), "magnitude(scope='global')", "params=0.75")
     assert result.report.met and result.model(x).shape == (16, 3)
+    cut = {edit.layer.rpartition(".")[2] for edit in result.edits if isinstance(edit, Prune)}
+    assert {"linear1", "query", "value"} & cut
