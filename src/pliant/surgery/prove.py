@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +24,7 @@ Leaving = Mapping[str, Sequence[int]]
 """For every group by name, the units that leave."""
 
 UNEVEN = "it can lose channels only with as many of others, which have another number of them"
+WITHOUT = "without some of its channels"
 CLOSE = 1e-4  # largest difference that rounding may make, relative to the largest output
 
 
@@ -51,16 +51,13 @@ def cuttable(
     random = randomized(model)
     others = reaching(random, example, batches)
     examples = [example, *others]
-    good, lost, reasons = _traced(random, examples, (math.nan,))
-    if lost:  # not-a-number may have been taken out on its way: a mask, a check, a distribution
-        again = _traced(random, examples, MOVES)
-        if _units(again[0]) > _units(good):
-            good, _, reasons = again
-
-    def fails(some: Sequence[Group], leaving: Leaving) -> bool:
-        return bool(_problem(random, examples, edits_of(random, some, leaving)))
-
-    good, uneven = evened(good, fails) if good else ([], [])
+    good, uneven, reasons = _traced(random, examples)
+    # Not-a-number may have been taken out on its way (a mask, a check, a distribution), and heads
+    # of attention leave whole.
+    for other in ({"heads": True}, {"marks": MOVES}) if uneven or _lost(reasons) else ():
+        again = _traced(random, examples, **other)
+        if _channels(again[0]) > _channels(good):
+            good, uneven, reasons = again
     for group in uneven:
         reasons |= {layer: UNEVEN for layer, side in group.slots if side != "in"}
     changed = {layer for group in good for layer, side in group.slots if side != "in"}
@@ -68,22 +65,48 @@ def cuttable(
 
 
 def _traced(
-    random: nn.Module, examples: Sequence[Example], marks: Sequence[float]
-) -> tuple[list[Group], int, dict[str, str]]:
-    """Groups that are proven, how many were found that are not, and why layers keep channels."""
-    found, reasons = trace(random, examples[0], examples[1:], marks=marks)
+    random: nn.Module, examples: Sequence[Example], **how: Any
+) -> tuple[list[Group], list[Group], dict[str, str]]:
+    """Groups that are proven, those that only equal numbers may leave, why layers keep channels."""
+    found, reasons = trace(random, examples[0], examples[1:], **how)
     good = found
     while failing := _failing(random, examples, sorted(good, key=lambda g: len(g.slots))):
         for group in good:
             for layer, side in group.slots if group.name in failing else ():
                 if side != "in":
-                    reasons[layer] = f"without some of its channels {failing[group.name]}"
+                    reasons[layer] = f"{WITHOUT} {failing[group.name]}"
         good = [group for group in good if group.name not in failing]
-    return good, len(found) - len(good), reasons
+
+    def fails(some: Sequence[Group], leaving: Leaving) -> bool:
+        return bool(_problem(random, examples, edits_of(random, some, leaving)))
+
+    for some in _as_many([group for group in found if group not in good]):
+        if not fails(some, {group.name: _every_second(group) for group in some}):
+            good = [group for group in found if group in good or group in some]
+    good, uneven = evened(good, fails) if good else ([], [])
+    return good, uneven, reasons
 
 
-def _units(groups: Sequence[Group]) -> int:
-    return sum(len(group.units) for group in groups)
+def _as_many(groups: Sequence[Group]) -> list[list[Group]]:
+    """Groups that have as many units as others: what fails alone may leave in equal numbers."""
+    counts = dict.fromkeys(len(group.units) for group in groups)
+    sets = [[group for group in groups if len(group.units) == count] for count in counts]
+    return [some for some in sets if len(some) > 1]
+
+
+def _lost(reasons: Mapping[str, str]) -> bool:
+    return any(why.startswith(WITHOUT) for why in reasons.values())
+
+
+def _channels(groups: Sequence[Group]) -> int:
+    """How many outputs of layers there are in groups."""
+    return sum(
+        len(unit[place])
+        for group in groups
+        for unit in group.units
+        for place, (_, side) in enumerate(group.slots)
+        if side == "out"
+    )
 
 
 def edits_of(model: nn.Module, groups: Iterable[Group], leaving: Leaving) -> list[Prune]:
