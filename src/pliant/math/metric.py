@@ -100,9 +100,10 @@ class Metric:
             mean = each.mean().clamp_min(torch.finfo(each.dtype).tiny)
             root = (each + SENSITIVITY_DAMPING * mean).sqrt()
             return root, 1 / root
-        values, vectors = torch.linalg.eigh(dampen(self.outputs.double(), SENSITIVITY_DAMPING))
-        root = values.clamp_min(torch.finfo(values.dtype).tiny).sqrt()
-        return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
+        # Any root serves: that of Cholesky is the symmetric one turned, at a tenth of its time.
+        root = torch.linalg.cholesky(dampen(self.outputs.double(), SENSITIVITY_DAMPING))
+        eye = torch.eye(len(root), dtype=root.dtype, device=root.device)
+        return root.T, torch.linalg.solve_triangular(root.T, eye, upper=True)
 
 
 def _mix(kernel: Tensor, matrix: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 class SplitAttention(nn.Module):
     """Computes what ``nn.MultiheadAttention`` does, with ``query``, ``key``, ``value`` and ``out``.
 
-    Its projections can be factorized, cut and coded as any linear layers.
+    Its projections can be factorized and coded as any linear layers, and whole heads can leave.
 
     Args:
         packed: the layer it replaces; projections begin with its numbers.
@@ -92,7 +92,7 @@ class SplitAttention(nn.Module):
 
     def _heads(self, x: Tensor) -> Tensor:
         """Lay heads on an axis of their own: (N, heads, L, head_dim)."""
-        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        return x.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
 
     def _longer(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, int]:
         """Add the keys and values that are parameters or zeros."""
@@ -116,7 +116,7 @@ class SplitAttention(nn.Module):
         found: Tensor | None = None
         if attention is not None:
             added = _added(attention, q)
-            found = added.view(-1, self.num_heads, *added.shape[1:]) if added.dim() == 3 else added
+            found = added.unflatten(0, (len(q), -1)) if added.dim() == 3 else added
         if padding is not None:
             added = _added(padding, q)[:, None, None, :]
             found = added if found is None else found + added

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from pliant.cost import Example, call
-from pliant.edits.prune import sides
+from pliant.edits.prune import channel_axis, sides
 from pliant.errors import ModelError
 from pliant.nn.layers import shared_weights
 from pliant.observe.outputs import answers
@@ -70,7 +70,12 @@ class Group:
 
 
 def trace(
-    model: nn.Module, example: Example, others: Sequence[Example] = ()
+    model: nn.Module,
+    example: Example,
+    others: Sequence[Example] = (),
+    *,
+    marks: Sequence[float] = (math.nan,),
+    heads: bool = False,
 ) -> tuple[list[Group], dict[str, str]]:
     """Find the groups of channels that may leave a network, and why other layers keep theirs.
 
@@ -81,6 +86,8 @@ def trace(
         model: any module.
         example: the inputs of one forward call, samples on the first axis.
         others: further ones, for layers to which not every sample is routed.
+        marks: not-a-number, or `MOVES`, which pass where a network takes such numbers out.
+        heads: whether the heads that an axis of channels is cut into leave whole.
 
     Returns:
         The groups in the order of the model, not proven yet, and for every layer none of whose
@@ -90,11 +97,11 @@ def trace(
         ModelError: the network answers with no tensor that marks could arrive in.
     """
     try:
-        probe = _spread(model, [example, *others], (math.nan,))
+        probe = _spread(model, [example, *others], marks, heads)
     except ModelError:
         raise
     except Exception:  # a model may object to such numbers in any way
-        probe = _spread(model, [example, *others], MOVES)
+        probe = _spread(model, [example, *others], MOVES, heads)
     _pin_unreadable(model, example, probe)
     probe.tie_groups()
     return _groups(probe), _reasons(probe)
@@ -119,8 +126,10 @@ class _Union:
         self.parent[self.find(one)] = self.find(other)
 
 
-def _spread(model: nn.Module, examples: Sequence[Example], marks: Sequence[float]) -> _Probe:
-    probe = _Probe(copy.deepcopy(model).eval(), examples[0])
+def _spread(
+    model: nn.Module, examples: Sequence[Example], marks: Sequence[float], heads: bool
+) -> _Probe:
+    probe = _Probe(copy.deepcopy(model).eval(), examples[0], heads=heads)
     sources = [slot for slot in probe.sizes if slot[1] == "out"]
     for example in examples:
         probe.begin(example)
@@ -145,6 +154,7 @@ class _Probe:
     marked: set[Slot] = field(default_factory=set)
     source: Slot = ("", "")
     codes: Tensor = field(default_factory=lambda: torch.empty(0))  # (samples, channels)
+    heads: bool = False  # whether heads leave whole
     mark: float = math.nan  # in the place of marked values, or added to them
     kept: dict[tuple[str, torch.Size], Tensor] = field(default_factory=dict)  # for one sample
 
@@ -170,7 +180,7 @@ class _Probe:
         if self.sizes[source] < 2:
             return  # a single channel cannot leave, and ties nothing: elsewhere it is broadcast
         self.source, self.codes, self.mark = source, _codes(self.sizes[source]), mark
-        with torch.no_grad(), slow_attention(), Parted(self._tie_parts):
+        with torch.no_grad(), slow_attention(), Parted(self._tie_parts, heads=self.heads):
             output = call(self.model, first_sample(self.example, self.model, len(self.codes)))
         arrived = torch.zeros(len(self.codes), dtype=torch.bool)
         for tensor in answers(output):
@@ -219,7 +229,7 @@ class _Probe:
     def _reader(self, slot: Slot) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             if args and isinstance(args[0], Tensor):
-                self._read(slot, args[0], 1)
+                self._read(slot, args[0], channel_axis(module, args[0]))
 
         return hook
 

@@ -18,12 +18,13 @@ from pliant.observe.order import called_by
 from pliant.observe.outputs import alike, answers
 from pliant.observe.watch import one_sample, samples
 from pliant.surgery.even import evened
-from pliant.surgery.graph import Group, Slot, first_sample, slow_attention, trace
+from pliant.surgery.graph import MOVES, Group, Slot, first_sample, slow_attention, trace
 
 Leaving = Mapping[str, Sequence[int]]
 """For every group by name, the units that leave."""
 
 UNEVEN = "it can lose channels only with as many of others, which have another number of them"
+WITHOUT = "without some of its channels"
 CLOSE = 1e-4  # largest difference that rounding may make, relative to the largest output
 
 
@@ -49,23 +50,63 @@ def cuttable(
     """
     random = randomized(model)
     others = reaching(random, example, batches)
-    found, reasons = trace(random, example, others)
-    good, examples = found, [example, *others]
+    examples = [example, *others]
+    good, uneven, reasons = _traced(random, examples)
+    # Not-a-number may have been taken out on its way (a mask, a check, a distribution), and heads
+    # of attention leave whole.
+    for other in ({"heads": True}, {"marks": MOVES}) if uneven or _lost(reasons) else ():
+        again = _traced(random, examples, **other)
+        if _channels(again[0]) > _channels(good):
+            good, uneven, reasons = again
+    for group in uneven:
+        reasons |= {layer: UNEVEN for layer, side in group.slots if side != "in"}
+    changed = {layer for group in good for layer, side in group.slots if side != "in"}
+    return good, {layer: why for layer, why in reasons.items() if layer not in changed}
+
+
+def _traced(
+    random: nn.Module, examples: Sequence[Example], **how: Any
+) -> tuple[list[Group], list[Group], dict[str, str]]:
+    """Groups that are proven, those that only equal numbers may leave, why layers keep channels."""
+    found, reasons = trace(random, examples[0], examples[1:], **how)
+    good = found
     while failing := _failing(random, examples, sorted(good, key=lambda g: len(g.slots))):
         for group in good:
             for layer, side in group.slots if group.name in failing else ():
                 if side != "in":
-                    reasons[layer] = f"without some of its channels {failing[group.name]}"
+                    reasons[layer] = f"{WITHOUT} {failing[group.name]}"
         good = [group for group in good if group.name not in failing]
 
     def fails(some: Sequence[Group], leaving: Leaving) -> bool:
         return bool(_problem(random, examples, edits_of(random, some, leaving)))
 
-    good, lost = evened(good, fails) if good else ([], [])
-    for group in lost:
-        reasons |= {layer: UNEVEN for layer, side in group.slots if side != "in"}
-    changed = {layer for group in good for layer, side in group.slots if side != "in"}
-    return good, {layer: why for layer, why in reasons.items() if layer not in changed}
+    for some in _as_many([group for group in found if group not in good]):
+        if not fails(some, {group.name: _every_second(group) for group in some}):
+            good = [group for group in found if group in good or group in some]
+    good, uneven = evened(good, fails) if good else ([], [])
+    return good, uneven, reasons
+
+
+def _as_many(groups: Sequence[Group]) -> list[list[Group]]:
+    """Groups that have as many units as others: what fails alone may leave in equal numbers."""
+    counts = dict.fromkeys(len(group.units) for group in groups)
+    sets = [[group for group in groups if len(group.units) == count] for count in counts]
+    return [some for some in sets if len(some) > 1]
+
+
+def _lost(reasons: Mapping[str, str]) -> bool:
+    return any(why.startswith(WITHOUT) for why in reasons.values())
+
+
+def _channels(groups: Sequence[Group]) -> int:
+    """How many outputs of layers there are in groups."""
+    return sum(
+        len(unit[place])
+        for group in groups
+        for unit in group.units
+        for place, (_, side) in enumerate(group.slots)
+        if side == "out"
+    )
 
 
 def edits_of(model: nn.Module, groups: Iterable[Group], leaving: Leaving) -> list[Prune]:
@@ -161,7 +202,7 @@ def silence(model: nn.Module, edits: Iterable[Prune]) -> None:
     for edit in edits:
         module, gone = model.get_submodule(edit.layer), list(edit.removed())
         for name in ("weight", "bias") if edit.side != "in" else ():
-            tensor = getattr(module, name)
+            tensor = getattr(module, name, None)
             if tensor is not None:
                 tensor.detach().unflatten(0, (edit.of, -1))[gone] = 0
 
