@@ -1,5 +1,6 @@
 """A sweep is one study: its cases are made once each, whoever dies and whoever helps."""
 
+import importlib
 import os
 import subprocess
 import sys
@@ -81,7 +82,11 @@ def test_a_sweep_survives_kills_and_is_shared(tmp_path: Path) -> None:
         worker.kill()
         worker.wait()
     pair = begin(), begin()
-    assert [worker.wait(timeout=240) for worker in pair] == [0, 0]
+    try:
+        assert [worker.wait(timeout=240) for worker in pair] == [0, 0]
+    finally:
+        for worker in pair:
+            worker.kill()
     study = open_study(storage)
     done = [t for t in study.get_trials() if t.state.name == "COMPLETE"]
     made = Counter(str(Case(**trial.user_attrs["case"])) for trial in done)
@@ -129,3 +134,17 @@ def test_mistakes_of_the_commands_are_sentences(tmp_path: Path) -> None:
     ):
         done = run(app, asked)
         assert done.exit_code == 2 and message in done.output.replace("\n", " ")
+
+
+def test_a_case_whose_process_died_at_once_is_taken_again(
+    tmp_path: Path, mnist5k: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was taken, and gave no sign of life: nobody else would ever finish it."""
+    monkeypatch.setattr(importlib.import_module("pliant.api.sweep"), "ALIVE", 0.1)
+    plan = cases(["energy"], ["params=0.8"])
+    study = open_study(tmp_path / "study.db")
+    study.enqueue_trial({}, user_attrs={"case": vars(plan[0])})
+    study.ask()
+    net = zoo.build("lenet5", weights="mnist5k")
+    found = sweep(net, mnist5k, plan, storage=tmp_path / "study.db")
+    assert len(found) == 1 and found[0]["met"]

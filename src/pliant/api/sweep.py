@@ -6,6 +6,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from datetime import datetime
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,6 +112,7 @@ def sweep(
 
     def make(trial: Trial) -> tuple[float, float]:
         case = _case(trial, study)
+        trial.set_user_attr("began", True)
         try:
             with silent():
                 told = {**asked, "seed": case.seed, "strict": False}
@@ -180,7 +182,7 @@ def rows(study: Study) -> list[dict[str, Any]]:
             continue
         over = trial.state.name == "COMPLETE" or "refused" in trial.user_attrs
         if over and trial.duration is not None:
-            kept = {k: v for k, v in trial.user_attrs.items() if k != "case"}
+            kept = {k: v for k, v in trial.user_attrs.items() if k not in ("case", "began")}
             took = trial.duration.total_seconds()
             found[str(Case(**case))] = {"name": str(Case(**case)), **case, **kept, "seconds": took}
     return list(found.values())
@@ -205,8 +207,18 @@ def _open(study: Study, state: str) -> list[FrozenTrial]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of features that Optuna calls experimental
         optuna.storages.fail_stale_trials(study)
-    trials = study.get_trials(deepcopy=False)
-    return [trial for trial in trials if trial.state.name == state and _key(trial)]
+    trials = [trial for trial in study.get_trials(deepcopy=False) if _key(trial)]
+    for trial in filter(_stillborn, trials):
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        study.enqueue_trial({}, user_attrs={"case": trial.user_attrs["case"]})
+    return [trial for trial in trials if trial.state.name == state and not _stillborn(trial)]
+
+
+def _stillborn(trial: FrozenTrial) -> bool:
+    """Say whether the process of a case died before its first sign of life."""
+    if trial.state.name != "RUNNING" or "began" in trial.user_attrs or not trial.datetime_start:
+        return False
+    return (datetime.now() - trial.datetime_start).total_seconds() > 3 * ALIVE
 
 
 def _case(trial: Trial, study: Study) -> Case:
