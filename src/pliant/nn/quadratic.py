@@ -232,7 +232,6 @@ class QuadraticFactors(nn.Module):
         taps = layer.size if isinstance(layer, QuadraticConv2d) else layer.weight[0].numel() + 1
         if not 1 <= spec["rank"] <= taps:
             raise EditError(f"takes a rank of 1 to {taps}, not {spec['rank']}.")
-        _check_size(spec["rank"], taps)
         new = cls(layer, spec["rank"])
         new.random = spec["random"]
         return new
@@ -241,17 +240,25 @@ class QuadraticFactors(nn.Module):
         """Take the terms that count most."""
         if isinstance(layer, QuadraticConv2d):
             found = -layer.matrices() if layer.negative else layer.matrices()
+            values, vectors = torch.linalg.eigh(found.double())
         elif self.random:
             return
         else:
-            found = matrices_of(layer, negative=False)
-        values, vectors = torch.linalg.eigh(found.double())
+            values, vectors = _two_terms(layer)
         order = values.abs().argsort(1, descending=True)[:, : self.rank]
-        taken = vectors.gather(2, order[:, None].expand(-1, vectors.shape[1], -1)).mT.flatten(0, 1)
-        self.project.weight.copy_(taken[:, :-1].reshape(self.project.weight.shape))
+        taken = vectors.gather(2, order[:, None].expand(-1, vectors.shape[1], -1)).mT
+        self._set(taken, values.gather(1, order))
+
+    def _set(self, vectors: Tensor, values: Tensor) -> None:
+        """Set the first terms of each output; the others keep their filters, and count nothing."""
+        outputs, terms = values.shape
+        filters = self.project.weight.reshape(outputs, self.rank, -1).clone()
+        filters[:, :terms] = vectors[:, :, :-1].to(filters)
+        self.project.weight.copy_(filters.reshape(self.project.weight.shape))
         assert self.project.bias is not None
-        self.project.bias.copy_(taken[:, -1])
-        self.mix.weight.copy_(values.gather(1, order).reshape(self.mix.weight.shape))
+        self.project.bias.view(outputs, -1)[:, :terms] = vectors[:, :, -1].to(filters)
+        self.mix.weight.zero_()
+        self.mix.weight.view(outputs, -1)[:, :terms] = values.to(filters)
 
     @classmethod
     def predict(cls, before: LayerCost, spec: Mapping[str, Any]) -> LayerCost:
@@ -282,6 +289,22 @@ def matrices_of(layer: Any, *, negative: bool) -> Tensor:
     if layer.bias is not None:
         found[:, -1, -1] = layer.bias.detach()
     return -found if negative else found
+
+
+def _two_terms(layer: Any) -> tuple[Tensor, Tensor]:
+    """Return the eigenvalues that are not 0 of a convolution's Q, (outputs, 2), and the vectors.
+
+    They are (b +- root(b^2 + |w|^2)) / 2, with the vectors (w / (2 lambda), 1).
+    """
+    rows = layer.weight.detach().flatten(1).double()
+    bias = rows.new_zeros(len(rows)) if layer.bias is None else layer.bias.detach().double()
+    root = (bias.square() + rows.square().sum(1)).sqrt()
+    values = torch.stack([bias + root, bias - root], 1) / 2
+    safe = values.where(values.abs() > 1e-30, torch.inf)
+    vectors = torch.cat(
+        [rows[:, :, None] / (2 * safe[:, None]), torch.ones_like(values)[:, None]], 1
+    )
+    return values, vectors / vectors.norm(dim=1, keepdim=True)
 
 
 def numbers_of(layer: Any, form: str) -> int:

@@ -61,8 +61,10 @@ def without_a_quadratic_part_it_is_a_convolution() -> None:
                             conv, "quadratic", form=form, negative=negative, random=False
                         )
                         assert torch.allclose(layer(x), wanted, atol=1e-10)
-                low = swapped(conv, "quadratic_factors", rank=2, random=False)
-                assert torch.allclose(low(x), wanted, atol=1e-10)
+                for rank in (2, 3):
+                    conv.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+                    low = swapped(conv, "quadratic_factors", rank=rank, random=False)
+                    assert torch.allclose(low(x), wanted, atol=1e-10)
     conv = convolution()
     turned = QuadraticConv2d(2, 3, (3, 3)).double()
     turned.set_matrices(matrices_of(conv, negative=False))
