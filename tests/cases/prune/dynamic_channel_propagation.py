@@ -137,6 +137,16 @@ def the_cut_network_computes_what_the_masked_one_did() -> None:
             assert run.edits and torch.allclose(run.model.eval()(images), wanted, atol=1e-5)
 
 
+def a_copy_of_the_network_has_the_masks_of_now() -> None:
+    """Also where the mask has changed since the last forward pass."""
+    run = begun("bare", DynamicChannelPropagation(warmup=0.0), 4)
+    (images,) = toys.TOYS["bare"].inputs(8)
+    step(run, images)
+    run.aside.get(Gates).values.zero_()
+    with torch.no_grad():
+        assert torch.equal(copy.deepcopy(run.model)(images), run.model(images))
+
+
 def accumulated_gradients_make_one_step() -> None:
     """Two half batches give the utilities of the whole one."""
     whole, halves = (begun("bare", DynamicChannelPropagation(), 4) for _ in range(2))
@@ -169,6 +179,7 @@ CASES = (
             the_least_useful_are_masked_but_for_the_floor,
             masks_begin_after_the_warmup,
             the_cut_network_computes_what_the_masked_one_did,
+            a_copy_of_the_network_has_the_masks_of_now,
             accumulated_gradients_make_one_step,
             neither_steps_nor_inputs_are_refused,
         ),

@@ -103,14 +103,14 @@ def equal_regions_are_a_coupled_removal() -> None:
     """As Torch-Pruning makes it, where the stem gives zero in the channels that leave."""
     model, gone = used(ResNet18(5, small=True, width=0.25)), [1, 4, 10]
     with torch.no_grad():
-        model.bn1.weight[gone], model.bn1.bias[gone] = 0, 0  # type: ignore[index, union-attr, operator]
+        model.bn1.weight[gone], model.bn1.bias[gone] = 0, 0  # type: ignore[union-attr, operator]
     tied, _ = cuttable(model, (IMAGES,))
     found = regions(model, (IMAGES,), tied)
     groups, leaving = [region.group for region in found], {"layer1.0": gone, "layer1.1": gone}
     slim = copy.deepcopy(model)
     replay(slim, slimmed(slim, groups, leaving, found))
     graph = tp.DependencyGraph().build_dependency(model, example_inputs=IMAGES)
-    last = model.layer1[1].conv2
+    last = model.get_submodule("layer1.1.conv2")
     graph.get_pruning_group(last, tp.prune_conv_out_channels, idxs=gone).prune()
     with torch.no_grad():
         assert torch.allclose(slim(IMAGES), model(IMAGES), atol=1e-5)
@@ -159,9 +159,9 @@ def importance_does_not_see_scales() -> None:
     other = copy.deepcopy(model)
     with torch.no_grad():
         block = other.get_submodule("layer2.0")
-        for tensor in (block.bn1.weight, block.bn1.bias):  # type: ignore[union-attr]
-            tensor.mul_(2)
-        block.conv2.weight.div_(2)  # type: ignore[union-attr, operator]
+        for name in ("bn1.weight", "bn1.bias"):
+            block.get_parameter(name).mul_(2)
+        block.get_parameter("conv2.weight").div_(2)
     scores = []
     for each in (model, other):
         run = start(each, SSPruning(ratio=0.0), data=seen)

@@ -43,7 +43,8 @@ class Gates:
         self.sizes = {group.name: len(group.units) for group in groups}
         self.values = torch.ones(sum(self.sizes.values()))
         self._passes: list[dict[int, Tensor]] = []
-        self._handles = [model.register_forward_pre_hook(self._begin)]
+        # Not a bound method, which a copy of the network would copy with its gates.
+        self._handles = [model.register_forward_pre_hook(lambda model, args: self._begin())]
         places, blocks = _places(model, self.groups, behind or {})
         for layer, at in places.items():
             module = model.get_submodule(layer)
@@ -73,7 +74,7 @@ class Gates:
             handle.remove()
         self._handles, self._passes = [], []
 
-    def _begin(self, model: nn.Module, args: Any) -> None:
+    def _begin(self) -> None:
         self._now: dict[int, Tensor] = {}
         self._wanted = torch.is_grad_enabled()
         if self._wanted:

@@ -50,8 +50,8 @@ class DynamicChannelPropagation(ChannelPruning):
 
     *Departs from the paper*: channels that meet in a sum are masked too, together, by the sum of
     their effects; where layers read them, so biases and batch norms in between are covered. A
-    budget sets anew after every epoch how many are masked. Utilities begin at 0; the rise of the
-    decay does not follow the learning rate.
+    budget sets anew after every epoch, and before the cut, how many are masked. Utilities begin
+    at 0; the rise of the decay does not follow the learning rate.
 
     >>> DynamicChannelPropagation().start
     1.0
@@ -96,7 +96,8 @@ class DynamicChannelPropagation(ChannelPruning):
 
     def after_step(self, run: Run) -> None:
         if run.step >= self.warmup * run.steps and self.pending(run):
-            self._mask(run, run.aside.get(Gates), anew=not run.state["masked"])
+            due = run.step >= run.steps or self.schedule().due(run.step, run.steps)
+            self._mask(run, run.aside.get(Gates), anew=bool(due) or not run.state["masked"])
         super().after_step(run)
 
     def after_epoch(self, run: Run) -> None:
