@@ -99,9 +99,12 @@ def equal_magnitudes_go_in_their_order() -> None:
 
 
 def zeros_stay_zeros() -> None:
-    """With momentum from before, weight decay, and a last training of many steps."""
+    """With momentum from elsewhere, weight decay, and a last training of many steps."""
     run = begun(AIMP(sparsity=0.6, rate=0.4), 30, momentum=0.9, weight_decay=0.1)
+    assert run.optimizer is not None
     for number in range(30):
+        for state in run.optimizer.state.values() if number == 20 else ():
+            state["momentum_buffer"].fill_(0.1)
         step(run, number)
         for name, mask in run.state["masks"].items():
             assert not run.model.get_parameter(f"{name}.weight")[~mask].any()
