@@ -22,6 +22,7 @@ from pliant.families.prune.rewind import (
     kept_after,
     smallest,
 )
+from pliant.families.prune.sparse import bytes_with
 from pliant.methods.prune.aimp import AIMP
 from pliant.nn.coded import Coded
 from pliant.run import Run, start
@@ -190,6 +191,21 @@ def a_budget_sets_the_sparsity() -> None:
         begun(AIMP(), 0, Budget(bytes=0.05))
 
 
+def the_last_pruning_goes_as_far_as_the_budget() -> None:
+    """Whatever was planned: with one weight more the network would be too large."""
+    run = begun(AIMP(), 1, Budget(bytes=0.5))
+    masks = {name: torch.ones_like(mask) for name, mask in run.state["masks"].items()}
+    run.state["masks"] = masks
+    weights = {name: run.model.get_parameter(f"{name}.weight") for name in masks}
+    total = sum(mask.numel() for mask in masks.values())
+    kept = AIMP()._within(run, weights, total)  # type: ignore[arg-type]
+    sizes = []
+    for count in (kept, kept + 1):
+        found = smallest(weights, masks, count)
+        sizes.append(bytes_with(run, {name: int(mask.sum()) for name, mask in found.items()}))
+    assert sizes[0] <= run.limits()["bytes"] < sizes[1]
+
+
 def what_is_stored_computes_the_same() -> None:
     run = begun(AIMP(sparsity=0.8), 0)
     masks = run.state["masks"]
@@ -235,6 +251,7 @@ CASES = (
             rates_change_during_steps_only,
             momentum_is_forgotten_and_weights_may_begin_anew,
             a_budget_sets_the_sparsity,
+            the_last_pruning_goes_as_far_as_the_budget,
             what_is_stored_computes_the_same,
             weights_that_are_not_finite_are_refused,
         ),

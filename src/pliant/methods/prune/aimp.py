@@ -132,7 +132,7 @@ class AIMP(Method):
             counts = {name: int(mask.sum()) for name, mask in found.items()}
             return sparse.bytes_with(run, counts) <= bound
 
-        return kept
+        return kept - (fewest(kept, fits) or 0)
 
     def _sparsity(self, run: Run, masks: dict[str, Tensor]) -> float:
         """The sparsity asked for, or about that of a budget, were all layers alike."""
