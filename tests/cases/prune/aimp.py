@@ -22,6 +22,7 @@ from pliant.families.prune.rewind import (
     kept_after,
     smallest,
 )
+from pliant.families.prune.sparse import bytes_with
 from pliant.methods.prune.aimp import AIMP
 from pliant.nn.coded import Coded
 from pliant.run import Run, start
@@ -99,9 +100,12 @@ def equal_magnitudes_go_in_their_order() -> None:
 
 
 def zeros_stay_zeros() -> None:
-    """With momentum from before, weight decay, and a last training of many steps."""
+    """With momentum from elsewhere, weight decay, and a last training of many steps."""
     run = begun(AIMP(sparsity=0.6, rate=0.4), 30, momentum=0.9, weight_decay=0.1)
+    assert run.optimizer is not None
     for number in range(30):
+        for state in run.optimizer.state.values() if number == 20 else ():
+            state["momentum_buffer"].fill_(0.1)
         step(run, number)
         for name, mask in run.state["masks"].items():
             assert not run.model.get_parameter(f"{name}.weight")[~mask].any()
@@ -187,6 +191,21 @@ def a_budget_sets_the_sparsity() -> None:
         begun(AIMP(), 0, Budget(bytes=0.05))
 
 
+def the_last_pruning_goes_as_far_as_the_budget() -> None:
+    """Whatever was planned: with one weight more the network would be too large."""
+    run = begun(AIMP(), 1, Budget(bytes=0.5))
+    masks = {name: torch.ones_like(mask) for name, mask in run.state["masks"].items()}
+    run.state["masks"] = masks
+    weights = {name: run.model.get_parameter(f"{name}.weight") for name in masks}
+    total = sum(mask.numel() for mask in masks.values())
+    kept = AIMP()._within(run, weights, total)  # type: ignore[arg-type]
+    sizes = []
+    for count in (kept, kept + 1):
+        found = smallest(weights, masks, count)
+        sizes.append(bytes_with(run, {name: int(mask.sum()) for name, mask in found.items()}))
+    assert sizes[0] <= run.limits()["bytes"] < sizes[1]
+
+
 def what_is_stored_computes_the_same() -> None:
     run = begun(AIMP(sparsity=0.8), 0)
     masks = run.state["masks"]
@@ -232,6 +251,7 @@ CASES = (
             rates_change_during_steps_only,
             momentum_is_forgotten_and_weights_may_begin_anew,
             a_budget_sets_the_sparsity,
+            the_last_pruning_goes_as_far_as_the_budget,
             what_is_stored_computes_the_same,
             weights_that_are_not_finite_are_refused,
         ),

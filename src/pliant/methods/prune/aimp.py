@@ -42,9 +42,9 @@ class AIMP(Method):
     Each iteration takes the same share (``rate``) of the weights that are left, by one threshold,
     and then trains: the last one as long as it should, the others ``short`` times as long. The
     learning rate begins anew with each, so train with ``schedule="constant"``; momentum is
-    forgotten. Zeros stay zeros, whatever momentum and weight decay do, and are stored sparse. They
-    save bytes only: a network of sparse kernels computes as much as before, and decoding them takes
-    time. Give a trained network, or ``dense=True`` to train it first.
+    forgotten. Zeros stay zeros, whatever momentum and weight decay do, and are stored sparse: that
+    saves bytes, not time, since kernels are decoded at every call and then computed with as before.
+    Give a trained network, or ``dense=True`` to train it first.
 
     *Departs from the paper*, of which the schedule of short trainings is inferred: lengths are
     shares of the training, whatever its epochs; exactly as many weights go as the rate says, of
@@ -54,8 +54,7 @@ class AIMP(Method):
     0.2
     """
 
-    # s, share of the weights that becomes zero, if there is no budget
-    sparsity: Annotated[float, In(0, 0.999)] = 0.9
+    sparsity: Annotated[float, In(0, 0.999)] = 0.9  # s, share that becomes zero, if no budget
     rate: Annotated[float, In(0.02, 0.9)] = 0.2  # p, share of the weights left that one takes
     short: Annotated[float, In(0, 1, "low")] = 0.4  # rho, length of all trainings but the last
     rewind: Literal["rate", "weights"] = "rate"  # what begins anew: the learning rate, or both
