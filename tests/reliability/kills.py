@@ -56,7 +56,7 @@ def run(kills: int, folder: Path, names: list[str], seed: int = 0) -> dict[str, 
 
 def _method(name: str, kills: int, folder: Path, choose: random.Random) -> dict[str, int]:
     case, counts = CASES[name], {"equal": 0, "different": 0, "failed": 0}
-    toy = case.shown()[0]
+    toy = next(toy for toy in case.shown() if toy.name not in case.refuses)
     began = time.monotonic()
     whole = _forked(lambda: _train(case, toy, folder / "whole", resume=False), folder / "whole")
     took = time.monotonic() - began
