@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import pliant
+from pliant.edits import replay
+from pliant.surgery.plain import plain
 from pliant.surgery.prove import cuttable
 
 
@@ -67,3 +69,16 @@ def test_groups_whose_numbers_do_not_matter_stay_apart() -> None:
     )
     groups, _ = cuttable(model, (torch.randn(1, 3, 8, 8),))
     assert [group.name for group in groups] == ["0", "2"]
+
+
+def test_two_heads_leave_together_from_queries_keys_and_values() -> None:
+    """With two units each, only which of them leaves can differ: not how many."""
+    torch.manual_seed(0)
+    block = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
+    model = nn.Sequential(nn.TransformerEncoder(block, 1))
+    example = (torch.randn(1, 5, 16),)
+    replay(model, plain(model, example))
+    groups = {group.name.rpartition(".")[2]: group for group in cuttable(model, example)[0]}
+    assert set(groups) == {"query", "linear1"}
+    outs = {layer.rpartition(".")[2] for layer, side in groups["query"].slots if side == "out"}
+    assert outs == {"query", "key", "value"} and len(groups["query"].units) == 2

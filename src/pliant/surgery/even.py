@@ -25,7 +25,7 @@ def evened(groups: Sequence[Group], fails: Fails) -> tuple[list[Group], list[Gro
         Groups of which any numbers may leave, units of tied ones side by side, and those that
         could be tied to no other.
     """
-    if not fails(groups, {group.name: _some(group, place) for place, group in enumerate(groups)}):
+    if not _bound(groups, fails):
         return list(groups), []
     bound = [group for group in groups if fails([group], {group.name: _some(group, 1)})]
     found, lost, left = {g.name: g for g in groups if g not in bound}, [], list(bound)
@@ -39,7 +39,7 @@ def evened(groups: Sequence[Group], fails: Fails) -> tuple[list[Group], list[Gro
         left = [group for group in left if group not in tied]
     names = [group.name for group in groups]
     whole = sorted(found.values(), key=lambda group: names.index(group.name))
-    if fails(whole, {group.name: _some(group, place) for place, group in enumerate(whole)}):
+    if _bound(whole, fails):
         return [g for g in groups if g not in bound], bound
     return whole, lost
 
@@ -73,7 +73,15 @@ def merged(groups: Sequence[Group]) -> Group:
     return Group(groups[0].name, tuple(slots), tuple(units))
 
 
+def _bound(groups: Sequence[Group], fails: Fails) -> bool:
+    """Try other numbers of units, and others of them, in groups that are side by side."""
+    return any(
+        fails(groups, {g.name: _some(g, place + shift) for place, g in enumerate(groups)})
+        for shift in (0, 1)
+    )
+
+
 def _some(group: Group, place: int) -> list[int]:
-    """Some of the units: another share of every group in a row."""
+    """Some of the units, none of a few at times: another share, from another one on, by place."""
     size = len(group.units)
-    return list(range(size))[-max(1, size * (1, 3, 5)[place % 3] // 6) :]
+    return [(place + unit) % size for unit in range(size * (1, 3, 5)[place % 3] // 6)]
