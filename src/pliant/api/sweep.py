@@ -207,16 +207,17 @@ def _open(study: Study, state: str) -> list[FrozenTrial]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of features that Optuna calls experimental
         optuna.storages.fail_stale_trials(study)
-    trials = [trial for trial in study.get_trials(deepcopy=False) if _key(trial)]
-    for trial in filter(_stillborn, trials):
+    for trial in filter(_stillborn, study.get_trials(deepcopy=False)):
         study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
         study.enqueue_trial({}, user_attrs={"case": trial.user_attrs["case"]})
-    return [trial for trial in trials if trial.state.name == state and not _stillborn(trial)]
+    trials = study.get_trials(deepcopy=False)
+    return [trial for trial in trials if trial.state.name == state and _key(trial)]
 
 
 def _stillborn(trial: FrozenTrial) -> bool:
     """Say whether the process of a case died before its first sign of life."""
-    if trial.state.name != "RUNNING" or "began" in trial.user_attrs or not trial.datetime_start:
+    taken = trial.state.name == "RUNNING" and "began" not in trial.user_attrs and _key(trial)
+    if not taken or trial.datetime_start is None:
         return False
     return (datetime.now() - trial.datetime_start).total_seconds() > 3 * ALIVE
 
