@@ -401,10 +401,14 @@ def test_bars_follow_the_phases(monkeypatch: pytest.MonkeyPatch) -> None:
         assert searching.finished
 
 
-def test_nothing_is_drawn_where_nobody_looks(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress.Bars(quiet=False) as bars:
+@pytest.mark.parametrize(("quiet", "said"), [(True, ""), (False, "looking at the network\n")])
+def test_nothing_is_drawn_where_nobody_looks(
+    quiet: bool, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lines for a log, and with --json nothing at all."""
+    with progress.Bars(quiet=quiet) as bars:
         bars.watch({"phase": "prepare"})
-    assert capsys.readouterr() == ("", "")
+    assert capsys.readouterr() == ("", said)
 
 
 def test_a_loss_of_accuracy_has_an_exit_code_of_its_own(tmp_path: Path) -> None:
