@@ -53,7 +53,7 @@ class Plan:
         return " -> ".join(filter(None, (self.size, self.then)))
 
 
-INT8 = "groupwise_ptq(bits=8, activations=8)"
+INT8 = "groupwise_ptq(bits=8, activations=8, independent=20, joint=20)"  # 8 bits need few steps
 SHORT_LIST = (
     Plan(then=INT8),
     Plan("nrmf"),
@@ -165,14 +165,14 @@ class _Search:
         """Try a plan at the sizes that a bisection asks for; one without a size once.
 
         With limits the largest size that meets them is looked for, without them the smallest
-        within the drop. What follows a size is tried at the one that was found without it, and at
-        a larger one if that loses too much.
+        within the drop. What follows a size is tried at the one that was found without it, where
+        that is sure to meet the limits, and without limits at a larger one if it loses too much.
         """
         alone = self._found(Plan(plan.size), train)
         if not plan.size:
             self.make(plan, None, train)
-        elif plan.then and alone and not self.limits.given():
-            if not self.make(plan, alone, train).fits:
+        elif plan.then and alone and not {"bytes", "latency"} & {*self.limits.given()}:
+            if not self.make(plan, alone, train).fits and not self.limits.given():
                 self.make(plan, min(1.0, LARGER * alone), train)
         elif self.limits.given():
             # The largest share that meets them is the smallest of its inverse.
@@ -186,10 +186,11 @@ class _Search:
             )
 
     def _found(self, plan: Plan, train: Train | None) -> float | None:
-        """Return the smallest size of a plan that fits, as far as it was tried."""
+        """Return the size of a plan that was found: the smallest, or with limits the largest."""
         trained = train is not None
         fitting = [found.row for found in self.tried if found.fits and found.plan == plan]
-        return min((row["share"] for row in fitting if row["trained"] is trained), default=None)
+        shares = [row["share"] for row in fitting if row["trained"] is trained]
+        return (max if self.limits.given() else min)(shares, default=None)
 
     def make(self, plan: Plan, share: float | None, train: Train | None) -> Found:
         """Make one network and measure it; what is refused is a row too."""
