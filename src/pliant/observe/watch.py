@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pliant.cost import Example, call, evaluating, tensors
+from pliant.cost import Example, call, counted, evaluating, tensors
 
 
 @contextmanager
@@ -71,8 +71,7 @@ def first_tensor(args: Any, kwargs: Any) -> Any:
 
 def samples(example: Example) -> int:
     """Count the samples of a batch of inputs."""
-    values = example.values() if isinstance(example, Mapping) else example
-    return len(next(value for value in values if isinstance(value, Tensor)))
+    return counted(example)
 
 
 class Stepped:

@@ -15,16 +15,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from pliant.cost import Example, call
+from pliant.cost import Example, call, fitted, one_sample, repeated, samples_of
 from pliant.edits.prune import sides
 from pliant.errors import ModelError
 from pliant.nn.layers import shared_weights
@@ -138,6 +137,8 @@ class _Probe:
     mark: float = math.nan  # in the place of marked values, or added to them
 
     def __post_init__(self) -> None:
+        self.example = fitted(self.model, self.example)
+        self.samples = samples_of(self.model, self.example)  # asked before there are marks
         total = 0
         for name, module in self.model.named_modules():
             for side, size in sides(module).items():
@@ -155,7 +156,7 @@ class _Probe:
             return  # a single channel cannot leave, and ties nothing: elsewhere it is broadcast
         self.source, self.codes, self.mark = source, _codes(self.sizes[source]), mark
         with torch.no_grad(), slow_attention():
-            output = call(self.model, first_sample(self.example, self.model, len(self.codes)))
+            output = call(self.model, repeated(self.example, self.samples, len(self.codes)))
         arrived = torch.zeros(len(self.codes), dtype=torch.bool)
         for tensor in answers(output):
             if tensor.dim():
@@ -258,16 +259,9 @@ def _covered(codes: Tensor, pattern: Tensor) -> list[int]:
     return inside.nonzero().flatten().tolist()
 
 
-def first_sample(example: Example, model: nn.Module, count: int = 1) -> Any:
-    """Return the first sample, as often as asked, on the device of the model."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-
-    def repeat(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.dim():
-            return value
-        return value[:1].to(device).expand(count, *value.shape[1:]).clone()
-
-    return tree_map(repeat, dict(example) if isinstance(example, Mapping) else tuple(example))
+def first_sample(example: Example, model: nn.Module) -> Example:
+    """Return the first sample of an example; where it is one sample, as a graph is, the whole."""
+    return one_sample(model, fitted(model, example))
 
 
 @contextmanager
