@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from pliant.budget import Budget
-from pliant.cost import Cost, Example, LayerCost, bare, count
+from pliant.cost import Cost, Example, LayerCost, as_example, bare, count, fitted
 from pliant.data import Data, Epoch, unpack
 from pliant.data.criterion import Reduction, task_loss, weighted
 from pliant.data.draws import Draws, ranks
@@ -607,7 +607,7 @@ def start(
         method: a ``Method``; ``pliant.method("nrmf")`` builds one from its name.
         budget: what the result may cost.
         data: for methods that calibrate on data.
-        example: inputs of one forward call; taken from ``data`` if not given.
+        example: inputs of one forward call, (input,) or by name; taken from ``data`` if not given.
         optimizer: hand it over, or all of several, and its state follows every edit.
         steps: optimizer steps that your loop will take; methods schedule themselves by it. If it
             is not given, the batches of all epochs.
@@ -630,13 +630,16 @@ def start(
         DataError: the example has no row, or is not finite.
     """
     check_options(method)
-    if not example:
+    model, given = bare(model), as_example(example)
+    if data is not None:
+        data = data.read_by(model)
+    if not given:
         if data is None:
             raise ModelError(
                 "Counting needs the inputs of one forward call: give example=(inputs,) or data."
             )
-        example = data.example()
-    model = bare(model)
+        given = data.example_for(model)
+    example = fitted(model, given)
     check_weights(model)
     check_example(example)
     check_holds(model, optimizer)

@@ -21,7 +21,7 @@ from pliant.api.report import cuts, layer_rows, side, timed, versions, where_tim
 from pliant.api.verdict import judge, said
 from pliant.budget import LOSE, Budget
 from pliant.compose import Stage, bounds, check_axes, resolve
-from pliant.cost import Example, bare, cost
+from pliant.cost import Example, as_example, bare, cost
 from pliant.data import Data, Train, unpack
 from pliant.data.splits import Split
 from pliant.drivers import checkpoint
@@ -71,8 +71,9 @@ def compress(
 
     Args:
         model: any network; a copy of it is compressed, on the device that `train` names.
-        data: a `Data`, a pair of tensors (inputs, labels), a data set, a DataLoader, or None
-            where the method needs none; then `example` is needed.
+        data: a `Data`, or what `Data.of` takes: inputs as a tensor or by name, a pair (inputs,
+            labels), a list, a data set, a DataLoader, a generator; or None where the method needs
+            none; then `example` is needed. Labels are needed for training only.
         method: a name, a spec such as ``"nrmf(alpha=0.01)"``, a `Method`, or several (a chain).
         budget: what the result may cost: a `Budget`, or text such as ``"params=0.3"``.
         train: how long to train with the method, and to fine-tune afterwards; None calibrates
@@ -83,7 +84,8 @@ def compress(
         strict: raise where the budget is missed; otherwise the report says so. What was lost of
             the score is judged in `report.verdict`; more than the budget's ``drop`` (2 points
             where none is given) is warned of by an `AccuracyWarning`.
-        example: inputs of one forward call; taken from the data if not given.
+        example: inputs of one forward call, one tensor, (a, b) or by name; taken from the data
+            if not given.
         name: what the report calls the model; its class if not given.
         control: also train a copy without the method for as many epochs, and report that as the
             network before: the honest reference of a network that comes untrained. With
@@ -104,9 +106,9 @@ def compress(
         TrainingError: loss or weights stopped being finite.
     """
     asked = resolve(method), _budget(budget), train, seed
-    given = (example,) if isinstance(example, Tensor) else example
     with own_randomness(seed, _place(model)):
-        task = _Task(bare(model), Data.of(data, seed=seed), *asked, given, resume)
+        read = Data.of(data, seed=seed).read_by(bare(model))
+        task = _Task(bare(model), read, *asked, as_example(example), resume)
         task.folder = Path(folder) if folder is not None else None
         task.watch = watch or task.watch
         task.target = None if target is None else as_target(target)
@@ -229,7 +231,7 @@ class _Task:
         if self._epochs():
             check_data(network, data)
         elif data.has("train"):
-            data.check()
+            data.check_inputs()
         self.split = _scored(data)
         run = start(
             network,
@@ -399,7 +401,7 @@ def _scored(data: Data) -> Split | None:
     for split in splits:
         if data.has(split):
             batch = next(iter(data.batches(split, 1)), None)
-            return split if batch is not None and unpack(batch)[1] is not None else None
+            return split if batch is not None and isinstance(unpack(batch)[1], Tensor) else None
     return None
 
 

@@ -378,4 +378,3 @@ def _refuse_lazy(model: nn.Module) -> None:
                 f"Parameters must have a shape, but {name!r} is still lazy; "
                 "run the model once on real data before measuring it."
             )
-

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
-from pliant.cost.call import Example, call, evaluating, mapped, tensors
+from pliant.cost.call import Example, call, evaluating, fitted, mapped, tensors
 
 CLOSE = 1e-3  # largest difference between two answers that rounding makes, of the largest number
 TRIED = 12  # how many sizes of a sample of several rows are tried
@@ -59,6 +59,7 @@ def samples_of(model: nn.Module, example: Example) -> Samples:
         model: stays as it is, as does the random state.
         example: inputs of one forward call.
     """
+    example = fitted(model, example)
     simple = _obvious(example)
     if simple is not None:
         return simple
@@ -70,7 +71,8 @@ def samples_of(model: nn.Module, example: Example) -> Samples:
 
 def one_sample(model: nn.Module, example: Example) -> Example:
     """Return the first sample of an example, as an example: see `samples_of`."""
-    return first_of(example, samples_of(model, example))
+    given = fitted(model, example)
+    return first_of(given, samples_of(model, given))
 
 
 def first_of(example: Example, where: Samples, *, last: bool = False) -> Example:
@@ -83,9 +85,9 @@ def repeated(example: Example, where: Samples, count: int) -> Example:
     """Return the first sample as often as asked; a whole example stays as it is."""
     one = first_of(example, where)
     if where.kind == "axis":
-        return mapped(lambda t: _repeat(t, where, count), one)  # type: ignore[no-any-return]
+        return mapped(lambda t: _repeat(t, where, count), one)
     if where.kind == "items":
-        return _lists(one, lambda items: items * count, 1)  # type: ignore[no-any-return]
+        return _lists(one, lambda items: items * count, 1)
     return one
 
 
@@ -160,7 +162,9 @@ def _run(model: nn.Module, example: Example) -> list[Tensor]:
         return [t.detach() for t in tensors(call(model, example))]
 
 
-def _fits(whole: list[Tensor], part: list[Tensor], where: Samples) -> Literal["values", "sizes", ""]:
+def _fits(
+    whole: list[Tensor], part: list[Tensor], where: Samples
+) -> Literal["values", "sizes", ""]:
     """Compare what a network gave for a part with what it gave for all, of which it is the last."""
     if where.kind != "axis" and len(whole) != len(part):
         if len(whole) != len(part) * where.count:
@@ -307,5 +311,3 @@ def _shapes(value: Any) -> Any:
     """What tells apart examples that may be asked about anew."""
     kinds = [(type(part).__name__, len(part)) for part in _listed(value)]
     return (tuple(kinds), tuple((tuple(t.shape), t.dtype) for t in tensors(value)))
-
-

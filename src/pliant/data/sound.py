@@ -7,22 +7,28 @@ from pliant.data.sources import IGNORED
 from pliant.errors import DataError
 
 
-def check_pair(split: str, inputs: Tensor, labels: Tensor) -> None:
-    """Refuse a pair that is empty, of unequal lengths, or without class indices."""
-    if not inputs.dim() or not labels.dim() or not len(inputs):
+def check_rows(split: str, inputs: Tensor, labels: Tensor | None) -> None:
+    """Refuse a split in memory that is empty, or has another number of labels."""
+    if not inputs.dim() or not len(inputs) or (labels is not None and not labels.dim()):
         raise DataError(
             f"The {split} split must hold at least one sample, but its inputs have shape "
             f"{tuple(inputs.shape)}; check how it is made."
         )
-    if len(inputs) != len(labels):
+    if labels is not None and len(inputs) != len(labels):
         raise DataError(
             f"The {split} split needs one label per input, but has {len(inputs)} inputs and "
-            f"{len(labels)} labels; make them equally long."
+            f"{len(labels)} labels; make them equally long. Two inputs of one call without labels "
+            "are written as ((a, b),) or by name, {'a': a, 'b': b}."
         )
+
+
+def check_kind(split: str, labels: Tensor) -> None:
+    """Refuse labels that are no class indices."""
     if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
         raise DataError(
             f"Labels of the {split} split must be whole numbers (class indices), not "
-            f"{labels.dtype}; convert them with labels.long()."
+            f"{labels.dtype}; convert them with labels.long(). If they are a second input, write "
+            "((a, b),) or {'a': a, 'b': b}."
         )
 
 

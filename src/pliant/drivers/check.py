@@ -95,7 +95,7 @@ def check_data(model: nn.Module, data: Data) -> None:
     if not data.has("train"):
         raise DataError("Training needs the train split, but the data has none; give it to Data.")
     with evaluating(model), torch.no_grad():
-        output = logits(forward(model, moved(data.example(), device_of(model))))
+        output = logits(forward(model, moved(data.example_for(model), device_of(model))))
     data.check(output.shape[1] if output.dim() == 2 else None)
 
 
