@@ -285,8 +285,8 @@ def spoil(what: str) -> Data:
         x[7, 1] = float("inf")
     if what == "length":
         y = y[:-1]
-    if what == "float":
-        y = y.float()
+    if what == "complex":
+        y = y.to(torch.complex64)
     if what == "empty":
         x, y = x[:0], y[:0]
     if what == "range":
@@ -302,7 +302,7 @@ def spoil(what: str) -> Data:
         ("nan", "1 samples hold NaN or infinity, the first is number 7"),
         ("inf", "NaN or infinity"),
         ("length", "40 inputs and 39 labels"),
-        ("float", "whole numbers"),
+        ("complex", "real numbers"),
         ("empty", "at least one sample"),
         ("range", r"must lie in 0..3, one for each of the 4 outputs, but 4 came"),
         ("negative", "but -1 came"),
@@ -314,7 +314,7 @@ def test_check_says_what_is_wrong(what: str, message: str) -> None:
         spoil(what).check()
     with pytest.raises(DataError, match=message.replace("train", "val")):
         replace(spoil(what), train=pair(), val=spoil(what).train).check()
-    if what not in ("range", "negative", "nan", "inf", "length", "float"):
+    if what not in ("range", "negative", "nan", "inf", "length"):
         with pytest.raises(DataError, match=message):
             Data.of(spoil(what).train)
 

@@ -231,7 +231,7 @@ class _Task:
         if self._epochs():
             check_data(network, data)
         elif data.has("train"):
-            data.check_inputs()
+            data.check(labelled=False)
         self.split = _scored(data)
         run = start(
             network,

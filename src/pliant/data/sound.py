@@ -7,8 +7,8 @@ from pliant.data.sources import IGNORED
 from pliant.errors import DataError
 
 
-def check_rows(split: str, inputs: Tensor, labels: Tensor | None) -> None:
-    """Refuse a split in memory that is empty, or has another number of labels."""
+def check_pair(split: str, inputs: Tensor, labels: Tensor | None) -> None:
+    """Refuse samples in memory that are none, of another number than labels, or complex labels."""
     if not inputs.dim() or not len(inputs) or (labels is not None and not labels.dim()):
         raise DataError(
             f"The {split} split must hold at least one sample, but its inputs have shape "
@@ -20,20 +20,18 @@ def check_rows(split: str, inputs: Tensor, labels: Tensor | None) -> None:
             f"{len(labels)} labels; make them equally long. Two inputs of one call without labels "
             "are written as ((a, b),) or by name, {'a': a, 'b': b}."
         )
-
-
-def check_kind(split: str, labels: Tensor) -> None:
-    """Refuse labels that are no class indices."""
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+    if labels is not None and labels.is_complex():
         raise DataError(
-            f"Labels of the {split} split must be whole numbers (class indices), not "
-            f"{labels.dtype}; convert them with labels.long(). If they are a second input, write "
-            "((a, b),) or {'a': a, 'b': b}."
+            f"Labels of the {split} split must be real numbers, not {labels.dtype}; give real and "
+            "imaginary parts as two numbers."
         )
 
 
 def check_range(split: str, labels: Tensor, classes: int) -> None:
-    """Refuse labels outside the classes."""
+    """Refuse labels of samples outside the classes; those of positions are the task's."""
+    if labels.is_floating_point() or labels.dtype == torch.bool or labels.dim() != 1:
+        return
+    labels = labels.long()
     counted = labels[labels != IGNORED]
     wrong = counted[(counted < 0) | (counted >= classes)] if classes else counted[counted < 0]
     if wrong.numel():

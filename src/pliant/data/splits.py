@@ -11,7 +11,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from pliant.cost import Example, counted, one_sample, tensors
 from pliant.data.asking import classes_of, in_memory, named_splits, once_only, read, runs
-from pliant.data.sound import check_finite, check_kind, check_range, check_rows
+from pliant.data.sound import check_finite, check_pair, check_range
 from pliant.data.sources import (
     Batches,
     Columns,
@@ -108,7 +108,7 @@ class Data:
             return Data(**parts)
         part = in_memory(data)
         if isinstance(part, Tensors):
-            check_rows("train", part.inputs, part.labels)
+            check_pair("train", part.inputs, part.labels)
             train, val = last_tenth(part, seed)
             return Data(train, val, classes=classes_of(part.labels))
         if isinstance(part, Columns | Items):
@@ -371,45 +371,31 @@ class Data:
         labels = source.labels.flatten().long()
         return torch.bincount(labels[labels >= 0], minlength=self.class_count)
 
-    def check(self, classes: int | None = None) -> None:
+    def check(self, classes: int | None = None, *, labelled: bool = True) -> None:
         """Refuse data that cannot be trained on, before any training.
 
         Of tensors everything is looked at, of data sets and loaders the first batch.
 
         Args:
             classes: number of outputs of the model; the data's own number if None.
+            labelled: look at the range of classes too; a task looks at its labels itself.
 
         Raises:
-            DataError: a split is empty, inputs are not finite, inputs and labels differ in
-                length, labels are not whole numbers or not below `classes`.
+            DataError: a split is empty, inputs are not finite, inputs and labels in memory differ
+                in length, or a class is not below `classes`.
         """
         for split in get_args(Split):
             if not self.has(split):
                 continue
             source = self.source(split)
             if isinstance(source, Tensors):
-                check_rows(split, source.inputs, source.labels)
-                check_finite(split, [source.inputs])
-                labels = source.labels
+                check_pair(split, source.inputs, source.labels)
+                inputs, labels = [source.inputs], source.labels
             else:
                 inputs, labels = self._first_batch(split)
-                check_finite(split, inputs)
-            if isinstance(labels, Tensor):
-                check_kind(split, labels)
+            check_finite(split, inputs)
+            if labelled and isinstance(labels, Tensor):
                 check_range(split, labels, classes or self.class_count)
-
-    def check_inputs(self) -> None:
-        """Refuse inputs that a network cannot be looked at with; labels may be of any kind.
-
-        Raises:
-            DataError: the training split is empty, or its inputs are not finite.
-        """
-        source = self.source("train")
-        if isinstance(source, Tensors):
-            check_rows("train", source.inputs, source.labels)
-            check_finite("train", [source.inputs])
-        else:
-            check_finite("train", self._first_batch("train")[0])
 
     def _first_batch(self, split: Split) -> tuple[list[Tensor], Any]:
         batch = next(iter(self.batches(split, 2)), None)

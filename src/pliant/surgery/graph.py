@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pliant.cost import Example, call, fitted, one_sample, repeated, samples_of
+from pliant.cost import Example, call, fitted, repeated, samples_of
 from pliant.edits.prune import sides
 from pliant.errors import ModelError
 from pliant.nn.layers import shared_weights
@@ -137,8 +137,7 @@ class _Probe:
     mark: float = math.nan  # in the place of marked values, or added to them
 
     def __post_init__(self) -> None:
-        self.example = fitted(self.model, self.example)
-        self.samples = samples_of(self.model, self.example)  # asked before there are marks
+        samples_of(self.model, self.example)  # asked before there are marks, and remembered
         total = 0
         for name, module in self.model.named_modules():
             for side, size in sides(module).items():
@@ -156,7 +155,7 @@ class _Probe:
             return  # a single channel cannot leave, and ties nothing: elsewhere it is broadcast
         self.source, self.codes, self.mark = source, _codes(self.sizes[source]), mark
         with torch.no_grad(), slow_attention():
-            output = call(self.model, repeated(self.example, self.samples, len(self.codes)))
+            output = call(self.model, first_sample(self.example, self.model, len(self.codes)))
         arrived = torch.zeros(len(self.codes), dtype=torch.bool)
         for tensor in answers(output):
             if tensor.dim():
@@ -259,9 +258,10 @@ def _covered(codes: Tensor, pattern: Tensor) -> list[int]:
     return inside.nonzero().flatten().tolist()
 
 
-def first_sample(example: Example, model: nn.Module) -> Example:
-    """Return the first sample of an example; where it is one sample, as a graph is, the whole."""
-    return one_sample(model, example)
+def first_sample(example: Example, model: nn.Module, count: int = 1) -> Example:
+    """Return the first sample, as often as asked; where the example is one sample, the example."""
+    given = fitted(model, example)
+    return repeated(given, samples_of(model, given), count)
 
 
 @contextmanager
