@@ -91,7 +91,8 @@ class Report:
     (singular values by layer and unfolding). ``seconds`` is by stage, ``export`` what was written
     and how it compares, ``target`` where milliseconds were measured and how sure their comparison
     is. ``sizes`` are those of an elastic network, each by itself, from the largest; empty for any
-    other. ``verdict`` judges what was lost.
+    other. ``verdict`` judges what was lost. ``inputs`` says how data in memory were resized,
+    normalized and augmented, and which part of the example was counted as one sample.
     """
 
     model: str
@@ -113,6 +114,7 @@ class Report:
     target: dict[str, Any] = field(default_factory=dict)
     sizes: tuple[Side, ...] = ()
     verdict: Verdict | None = None
+    inputs: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return the report as JSON; numbers that are not finite become null."""

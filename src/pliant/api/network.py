@@ -356,7 +356,13 @@ class _Task:
             versions=versions(),
             train=plan,
             target=where_timed(run),
+            inputs=self._inputs(run),
         )
+
+    def _inputs(self, run: Run) -> dict[str, str]:
+        """Say how inputs were prepared, and what was counted as one sample where that was asked."""
+        asked = run.planner.dense.sample
+        return self.data.prepared() | ({"one sample": asked} if asked else {})
 
     def _split_time(self, run: Run) -> None:
         """Share the time of the training out to its phases, those before a resumption too."""

@@ -54,6 +54,7 @@ class Data:
         name: what reports call it.
         mean: of every channel, after scaling to 0..1.
         std: of every channel, after scaling to 0..1.
+        resized: height and width that images were resized to; () where they were not.
         augment: "crop-flip" moves training images by up to an eighth of their size and mirrors
             half of them; it applies to splits of tensors.
     """
@@ -66,6 +67,7 @@ class Data:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     augment: Literal["none", "crop-flip"] = "none"
+    resized: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for split in get_args(Split):
@@ -134,6 +136,27 @@ class Data:
     def has(self, split: Split) -> bool:
         """Say whether a split is there."""
         return getattr(self, split) is not None
+
+    def prepared(self) -> dict[str, str]:
+        """Say what is done to inputs before a network reads them, for a report.
+
+        Returns:
+            For splits in memory "resized", "normalized" and "augmented"; of others nothing, since
+            what a data set does to its items nobody can tell.
+        """
+        source = self.source("train") if self.has("train") else None
+        if not isinstance(source, Tensors):
+            return {}
+        image = source.inputs.dtype == torch.uint8 and source.inputs.dim() == 4
+        scaled = "scaled to 0..1" if image else ""
+        if self.mean:
+            numbers = (", ".join(f"{v:.4g}" for v in row) for row in (self.mean, self.std))
+            scaled += "{}mean {}, deviation {}".format("; " if scaled else "", *numbers)
+        return {
+            "resized": "x".join(map(str, self.resized)) or "no",
+            "normalized": scaled or "no",
+            "augmented": self.augment if self.augment != "none" else "no",
+        }
 
     def size(self, split: Split = "train") -> int | None:
         """Count the samples of a split; None where a loader cannot tell."""

@@ -35,6 +35,7 @@ def provenance(report: Report) -> list[tuple[str, str]]:
     return [
         ("model", report.model),
         ("data", report.data or words.NONE),
+        *words.facts(report.inputs, "inputs: "),
         ("seed", str(report.seed)),
         ("device", report.device),
         *words.facts(report.train, "training: "),
