@@ -192,8 +192,8 @@ def _ending(whole: Tensor, part: Tensor, where: Samples) -> Tensor | None:
     for axis, (full, some) in enumerate(zip(whole.shape, part.shape, strict=True)):
         if full == some:
             continue
-        if full * where.each != some * where.count:
-            return None
+        if full * where.each != some * where.count and some != where.each:
+            return None  # inputs of unequal lengths shrink to one row each
         whole = whole.narrow(axis, full - some, some)
     return whole
 

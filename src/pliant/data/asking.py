@@ -154,7 +154,8 @@ def named_splits(data: Any) -> dict[str, Any]:
     """Return the splits of a mapping from their names to data; empty where it is none."""
     if not isinstance(data, Mapping) or "train" not in data:
         return {}
-    if any(is_array(part) or not isinstance(part, Iterable) for part in data.values()):
+    parts = [part for part in data.values() if not is_array(part)]
+    if len(parts) < len(data) or not all(isinstance(p, Iterable) or is_indexed(p) for p in parts):
         return {}
     found = {split: [n for n in known if n in data] for split, known in SPLITS.items()}
     return {split: data[known[0]] for split, known in found.items() if known}
