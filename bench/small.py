@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 from pliant.compose import resolve
-from pliant.drivers.score import task_loss
+from pliant.data.guess import task_loss
 from pliant.method import Method
 from pliant.run import Run, start
 

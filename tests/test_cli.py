@@ -63,6 +63,21 @@ def test_the_version() -> None:
 # ---------------------------------------------------------------- compress
 
 
+def test_a_task_is_named_or_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    cli(*QUICK, "--task", "none", "--out", out)
+    report = json.loads((out / "report.json").read_text())
+    assert report["task"] == "none" and report["before"]["accuracy"] is None
+    assert report["fidelity"]["samples"] > 100 and report["fidelity"]["agreement"] is not None
+    cli(*QUICK, "--out", out, "--force")
+    report = json.loads((out / "report.json").read_text())
+    assert report["task"] == "classification(axis=1)" and report["before"]["metrics"]["accuracy"]
+    other = ("compress", "nothing:at_all", "--data", "nowhere", "--task", "segmantation")
+    assert "did you mean 'segmentation'" in cli(*other, "--out", tmp_path / "a", code=2).output
+    wrong = cli(*QUICK, "--task", "regression", "--out", tmp_path / "b", code=2).output
+    assert "shape of the outputs" in " ".join(wrong.split())
+
+
 def test_a_run_leaves_a_network_and_a_report(tmp_path: Path) -> None:
     out = tmp_path / "run"
     words = ("--epochs", "1", "--lr", "0.05", "--method", "nrmf(samples=64)")

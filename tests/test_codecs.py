@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pliant.codecs import address_map, ans, huffman, loops, packing, tensors
-from pliant.codecs.address_map import FORMS, csc, decode, encode, paper_size, predict, smallest
+from pliant.codecs.address_map import ALL, FORMS, csc, decode, encode, paper_size, predict, smallest
 from pliant.edits import Quantize, from_json, replay, to_json
 from pliant.edits.encode import Encode, encoding
 from pliant.errors import ArtifactError, EditError
@@ -77,7 +77,7 @@ def both_loops(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.slow  # the first use compiles
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL)
 def test_every_matrix_comes_back(form: str, both_loops: None) -> None:
     for name, matrix in some().items():
         data, flat = encode(bits(matrix), form), bits(matrix)
@@ -87,7 +87,7 @@ def test_every_matrix_comes_back(form: str, both_loops: None) -> None:
         assert (np.concatenate(pieces) == flat).all(), name
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL)
 def test_a_product_from_the_code_is_the_product(form: str) -> None:
     for matrix in some().values():
         x = np.random.default_rng(0).normal(size=(4, matrix.shape[1])).astype(np.float32)
@@ -120,10 +120,23 @@ def test_bit_patterns_come_back() -> None:
     """Negative zeros and numbers that are none."""
     tensor = torch.tensor([0.0, -0.0, torch.nan, torch.inf] * 40).reshape(4, 40)
     tensor.view(torch.int32)[0, 2] += 1  # another pattern that is not a number
-    for form in FORMS:
+    for form in ALL:
         data = encode(tensors.patterns(tensor), form)
         back = tensors.unpack(data, tensor.shape, tensor.dtype)
         assert torch.equal(back.view(torch.int32), tensor.view(torch.int32))
+
+
+def test_a_mask_takes_a_bit_for_each_number_and_those_that_are_not_zero() -> None:
+    """Numbers may all differ, and be more than a dictionary holds; noise is not coded."""
+    noise = torch.randn(300, 1001)
+    sparse = torch.where(torch.rand(300, 1001) < 0.5, noise, 0.0)
+    data = address_map.smallest(tensors.patterns(sparse), ("mask",))
+    assert data is not None and address_map.form_of(data) == "mask"
+    numbers = int((sparse != 0).sum())
+    assert len(data) == HEAD + 300 * 126 + 4 * numbers
+    assert len(data) == address_map.masked_size(numbers, (300, 1001), 4)
+    assert torch.equal(tensors.unpack(data, sparse.shape, sparse.dtype), sparse)
+    assert address_map.smallest(tensors.patterns(noise), ("mask",)) is None
 
 
 def test_noise_and_nothing_are_not_coded() -> None:
@@ -236,7 +249,7 @@ def test_small_integers_are_worth_coding() -> None:
 # ---------------------------------------------------------------- bytes from anywhere
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL)
 def test_a_cut_code_is_refused(form: str) -> None:
     matrix = bits(shared((20, 40), 0.7, 8).numpy())
     data = encode(matrix, form)
@@ -250,7 +263,7 @@ def test_a_cut_code_is_refused(form: str) -> None:
 def test_damage_gives_an_error_or_a_matrix(data: st.DataObject) -> None:
     """Without a checksum: never a hang, an overrun, or another kind of error."""
     matrix = bits(shared((20, 40), 0.7, 8).numpy())
-    good = encode(matrix, data.draw(st.sampled_from(FORMS)))
+    good = encode(matrix, data.draw(st.sampled_from(ALL)))
     start = data.draw(st.integers(0, len(good) - 1))
     over = data.draw(st.binary(min_size=1, max_size=12))
     bad = good[:start] + over + good[start + len(over) :]
@@ -264,7 +277,7 @@ def test_damage_gives_an_error_or_a_matrix(data: st.DataObject) -> None:
     assert found.shape == matrix.shape
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ALL)
 def test_huge_claims_are_refused_at_once(form: str) -> None:
     matrix = bits(shared((20, 40), 0.7, 8).numpy())
     data = bytearray(encode(matrix, form))

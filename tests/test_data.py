@@ -569,7 +569,7 @@ def test_cifar_is_decoded_once_and_then_lies_in_memory(monkeypatch: pytest.Monke
     from pliant.data import readers
 
     load(str(needs_data("cifar10-jpeg")))
-    monkeypatch.setattr(readers, "_decode", None)  # would fail if it were asked
+    monkeypatch.setattr(readers, "decode", None)  # would fail if it were asked
     data = load(str(needs_data("cifar10-jpeg")))
     assert [data.size(s) for s in ("train", "val", "test")] == [45000, 5000, 5000]
     for pixels, labels in (data.train, data.val, data.test):

@@ -1,6 +1,8 @@
 """Plans and factors stay what they were: digests taken before the code was arranged anew.
 
-Refitted factors alone are newer: one batch sums in another order than several did.
+Refitted factors alone are newer: one batch sums in another order than several did. So is the
+data-aware plan of the wide network: few samples are damped as they are, not by what rounding makes
+of them.
 """
 
 import hashlib

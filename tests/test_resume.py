@@ -324,13 +324,14 @@ def test_a_checkpoint_of_another_target_is_refused(first: Target | None, tmp_pat
         "folder": tmp_path,
         "example": (torch.zeros(1, 1, 8, 8),),
     }
-    pliant.compress(Net(), data(), Busy(), target=first, **asked)
+    net = Net()
+    pliant.compress(net, data(), Busy(), target=first, **asked)
     for other in (Target.of(lambda module, example: 1.0, "phone", batch=2), None):
         if other != first:
             with pytest.raises(TrainingError, match="another run: its target is .*, here it is "):
-                pliant.compress(Net(), data(), Busy(), target=other, resume=True, **asked)
+                pliant.compress(net, data(), Busy(), target=other, resume=True, **asked)
     again = replace(first, seconds=9.0) if first else None  # how long one looks changes nothing
-    pliant.compress(Net(), data(), Busy(), target=again, resume=True, **asked)
+    pliant.compress(net, data(), Busy(), target=again, resume=True, **asked)
 
 
 @pytest.mark.parametrize("damage", [b"", b"no checkpoint", "half"])

@@ -12,11 +12,12 @@ from pliant import zoo
 from pliant.cost import cost, layer_costs
 from pliant.data import Data
 from pliant.edits import Choose, from_json, replay, to_json
-from pliant.errors import DataError, EditError, ModelError
+from pliant.errors import DataError, EditError, MethodError, ModelError
 from pliant.families.search import bilevel as search
 from pliant.method import Method
-from pliant.nn.cells import CellNetwork, MixedOp, derive, placed
+from pliant.nn.cells import CellNetwork, derive, placed
 from pliant.nn.genotype import DARTS_V2, DARTS_V2_WIRING, Genotype, Layout, chain, dense
+from pliant.nn.mixed import MixedOp
 from pliant.nn.operations import OPERATIONS, FactorizedReduction, operation
 from pliant.render.genotype import genotype_svg
 from pliant.run import start
@@ -87,6 +88,22 @@ def test_dense_wiring_keeps_the_two_strongest_edges() -> None:
     node = (("skip_connect", 1), ("avg_pool_3x3", 2))  # the edge from 0 is sure of `none`
     assert derive(network).normal == ((("skip_connect", 0), ("avg_pool_3x3", 1)), node)
     assert placed(network, derive(network))["cells.0.edges.2"] == "none"
+
+
+def test_dropout_thins_skip_connections_in_training_only() -> None:
+    """Half of what the skip gives is zeroed and the rest doubled; other candidates are whole."""
+    part = MixedOp({"skip_connect": nn.Identity(), "none": nn.Identity()})
+    part.logits.copy_(torch.tensor([0.0, -1e4]))
+    part.drop.fill_(0.5)
+    x = torch.ones(64, 4, 8, 8)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        out = part(x)
+    assert set(out.unique().tolist()) == {0.0, 2.0}
+    assert 0.45 < float((out == 0).float().mean()) < 0.55
+    assert torch.equal(part.eval()(x), x)
+    part.train().logits.copy_(torch.tensor([-1e4, 0.0]))
+    assert torch.equal(part(x), x)
 
 
 def test_one_candidate_is_a_plain_operation() -> None:
@@ -255,6 +272,22 @@ def test_second_order_runs_in_a_search() -> None:
     run.after_step()
     moved = [n for n, p in model.named_parameters() if not torch.equal(p, before[n])]
     assert moved == ["0.logits"]
+
+
+def test_a_search_of_one_level_learns_on_the_training_split() -> None:
+    """Without a validation split, the logits move by the gradient on the training samples."""
+    model, method, data = tiny(), Choosing(), Data(task().train, classes=2)
+    object.__setattr__(method, "plan", search.Bilevel(lr=0.05, batch=32, single=True))
+    run = start(model, method, data=data, steps=2)
+    logits = model[0].logits.requires_grad_(True)
+    (wanted,) = torch.autograd.grad(F.cross_entropy(model(data.train[0]), data.train[1]), [logits])
+    before = logits.detach().clone()
+    logits.requires_grad_(False)
+    run.after_step()
+    assert torch.equal((logits - before).sign(), -wanted.sign())
+    assert run.state["bilevel"]["places"]["train"] == [0, 1]
+    with pytest.raises(MethodError, match="validation"):
+        start(tiny(), Choosing(), data=data, steps=2)
 
 
 def test_evaluation_network_trains() -> None:

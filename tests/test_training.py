@@ -25,9 +25,10 @@ import pliant
 from pliant.budget import Budget
 from pliant.compose import Stage, chain, together
 from pliant.data import Data, Epoch, Train, unpack
-from pliant.data.criterion import task_loss, weighted
+from pliant.data.criterion import weighted
 from pliant.data.draws import Draws
 from pliant.data.epochs import Epochs
+from pliant.data.guess import task_loss
 from pliant.drivers.devices import take_step
 from pliant.drivers.loop import fit
 from pliant.drivers.schedule import optimizers_of

@@ -95,5 +95,5 @@ def test_a_loss_is_warned_of_and_a_kept_score_is_not() -> None:
     assert result.report.verdict is not None and result.report.verdict.holds is False
     with warnings.catch_warnings():
         warnings.simplefilter("error", AccuracyWarning)
-        pliant.compress(trained, data, "energy(p=0.1)", Budget(drop=100))
+        pliant.compress(trained, data, "energy(p=0.1)", Budget(params=0.9, drop=100))
         pliant.compress(trained, data, "energy(p=0.9999)")

@@ -8,7 +8,7 @@
 from importlib.metadata import PackageNotFoundError, version
 
 from pliant import _moved
-from pliant.api import analyze, cluster, compress, load, recover
+from pliant.api import analyze, auto, cluster, compress, load, recover, smallest, sweep
 from pliant.budget import Budget
 from pliant.compose import Stage, chain, together
 from pliant.cost import Cost, cost, layer_costs
@@ -45,6 +45,7 @@ __all__ = [
     "Stage",
     "Train",
     "analyze",
+    "auto",
     "chain",
     "cluster",
     "compress",
@@ -57,7 +58,9 @@ __all__ = [
     "method",
     "recover",
     "register",
+    "smallest",
     "start",
+    "sweep",
     "to_onnx",
     "together",
 ]

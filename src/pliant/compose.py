@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from pliant.budget import Budget
+from pliant.budget import AXES, Budget
 from pliant.data import Data, Epoch
 from pliant.data.criterion import beside
 from pliant.edits import Edit
@@ -374,6 +374,12 @@ def bounds(method: Method, budget: Budget | None) -> dict[str, Any]:
     return found | (budget.given() if budget else {})
 
 
+def saved_by(method: Method) -> tuple[str, ...]:
+    """Return the axes of a budget that a method, or a stage of it, can meet."""
+    entry = entry_of(method)
+    return entry.saves if entry else tuple(axis for axis in AXES if _claims(method, axis))
+
+
 def _stages(method: Method) -> Sequence[Stage]:
     """Return what a composed method is made of, as stages."""
     return method.stages if isinstance(method, Chain) else [Stage(part) for part in method.parts]
@@ -420,6 +426,14 @@ def _claims(method: Method, axis: str) -> bool:
         return any(_claims(part, axis) for part in method.parts)
     entry = entry_of(method)
     return entry is not None and axis in entry.saves
+
+
+def name_of(method: Method) -> str:
+    """Return the registered name of a method; of a composed one those of its parts."""
+    if entry := entry_of(method):
+        return entry.name
+    named = " -> ".join(name_of(part) for part in method.parts)
+    return named or type(method).__name__.lower()
 
 
 def _name(method: object) -> str:

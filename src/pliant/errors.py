@@ -1,11 +1,24 @@
 """What can go wrong, each as one sentence that says what to do next."""
 
 import importlib
+import re
+import unicodedata
 from types import ModuleType
+
+_LONG, _WHOLE = 400, 4000  # characters of a word, of a message
+_HIDDEN = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}  # what steers a terminal or cannot be seen
 
 
 class PliantError(ValueError):
-    """Any refusal of Pliant; the message says what was expected, what came and what to do."""
+    """Any refusal of Pliant; the message says what was expected, what came and what to do.
+
+    Names in it may come from a file of anybody's: what steers a terminal is escaped, and what is
+    very long is shortened.
+    """
+
+    def __str__(self) -> str:
+        """Return the message, fit for a terminal."""
+        return _shortened(shown(super().__str__()), _WHOLE)
 
 
 class MethodError(PliantError):
@@ -42,6 +55,36 @@ class ArtifactError(PliantError):
 
 class OutputError(PliantError):
     """A result that cannot be written: the folder exists, the disk is full."""
+
+
+def shown(text: str, most: int = _LONG) -> str:
+    r"""Write text so that a terminal does nothing but show it, long words shortened.
+
+    Args:
+        text: of anybody.
+        most: characters of a word.
+
+    >>> print(shown("layer\x1b[2J" + 500 * "a", 12))
+    layer\x…aaaa
+    """
+    if not text.isascii() or not text.isprintable():
+        text = "".join(map(_seen, text))
+    if len(text) <= most:
+        return text
+    return re.sub(rf"\S{{{most + 1},}}", lambda word: _shortened(word[0], most), text)
+
+
+def _seen(character: str) -> str:
+    if character in "\n\r\t":
+        return " "
+    if unicodedata.category(character) not in _HIDDEN:
+        return character
+    return character.encode("unicode_escape", "surrogatepass").decode()
+
+
+def _shortened(text: str, most: int) -> str:
+    end = most // 3
+    return text if len(text) <= most else f"{text[: most - end - 1]}…{text[-end:]}"
 
 
 class AccuracyWarning(UserWarning):

@@ -58,7 +58,8 @@ class Method:
         """Change the loss where the outputs are needed (distillation).
 
         A method that wants a second batch takes it here by ``run.draw``, and its loss by
-        ``run.criterion``; ``loss``, ``output`` and ``batch`` are those of the loop's own batch.
+        ``run.task_loss(output, (*inputs, labels))``; ``loss``, ``output`` and ``batch`` are those
+        of the loop's own batch.
         """
         return loss
 

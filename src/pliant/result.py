@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -21,6 +22,7 @@ class Side:
     """The network before or after: its costs and what it scores; None where not measured.
 
     ``latency_spread_ms`` is half the distance between the quartiles of the measured times.
+    ``metrics`` are those of the task by name, the first one judges.
     """
 
     params: int
@@ -31,6 +33,27 @@ class Side:
     loss: float | None = None
     uncounted: tuple[str, ...] = ()
     latency_spread_ms: float | None = None
+    metrics: dict[str, float | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Fidelity:
+    """How near all outputs of the smaller network are to those of the dense one.
+
+    Args:
+        error: root of the squared error over the squared size, over all samples; a mean over
+            outputs.
+        cosine: between the outputs of a sample, a mean over samples.
+        agreement: share of equal answers, None where answers are no classes.
+        samples: how many were compared.
+        where: the split they are of.
+    """
+
+    error: float
+    cosine: float
+    agreement: float | None
+    samples: int
+    where: str
 
 
 @dataclass(frozen=True)
@@ -38,13 +61,16 @@ class Verdict:
     """What the smaller network lost of its score, and whether that may be.
 
     Args:
-        bound: points of a percent that may be lost.
-        lost: points that were lost on the split that was scored; None where nothing was.
+        bound: points of a percent, or percent, that may be lost.
+        lost: what was lost on the split that was scored; None where nothing was.
         low: lower end of an interval of 95 % for what is lost on all such samples.
         high: its upper end.
         samples: how many samples were scored.
         holds: whether no more was lost than may be; None where it was not measured.
         note: what to know besides, in a sentence; empty if nothing.
+        metric: by which it is judged.
+        unit: of what was lost: points of a percent where the metric is a share, else percent of
+            what it was.
     """
 
     bound: float
@@ -54,6 +80,8 @@ class Verdict:
     samples: int = 0
     holds: bool | None = None
     note: str = ""
+    metric: str = "accuracy"
+    unit: Literal["points", "%"] = "points"
 
 
 @dataclass(frozen=True)
@@ -91,8 +119,11 @@ class Report:
     (singular values by layer and unfolding). ``seconds`` is by stage, ``export`` what was written
     and how it compares, ``target`` where milliseconds were measured and how sure their comparison
     is. ``sizes`` are those of an elastic network, each by itself, from the largest; empty for any
-    other. ``verdict`` judges what was lost. ``inputs`` says how data in memory were resized,
-    normalized and augmented, and which part of the example was counted as one sample.
+    other. ``verdict`` judges what was lost, ``fidelity`` compares outputs with the dense network's,
+    ``task`` is what was trained and scored, and ``metrics`` says of its metrics which way is better
+    and what they count. ``tried`` has a row for every network that was made on the way, where
+    sizes or methods were searched: what it is, costs and lost. ``inputs`` says how data in memory
+    were resized, normalized and augmented, and which part of the example was counted as one sample.
     """
 
     model: str
@@ -114,11 +145,27 @@ class Report:
     target: dict[str, Any] = field(default_factory=dict)
     sizes: tuple[Side, ...] = ()
     verdict: Verdict | None = None
+    tried: tuple[dict[str, Any], ...] = ()
+    fidelity: Fidelity | None = None
+    task: str = ""
+    metrics: dict[str, dict[str, str]] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return the report as JSON; numbers that are not finite become null."""
         return json.dumps(_finite(asdict(self)), indent=1)
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write ``report.html``, ``report.json`` and ``report.md`` into a folder.
+
+        Raises:
+            OutputError: the folder cannot be made or written.
+        """
+        return shown("save_report")(self, folder)
+
+    def _repr_html_(self) -> str:
+        """Show the verdict and the numbers in a notebook."""
+        return shown("notebook")(self)
 
     @classmethod
     def from_json(cls, text: str) -> Report:
@@ -131,9 +178,11 @@ class Report:
             raw = json.loads(text)
             raw["before"], raw["after"] = (Side(**_tuples(raw[s])) for s in ("before", "after"))
             raw["verdict"] = Verdict(**raw["verdict"]) if raw.get("verdict") else None
+            raw["fidelity"] = Fidelity(**raw["fidelity"]) if raw.get("fidelity") else None
             raw["sizes"] = tuple(Side(**_tuples(row)) for row in raw.get("sizes", ()))
             raw["layers"] = tuple(LayerRow(**_tuples(row)) for row in raw["layers"])
-            raw["history"], raw["misses"] = tuple(raw["history"]), tuple(raw["misses"])
+            for name in ("history", "misses", "tried"):
+                raw[name] = tuple(raw.get(name, ()))
             return cls(**raw)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise PliantError(
@@ -172,6 +221,49 @@ class Result:
             OutputError: a file of another kind is there, or the file cannot be written.
         """
         return artifact.save(path, self.model, self.edits, source=source, encode=encode)
+
+    def save_pretrained(
+        self, folder: str | Path, *, source: str | None = None, onnx: Any = ()
+    ) -> Path:
+        """Write a folder to share, which ``pliant.load`` reads: network, report, model card.
+
+        Args:
+            folder: where to; files of the same names in it are replaced.
+            source: what builds the dense network, for commands: a zoo name or module:callable.
+            onnx: inputs of one forward call; with them the network is written as ONNX too.
+
+        Raises:
+            OutputError: the folder cannot be made or written.
+        """
+        return shown("save_pretrained")(self, folder, source=source, onnx=onnx)
+
+    def push_to_hub(self, repo: str, folder: str | Path, **asked: Any) -> str:
+        """Write a folder as `save_pretrained` does, upload it, and return its address.
+
+        Args:
+            repo: ``owner/name`` on the hub.
+            folder: where the files are kept here.
+            asked: ``token``, ``private``, ``endpoint`` and ``message`` of the upload; ``source``
+                and ``onnx`` of `save_pretrained`.
+
+        Raises:
+            MissingExtraError: huggingface_hub is not installed.
+            OutputError: the folder cannot be written, or the hub refuses.
+        """
+        return shown("push_to_hub")(self, repo, folder, **asked)
+
+    def _repr_html_(self) -> str:
+        """Show the report in a notebook."""
+        return self.report._repr_html_()
+
+
+def shown(name: str) -> Callable[..., Any]:
+    """Return a function of the room above that shows and shares results.
+
+    It is looked up when it is called: results are plain data, and need no renderer to exist.
+    """
+    found: Callable[..., Any] = getattr(import_module("pliant.api.present"), name)
+    return found
 
 
 def _finite(value: Any) -> Any:

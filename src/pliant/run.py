@@ -14,12 +14,16 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from pliant.budget import Budget
-from pliant.cost import Cost, Example, LayerCost, as_example, bare, count, fitted
+from pliant.cost import Cost, Example, LayerCost, as_example, bare, count, counted, fitted
 from pliant.data import Data, Epoch, unpack
-from pliant.data.criterion import Reduction, task_loss, weighted
+from pliant.data.criterion import Reduction, weighted
+from pliant.data.digest import digest_of
 from pliant.data.draws import Draws, ranks
 from pliant.data.epochs import Epochs, planned
+from pliant.data.guess import guess, task_loss
+from pliant.data.ready import Metrics, task_of
 from pliant.data.sources import moved
+from pliant.data.task import Task
 from pliant.edits import Edit, Replaced, from_json, made, note, to_json
 from pliant.errors import (
     BudgetError,
@@ -35,14 +39,17 @@ from pliant.nn.layers import Factorizable
 from pliant.observe.aside import Aside, Removable
 from pliant.observe.finite import check_example, check_weights
 from pliant.observe.order import called_by
+from pliant.observe.outputs import logits
 from pliant.plan.planner import Planner
 from pliant.registry import check_options
 from pliant.surgery.batchnorm import recalibrate
 from pliant.surgery.followers import Followers
 from pliant.surgery.optim import Optimizers, add_gradient, cancel_decay, check_holds
+from pliant.surgery.plain import plain
 from pliant.surgery.select import factorizable, leave_unused, readable
 
 ROUTED = 256  # samples that may call layers to which one sample is not routed
+Loss = Callable[[int, Any], Tensor]
 RECALIBRATED = 2048  # samples from which batch norms are re-estimated
 
 
@@ -107,6 +114,7 @@ class Run:
         missed: what stages of a chain missed of budgets of their own.
         unended: what was still to be done in the training when it was over.
         criterion: the loss of the task, from outputs and labels.
+        task: what the network is for, None until that is known.
         epochs: what each epoch trains on, where the loop was told; see `batches`.
         followers: optimizers and copies, which go along with every edit.
         heard: whether the loss was asked for since the last step.
@@ -115,6 +123,7 @@ class Run:
         finished: whether the compression has been made permanent.
         began: of a view, step and epoch of the whole run at which its own clock began.
         observe: called whenever a stage of a chain is over; what it returns enters the history.
+        origin: digest of the weights that the run began with.
     """
 
     model: nn.Module
@@ -133,6 +142,7 @@ class Run:
     missed: list[str] = field(default_factory=list)
     unended: list[str] = field(default_factory=list)
     criterion: Callable[..., Tensor] = task_loss
+    task: Task | None = None
     epochs: Epochs | None = None
     followers: Followers = field(default_factory=Followers)
     heard: bool = False
@@ -141,6 +151,7 @@ class Run:
     finished: bool = False
     began: tuple[int, int] = (0, 0)
     observe: Callable[[Run], Mapping[str, Any]] | None = None
+    origin: str = ""
 
     @property
     def budget(self) -> Budget | None:
@@ -202,6 +213,40 @@ class Run:
         ``cross_entropy(output, labels, reduction=run.reduction)`` serves every method.
         """
         return "none" if self.method.uses("weigh") else "mean"
+
+    def inputs_of(self, batch: Any) -> Example:
+        """Return what the network is called with for a batch; with labels, where it reads them."""
+        return unpack(batch)[0] if self.task is None else self.task.inputs(batch)
+
+    def task_loss(self, output: Any, batch: Any, reduction: Reduction = "mean") -> Tensor:
+        """Return the loss of the task, for a loop, or for a method that draws a batch of its own.
+
+        Where nobody named the task, the first batch tells it.
+
+        Args:
+            output: of the network.
+            batch: from which it came, with labels.
+            reduction: as `reduction` says.
+
+        Raises:
+            DataError: there are no labels, or the task is in doubt.
+        """
+        if self.criterion is not task_loss:
+            more = {"reduction": reduction} if reduction != "mean" else {}
+            return self.criterion(output, unpack(batch)[1], **more)
+        if self.task is None:
+            self.task = guess(output, batch, self.model)
+        return self.task.total(output, batch, reduction)
+
+    def class_scores(self, output: Any) -> Tensor:
+        """Return a row of class scores for every answer in an output, (rows, classes).
+
+        Raises:
+            ModelError: the output holds none.
+        """
+        if self.task is None or self.task.scores is None:
+            return logits(output)
+        return self.task.scores(output).flatten(0, -2)
 
     def batches(self) -> Iterable[Any]:
         """Return the training batches of the present epoch, as the method wants them.
@@ -369,6 +414,36 @@ class Run:
         assert self.data is not None
         return self.data.calibration(samples, batch=batch, seed=self.seed + seed)
 
+    def looks(
+        self, samples: int, *, batch: int = 256, seed: int = 1
+    ) -> tuple[list[Example], Loss | None]:
+        """Return inputs for statistics, and the loss by whose gradients outputs matter.
+
+        Where the user gave a loss, or the network returns its own, that counts, with the labels.
+        Elsewhere it is None: labels drawn from the network's predictions count, or all outputs.
+
+        Args:
+            samples: how many at least.
+            batch: samples per batch.
+            seed: as for `inputs`.
+
+        Returns:
+            Inputs of forward calls, and a function of a batch's number and its output, which gives
+            the loss summed over samples.
+        """
+        task = self.task
+        given = task is not None and task.name in ("custom", "own") and not task.trains
+        if not given or task is None or task.loss is None or self.data is None:
+            return self.inputs(samples, batch=batch, seed=seed), None
+        items = self.data.calibration_batches(samples, batch=batch, seed=self.seed + seed)
+        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        sizes = [counted(unpack(item)[0]) for item in items]
+
+        def loss(number: int, output: Any) -> Tensor:
+            return task.total(output, moved(items[number], device)) * sizes[number]
+
+        return [task.inputs(item) for item in items], loss
+
     @property
     def has_inputs(self) -> bool:
         """Whether there are training inputs to calibrate on."""
@@ -380,14 +455,20 @@ class Run:
             recalibrate(self.model, self.inputs(samples))
 
     def factorizable(
-        self, only: Sequence[str] = (), exclude: Sequence[str] = ()
+        self, only: Sequence[str] = (), exclude: Sequence[str] = (), *, every: bool = False
     ) -> tuple[dict[str, Factorizable], dict[str, str]]:
         """Return the layers in use that can be factorized, and why others cannot.
+
+        Args:
+            only: name patterns of layers to consider; none means all.
+            exclude: name patterns of layers to leave alone.
+            every: see `pliant.nn.layers.obstacle`.
 
         Raises:
             MethodError: a name pattern matches no layer.
         """
-        return self._in_use(*factorizable(self.model, only=only, exclude=exclude))
+        self.unwrap()
+        return self._in_use(*factorizable(self.model, only=only, exclude=exclude, every=every))
 
     def readable(
         self, only: Sequence[str] = (), exclude: Sequence[str] = ()
@@ -397,7 +478,12 @@ class Run:
         Raises:
             MethodError: a name pattern matches no layer.
         """
+        self.unwrap()
         return self._in_use(*readable(self.model, only=only, exclude=exclude))
+
+    def unwrap(self) -> None:
+        """Put plain layers in the place of those that compute the same: see `Plain`."""
+        self.apply(*plain(self.model, self.example))
 
     def _in_use(
         self, layers: dict[str, Factorizable], reasons: dict[str, str]
@@ -595,6 +681,9 @@ def start(
     epochs: float = 0,
     batch: int = 0,
     criterion: Callable[..., Tensor] | None = None,
+    task: Task | str | None = None,
+    loss: Callable[..., Tensor] | None = None,
+    metrics: Metrics | None = None,
     copies: Sequence[nn.Module] = (),
     seed: int = 0,
     target: Where | None = None,
@@ -615,6 +704,10 @@ def start(
         batch: samples of a batch in your loop, unless the method says otherwise.
         criterion: your loss, from outputs and labels, for methods that compute it on samples of
             their own; cross-entropy or squared error, by the labels, if None.
+        task: what the network is for, such as ``"segmentation(void=255)"``; see `Task`. The first
+            batch of `Run.task_loss` tells it if None, where there is no doubt.
+        loss: in place of the task's: a function of (output, batch) to a number.
+        metrics: by name, each (function of (output, batch), "higher" or "lower") or a `Metric`.
         copies: networks that follow every edit, such as an average of the weights.
         seed: for everything random in the method.
         target: where milliseconds are measured, text and functions included; a latency in the
@@ -623,13 +716,20 @@ def start(
 
     Raises:
         BudgetError: the budget is malformed, or bounds latency without a target.
-        MethodError: the target is none, the method refuses, or an option of it is out of range.
+        MethodError: the target is none, the method refuses, an option of it is out of range, or
+            there is no such task.
         TrainingError: an optimizer holds nothing of the network.
         ModelError: there is neither data nor example, the model fails on it, or a weight is not
             finite.
         DataError: the example has no row, or is not finite.
     """
     check_options(method)
+    known = task_of(task, loss, metrics)
+    if known is not None and known.loss is not None and method.uses("weigh") and not known.weighs:
+        raise MethodError(
+            f"{type(method).__name__} weighs samples, so it needs a loss for each of them: write "
+            'the loss as a function of (output, batch, reduction="mean") that takes "none" too.'
+        )
     model, given = bare(model), as_example(example)
     if data is not None:
         data = data.read_by(model)
@@ -667,8 +767,10 @@ def start(
         generator=torch.Generator().manual_seed(seed),
         edits=edits,
         criterion=criterion or task_loss,
+        task=known,
         epochs=plan,
         followers=Followers(copies=tuple(copies)),
+        origin=digest_of(*model.state_dict().values()),
     )
     run.limits()  # a malformed budget is refused now
     run.optimizer = optimizer

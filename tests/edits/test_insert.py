@@ -400,7 +400,7 @@ def test_a_slimmed_shortcut_is_saved_and_exported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("edit", "says"),
     [
-        (Insert("stem", "eval", {}), "Unknown form 'eval' for stem: one of conv, copy, gather"),
+        (Insert("stem", "eval", {}), "Unknown form 'eval' for stem: one of cbam, conv, copy"),
         (Insert("stem", "conv", {"channels": 8}), "conv for stem takes channels, dims, identity"),
         (Insert("stem", "conv", conv(8, kernel=2)), "^stem needs channels from 1 on, an odd kern"),
         (Insert("stem", "conv", conv(8, dims=4)), "1 to 3 dims behind it, not 8, 3 and 4"),

@@ -1,8 +1,22 @@
 """The verbs: one call each, from what a user has to what a user wants."""
 
-from pliant.api.network import CONTROL, compress
+from pliant.api.network import CONTROL
 from pliant.api.probe import analyze
+from pliant.api.shortlist import auto
 from pliant.api.solve import cluster, recover
+from pliant.api.sweep import sweep
+from pliant.api.within import compress, smallest
 from pliant.files.load import MOST_CLASSES, load
 
-__all__ = ["CONTROL", "MOST_CLASSES", "analyze", "cluster", "compress", "load", "recover"]
+__all__ = [
+    "CONTROL",
+    "MOST_CLASSES",
+    "analyze",
+    "auto",
+    "cluster",
+    "compress",
+    "load",
+    "recover",
+    "smallest",
+    "sweep",
+]

@@ -8,7 +8,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -21,14 +21,18 @@ from pliant.api.report import cuts, layer_rows, side, timed, versions, where_tim
 from pliant.api.verdict import judge, said
 from pliant.budget import LOSE, Budget
 from pliant.compose import Stage, bounds, check_axes, resolve
-from pliant.cost import Example, as_example, bare, cost
+from pliant.cost import Example, as_example, bare, cost, counted
 from pliant.data import Data, Train, unpack
+from pliant.data.ready import Metrics, task_of
 from pliant.data.splits import Split
+from pliant.data.task import Task
 from pliant.drivers import checkpoint
-from pliant.drivers.check import check_data
+from pliant.drivers.check import check_call, check_data
 from pliant.drivers.devices import own_randomness
+from pliant.drivers.lock import owned
 from pliant.drivers.loop import Watch, epochs_of, evaluate, fit
-from pliant.drivers.score import Score, device_of
+from pliant.drivers.score import Score, device_of, fidelity
+from pliant.drivers.settle import settle
 from pliant.edits import from_json, to_json
 from pliant.edits import sizes as elastic
 from pliant.errors import AccuracyWarning, BudgetError, DataError, ModelError
@@ -36,18 +40,19 @@ from pliant.files import artifact
 from pliant.latency import Target, Where, as_target
 from pliant.method import Method
 from pliant.observe import spectra
-from pliant.result import Report, Result, Side
+from pliant.result import Fidelity, Report, Result, Side
 from pliant.run import RECALIBRATED, Run, start
 from pliant.surgery.batchnorm import recalibrate
 from pliant.surgery.select import factorizable
 
-CONTROL = "control"  # folder of the control run's checkpoint, and its phase in the history
+COMPARED = 1024  # samples whose outputs are compared with the dense network's
+CONTROL = checkpoint.CONTROL  # folder of the control run's checkpoint, its phase in the history
 REFERENCE = "the same network trained for as many epochs without compression"
 
 Methods = Method | Stage | str | Sequence[Any]
 
 
-def compress(
+def once(
     model: nn.Module,
     data: Any,
     method: Methods,
@@ -63,11 +68,15 @@ def compress(
     folder: str | Path | None = None,
     resume: bool = False,
     watch: Watch | None = None,
+    task: Task | str | None = None,
+    loss: Callable[..., Any] | None = None,
+    metrics: Metrics | None = None,
 ) -> Result:
     """Make a smaller network out of a network; the given one stays as it is.
 
     What can be refused is refused before any training. Accuracy is measured on the test split,
-    or on validation where there is none.
+    or on validation where there is none. Random numbers of PyTorch are one stream for a whole
+    process, so of calls in several threads one works and the others wait for it.
 
     Args:
         model: any network; a copy of it is compressed, on the device that `train` names.
@@ -75,7 +84,9 @@ def compress(
             labels), a list, a data set, a DataLoader, a generator; or None where the method needs
             none; then `example` is needed. Labels are needed for training only.
         method: a name, a spec such as ``"nrmf(alpha=0.01)"``, a `Method`, or several (a chain).
-        budget: what the result may cost: a `Budget`, or text such as ``"params=0.3"``.
+        budget: what the result may cost: a `Budget`, or text such as ``"params=0.3"``. One with
+            nothing but a ``drop`` asks for the smallest network within it (see `smallest`, which
+            compresses several times); a method that saves nothing is judged by it.
         train: how long to train with the method, and to fine-tune afterwards; None calibrates
             only: no labels, no training, seconds.
         target: where milliseconds are measured, such as ``"onnxruntime,threads=2"``, or a
@@ -91,14 +102,23 @@ def compress(
             network before: the honest reference of a network that comes untrained. With
             `train.distill` it is the teacher.
         folder: where checkpoints are kept while training; None keeps none.
-        resume: go on from the checkpoints in `folder`.
+        resume: go on from the checkpoints in `folder`; without, those of an earlier run there
+            are removed.
         watch: called with a dict at every step (see `fit`) and at every change of phase.
+        task: what the network is for: ``"classification"``, ``"binary"``, ``"multi-label"``,
+            ``"regression"``, ``"segmentation"``, ``"next-token"``, ``"super-resolution"``,
+            ``"own"`` (it returns its loss), ``"none"`` (labels count for nothing), with options
+            such as ``"segmentation(void=255)"``, or a `Task`. Told from outputs and labels if
+            None, and refused where that leaves a doubt.
+        loss: in place of the task's: a function of (output, batch) to a number.
+        metrics: by name, each (function of (output, batch), "higher" or "lower") or a `Metric`;
+            the first one judges what was lost.
 
     Returns:
         The compressed network in eval mode on the model's device, its edits and the report.
 
     Raises:
-        MethodError: the method or an option is unknown.
+        MethodError: the method, the task or an option is unknown.
         BudgetError: the budget is malformed, impossible, or (if strict) missed.
         DataError: data or example are empty, not finite, or do not fit the model.
         ModelError: the model fails in forward, has a weight that is not finite, or has nothing
@@ -106,13 +126,30 @@ def compress(
         TrainingError: loss or weights stopped being finite.
     """
     asked = resolve(method), _budget(budget), train, seed
-    with own_randomness(seed, _place(model)):
+    place = Path(folder) if folder is not None else None
+    with own_randomness(seed, _place(model)), _written_alone(place, resume=resume):
         read = Data.of(data, seed=seed).read_by(bare(model))
-        task = _Task(bare(model), read, *asked, as_example(example), resume)
-        task.folder = Path(folder) if folder is not None else None
-        task.watch = watch or task.watch
-        task.target = None if target is None else as_target(target)
-        return task.go(control=control, strict=strict, name=name or type(bare(model)).__name__)
+        job = _Job(bare(model), read, *asked, as_example(example), resume)
+        job.folder = place
+        job.watch = watch or job.watch
+        job.target = None if target is None else as_target(target)
+        job.task = task_of(task, loss, metrics)
+        return job.go(control=control, strict=strict, name=name or type(bare(model)).__name__)
+
+
+@contextmanager
+def _written_alone(folder: Path | None, *, resume: bool) -> Iterator[None]:
+    """Keep others out of the folder of checkpoints, and clear it of those of earlier runs.
+
+    Of several processes that train together the first one does.
+    """
+    if folder is None or int(os.environ.get("RANK", 0)):
+        yield
+        return
+    with owned(folder):
+        if not resume:
+            checkpoint.forget(folder)
+        yield
 
 
 # ---------------------------------------------------------------- refusals
@@ -172,7 +209,7 @@ class Control(Method):
 
 
 @dataclass
-class _Task:
+class _Job:
     """One call of `compress`: what was asked, and the seconds that its stages took."""
 
     model: nn.Module
@@ -187,6 +224,7 @@ class _Task:
     watch: Watch = lambda row: None
     target: Target | None = None
     split: Split | None = None  # where scores are measured
+    task: Task | None = None  # what is trained and scored
     seconds: dict[str, float] = field(default_factory=dict)
 
     def go(self, *, control: bool, strict: bool, name: str) -> Result:
@@ -207,10 +245,12 @@ class _Task:
         sides = before, after
         with self._stage("measure"):
             sides = timed(run, *sides)
+        near = self._fidelity(reference, run)
         found = self._sizes(run)
         bound = LOSE if self.budget is None or self.budget.drop is None else self.budget.drop
         verdict = judge(dense, small, bound)
         report = replace(self._report(run, name, sides, rows), sizes=found, verdict=verdict)
+        report = replace(report, fidelity=near, task=str(self.task or ""), metrics=self._metrics())
         if verdict.holds is False:
             warnings.warn(said(verdict), AccuracyWarning, stacklevel=3)
         edits = tuple(from_json(to_json(run.edits)))  # a plan: without the tensors of factors
@@ -232,7 +272,8 @@ class _Task:
             check_data(network, data)
         elif data.has("train"):
             data.check(labelled=False)
-        self.split = _scored(data)
+        self.split = _scored(data, self.task)
+        self._settle(network)
         run = start(
             network,
             self.method,
@@ -241,6 +282,7 @@ class _Task:
             example=self.example,
             steps=self._steps(train, self.method),
             seed=self.seed,
+            task=self.task,
             target=self.target,
             saved=self._saved() if self.target else None,
         )
@@ -267,6 +309,7 @@ class _Task:
                 example=self.example,
                 steps=self._steps(plan, method),
                 seed=self.seed,
+                task=self.task,
             )
             folder = self.folder / CONTROL if self.folder else None
             self._fit(run, plan, folder, lambda row: self.watch({**row, "phase": CONTROL}))
@@ -290,13 +333,13 @@ class _Task:
         the inputs that the smaller network is re-estimated from.
         """
         found, score = self._side(network, run)
-        if score is None or not run.has_inputs or not math.isfinite(score.accuracy):
+        if score is None or not run.has_inputs or not math.isfinite(score.value):
             return found, score
         again = copy.deepcopy(network)
         if not recalibrate(again, run.inputs(RECALIBRATED)):
             return found, score
         anew, better = self._side(again, run)
-        if better is None or better.accuracy <= score.accuracy:
+        if better is None or not better.better(score):
             return found, score
         network.load_state_dict(again.state_dict())
         return anew, better
@@ -310,9 +353,37 @@ class _Task:
         costs = cost(network, run.example)
         if self.split is None:
             return side(costs), None
-        score = evaluate(network, self.data, self.split)
-        known = math.isfinite(score.accuracy)
-        return side(costs, accuracy=score.accuracy if known else None, loss=score.loss), score
+        score = evaluate(network, self.data, self.split, task=self.task)
+        values = {name: _known(value) for name, value in score.values.items()}
+        found = {"accuracy": _known(score.accuracy), "loss": _known(score.loss)}
+        return replace(side(costs, **found), metrics=values), score
+
+    def _metrics(self) -> dict[str, dict[str, str]]:
+        known = self.task.metrics if self.task is not None else {}
+        return {name: {"better": m.better, "unit": m.unit} for name, m in known.items()}
+
+    def _settle(self, network: nn.Module) -> None:
+        """Find out what is trained and scored, and refuse what cannot be."""
+        splits: list[Split] = ["train"] if self._epochs() else []
+        if self._epochs() and self.data.has("val"):
+            splits.append("val")
+        if self.split is not None and self.split not in splits:
+            splits.append(self.split)
+        if splits:
+            check_call(network, self.data)
+            self.task = settle(self.task, network, self.data, splits, trains=bool(self._epochs()))
+
+    def _fidelity(self, dense: nn.Module, run: Run) -> Fidelity | None:
+        """Compare outputs with the dense network's, on inputs held out if there are any."""
+        splits: tuple[Split, ...] = ("test", "val")
+        where = next((split for split in splits if self.data.has(split)), None)
+        with self._stage("measure"):
+            if where is not None:
+                inputs = _first_inputs(self.data, where, COMPARED)
+                return fidelity(dense, run.model, inputs, where, self.task)
+            name = "train" if run.has_inputs else "example"
+            seen = run.inputs(COMPARED) if run.has_inputs else [run.example]
+            return fidelity(dense, run.model, seen, name, self.task)
 
     def _sizes(self, run: Run) -> tuple[Side, ...]:
         """Measure every size that the file of an elastic network holds."""
@@ -401,13 +472,32 @@ class _Task:
         return torch.device(asked) if known else device_of(self.model)
 
 
-def _scored(data: Data) -> Split | None:
+def _known(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _first_inputs(data: Data, split: Split, most: int) -> Iterator[Example]:
+    """Give the inputs of a split, batch by batch, until there are enough."""
+    seen = 0
+    for batch in data.batches(split, 128):
+        if seen >= most:
+            return
+        inputs = unpack(batch)[0]
+        seen += counted(inputs)
+        yield inputs
+
+
+def _scored(data: Data, task: Task | None) -> Split | None:
     """Name the split to measure scores on, None where nothing is labelled."""
+    if task is not None and task.name == "none":
+        return None
+    own = task is not None and task.name in ("custom", "own")
     splits: tuple[Split, ...] = ("test", "val")
     for split in splits:
         if data.has(split):
             batch = next(iter(data.batches(split, 1)), None)
-            return split if batch is not None and isinstance(unpack(batch)[1], Tensor) else None
+            there = batch is not None and (own or unpack(batch)[1] is not None)
+            return split if there else None
     return None
 
 

@@ -4,16 +4,28 @@ from typing import Annotated
 
 import typer
 
-from pliant.cli import compress, files, inspect, measure, methods, solve
+from pliant.cli import (
+    auto,
+    compress,
+    doctor,
+    files,
+    inspect,
+    measure,
+    methods,
+    networks,
+    runs,
+    solve,
+)
 
 app = typer.Typer(
     name="pliant",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,  # a refusal is one sentence, a mistake of ours a traceback
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("compress")(compress.compress)
+app.command("auto")(auto.auto)
 app.command("recover")(solve.recover)
 app.command("cluster")(solve.cluster)
 app.command("analyze")(solve.analyze)
@@ -21,6 +33,11 @@ app.command("inspect")(inspect.inspect)
 app.command("measure")(measure.measure)
 app.command("methods")(methods.methods)
 app.command("show")(methods.show)
+app.command("sweep")(runs.sweep)
+app.command("runs")(runs.runs)
+app.command("compare")(runs.compare)
+app.command("doctor")(doctor.doctor)
+app.command("zoo")(networks.networks)
 app.command("report")(files.report)
 app.command("export")(files.export)
 

@@ -17,6 +17,7 @@ from pliant.cli import console, folder, measure, source
 from pliant.cli.progress import Bars
 from pliant.compose import resolve
 from pliant.data import Data, Train, load
+from pliant.data.ready import task_of
 from pliant.errors import AccuracyWarning, BudgetError, DataError
 from pliant.method import Method
 from pliant.registry import entry_of
@@ -79,10 +80,21 @@ def compress(
     ] = None,
     lose: Annotated[
         float | None,
-        typer.Option(help="points of accuracy that may be lost (default: 2)"),
+        typer.Option(
+            help="points of accuracy or another share that may be lost, percent of other metrics "
+            "(default: 2)"
+        ),
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="classification, binary, multi-label, regression, segmentation, next-token, "
+            "super-resolution, own or none, with options: segmentation(void=255) (default: told "
+            "from outputs and labels)"
+        ),
     ] = None,
     allow_drop: Annotated[
-        bool, typer.Option("--allow-drop", help="end well even if more accuracy was lost")
+        bool, typer.Option("--allow-drop", help="end well even if more was lost")
     ] = False,
     target: Annotated[
         str | None,
@@ -158,6 +170,7 @@ def compress(
         bounds = replace(bounds or Budget(), drop=lose)
     place_of_time = measure.target_of(target, threads, None, asked=bool(bounds and bounds.latency))
     place = out or Path(DEMO.out if demo else f"runs/{_stem(str(model))}-{_name(built)}")
+    task_of(task)  # refused before anything is loaded
     prepare: dict[str, Any] = {"size": _size(size), "normalize": normalize, "augment": augment}
     samples = load(data or DEMO.data, seed=seed, **prepare)
     found = source.find(
@@ -167,8 +180,11 @@ def compress(
         classes=samples.class_count or None,
         seed=seed,
     )
-    folder.claim(place, force=force, resume=resume, own=demo and out is None)
-    with Bars(quiet=as_json) as bars, warnings.catch_warnings():
+    with (
+        folder.claimed(place, force=force, resume=resume, own=demo and out is None),
+        Bars(quiet=as_json) as bars,
+        warnings.catch_warnings(),
+    ):
         warnings.simplefilter("ignore", AccuracyWarning)  # said at the end, and by the exit code
         try:
             result = api.compress(
@@ -185,6 +201,7 @@ def compress(
                 folder=place,
                 resume=resume,
                 watch=bars.watch,
+                task=task,
             )
             bars.watch({"phase": "onnx" if onnx else "write"})
             result = replace(result, edits=(*found.edits, *result.edits))
@@ -193,13 +210,23 @@ def compress(
                 result,
                 samples.example(),
                 source=found.made_by,
-                extra=_extra(samples, found),
+                extra=extra(samples, found),
                 onnx=onnx,
                 encode=encode,
             )
         except KeyboardInterrupt:
             bars.progress.stop()
             raise _stopped(context, place) from None
+    end(written, as_json=as_json, allow_drop=allow_drop)
+
+
+def end(written: folder.Written, *, as_json: bool, allow_drop: bool = False) -> None:
+    """Print what came out, and end in red where it is not what was asked for.
+
+    Raises:
+        BudgetError: the budget was missed.
+        typer.Exit: more was lost than may be.
+    """
     _print(written, as_json=as_json)
     if not written.report.met:
         raise BudgetError(f"The result misses the budget: {'; '.join(written.report.misses)}.")
@@ -226,7 +253,7 @@ def _name(method: Method) -> str:
     return entry.name if entry else type(method).__name__.lower()
 
 
-def _extra(samples: Data, found: source.Source) -> dict[str, Any]:
+def extra(samples: Data, found: source.Source) -> dict[str, Any]:
     """What a file should know beside the weights: how inputs look, and what outputs mean."""
     example = samples.example()
     first = None if isinstance(example, Mapping) else next(iter(example), None)

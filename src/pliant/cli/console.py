@@ -4,15 +4,16 @@ import functools
 import json
 import shlex
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
+from rich.segment import Segment
 from rich.text import Text
 
-from pliant.errors import PliantError
+from pliant.errors import PliantError, shown
 from pliant.render import table
 from pliant.result import Report
 
@@ -21,14 +22,27 @@ R = TypeVar("R")
 REFUSED, DROPPED, INTERRUPTED = 2, 3, 130  # exit codes
 
 
+class _Console(Console):
+    """Shows what steers a terminal, where it stands in a name, instead of sending it there."""
+
+    def render(self, *args: Any, **options: Any) -> Iterator[Segment]:
+        """Render as ever, in text that is only shown."""
+        for segment in super().render(*args, **options):
+            if segment.control or segment.text.isprintable() or segment.text == "\n":
+                yield segment
+            else:
+                lines = [shown(line, 4 * len(line)) for line in segment.text.split("\n")]
+                yield Segment("\n".join(lines), segment.style)
+
+
 def out() -> Console:
     """Return the console for results."""
-    return Console(file=sys.stdout, highlight=False)
+    return _Console(file=sys.stdout, highlight=False)
 
 
 def err() -> Console:
     """Return the console for progress, notes and refusals."""
-    return Console(file=sys.stderr, highlight=False)
+    return _Console(file=sys.stderr, highlight=False)
 
 
 def refuse(error: PliantError | str) -> typer.Exit:
@@ -66,6 +80,8 @@ def print_report(report: Report, files: Iterable[Path]) -> None:
         shown.print(f"Before: {report.train['reference']}.", style="dim")
     if report.sizes:
         shown.print(table.sizes(report))
+    if report.tried:
+        shown.print(table.tried(report))
     shown.print(table.layers(report))
     for path in files:
         shown.print(f"  {path}", soft_wrap=True, markup=False)

@@ -1,16 +1,23 @@
 """The folder of a run: claimed before the work, filled at its end, every file whole or absent."""
 
 import json
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from pliant.api import CONTROL
 from pliant.codecs.container import check_replaceable, is_pliant, replacing
+from pliant.codecs.disk import regular
 from pliant.cost import Example
+from pliant.drivers import checkpoint
 from pliant.drivers.checkpoint import NAME as CHECKPOINT
+from pliant.drivers.checkpoint import PART
+from pliant.drivers.lock import NAME as LOCK
+from pliant.drivers.lock import owned
 from pliant.errors import ArtifactError, MissingExtraError, ModelError, OutputError
 from pliant.files import artifact
 from pliant.files.onnx import to_onnx
@@ -21,39 +28,62 @@ from pliant.result import Report, Result
 REPORTS = ("report.html", "report.json", "report.md")
 MODEL, ONNX = "model.pliant", "model.onnx"
 OURS = {*REPORTS, MODEL, ONNX, ONNX + ".data", CHECKPOINT, CONTROL}
+_WHOLE = "|".join(map(re.escape, (*REPORTS, MODEL, ONNX)))
+_LEFT = re.compile(rf"\.({_WHOLE})\.[0-9a-z_]{{8}}|{re.escape(PART)}")  # by a kill
 
 
-def claim(out: Path, *, force: bool, resume: bool, own: bool = False) -> None:
-    """Make the folder, or refuse one that holds something.
+@contextmanager
+def claimed(
+    out: Path, *, force: bool = False, resume: bool = False, own: bool = False, run: bool = True
+) -> Iterator[None]:
+    """Make the folder and hold it, or refuse one that holds something.
+
+    What a kill left half written is removed, and with `force` the checkpoints of the run before.
+    A folder that was made and stays empty goes again.
 
     Args:
         out: the folder.
         force: replace the files of a run in it.
         resume: go on with the run in it.
         own: replace its content without being told, if it is nothing but a run.
+        run: whether the command has --resume and --force.
 
     Raises:
-        OutputError: it holds something, or a model.pliant that is none, or cannot be made.
+        OutputError: it holds something, or a model.pliant that is none, or cannot be written to,
+            or another process writes to it.
     """
+    with owned(out):
+        held = _held(out)
+        if resume and "report.json" in held and CHECKPOINT not in held and CONTROL not in held:
+            raise OutputError(
+                f"The run in {out} is complete, so there is nothing to resume; "
+                "--force does it once more."
+            )
+        own = own and OURS.issuperset(held)
+        if held and not (force or resume or own):
+            ways = ", or go on with --resume, or replace it with --force" if run else ""
+            raise OutputError(
+                f"{out} exists and holds {', '.join(held[:3])}{' and more' if held[3:] else ''}: "
+                f"choose another --out{ways}."
+            )
+        check_replaceable(out / MODEL, ".pliant", is_pliant)
+        if force and not resume:
+            checkpoint.forget(out)
+        yield
+
+
+def _held(out: Path) -> list[str]:
+    """Name what a folder holds, others' first, after removing what a kill left half written."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        held = sorted((path.name for path in out.iterdir()), key=lambda name: (name in OURS, name))
+        names = [path.name for path in out.iterdir() if path.name != LOCK]
+        for path in (out / name for name in names if _LEFT.fullmatch(name)):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     except OSError as error:
         raise OutputError(
-            f"The folder {out} cannot be made ({error.strerror or error}): choose another --out."
+            f"The folder {out} cannot be used ({error.strerror or error}): choose another --out."
         ) from error
-    if resume and "report.json" in held and CHECKPOINT not in held:
-        raise OutputError(
-            f"The run in {out} is complete, so there is nothing to resume; "
-            "--force does it once more."
-        )
-    if not held or force or resume or (own and OURS.issuperset(held)):
-        check_replaceable(out / MODEL, ".pliant", is_pliant)
-        return
-    raise OutputError(
-        f"{out} exists and holds {', '.join(held[:3])}{' and more' if len(held) > 3 else ''}: "
-        "choose another --out, or go on with --resume, or replace it with --force."
-    )
+    kept = [name for name in names if not _LEFT.fullmatch(name)]
+    return sorted(kept, key=lambda name: (name in OURS, name))
 
 
 @dataclass(frozen=True)
@@ -124,7 +154,7 @@ def read_report(path: Path) -> tuple[Path, Report]:
     """
     file = path / "report.json" if path.is_dir() else path
     try:
-        return file.parent, Report.from_json(file.read_text(encoding="utf-8"))
+        return file.parent, Report.from_json(_text(file))
     except OSError as error:
         raise ArtifactError(
             f"{path} must be the folder of a run or its report.json, but {file} cannot be read "
@@ -135,6 +165,11 @@ def read_report(path: Path) -> tuple[Path, Report]:
             f"{file} must be a report of pliant compress, but is not "
             f"({type(error).__name__}: {str(error)[:100]})."
         ) from error
+
+
+def _text(path: Path) -> str:
+    with regular(path) as file:
+        return file.read().decode()
 
 
 def _export(path: Path, result: Result, example: Example) -> tuple[dict[str, Any], str]:

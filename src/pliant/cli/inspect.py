@@ -48,7 +48,7 @@ def inspect(
     found = source.find(
         model, weights=weights, architecture=architecture, classes=classes, seed=seed
     )
-    example = samples.example() if samples else source.example(found, shape)
+    example = samples.example() if samples else source.example(found, shape, data=True)
     check_weights(found.model)
     check_example(example)
     rows = look(found.model, example)

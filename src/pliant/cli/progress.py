@@ -23,10 +23,12 @@ SAID = {
 
 
 class Bars:
-    """Shows what `compress` is doing; shows nothing where nobody is looking."""
+    """Shows what `compress` is doing: bars in a terminal, elsewhere a line for each epoch."""
 
     def __init__(self, *, quiet: bool) -> None:
         console = err()
+        self.lines = None if quiet or console.is_terminal else console
+        self.last: dict[str, Any] = {}  # the last step of the epoch that is going on
         self.progress = Progress(
             SpinnerColumn(),
             TextColumn("{task.description}"),
@@ -52,6 +54,7 @@ class Bars:
     ) -> None:
         if kind is None:
             self._end()
+        self._line()
         self.progress.stop()
 
     def watch(self, row: dict[str, Any]) -> None:
@@ -60,6 +63,9 @@ class Bars:
         if phase != self.now:
             self._begin(phase)
         if "step" in row:
+            if self.last and self.last["epoch"] != row["epoch"]:
+                self._line()
+            self.last = row
             self.progress.update(
                 self.tasks[phase],
                 completed=row["step"],
@@ -68,9 +74,36 @@ class Bars:
                 left=f"{words.seconds(row['seconds_left'])} left",
             )
 
+    def count(self, row: dict[str, Any]) -> None:
+        """Take a row that counts: how many are done of how many, and the seconds left."""
+        phase = str(row["phase"])
+        if phase != self.now:
+            self._begin(phase)
+        left = f"{words.seconds(row['seconds_left'])} left"
+        done, total = row["step"], row["steps"]
+        told = {"completed": done, "total": total, "what": f"{done} of {total}", "left": left}
+        self.progress.update(self.tasks[phase], **told)
+        if self.lines is not None:
+            self.lines.print(f"{done} of {total}, {left}", markup=False)
+
+    def _line(self) -> None:
+        """Write down the epoch that has ended, where nobody sees bars."""
+        row, self.last = self.last, {}
+        if row and self.lines is not None:
+            left = words.seconds(row["seconds_left"])
+            self.lines.print(
+                f"{SAID.get(self.now, self.now)}: epoch {row['epoch']}/{row['epochs']:g}, step "
+                f"{row['step']}/{row['steps']}, loss {row['loss']:.3f}, {left} left",
+                soft_wrap=True,
+                markup=False,
+            )
+
     def _begin(self, phase: str) -> None:
+        self._line()
         self._end()
         self.now = phase
+        if self.lines is not None:
+            self.lines.print(SAID.get(phase, phase), soft_wrap=True, markup=False)
         if phase not in self.tasks:
             said = SAID.get(phase, phase)
             self.tasks[phase] = self.progress.add_task(said, total=None, what="", left="")

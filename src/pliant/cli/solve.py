@@ -1,6 +1,7 @@
 """`pliant recover`, `cluster` and `analyze`: from files to files, by the same calls as Python."""
 
 import json
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from pliant import api
 from pliant.cli import console, folder, source
+from pliant.codecs.disk import regular
 from pliant.data import load
 from pliant.errors import DataError, OutputError
 from pliant.render import table, words
@@ -89,21 +91,18 @@ def analyze(
     as_json: JSON = False,
 ) -> None:
     """Find something out about a network, and leave it as it is."""
-    if out is not None and out.suffix == ".json":
-        _check_place(out, (".json",))
-    elif out is not None:
-        folder.claim(out, force=False, resume=False, own=True)
-    samples = load(data)
-    found = source.find(
-        model,
-        weights=weights,
-        architecture=architecture,
-        classes=samples.class_count or None,
-        seed=seed,
-    )
-    finding = api.analyze(found.model, samples, method, seed=seed)
-    plain = {"model": found.name, "data": samples.name, **finding.plain()}
-    files = [] if out is None else _save_finding(out, finding, plain)
+    with _place_of(out):
+        samples = load(data)
+        found = source.find(
+            model,
+            weights=weights,
+            architecture=architecture,
+            classes=samples.class_count or None,
+            seed=seed,
+        )
+        finding = api.analyze(found.model, samples, method, seed=seed)
+        plain = {"model": found.name, "data": samples.name, **finding.plain()}
+        files = [] if out is None else _save_finding(out, finding, plain)
     if as_json:
         console.print_json(plain)
         return
@@ -121,7 +120,8 @@ def analyze(
 
 def _array(path: Path) -> np.ndarray:
     try:
-        found = np.load(path, allow_pickle=False)
+        with regular(path) as file:
+            found = np.load(file, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
         raise DataError(
             f"{path} must be an .npy file of numbers, but it cannot be read ({error}); write it "
@@ -143,6 +143,14 @@ def _check_place(out: Path | None, suffixes: tuple[str, ...] = (".npy", ".npz"))
             f"--out must be a file ending in {' or '.join(suffixes)} in a folder that exists, not "
             f"{out}."
         )
+
+
+def _place_of(out: Path | None) -> AbstractContextManager[None]:
+    """Hold the folder of a finding, or see that its file can be written."""
+    if out is None or out.suffix == ".json":
+        _check_place(out, (".json",))
+        return nullcontext()
+    return folder.claimed(out, own=True, run=False)
 
 
 def _write(path: Path, write: Any) -> None:

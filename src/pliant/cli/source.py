@@ -2,6 +2,7 @@
 
 import difflib
 import importlib
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -14,12 +15,14 @@ import torch
 from torch import nn
 
 from pliant import zoo
-from pliant.api import MOST_CLASSES
 from pliant.edits import Edit
 from pliant.errors import DataError, ModelError, PliantError
 from pliant.files import artifact
+from pliant.files.load import classes_of
+from pliant.math.alone import forked
 
 SUFFIX = ".pliant"
+MOST_DIMS, MOST_NUMBERS = 6, 2**24  # of an input that a file may ask for
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ def find(
         ModelError: there is nothing of that name, or it gives no network.
         ArtifactError: the file is damaged or of another architecture.
     """
-    with torch.random.fork_rng(devices=[]):
+    with forked():
         torch.manual_seed(seed)
         if spec.endswith(SUFFIX):
             if weights:
@@ -100,8 +103,7 @@ def _dense(spec: str, weights: str | None, classes: int | None) -> Source:
 def _file(path: Path, architecture: str | None) -> Source:
     manifest = artifact.inspect(path)
     extra, made_by = manifest.extra, architecture or manifest.source or ""
-    classes = extra.get("classes")
-    classes = classes if type(classes) is int and 0 < classes <= MOST_CLASSES else None
+    classes = classes_of(manifest, path)
     if architecture is None and made_by not in zoo.NETWORKS:
         noted = f" (its note says {made_by!r})" if made_by else ""
         raise ModelError(
@@ -111,14 +113,16 @@ def _file(path: Path, architecture: str | None) -> Source:
     dense = _dense(made_by, None, classes)
     model = artifact.load(path, dense.model)
     shape = extra.get("input")
-    known = isinstance(shape, list) and all(type(size) is int and size > 0 for size in shape)
+    sizes = tuple(shape) if isinstance(shape, list) else ()
+    known = all(type(size) is int and size > 0 for size in sizes) and len(sizes) <= MOST_DIMS
+    known = known and math.prod(sizes) <= MOST_NUMBERS
     return Source(
         path.stem,
         model,
         made_by,
         manifest.edits,
         True,
-        tuple(shape) if known and shape else dense.input,
+        sizes if known and sizes else dense.input,
         dense.classes,
     )
 
@@ -167,8 +171,13 @@ def _here() -> Any:
         sys.path.remove(os.getcwd())
 
 
-def example(source: Source, shape: str | None = None) -> tuple[Any, ...]:
+def example(source: Source, shape: str | None = None, *, data: bool = False) -> tuple[Any, ...]:
     """Make one input of a network: noise of the shape that is known or given as "3,32,32".
+
+    Args:
+        source: the network.
+        shape: of an input, as it was written.
+        data: whether the command has --data.
 
     Raises:
         DataError: the shape is not known, or cannot be read.
@@ -183,7 +192,7 @@ def example(source: Source, shape: str | None = None) -> tuple[Any, ...]:
             raise DataError(f"--input must be sizes such as 3,32,32, not {shape!r}.")
     if not sizes:
         raise DataError(
-            f"The input shape of {source.name} is not known: name it with --input 3,32,32, or "
-            "give --data."
+            f"The input shape of {source.name} is not known: name it with --input 3,32,32"
+            f"{', or give --data' if data else ''}."
         )
     return (torch.randn(1, *sizes, generator=torch.Generator().manual_seed(0)),)

@@ -12,7 +12,9 @@ number of symbols), the patterns of the symbols, and
 - ``shac``: the code lengths, how many numbers of each row are not zero, their columns, and the
   words of these numbers alone;
 - ``ans``: shares instead of lengths, the first states, and the words: not of the paper, but what
-  entropy coding has come to since.
+  entropy coding has come to since;
+- ``mask``: a bit for each number, rows in whole bytes, and those that are not zero as they are:
+  no dictionary, so numbers may all differ.
 
 A header of zeros stands for a matrix that is not there yet, and reads as zeros.
 """
@@ -32,6 +34,7 @@ from pliant.codecs import ans, huffman
 from pliant.errors import ArtifactError
 
 FORMS = ("hac", "shac", "ans")
+ALL = (*FORMS, "mask")
 MOST = 1 << 16  # distinct numbers; with more of them a dictionary saves nothing
 
 _HEAD = struct.Struct("<BBHIII")
@@ -77,9 +80,12 @@ def smallest(matrix: Array, forms: Sequence[str] = FORMS) -> bytes | None:
 
     Args:
         matrix: (rows, columns) of unsigned patterns; a row per output.
-        forms: to choose among.
+        forms: to choose among, of `FORMS`; or ``mask`` alone.
     """
     flat = matrix.reshape(-1)
+    if forms == ("mask",) and matrix.size:
+        data = _mask(matrix)
+        return data if len(data) < matrix.nbytes else None
     if not matrix.size or max(matrix.shape) >= 1 << 32 or _nearly_all_differ(flat):
         return None
     alphabet = Alphabet.of(flat)
@@ -96,6 +102,8 @@ def encode(matrix: Array, form: str) -> bytes:
     Raises:
         ArtifactError: it holds too many distinct numbers for a dictionary, or none at all.
     """
+    if form == "mask" and matrix.size:
+        return _mask(matrix)
     alphabet = Alphabet.of(matrix.reshape(-1))
     known = matrix.size and len(alphabet.symbols) <= MOST
     data = _ENCODERS[form](matrix, alphabet) if known else None
@@ -135,7 +143,7 @@ def _width(columns: int) -> np.dtype[Any]:
 
 
 def _header(form: str, matrix: Array, symbols: Array, lanes: int = 0) -> bytes:
-    number = FORMS.index(form) + 1
+    number = ALL.index(form) + 1
     return _HEAD.pack(number, matrix.itemsize, lanes, *matrix.shape, len(symbols))
 
 
@@ -173,6 +181,16 @@ def _ans(matrix: Array, alphabet: Alphabet) -> bytes | None:
     return head + stored + words.astype("<u4").tobytes()
 
 
+def _mask(matrix: Array) -> bytes:
+    head = _header("mask", matrix, matrix[:0, 0])
+    return head + np.packbits(matrix != 0, 1).tobytes() + matrix[matrix != 0].tobytes()
+
+
+def masked_size(nonzero: int, shape: tuple[int, int], item: int) -> int:
+    """Return the bytes of a matrix in the form ``mask``, from how many numbers are not zero."""
+    return _HEAD.size + shape[0] * -(-shape[1] // 8) + nonzero * item
+
+
 _ENCODERS = {"hac": _hac, "shac": _shac, "ans": _ans}
 
 
@@ -198,7 +216,7 @@ class _Bytes:
 
 def form_of(data: bytes) -> str:
     """Say which form a coded matrix has; nothing for one that is not there yet."""
-    return ("", *FORMS)[data[0]] if data and data[0] <= len(FORMS) else "unknown"
+    return ("", *ALL)[data[0]] if data and data[0] <= len(ALL) else "unknown"
 
 
 def shape_of(data: bytes) -> tuple[int, int]:
@@ -238,14 +256,17 @@ def blocks(data: bytes, shape: tuple[int, int], item: int, most: int) -> Iterato
     if not number:
         yield from (np.zeros((step, shape[1]), f"<u{item}") for step in steps)
         return
-    if number > len(FORMS) or size != item or (rows, columns) != shape:
+    if number > len(ALL) or size != item or (rows, columns) != shape:
         raise ArtifactError(
             f"A coded tensor must be a {shape[0]} x {shape[1]} matrix with {item} bytes per "
             f"number, but is {rows} x {columns} with {size}, in form {number}."
         )
     source = _Bytes(data, _HEAD.size)
     table = source.take(f"<u{item}", symbols)
-    if FORMS[number - 1] == "shac":
+    if ALL[number - 1] == "mask":
+        yield from _unmasked(source, f"<u{item}", shape, steps)
+        return
+    if ALL[number - 1] == "shac":
         yield from _sparse(source, table, shape, steps)
         return
     stream = _ans_stream(source, symbols, lanes, rows * columns) if number == 3 else None
@@ -291,6 +312,22 @@ def _sparse(
             values = table[stream.take(total)]
             block[np.repeat(np.arange(step), mine), places[at : at + total]] = values
         at, row = at + total, row + step
+        yield block
+
+
+def _unmasked(
+    source: _Bytes, kind: str, shape: tuple[int, int], steps: Sequence[int]
+) -> Iterator[Array]:
+    width = -(-shape[1] // 8)
+    flags = source.take("u1", shape[0] * width).reshape(shape[0], width)
+    values, at, row = source.take(kind), 0, 0
+    for step in steps:
+        mine = np.unpackbits(flags[row : row + step], 1, shape[1]).astype(bool)
+        at, row, first = at + int(mine.sum()), row + step, at
+        if at > len(values) or (row == shape[0] and at < len(values)):
+            raise ArtifactError("A coded tensor is damaged: it has not as many numbers as it says.")
+        block = np.zeros(mine.shape, kind)
+        block[mine] = values[first:at]
         yield block
 
 

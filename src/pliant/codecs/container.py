@@ -18,10 +18,12 @@ from typing import BinaryIO
 
 from safetensors import SafetensorError
 
+from pliant.codecs.disk import regular
 from pliant.errors import ArtifactError, EditError, OutputError
 
 MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
 MANIFEST_LIMIT = 16 * 2**20  # bytes; the largest networks have thousands of tensors: a few MB
+MANIFEST_FREE, MANIFEST_GROWTH = 2**20, 200  # bytes, and how often its packed bytes beyond them
 GROWTH = {zipfile.ZIP_STORED: 1, zipfile.ZIP_DEFLATED: 1032}
 """How many bytes one byte can unpack to, by kind of packing: a larger claim is a lie."""
 
@@ -105,6 +107,8 @@ def _sync(path: Path, flags: int) -> None:
 def _write(archive: zipfile.ZipFile, name: str, data: bytes) -> None:
     member = zipfile.ZipInfo(name)  # its date is 1980-01-01: the same bytes every time
     member.create_system, member.compress_type = 3, _compression(data)
+    if name == MANIFEST and not _unpacks(len(data), len(zlib.compress(data))):
+        member.compress_type = zipfile.ZIP_STORED  # or it would look like a bomb
     member.external_attr = 0o644 << 16
     archive.writestr(member, data)
 
@@ -122,7 +126,7 @@ def opened(path: Path) -> Iterator[zipfile.ZipFile]:
     """Open a file whose members are known to be ours and no larger than they can be."""
     with ExitStack() as stack:
         with reading(path):
-            stream = stack.enter_context(path.open("rb"))
+            stream = stack.enter_context(regular(path))
             _check_end(stream)
             archive = stack.enter_context(zipfile.ZipFile(stream))
             _check_members(archive)
@@ -167,6 +171,21 @@ def _check_size(member: zipfile.ZipInfo, end: int) -> None:
         raise ArtifactError(f"has a damaged or foreign member {member.filename}.")
     if member.file_size > member.compress_size * GROWTH[member.compress_type]:
         raise ArtifactError(f"has a member {member.filename} that claims an impossible size.")
+
+
+def read_manifest(archive: zipfile.ZipFile) -> bytes:
+    """Unpack the manifest: a small file says little."""
+    member = archive.getinfo(MANIFEST)
+    if not _unpacks(member.file_size, member.compress_size):
+        raise ArtifactError(
+            f"has a {MANIFEST} that unpacks to {member.file_size:,} bytes: it was made to do harm."
+        )
+    return read(archive, MANIFEST, least=2, most=MANIFEST_LIMIT)
+
+
+def _unpacks(size: int, packed: int) -> bool:
+    """Whether a manifest may unpack to so much."""
+    return size <= max(MANIFEST_FREE, MANIFEST_GROWTH * packed)
 
 
 def read(archive: zipfile.ZipFile, name: str, *, least: int, most: int) -> bytes:

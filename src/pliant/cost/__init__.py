@@ -26,6 +26,7 @@ from pliant.cost.macs import OWN, Formula, Packed, formula_of, products
 from pliant.cost.owned import FLOAT, itemsize, numbers, own, stored_bytes, subtree
 from pliant.cost.sample import Samples, counted, one_sample, repeated, samples_of
 from pliant.errors import ModelError
+from pliant.math.alone import forked
 
 __all__ = [
     "Cost",
@@ -337,15 +338,15 @@ def _row(layer: nn.Module, seen: _Seen, products: int) -> LayerCost:
 @contextmanager
 def _measuring(model: nn.Module) -> Iterator[None]:
     """Eval mode, no gradients, no compiled code or fused attention that would skip the hooks."""
-    fused = torch.backends.mha.get_fastpath_enabled()
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
-    try:
-        torch.backends.mha.set_fastpath_enabled(False)
-        forked = torch.random.fork_rng(devices=devices)
-        with evaluating(model), forked, torch.no_grad(), _uncompiled():
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fused)
+    with forked(devices):
+        fused = torch.backends.mha.get_fastpath_enabled()
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            with evaluating(model), torch.no_grad(), _uncompiled():
+                yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fused)
 
 
 def _uncompiled() -> AbstractContextManager[Any]:

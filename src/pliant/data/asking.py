@@ -162,10 +162,10 @@ def named_splits(data: Any) -> dict[str, Any]:
 
 
 def classes_of(labels: Tensor | None) -> int:
-    """Count the classes of labels that are whole numbers; 0 for others."""
-    if labels is None or labels.is_floating_point() or labels.is_complex():
+    """Count the classes that labels of samples name; 0 where they are no classes."""
+    if labels is None or labels.is_floating_point() or labels.is_complex() or labels.dim() != 1:
         return 0
-    return int(labels.max()) + 1
+    return max(0, int(labels.long().max()) + 1)
 
 
 def _is_arrays(part: Any) -> bool:

@@ -1,43 +1,14 @@
-"""The loss of a task: as a mean, one by one, or weighted; what has no label never counts."""
+"""Losses that are weighted, sample by sample; what has no label never counts."""
 
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from pliant.data.sources import IGNORED
-from pliant.errors import DataError, MethodError, ModelError
+from pliant.errors import MethodError, ModelError
 from pliant.observe.outputs import logits
 
 Reduction = Literal["mean", "none"]
-
-
-def task_loss(output: Any, labels: Any, reduction: Reduction = "mean") -> Tensor:
-    """Return the loss: cross-entropy for whole-number labels, squared error for others.
-
-    Class scores are (N, C) with labels (N,), or (N, C, ...) or (N, ..., C) with labels (N, ...).
-
-    Args:
-        output: of the network.
-        labels: what it should have said.
-        reduction: "mean" over all that has a label, or "none": a tensor of the labels' shape, 0
-            where there is no label.
-
-    Raises:
-        DataError: there are no labels.
-    """
-    if not isinstance(labels, Tensor):
-        raise DataError(
-            "Training and scoring need labels, but the batch has none: give (inputs, labels), "
-            "or a mapping with labels."
-        )
-    scores = logits(output)
-    if labels.is_floating_point():
-        wanted = labels.to(scores.dtype).reshape(scores.shape)
-        return F.mse_loss(scores, wanted, reduction=reduction)
-    scores = classes_second(scores, labels)
-    return F.cross_entropy(scores, labels, ignore_index=IGNORED, reduction=reduction)
 
 
 def classes_second(scores: Tensor, labels: Tensor) -> Tensor:

@@ -4,7 +4,6 @@ import difflib
 import hashlib
 import importlib
 import inspect
-import io
 import json
 import os
 import sys
@@ -19,9 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pliant.codecs.disk import regular
 from pliant.data.asking import SPLITS
+from pliant.data.images import FREE, GROWTH, decode, inside
 from pliant.data.layout import layout
-from pliant.data.pixels import alike, check_size, pixels_of, stacked
+from pliant.data.pixels import alike, check_size
 from pliant.data.sources import Tensors, generator
 from pliant.data.splits import Data, last_tenth
 from pliant.errors import DataError, MissingExtraError, PliantError, require
@@ -198,8 +199,18 @@ def _folder(path: Path, seed: int, options: _Options) -> Data:
     for top in (path, path / "data"):
         files = {split: _starting(top, names) for split, names in SPLITS.items()}
         if files["train"]:
+            _check_files([one for found in files.values() for one in found], path)
             return _parquet(path.resolve().name, files, options)
     return _image_folder(path, seed, options)
+
+
+def _check_files(files: Sequence[Path], folder: Path) -> None:
+    """Refuse pipes and devices, and links that lead out of the folder or nowhere."""
+    for file in files:
+        try:
+            regular(inside(file, folder)).close()
+        except OSError as error:
+            raise DataError(f"{file} cannot be read ({error.strerror or error}).") from error
 
 
 def _starting(folder: Path, names: Iterable[str]) -> list[Path]:
@@ -234,7 +245,7 @@ def _image_folder(root: Path, seed: int, options: _Options) -> Data:
     parts: dict[str, Any] = {}
     for split, files in found.splits.items():
         where = str(root / split) if len(found.splits) > 1 else str(root)
-        images = _decode(((str(file), file) for file, _ in files), where, options.size)
+        images = decode(((str(file), file) for file, _ in files), where, root, options.size)
         parts[split] = images, torch.tensor([number for _, number in files])
     parts = alike(parts)
     if not found.classes:
@@ -253,21 +264,48 @@ def _image_folder(root: Path, seed: int, options: _Options) -> Data:
 
 def _read_parquet(files: Sequence[Path], size: Any = None) -> _Decoded:
     """Decode all images of some parquet files; the columns are found by their types."""
-    datasets, parquet = require("datasets", "data"), require("pyarrow.parquet", "data")
     where = str(files[0])
     try:
-        tables = [parquet.read_table(file) for file in files]
-    except (OSError, ValueError) as error:
-        raise DataError(f"{where} must be a parquet file, but cannot be read: {error}.") from error
+        return _decoded(files, where, size)
+    except (DataError, MissingExtraError):
+        raise
+    except Exception as error:  # damaged metadata may raise anything in three packages
+        kind = type(error).__name__
+        raise DataError(
+            f"{where} must be a parquet file with images and labels, but cannot be read ({kind}: "
+            f"{str(error)[:200]})."
+        ) from error
+
+
+def _decoded(files: Sequence[Path], where: str, size: Any) -> _Decoded:
+    datasets = require("datasets", "data")
+    tables = [_table(file) for file in files]
     rows = datasets.concatenate_datasets(
         [datasets.Dataset(datasets.table.InMemoryTable(table)) for table in tables]
     )
     image, label = _columns(rows.features, where)
     names = tuple(getattr(rows.features[label], "names", None) or ())
     cells = rows.data.column(image).to_pylist()
-    named = ((f"row {number} of {where}", _source_of(cell)) for number, cell in enumerate(cells))
+    named = ((f"row {number} of {where}", cell) for number, cell in enumerate(cells))
     labels = torch.tensor(rows.data.column(label).to_pylist())
-    return _decode(named, where, size), labels.long(), names
+    return decode(named, where, files[0].parent, size), labels.long(), names
+
+
+def _table(file: Path) -> Any:
+    """Read a parquet file, if it does not claim to unpack to more than its bytes can be."""
+    parquet = require("pyarrow.parquet", "data")
+    with regular(file) as stream:
+        opened = parquet.ParquetFile(stream)
+        whole = sum(
+            opened.metadata.row_group(i).total_byte_size for i in range(opened.num_row_groups)
+        )
+        most = max(FREE, GROWTH * file.stat().st_size)
+        if whole > most or opened.metadata.num_rows > max(10**6, file.stat().st_size):
+            raise DataError(
+                f"{file} claims {opened.metadata.num_rows:,} rows and {whole:,} bytes, more than "
+                "a file of its size holds: it is damaged or made to do harm."
+            )
+        return opened.read()
 
 
 def _columns(features: Any, where: str) -> tuple[str, str]:
@@ -289,33 +327,6 @@ def _columns(features: Any, where: str) -> tuple[str, str]:
             "drop or rename columns, or use module:callable."
         )
     return images[0], labels[0]
-
-
-def _source_of(cell: Any) -> Any:
-    if isinstance(cell, dict):
-        return io.BytesIO(cell["bytes"]) if cell.get("bytes") else cell.get("path")
-    return cell
-
-
-def _decode(named: Iterable[tuple[str, Any]], where: str, size: Any = None) -> Tensor:
-    """Decode images of one size to uint8 (N, C, H, W); grey ones have one channel."""
-    pil = require("PIL.Image", "data")
-    pixels: list[Any] = []
-    for name, source in named:
-        try:
-            with pil.open(source) as image:
-                pixels.append(pixels_of(image, size))
-        except Exception as error:
-            raise DataError(f"{name} must be an image, but cannot be decoded: {error}.") from error
-        if pixels[-1].shape[:2] != pixels[0].shape[:2]:
-            raise DataError(
-                f"All images must have one size, but {name} has {pixels[-1].shape[:2]} and the "
-                f"first {pixels[0].shape[:2]} pixels; resize them, with load(..., size=...) or "
-                "--size."
-            )
-    if not pixels:
-        raise DataError(f"{where} must hold images, but there are none; check the path.")
-    return stacked(pixels)
 
 
 # ---------------------------------------------------------------- cache

@@ -20,7 +20,13 @@ def check_pair(split: str, inputs: Tensor, labels: Tensor | None) -> None:
             f"{len(labels)} labels; make them equally long. Two inputs of one call without labels "
             "are written as ((a, b),) or by name, {'a': a, 'b': b}."
         )
-    if labels is not None and labels.is_complex():
+    if labels is not None:
+        check_real(split, labels)
+
+
+def check_real(split: str, labels: Tensor) -> None:
+    """Refuse complex labels."""
+    if labels.is_complex():
         raise DataError(
             f"Labels of the {split} split must be real numbers, not {labels.dtype}; give real and "
             "imaginary parts as two numbers."

@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
@@ -19,6 +19,7 @@ from pliant.cost import Example, counted, mapped, tensors
 from pliant.cost.call import is_named
 from pliant.data.together import Collate, together
 from pliant.errors import DataError
+from pliant.math.alone import ALONE
 
 LABELS = ("labels", "label", "targets", "target")  # what labels are called in a batch with names
 ANSWERS = (*LABELS, "y")  # and among the fields of a named tuple
@@ -296,21 +297,27 @@ def seeded(batches: Iterable[Any], key: int) -> Iterator[Any]:
     iterator: Iterator[Any] | None = None
     states: tuple[Any, ...] | None = None
     while True:
-        outer = _random_states()
-        try:
-            if states is None:
-                _seed(key)
-            else:
-                _restore(states)
-            if iterator is None:
-                iterator = iter(batches)
-            batch = next(iterator)
-            states = _random_states()
-        except StopIteration:
-            return
-        finally:
-            _restore(outer)
+        with ALONE:
+            outer = _random_states()
+            try:
+                if states is None:
+                    _seed(key)
+                else:
+                    _restore(states)
+                if iterator is None:
+                    iterator = iter(batches)
+                batch = next(iterator)
+                states = _random_states()
+            except StopIteration:
+                return
+            finally:
+                _restore(outer)
         yield batch
+
+
+def under(key: int, make: Callable[[], Any]) -> Any:
+    """Make something under random states seeded by `key`; the caller's stay as they are."""
+    return next(seeded((make() for _ in range(1)), key))
 
 
 def _random_states() -> tuple[Any, ...]:

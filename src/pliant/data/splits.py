@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from pliant.cost import Example, counted, one_sample, tensors
 from pliant.data.asking import classes_of, in_memory, named_splits, once_only, read, runs
-from pliant.data.sound import check_finite, check_pair, check_range
+from pliant.data.sound import check_finite, check_pair, check_range, check_real
 from pliant.data.sources import (
     Batches,
     Columns,
@@ -28,6 +29,7 @@ from pliant.data.sources import (
     key_of,
     rows_of_rank,
     seeded,
+    under,
     unpack,
 )
 from pliant.errors import DataError
@@ -260,7 +262,7 @@ class Data:
                 order = order[torch.randperm(len(order), generator=generator(key))]
             mine = rows_of_rank(order, rank, world, even=split == "train")
             batch_size = self._at_most(split, batch_size)
-            return _batches(source, list(mine.split(batch_size))[start:], moves, key_of(key, start))
+            return _batches(source, list(mine.split(batch_size)), moves, key, start)
         batches = source.epoch(key, epoch, rank, world)
         stop = source.steps(world) if split == "train" and world > 1 else None
         return _slice(batches, start, stop)
@@ -297,11 +299,15 @@ class Data:
         Returns:
             Inputs of forward calls: tuples of tensors, or mappings of keyword arguments.
         """
-        found: list[Example] = []
+        return [unpack(item)[0] for item in self.calibration_batches(count, batch=batch, seed=seed)]
+
+    def calibration_batches(self, count: int, *, batch: int = 128, seed: int = 0) -> list[Any]:
+        """Draw training batches as for `calibration`, with their labels."""
+        found: list[Any] = []
         seen = 0
         for item in self.batches("train", batch, seed=seed, augment=True, shuffle=True):
             inputs = unpack(item)[0]
-            found.append(inputs)
+            found.append(item)
             seen += counted(inputs)
             if seen >= count:
                 break
@@ -417,8 +423,10 @@ class Data:
             else:
                 inputs, labels = self._first_batch(split)
             check_finite(split, inputs)
-            if labelled and isinstance(labels, Tensor):
-                check_range(split, labels, classes or self.class_count)
+            if isinstance(labels, Tensor):
+                check_real(split, labels)
+                if labelled:
+                    check_range(split, labels, classes or self.class_count)
 
     def _first_batch(self, split: Split) -> tuple[list[Tensor], Any]:
         batch = next(iter(self.batches(split, 2)), None)
@@ -489,10 +497,12 @@ def last_tenth(source: Indexed, seed: int) -> tuple[Any, Any]:
 
 
 def _batches(
-    source: Indexed, chunks: list[Tensor], moves: Tensor | None, key: int
+    source: Indexed, chunks: list[Tensor], moves: Tensor | None, key: int, start: int = 0
 ) -> Iterator[Any]:
-    made = (source.batch(rows, None if moves is None else moves[rows]) for rows in chunks)
-    return made if isinstance(source, Tensors) else seeded(made, key)
+    """Make the batches from one on; each of a data set has a random state of its own."""
+    for number, rows in enumerate(chunks[start:], start):
+        batch = partial(source.batch, rows, None if moves is None else moves[rows])
+        yield batch() if isinstance(source, Tensors) else under(key_of(key, number), batch)
 
 
 def _slice(batches: Iterator[Any], start: int, stop: int | None) -> Iterator[Any]:

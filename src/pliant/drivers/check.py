@@ -9,7 +9,6 @@ from pliant.cost import evaluating
 from pliant.data import Data, unpack
 from pliant.drivers.score import device_of, forward, moved
 from pliant.errors import DataError, MethodError, PliantError, TrainingError
-from pliant.observe.outputs import logits
 from pliant.run import Run
 
 TRAINING = ("epoch", "weigh", "loss", "penalty", "before_step", "after_step", "after_epoch")
@@ -90,13 +89,23 @@ def check_data(model: nn.Module, data: Data) -> None:
 
     Raises:
         ModelError: the model fails on the inputs.
-        DataError: samples are missing or not finite, labels lie outside of the model's outputs.
+        DataError: samples are missing or not finite.
     """
     if not data.has("train"):
         raise DataError("Training needs the train split, but the data has none; give it to Data.")
-    with evaluating(model), torch.no_grad():
-        output = logits(forward(model, moved(data.example_for(model), device_of(model))))
-    data.check(output.shape[1] if output.dim() == 2 else None)
+    check_call(model, data)
+    data.check(labelled=False)
+
+
+def check_call(model: nn.Module, data: Data) -> None:
+    """Refuse a model that fails on one sample of the training data, if there are any.
+
+    Raises:
+        ModelError: the model fails on the inputs.
+    """
+    if data.has("train"):
+        with evaluating(model), torch.no_grad():
+            forward(model, moved(data.example_for(model), device_of(model)))
 
 
 def not_finite(model: nn.Module, batch: Any = None) -> str:

@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 
 from pliant.data import Train
 from pliant.errors import TrainingError
+from pliant.math.alone import forked
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -61,8 +62,8 @@ def fast_layout(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed the global random state for a while, and put the caller's back."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+    """Seed the global random state for a while, and put the caller's back; other threads wait."""
+    with forked([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 

@@ -15,7 +15,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from pliant.data import IGNORED
@@ -26,8 +25,11 @@ from pliant.drivers.check import (
     check_steps,
     check_trainer,
 )
+from pliant.drivers.checkpoint import sealed, unsealed
 from pliant.drivers.devices import agree
-from pliant.errors import TrainingError, require
+from pliant.drivers.score import scored
+from pliant.drivers.settle import settle_run
+from pliant.errors import ArtifactError, TrainingError, require
 from pliant.run import Run
 
 FILE = "pliant.pt"
@@ -53,14 +55,19 @@ class PliantCallback(_Callback):
     Args:
         run: from ``pliant.start(..., steps=...)``; its model is the Trainer's or a part of it.
 
+    A run that was started with a task, a loss or metrics, and with validation data, is scored at
+    the end of every epoch: see its log.
+
     Raises:
         MethodError: the run was started without steps or epochs and its method needs them.
+        DataError: what the run's task was given as labels does not fit.
     """
 
     def __init__(self, run: Run) -> None:
         check_steps(run)
         check_served(run)
         self.run = run
+        self._scores = settle_run(run)
         self._edits = len(run.edits)
 
     def restore(self, checkpoint: str | Path) -> None:
@@ -71,6 +78,7 @@ class PliantCallback(_Callback):
 
         Raises:
             TrainingError: the folder holds no state of a run.
+            ArtifactError: it is damaged.
         """
         path = Path(checkpoint) / FILE
         if not path.exists():
@@ -78,7 +86,15 @@ class PliantCallback(_Callback):
                 f"{path} must hold the state of the run, but is not there; resume from a "
                 "checkpoint that was written while compressing."
             )
-        self.run.load_state_dict(torch.load(path, weights_only=True))
+        try:
+            saved = unsealed(path)
+        except Exception as error:  # torch.load raises what it likes on foreign bytes
+            said = str(error) if isinstance(error, ArtifactError) else type(error).__name__
+            raise ArtifactError(
+                f"{path} must hold the state of the run, but cannot be read ({said}); resume from "
+                "another checkpoint."
+            ) from error
+        self.run.load_state_dict(saved)
         self._edits = len(self.run.edits)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -116,13 +132,15 @@ class PliantCallback(_Callback):
         """One pass over the data is over."""
         agree(self.run.model, args.world_size, weights=False)
         self.run.after_epoch()
+        if self._scores and self.run.data is not None:
+            self.run.note(**scored(self.run, self.run.data))
         self._check_edits(args)
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Put the run beside the Trainer's checkpoint."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         if state.is_world_process_zero and folder.is_dir():
-            torch.save(self.run.state_dict(), folder / FILE)
+            (folder / FILE).write_bytes(sealed(self.run.state_dict()).getbuffer())
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Finish the run; whether the budget is met is for the caller to see."""
@@ -176,13 +194,12 @@ def loss_function(
 
     def loss(outputs: Any, labels: Any, num_items_in_batch: Any = None) -> Tensor:
         args, kwargs = seen.pop("inputs", ((), {}))
+        batch = {**kwargs, "labels": labels} if kwargs else (*args, labels)
         if run.model.training:
-            weighs = {"reduction": "none"} if run.reduction == "none" else {}
-            task = run.criterion(outputs, labels, **weighs)
-            batch = {**kwargs, "labels": labels} if kwargs else (*args, labels)
+            task = run.task_loss(outputs, batch, run.reduction)
             task = run.loss(task, _output(outputs, kwargs), batch)
         else:
-            task = run.criterion(outputs, labels)
+            task = run.task_loss(outputs, batch)
         if num_items_in_batch is None:
             return task
         return task * ((labels != IGNORED).sum() / num_items_in_batch)

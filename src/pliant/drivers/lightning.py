@@ -31,6 +31,8 @@ from pliant.drivers.check import (
     check_trainer,
 )
 from pliant.drivers.devices import agree
+from pliant.drivers.score import scored
+from pliant.drivers.settle import settle_run
 from pliant.errors import TrainingError, require
 from pliant.run import Run
 
@@ -70,8 +72,12 @@ class PliantCallback(_Callback):
     Args:
         run: from ``pliant.start(..., steps=...)``; its model is the LightningModule or a part.
 
+    A run that was started with a task, a loss or metrics, and with validation data, is scored at
+    the end of every epoch: see its log.
+
     Raises:
         MethodError: the run was started without steps or epochs and its method needs them.
+        DataError: what the run's task was given as labels does not fit.
     """
 
     def __init__(self, run: Run) -> None:
@@ -79,6 +85,7 @@ class PliantCallback(_Callback):
         check_served(run)
         super().__init__()
         self.run = run
+        self._scores = settle_run(run)
         self._steps = 0  # of the Trainer, at the last hook
         self._taken = run.step  # of the run, at the last hook
         self._by_hand = False  # whether training_step calls the run's steps
@@ -154,6 +161,8 @@ class PliantCallback(_Callback):
         """One pass over the data is over."""
         agree(self.run.model, trainer.world_size, weights=False)
         self.run.after_epoch()
+        if self._scores and self.run.data is not None:
+            self.run.note(**scored(self.run, self.run.data))
         self._check_edits(trainer)
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:

@@ -18,6 +18,8 @@ from torch.optim import Optimizer
 from pliant.data import Data, Train, unpack
 from pliant.data.criterion import weighted
 from pliant.data.epochs import Epochs
+from pliant.data.guess import task_loss
+from pliant.data.splits import Split
 from pliant.drivers import checkpoint
 from pliant.drivers.check import check_data, check_steps, not_finite, trains
 from pliant.drivers.devices import (
@@ -31,7 +33,8 @@ from pliant.drivers.devices import (
     take_step,
 )
 from pliant.drivers.schedule import optimizer_of, optimizers_of, rate
-from pliant.drivers.score import Score, distillation, evaluate, forward
+from pliant.drivers.score import Score, distillation, evaluate, forward, scored
+from pliant.drivers.settle import settle
 from pliant.errors import DataError, TrainingError
 from pliant.run import Hooks, Run
 
@@ -93,6 +96,9 @@ def fit(
         run.finish(strict=False)
         return
     check_data(run.model, data)
+    used: list[Split] = ["train", "val"] if data.has("val") else ["train"]
+    if run.criterion is task_loss:
+        run.task = settle(run.task, run.model, data, used, trains=True)
     fabric = fabric_of(train)
     world = {"rank": fabric.global_rank, "world": fabric.world_size}
     run.epochs = epochs_of(run.method, data, train, seed=run.seed, **world)
@@ -180,6 +186,8 @@ class _Training:
         elif resume:
             raise TrainingError("Resuming needs the folder of the checkpoint; pass folder=.")
         saved = checkpoint.read(self.folder, self.identity) if resume and self.folder else None
+        if self.folder is not None and not resume and self.fabric.is_global_zero:
+            checkpoint.forget(self.folder)
         self.fabric.to_device(self.run.model)
         if self.teacher is not None:
             self.teacher = self.fabric.to_device(self.teacher.eval())
@@ -216,6 +224,7 @@ class _Training:
         if self.fabric.is_global_zero:
             content = {
                 "identity": self.identity,
+                "threads": torch.get_num_threads(),
                 "place": vars(self.place),
                 "run": self.run.state_dict(),
                 "model": self.run.model.state_dict(),
@@ -321,19 +330,19 @@ class _Training:
 
     def _loss(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Return the loss of the task, and the one to differentiate."""
-        inputs, labels = unpack(batch)
-        output = forward(self._wrapped(), inputs)
+        labels = unpack(batch)[1]
+        output = forward(self._wrapped(), self.run.inputs_of(batch))
         weighs = self.hooks and self.run.reduction == "none"
         if weighs:
-            losses = self.run.criterion(output, labels, reduction="none")
+            losses = self.run.task_loss(output, batch, "none")
             task = weighted(losses.detach(), None, output, labels)
             loss = self.run.loss(losses, output, batch)
         else:
-            task = loss = self.run.criterion(output, labels)
+            task = loss = self.run.task_loss(output, batch)
         if self.train.distill and self.teacher is not None:
             with torch.no_grad(), self.fabric.autocast():
-                target = forward(self.teacher, inputs)
-            gap = distillation(output, target, self.train.temperature)
+                target = forward(self.teacher, self.run.inputs_of(batch))
+            gap = distillation(output, target, self.train.temperature, self.run.task)
             loss = (1 - self.train.distill) * loss + self.train.distill * gap
         if self.hooks and not weighs and self.run.method.uses("loss"):
             loss = self.run.loss(loss, output, batch)
@@ -359,8 +368,7 @@ class _Training:
                 place.ended = True
         row: dict[str, Any] = {"loss": mean(self.fabric, place.total / max(1, place.batch))}
         if self.data.has("val"):
-            score = evaluate(run.model, self.data, "val", batch=self.train.batch)
-            row |= {"accuracy": score.accuracy, "val_loss": score.loss}
+            row |= scored(run, self.data, batch=self.train.batch)
         with self._whole():
             row |= {"lr": self._lr(), "seconds": place.seconds}
             at = {} if self.hooks else {"step": run.step + place.step, "epoch": self._number()}
@@ -398,7 +406,8 @@ class _Training:
         )
 
     def _lost(self, what: str) -> str:
-        kept = f"; the last good checkpoint is in {self.folder}" if self.folder else ""
+        saved = self.folder is not None and (self.folder / checkpoint.NAME).exists()
+        kept = f"; the last good checkpoint is in {self.folder}" if saved else ""
         return (
             f"Loss and weights must stay finite, but after step {self.place.step} of the "
             f"{self.name} {what}; lower the learning rate ({self.train.lr}), add a warmup or clip "

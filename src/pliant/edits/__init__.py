@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from pliant.edits.build import plain
+from pliant.edits.build import plain as plain_data
 from pliant.edits.choose import Choose
 from pliant.edits.edit import Edit, Replaced, layer_of
 from pliant.edits.encode import Encode
@@ -19,6 +19,7 @@ from pliant.edits.merge import Merge
 from pliant.edits.multiply import Multiply
 from pliant.edits.nest import Nest
 from pliant.edits.pack import Pack
+from pliant.edits.plain import Plain
 from pliant.edits.prune import Prune
 from pliant.edits.quantize import Quantize
 from pliant.edits.record import apply, complete, made, note
@@ -41,6 +42,7 @@ __all__ = [
     "Multiply",
     "Nest",
     "Pack",
+    "Plain",
     "Prune",
     "Quantize",
     "Remove",
@@ -68,6 +70,7 @@ EDITS: dict[str, type] = {
     "multiply": Multiply,
     "nest": Nest,
     "pack": Pack,
+    "plain": Plain,
     "prune": Prune,
     "fold": Fold,
     "quantize": Quantize,
@@ -159,6 +162,6 @@ _FITS: dict[str, Callable[[Any], bool]] = {
     "tuple[int, ...]": lambda value: (
         isinstance(value, list | tuple) and all(type(item) is int for item in value)
     ),
-    "Spec": plain,
+    "Spec": plain_data,
 }
 """What a field of an edit may hold in a file, by its annotation; a bool is not a number."""

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from pliant.errors import EditError
+from pliant.math.alone import forked
 from pliant.nn.catalogue import Filled, Kind, Spec
 from pliant.nn.layers import in_layout_of
 
@@ -115,7 +116,7 @@ def _lay_out(new: nn.Module, kernels: list[nn.Parameter]) -> None:
 def drawing(seed: int, name: str, device: torch.device | None = None) -> Iterator[None]:
     """Draw random numbers that depend on the seed and the name only."""
     devices = [device] if device is not None and device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
+    with forked(devices):
         mixed = zlib.crc32(f"{seed} {name}".encode())
         torch.default_generator.manual_seed(mixed)
         if devices:

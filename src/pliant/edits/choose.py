@@ -9,8 +9,9 @@ import torch
 from pliant.cost import LayerCost, layer_costs
 from pliant.edits.edit import Replaced, layer_of
 from pliant.errors import EditError
-from pliant.nn.cells import MixedOp
 from pliant.nn.layers import replace
+from pliant.nn.mixed import MixedOp
+from pliant.nn.mobile import block, is_block
 from pliant.nn.operations import operation
 
 
@@ -55,7 +56,7 @@ class Choose:
         """Return the cost of the candidate alone, found from the shapes at its two ends."""
         stride = 1 if before.input[1:] == before.output[1:] else 2
         with torch.device("meta"):
-            op = torch.nn.Sequential(operation(self.op, before.input[0], stride, affine=False))
+            op = torch.nn.Sequential(self._made(before, stride))
             rows = layer_costs(op, (torch.empty(1, *before.input),)).values()
         return LayerCost(
             kind=self.op,
@@ -66,3 +67,10 @@ class Choose:
             output=before.output,
             calls=before.calls,
         )
+
+    def _made(self, before: LayerCost, stride: int) -> torch.nn.Module:
+        """The candidate as its name says."""
+        inputs, outputs = before.input[0], before.output[0]
+        if is_block(self.op):
+            return block(self.op, inputs, outputs, stride)
+        return operation(self.op, inputs, stride, affine=False)

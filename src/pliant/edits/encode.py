@@ -27,8 +27,8 @@ class Encode:
 
     Args:
         layer: name of a Conv1d/2d/3d or Linear.
-        form: ``hac`` (one stream of Huffman codewords), ``shac`` (sparse, with coded values) or
-            ``ans`` (one stream at the entropy).
+        form: ``hac`` (one stream of Huffman codewords), ``shac`` (sparse, with coded values),
+            ``ans`` (one stream at the entropy) or ``mask`` (sparse, with values as they are).
         size: bytes of the coded kernel.
         dtype: type of its numbers.
         data: the coded kernel; made of the layer's weight if None. It is no part of the plan: not
@@ -62,9 +62,9 @@ class Encode:
 
     def _read(self, model: nn.Module) -> Any:
         module = layer_of(model, self.layer)
-        if self.form not in address_map.FORMS or self.dtype not in _TYPES:
+        if self.form not in address_map.ALL or self.dtype not in _TYPES:
             raise EditError(
-                f"{self.layer} is coded in {', '.join(address_map.FORMS)} with numbers of "
+                f"{self.layer} is coded in {', '.join(address_map.ALL)} with numbers of "
                 f"{', '.join(_TYPES)}, not in {self.form} with {self.dtype}."
             )
         if why := layers.unreadable(model, self.layer):
@@ -95,7 +95,7 @@ def encoding(layer: str, weight: Tensor, choice: str) -> Encode | None:
     Args:
         layer: its name.
         weight: finite numbers; negative zeros are coded as zeros.
-        choice: ``hac``, ``shac``, ``ans``, or ``auto`` for the smallest of them.
+        choice: ``hac``, ``shac``, ``ans``, ``auto`` for the smallest of them, or ``mask``.
 
     Raises:
         EditError: the weight is not finite.

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +14,9 @@ from pliant.cost import LayerCost
 from pliant.edits.edit import Replaced, layer_of
 from pliant.errors import EditError
 from pliant.math import forms
-from pliant.nn import factorized, layers
+from pliant.nn import factorized, kinds, layers
+
+TABLE = nn.Embedding.__name__
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Factor:
     """Replaces one layer by two or three smaller ones in a row.
 
     Args:
-        layer: name of a Conv1d/2d/3d (groups=1) or Linear.
+        layer: name of a Conv1d/2d/3d or ConvTranspose1d/2d/3d (groups=1), Linear or Embedding.
         form: ``tucker2`` (1x1, DxD, 1x1), ``input`` (1x1, DxD), ``output`` (DxD, 1x1),
             ``spatial`` (Dx1, 1xD) or ``svd`` (Linear and pointwise).
         ranks: ``(r_in, r_out)`` for ``tucker2``, one rank for the others.
@@ -43,27 +45,35 @@ class Factor:
         module = self._read(model)
         kernels = None
         if weights:
-            kernels = self.kernels or forms.decompose(module.weight.detach(), self.form, self.ranks)
-        dense: Any = module.weight
-        new = factorized.factorized(module, self.form, self.ranks, kernels)
+            dense = kinds.kernel(module).detach()
+            kernels = self.kernels or forms.decompose(dense, self.form, self.ranks)
+        new: Any = factorized.factorized(module, self.form, self.ranks, kernels)
         layers.replace(model, self.layer, new)
         added: tuple[Any, ...] = tuple(child.weight for child in new)
-        return Replaced((dense,), added, lambda grad: _pull_back(grad, added, self.form))
+        turned = kinds.kernel(module) is not module.weight
+        back = partial(_pull_back, row=new, form=self.form, turned=turned)
+        dense_weight: Any = module.weight
+        return Replaced((dense_weight,), added, back)
 
     def predict(self, before: LayerCost) -> LayerCost:
         """Return the cost of the smaller layers together."""
-        self._check(before.weight)
-        shapes = forms.kernel_shapes(before.weight, self.form, self.ranks)
+        shape = _shape(before)
+        self._check(shape)
+        shapes = forms.kernel_shapes(shape, self.form, self.ranks)
         positions = _positions(before, self.form)
         weights = [math.prod(shape) for shape in shapes]
         first = sum(w * p for w, p in zip(weights, positions, strict=True))
-        dense = math.prod(before.weight) * positions[-1]
+        dense = math.prod(before.weight) * positions[0 if _turned(before) else -1]
         bias = before.params - math.prod(before.weight)
         params = sum(weights) + bias
         return LayerCost(
             kind=self.form,
             params=params,
-            macs=before.macs * first // dense if dense else 0,  # calls may differ in size
+            macs=before.calls * first  # a look-up multiplies nothing
+            if before.kind == TABLE
+            else before.macs * first // dense  # calls may differ in size
+            if dense
+            else 0,
             bytes=params * before.bytes // max(before.params, 1),
             input=before.input,
             output=before.output,
@@ -72,9 +82,9 @@ class Factor:
 
     def _read(self, model: nn.Module) -> layers.Factorizable:
         module: layers.Factorizable = layer_of(model, self.layer)
-        if reason := layers.obstacle(model, self.layer):
+        if reason := layers.obstacle(model, self.layer, every=True):
             raise EditError(f"{self.layer or 'The model'} cannot be factorized: {reason}.")
-        self._check(tuple(module.weight.shape))
+        self._check(tuple(kinds.kernel(module).shape))
         return module
 
     def _check(self, shape: tuple[int, ...]) -> None:
@@ -96,18 +106,39 @@ class Factor:
             )
 
 
+def _turned(before: LayerCost) -> bool:
+    return before.kind.startswith("ConvTranspose")
+
+
+def _shape(before: LayerCost) -> tuple[int, ...]:
+    """The shape of a layer's kernel (T, S, *kernel)."""
+    if len(before.weight) > 1 and (_turned(before) or before.kind == TABLE):
+        first, second, *rest = before.weight
+        return (second, first, *rest)
+    return before.weight
+
+
 def _positions(before: LayerCost, form: str) -> list[int]:
     """How often each new kernel is applied to one sample."""
     if len(before.weight) == 2:
-        return [math.prod(before.output[:-1])] * 2
+        times = math.prod(before.output[:-1])
+        return [0 if before.kind == TABLE else times, times]
     into, out = math.prod(before.input[1:]), math.prod(before.output[1:])
+    if _turned(before):  # a transposed convolution multiplies at every position of its input
+        between = before.output[1] * math.prod(before.input[2:])
+        rows = {"spatial": [into, between], "output": [into, out], "tucker2": [into, into, out]}
+        return rows.get(form, [into, into])
     if form == "spatial":
         return [before.output[1] * math.prod(before.input[2:]), out]
     return {"tucker2": [into, out, out], "input": [into, out]}.get(form, [out, out])
 
 
-def _pull_back(grad: Tensor, added: Sequence[nn.Parameter], form: str) -> list[Tensor]:
+def _pull_back(grad: Tensor, row: Any, form: str, *, turned: bool) -> list[Tensor]:
+    """Turn a gradient by the dense weight into those by the weights of the row."""
     with torch.enable_grad():
-        kernels = [weight.detach().clone().requires_grad_() for weight in added]
-        dense = forms.compose(kernels, form).reshape(grad.shape)
-    return list(torch.autograd.grad(dense, kernels, grad.to(dense.dtype)))
+        kernels = [kinds.kernel(part).detach().clone().requires_grad_() for part in row]
+        grad = grad.transpose(0, 1) if turned else grad
+        whole = forms.compose(kernels, form).reshape(grad.shape)
+    found = torch.autograd.grad(whole, kernels, grad.to(whole.dtype))
+    pairs = zip(row, found, strict=True)
+    return [kinds.kernel(part, each).contiguous() for part, each in pairs]

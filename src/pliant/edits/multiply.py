@@ -56,8 +56,8 @@ class Multiply:
         if reason:
             raise EditError(f"{self.layer or 'The model'} cannot multiply codes: {reason}.")
         self._check(tuple(module.weight.shape))
-        if getattr(module, "groups", 1) != self.groups:
-            raise EditError(f"{self} does not fit a layer of {module.groups} groups.")
+        if (groups := getattr(module, "groups", 1)) != self.groups:
+            raise EditError(f"{self} does not fit a layer of {groups} groups.")
         if weights and self.values is None:
             raise EditError(
                 f"Codes of what {self.layer} reads need a range of it, but no values came: use a "

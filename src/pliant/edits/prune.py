@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from pliant.cost import LayerCost
 from pliant.edits.edit import Replaced, layer_of
@@ -32,7 +34,8 @@ class Prune:
     cut. ``pliant.surgery.graph`` finds them.
 
     Args:
-        layer: name of a Conv1d/2d/3d, Linear, batch or instance norm, or PReLU.
+        layer: name of a Conv1d/2d/3d, Linear, batch or instance norm, PReLU, or of a layer of
+            another class all of whose tensors have a number for every channel.
         side: ``out`` or ``in`` of a convolution or Linear; ``channels`` of a layer that treats
             every channel apart (norms, PReLU, depthwise convolutions, by their input channels).
         keep: indices of the channels that stay, rising. A grouped convolution must keep equally
@@ -109,6 +112,7 @@ def renewed(
             a tensor of an optimizer's state out of its old one.
     """
     old, new, states = [], [], []
+    counts = _counts(module, side, channels)
     for name, make, state in tensors:
         tensor = getattr(module, name)
         if tensor is None:
@@ -122,7 +126,7 @@ def renewed(
             new.append(made)
             states.append(state)
         setattr(module, name, made)
-    for name, value in _counts(module, side, channels).items():
+    for name, value in counts.items():
         setattr(module, name, value)
     return Replaced(tuple(old), tuple(new), cuts=tuple(states))
 
@@ -131,16 +135,18 @@ def resized(before: LayerCost, side: str, k: int, n: int) -> LayerCost:
     """Return the cost of a layer that has k channels on one side where there were n."""
     axis = int(side == "in")
     weight = list(before.weight)
-    weight[axis] = weight[axis] * k // n
-    others = before.params - math.prod(before.weight)  # biases, which only outputs have
-    params = math.prod(weight) + (others if side == "in" else others * k // n)
+    if len(weight) > axis:
+        weight[axis] = weight[axis] * k // n
+    whole = math.prod(before.weight) if before.weight else 0
+    others = before.params - whole  # biases, which only outputs have
+    params = (math.prod(weight) if weight else 0) + (others if side == "in" else others * k // n)
     counter = _counter(before)
     place = -1 if len(before.weight) == 2 else 0  # features come last, channels first
     return replace(
         before,
         params=params,
         macs=before.macs * k // n,
-        bytes=(before.bytes - counter) * params // before.params + counter,
+        bytes=(before.bytes - counter) * params // max(before.params, 1) + counter,
         weight=tuple(weight),
         input=before.input if side == "out" else _scaled(before.input, place, k, n),
         output=before.output if side == "in" else _scaled(before.output, place, k, n),
@@ -156,10 +162,43 @@ def sides(module: nn.Module) -> dict[str, int]:
     if type(module) is nn.PReLU and module.num_parameters > 1:
         return {"channels": module.num_parameters}
     if not isinstance(module, CONVS) or type(module) not in CONVS:
-        return {}
+        return {"channels": apart[1]} if (apart := _apart(module))[0] else {}
     if module.groups == module.in_channels > 1:
         return {"channels": module.in_channels}
     return {"in": module.in_channels, "out": module.out_channels}
+
+
+def _apart(module: Any) -> tuple[dict[str, int], int]:
+    """The tensors of a layer of another class that treats every channel apart, if it is one.
+
+    A batch norm that also activates, a frozen one, a scale: each tensor has one number for every
+    channel, along one axis. That the layer does nothing else is for the proof to say.
+
+    Returns:
+        The axis of each tensor by name, and how many channels there are; nothing where it is none.
+    """
+    where = type(module).__module__
+    other = isinstance(module, (*_NORMS, nn.PReLU)) or not where.startswith(("torch.", "pliant.nn"))
+    if not other or list(module.children()) or parametrize.is_parametrized(module):
+        return {}, 0
+    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    wide = {name: tensor for name, tensor in own.items() if tensor.numel() > 1}
+    sizes = {tensor.numel() for tensor in wide.values()}
+    if len(sizes) != 1 or any(max(tensor.shape) != tensor.numel() for tensor in wide.values()):
+        return {}, 0
+    size = sizes.pop()
+    return {name: list(tensor.shape).index(size) for name, tensor in wide.items()}, size
+
+
+def channel_axis(module: nn.Module, given: Tensor) -> int:
+    """Return along which axis of what it reads a layer treats every channel apart."""
+    tensors, size = _apart(module) if type(module) not in (*_NORMS, nn.PReLU) else ({}, 0)
+    for name, axis in tensors.items():
+        ahead = getattr(module, name).dim() - axis
+        if ahead > 1:
+            return given.dim() - ahead
+    last = given.dim() == 3 or given.dim() < 2 or given.shape[1] != size
+    return given.dim() - 1 if tensors and last and given.shape[-1] == size else 1
 
 
 def _cuts(module: Any, side: str, keep: tuple[int, ...]) -> Iterator[tuple[str, Cut]]:
@@ -170,10 +209,15 @@ def _cuts(module: Any, side: str, keep: tuple[int, ...]) -> Iterator[tuple[str, 
         return
     times = module.out_channels // module.groups if side == "channels" and _conv(module) else 1
     rows = [channel * times + i for channel in keep for i in range(times)]
-    tensors = ("weight", "bias", "running_mean", "running_var")
-    for name in tensors:
+    apart, _ = _apart(module) if side == "channels" and not _conv(module) else ({}, 0)
+    tensors = apart or dict.fromkeys(("weight", "bias", "running_mean", "running_var"), 0)
+    for name, axis in tensors.items():
         if hasattr(module, name):
-            yield name, lambda tensor: tensor.index_select(0, _index(rows, tensor))
+            yield name, partial(_selected, rows, axis)
+
+
+def _selected(rows: list[int], axis: int, tensor: Tensor) -> Tensor:
+    return tensor.index_select(axis, _index(rows, tensor))
 
 
 def _columns(parts: list[list[int]]) -> Cut:
@@ -204,8 +248,11 @@ def _counts(module: Any, side: str, k: int) -> dict[str, int]:
     if side == "channels" and _conv(module):
         times = module.out_channels // module.groups
         return {"in_channels": k, "out_channels": k * times, "groups": k}
-    if side == "channels":
+    if side == "channels" and isinstance(module, (*_NORMS, nn.PReLU)):
         return {"num_parameters" if isinstance(module, nn.PReLU) else "num_features": k}
+    if side == "channels":
+        said = {name: value for name, value in vars(module).items() if type(value) is int}
+        return dict.fromkeys([name for name in said if said[name] == _apart(module)[1]], k)
     return {f"{side}_channels" if _conv(module) else f"{side}_features": k}
 
 

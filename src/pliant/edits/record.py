@@ -21,7 +21,7 @@ def apply(model: nn.Module, edit: Edit, *, weights: bool = True) -> Replaced:
         EditError: the edit does not fit the model.
     """
     replaced = edit.apply(model, weights=weights)
-    note(model, [*vars(model).get(_RECORD, ()), edit])
+    setattr(model, _RECORD, (*vars(model).get(_RECORD, ()), _plan(edit)))
     return replaced
 
 

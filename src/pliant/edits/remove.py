@@ -23,6 +23,7 @@ class Remove:
         layer: the name of the block or layer.
         shortcut: the name, within the block, of what stays; "" for an identity.
         relu: whether a rectifier follows, as behind the sum of a block.
+        out: take it out of the row that it ends, so that the row is as if it had never been there.
 
     Raises:
         EditError: there is no such block or shortcut, or nothing to remove.
@@ -39,6 +40,7 @@ class Remove:
     layer: str
     shortcut: str = field(default="", metadata=OPTIONAL)
     relu: bool = field(default=False, metadata=OPTIONAL)
+    out: bool = field(default=False, metadata=OPTIONAL)
 
     @property
     def form(self) -> str:
@@ -52,6 +54,8 @@ class Remove:
             raise EditError("The model itself cannot be removed: name a block of it.")
         if isinstance(module, nn.Identity):
             raise EditError(f"{self.layer} is an identity already: there is nothing to remove.")
+        if self.out:
+            return self._take_out(model)
         parts = [self._shortcut(module)] if self.shortcut else []
         parts += [nn.ReLU()] if self.relu else []
         new = parts[0] if len(parts) == 1 else nn.Sequential(*parts) if parts else nn.Identity()
@@ -65,7 +69,7 @@ class Remove:
         Args:
             before: where a shortcut stays, as `pliant.cost.module_cost` gives it.
         """
-        if self.shortcut:
+        if self.shortcut and not self.out:
             found = before
             for name in self.shortcut.split("."):
                 found = _part(found, name, self)
@@ -77,6 +81,21 @@ class Remove:
             )
         kind = nn.ReLU if self.relu else nn.Identity
         return replace(before, kind=kind.__name__, params=0, macs=0, bytes=0, weight=(), parts=())
+
+    def _take_out(self, model: nn.Module) -> Replaced:
+        """Shorten the row that holds the block."""
+        around, _, name = self.layer.rpartition(".")
+        row = model.get_submodule(around)
+        if type(row) is not nn.Sequential or next(reversed(row._modules)) != name:
+            raise EditError(f"{self.layer} must be the last of a row to be taken out of it.")
+        if self.shortcut or self.relu or len(row) == 1:
+            raise EditError(
+                f"{self.layer} leaves nothing behind where it is taken out, and not alone: name "
+                "neither shortcut nor rectifier, and keep one block in the row."
+            )
+        before = list(model.parameters())
+        del row._modules[name]
+        return exchanged(model, before)
 
     def _shortcut(self, module: nn.Module) -> nn.Module:
         try:

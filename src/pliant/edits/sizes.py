@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -64,6 +65,11 @@ def shrink(model: nn.Module, edits: Sequence[Edit], size: int) -> tuple[Edit, ..
             _shorten(_row(model, edit), edit.at(size))
             kept.append(edit.factor(size))
         elif isinstance(edit, Settle):
+            if edit.sizes != sizes:
+                raise ArtifactError(
+                    f"{edit.layer} keeps statistics of {edit.sizes} sizes, and the network has "
+                    f"{sizes}: it is damaged, or was put together by hand."
+                )
             _use(layer_of(model, edit.layer), size)
         else:
             kept.append(edit)
@@ -108,24 +114,24 @@ def choose(
     dense: Cost,
     latency: Callable[[int], float] | None = None,
 ) -> int:
-    """Return the largest size that a budget allows.
+    """Return the largest size that a budget allows; few of them are looked at.
 
     Args:
-        sizes: the cost of each, from the largest.
+        sizes: the cost of each, from the largest; none is larger than the one before.
         budget: what the size may cost.
         dense: what its fractions refer to.
-        latency: milliseconds of a size, for a budget that bounds them; called a few times only.
+        latency: milliseconds of a size, for a budget that bounds them.
 
     Raises:
         BudgetError: even the smallest is too large; the message says what it costs.
     """
     limits = budget.limits(dense)
     longest = limits.pop("latency", None)
-    fits = [size for size, found in enumerate(sizes) if _fits(found, limits)]
-    if not fits:
-        least = ", ".join(f"{axis}={getattr(sizes[-1], axis):,}" for axis in limits)
+    first = bisect_left(sizes, x=True, key=lambda cost: _fits(cost, limits))
+    if first == len(sizes):
+        smallest = sizes[-1]
+        least = ", ".join(f"{axis}={getattr(smallest, axis):,}" for axis in limits)
         raise BudgetError(f"No size is this small: the smallest has {least}; allow as much.")
-    first = fits[0]
     if longest is None or latency is None:
         return first
     return _fastest(first, len(sizes) - 1, longest, latency)

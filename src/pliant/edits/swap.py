@@ -48,7 +48,9 @@ class Swap:
     Args:
         layer: the name of the layer to replace; it may be a whole block.
         form: the kind, of `SWAPS`: ``identity`` in the place of a batch norm, ``biased`` in that
-            of a convolution or Linear without a bias, ``separable`` in that of a convolution.
+            of a convolution or Linear without a bias, ``separable``, ``morphological``,
+            ``shift_attention`` or ``quadratic`` in that of a convolution, ``orthogonal_basis`` in
+            that of a last Linear, and forms that follow upon these.
         spec: what is set of the new layer, as its kind declares.
         seed: of the random numbers that the new layer begins with.
 

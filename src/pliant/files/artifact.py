@@ -6,7 +6,6 @@ set, and it is checked whole against the given model before that model is touche
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -18,31 +17,31 @@ from typing import Any
 import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from pliant.codecs import tensors as codec
 from pliant.codecs.container import (
-    MANIFEST,
-    MANIFEST_LIMIT,
+    MANIFEST as MANIFEST,
+)
+from pliant.codecs.container import (
     WEIGHTS,
     check_replaceable,
     is_pliant,
     opened,
     pack,
     read,
+    read_manifest,
     reading,
 )
 from pliant.codecs.packing import WIDEST
 from pliant.cost import bare
-from pliant.edits import Edit, Insert, Swap, Widen, complete, replay
+from pliant.edits import Edit, complete, replay
 from pliant.errors import ArtifactError, ModelError
 from pliant.files.manifest import DTYPES, UNCODED, VERSION, Manifest, Spec, parse, write
+from pliant.files.trial import bound, check_bytes, tried
 from pliant.nn.align import Align
 from pliant.nn.coded import Coded
 from pliant.nn.packed import integers
 
-MOST_EDITS, MOST_LEVELS = 128, 64  # edits for each module of the model; dots in a name
-MOST_MODULES = 64  # that edits may make of each module of the model
 HEADER_LIMIT = 16 * 2**20  # bytes; what safetensors says of the same tensors
 
 
@@ -186,7 +185,7 @@ def inspect(path: str | Path) -> Manifest:
     """
     path = Path(path)
     with opened(path) as archive, reading(path):
-        return parse(read(archive, MANIFEST, least=2, most=MANIFEST_LIMIT))
+        return parse(read_manifest(archive))
 
 
 def load(
@@ -215,13 +214,12 @@ def load(
     with opened(path) as archive:
         if manifest is None:
             with reading(path):
-                manifest = parse(read(archive, MANIFEST, least=2, most=MANIFEST_LIMIT))
+                manifest = parse(read_manifest(archive))
         built = _built(path, manifest, model)
         with reading(path):
-            trial = _trial(manifest, built, own=built is not model)
-            _check_edits(manifest, trial)
-            _replay(manifest, trial)
+            trial = tried(manifest, built, model, most=(most := bound(path, built)))
             _compare(manifest, trial)
+            check_bytes(manifest, most)
             tensors = _weights(archive, manifest, integers(trial))
             _check_codes(trial, tensors)
     if trial is not built:
@@ -257,44 +255,6 @@ def _built(
 # ---------------------------------------------------------------- does it fit?
 
 
-def _check_edits(manifest: Manifest, model: nn.Module) -> None:
-    """Refuse edits that would keep a small model busy without end."""
-    most = MOST_EDITS * sum(1 for _ in model.modules())
-    deep = any(edit.layer.count(".") > MOST_LEVELS for edit in manifest.edits)
-    if len(manifest.edits) > most or deep:
-        raise ArtifactError(
-            f"has {len(manifest.edits):,} edits, more or deeper ones than this "
-            f"{type(model).__name__} has layers for: it was made from another architecture."
-        )
-
-
-def _trial(manifest: Manifest, built: nn.Module, *, own: bool) -> nn.Module:
-    """Say on what edits are tried first: on shapes, lest a model is spoilt or grows beyond bounds.
-
-    Args:
-        manifest: of the file.
-        built: the dense network.
-        own: whether a function built it; it is nobody's yet then, and may not be copyable.
-    """
-    if own and not any(isinstance(edit, Insert | Swap | Widen) for edit in manifest.edits):
-        return built
-    try:
-        return _without_data(built)
-    except ArtifactError:
-        if own:
-            return built
-        raise
-
-
-def _replay(manifest: Manifest, trial: nn.Module) -> None:
-    """Replay the edits, and stop where copies of copies would fill the memory."""
-    most = MOST_MODULES * sum(1 for _ in trial.modules())
-    for edit in manifest.edits:
-        replay(trial, [edit], weights=False)
-        if isinstance(edit, Insert) and sum(1 for _ in trial.modules()) > most:
-            raise ArtifactError(f"asks for more than {most:,} modules: it was made to do harm.")
-
-
 def _compare(manifest: Manifest, model: nn.Module) -> None:
     """Refuse a model whose tensors, after all edits, are not those of the file."""
     own = model.state_dict(keep_vars=True)
@@ -327,25 +287,6 @@ def _differs(name: str, own: Mapping[str, Any], manifest: Manifest) -> str:
     if mine.shape != spec.shape or len(kinds) > 1:
         return f"{name} is {spec} in the file and {mine} in the model"
     return ""
-
-
-def _without_data(model: nn.Module) -> nn.Module:
-    """Copy a model with the shapes of its tensors only: nothing is allocated."""
-    memo: dict[int, Any] = {}
-    for tensor in (*model.parameters(), *model.buffers()):
-        if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
-            raise ArtifactError("is loaded into layers with shapes: run the model once before.")
-        empty = torch.empty_like(tensor, device="meta")
-        if isinstance(tensor, nn.Parameter):
-            empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
-        memo[id(tensor)] = empty
-    try:
-        return copy.deepcopy(model, memo)
-    except Exception as error:  # a model's own attributes may refuse to be copied in any way
-        raise ArtifactError(
-            f"needs a model that copy.deepcopy can copy, and this one fails ({error}): pass the "
-            "function that builds it instead of the model."
-        ) from error
 
 
 def _weights(

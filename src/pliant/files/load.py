@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
 from pliant import zoo
 from pliant.budget import Budget
-from pliant.cost import Example
-from pliant.edits import Nest
+from pliant.cost import Cost, Example
+from pliant.edits import Edit, Nest
 from pliant.edits import sizes as elastic
 from pliant.errors import ArtifactError, ModelError
 from pliant.files import artifact
+from pliant.files.hub import model_file
 from pliant.files.manifest import Manifest
 from pliant.latency import Target, Where, as_target, measure
 
 MOST_CLASSES = 100_000  # that a file may ask the zoo for
+FEW_CLASSES = 1000  # that a file of any size may
 
 
 def load(
@@ -34,7 +37,7 @@ def load(
     Nothing in a file can execute anything: without `model` only networks of the zoo are built.
 
     Args:
-        path: a ``.pliant`` file.
+        path: a ``.pliant`` file, or a folder with one from `Result.save_pretrained`.
         model: the dense architecture, freshly built, or a function that builds it; may be left
             out for a network of the zoo.
         at: of an elastic network, which size: the largest that this budget allows, or of which
@@ -49,8 +52,9 @@ def load(
         BudgetError: even the smallest size is too large.
     """
     place = None if target is None else as_target(target)
+    path = model_file(Path(path)) if Path(path).is_dir() else path
     manifest = artifact.inspect(path)
-    dense = model if model is not None else _of_zoo(manifest)
+    dense = model if model is not None else _of_zoo(manifest, path)
     if at is None:
         return artifact.load(path, dense, manifest=manifest)
     given = (example,) if isinstance(example, Tensor) else example
@@ -59,12 +63,21 @@ def load(
     return _load_at(path, manifest, dense, at, example=given, target=place)
 
 
-def _of_zoo(manifest: Manifest) -> Callable[[], nn.Module] | None:
-    source, classes = manifest.source, manifest.extra.get("classes")
+def _of_zoo(manifest: Manifest, path: str | Path) -> Callable[[], nn.Module] | None:
+    source = manifest.source
     if source not in zoo.NETWORKS:
         return None
-    known = type(classes) is int and 0 < classes <= MOST_CLASSES
-    return lambda: zoo.build(source, classes=classes if known else None)
+    classes = classes_of(manifest, path)
+    return lambda: zoo.build(source, classes=classes)
+
+
+def classes_of(manifest: Manifest, path: str | Path) -> int | None:
+    """Return the classes that a file says its network has; None where it says nothing sensible.
+
+    A class takes a byte of the file at least: a small file cannot ask for a large network.
+    """
+    classes, most = manifest.extra.get("classes"), max(FEW_CLASSES, Path(path).stat().st_size)
+    return classes if type(classes) is int and 0 < classes <= min(MOST_CLASSES, most) else None
 
 
 def _load_at(
@@ -115,8 +128,9 @@ def _load_at(
     def milliseconds(size: int) -> float:
         return measure(elastic.of_size(loaded, edits, size), example, place).median_ms
 
+    sizes = _Sizes(loaded, edits, example)
     try:
-        sizes = elastic.costs(loaded, edits, example)
+        sizes[0]
     except ArtifactError as error:
         raise ArtifactError(
             f"{path} holds an elastic network that was compressed further, so no size can be cut "
@@ -124,6 +138,22 @@ def _load_at(
         ) from error
     elastic.shrink(loaded, edits, elastic.choose(sizes, budget, dense, milliseconds))
     return loaded
+
+
+@dataclass(frozen=True)
+class _Sizes(Sequence[Cost]):
+    """What the sizes of a network cost: each is made when it is asked for, as there may be many."""
+
+    model: nn.Module
+    edits: Sequence[Edit]
+    example: Example
+
+    def __len__(self) -> int:
+        return elastic.count(self.edits)
+
+    def __getitem__(self, size: Any) -> Any:
+        number = range(len(self))[size]
+        return elastic.counted(elastic.of_size(self.model, self.edits, number), self.example)
 
 
 def _budget(at: Budget | str | float) -> Budget:

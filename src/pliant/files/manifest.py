@@ -15,6 +15,7 @@ from pliant.edits import Edit, from_json, to_json
 from pliant.errors import ArtifactError
 
 FORMAT, VERSION = "pliant", 2
+MOST_DIMS, MOST_SIZE = 64, 2**48  # of one tensor
 UNCODED = 1  # the version of files without coded tensors, which older readers know
 
 DTYPES: dict[str, torch.dtype] = {
@@ -168,9 +169,16 @@ def _specs(rows: Any) -> dict[str, Spec]:
     _must(_is_named(rows, dict), "tensors")
     for row in rows.values():
         _must(set(row) == {"shape", "dtype"} and isinstance(row["shape"], list), "tensors")
-        _must(all(type(size) is int and 0 <= size < 2**48 for size in row["shape"]), "shapes")
+        _must(_is_shape(row["shape"]), "shapes")
         _must(isinstance(row["dtype"], str) and row["dtype"] in DTYPES, "types of numbers")
     return {name: Spec(tuple(row["shape"]), row["dtype"]) for name, row in rows.items()}
+
+
+def _is_shape(sizes: list[Any]) -> bool:
+    """Whether a tensor can have these sizes: the product of very many is not even computed."""
+    return len(sizes) <= MOST_DIMS and all(
+        type(size) is int and 0 <= size < MOST_SIZE for size in sizes
+    )
 
 
 def _is_named(rows: Any, kind: type) -> bool:

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from pliant.edits import Edit
+from pliant.math.alone import forked
 
 
 def built(model: nn.Module, edits: Sequence[Edit]) -> nn.Module:
     """Build a plan with numbers of no meaning: they do not change the time."""
     network = copy.deepcopy(model).cpu().eval()
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), forked():
         for edit in edits:
             for parameter in edit.apply(network, weights=False).added:
                 parameter.uniform_(-0.05, 0.05)

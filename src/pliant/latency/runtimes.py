@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 
 from pliant.cost import Example, tensors
 from pliant.errors import ModelError, require
+from pliant.math.alone import forked
 
 Sampler = Callable[[], float]
 """Runs a network for a moment and returns the seconds of one pass."""
@@ -90,7 +91,7 @@ def copies_of(layer: nn.Module) -> list[nn.Module]:
     count = COPIES[0] if size < LARGE else max(2, min(COPIES[1], CACHES // size))
     made = [copy.deepcopy(layer) for _ in range(count)]
     devices = sorted({p.device.index for p in layer.parameters() if p.is_cuda})
-    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+    with torch.no_grad(), forked(devices):
         for parameter in (p for each in made for p in each.parameters()):
             parameter.uniform_(-0.05, 0.05)
     return made

@@ -19,6 +19,7 @@ from pliant.codecs.container import replacing
 from pliant.errors import OutputError
 from pliant.latency.compare import interleaved, quiet
 from pliant.latency.target import Target
+from pliant.math.alone import forked
 from pliant.math.forms import form_params, max_ranks
 from pliant.nn.factorized import factorized
 from pliant.nn.layers import Factorizable
@@ -117,7 +118,7 @@ class LatencyTable:
     def step(self) -> int:
         """Return the multiple to which ranks can be rounded up at no cost, found by measuring."""
         shape = (self.target.batch, 64, 16, 16)
-        with torch.random.fork_rng(devices=[]):
+        with forked():
             dense = nn.Conv2d(64, 64, 3, padding=1, bias=False)
         name = signature(dense, shape)
         keys = {rank: _factored(name, "tucker2", (rank, rank)) for rank in PROBE}

@@ -19,7 +19,16 @@ from torch import Tensor
 
 from pliant.errors import EditError
 from pliant.math.moments import dampen, mix_inputs, project_outputs, refine, whiten
-from pliant.math.svd import balance, leading, norm_shares, plain_dtype, truncated_svd, unfold
+from pliant.math.reads import Gram, Reads
+from pliant.math.svd import (
+    balance,
+    leading,
+    norm_shares,
+    plain_dtype,
+    strongest,
+    truncated_svd,
+    unfold,
+)
 from pliant.math.tucker import tucker2
 
 FORMS = ("tucker2", "input", "output", "spatial", "svd")
@@ -71,6 +80,30 @@ def decompose(
         kernels = _aware(dense, form, ranks, metric, sweeps, [tuple(size) for size in sizes])
     balanced = _evened(kernels) if sizes else _balanced(kernels)
     return tuple(kernel.to(weight.dtype).contiguous() for kernel in balanced)
+
+
+def projected(weight: Tensor, form: str, ranks: Sequence[int], reads: Reads) -> tuple[Tensor, ...]:
+    """Factorize a kernel into the best layers for what it reads, in the forms output and svd.
+
+    The leading eigenvectors U of W C W^T give W' = U U^T W, an exact optimum that inverts nothing
+    (Eckart-Young for W C^(1/2)). Where outputs are fewer than inputs, no matrix is as wide as
+    these are.
+
+    Args:
+        weight: kernel (T, S, *kernel), or (T, S).
+        form: ``output`` or ``svd``.
+        ranks: (r,).
+        reads: second moments of what the layer reads.
+    """
+    ranks = tuple(ranks)
+    shapes, flat = kernel_shapes(weight.shape, form, ranks), weight.detach().flatten(1).double()
+    if len(flat) <= flat.shape[1]:
+        basis = strongest(reads.outer(flat), ranks[0])
+    else:
+        dense = reads if isinstance(reads, Gram) else Gram(reads.dense())
+        basis = leading(flat @ dense.root, ranks[0])
+    factors = (basis.T @ flat).reshape(shapes[0]), basis.reshape(shapes[1])
+    return tuple(kernel.to(weight.dtype).contiguous() for kernel in _balanced(factors))
 
 
 def compose(kernels: Sequence[Tensor], form: str) -> Tensor:

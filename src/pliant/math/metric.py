@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from pliant.math import forms
-from pliant.math.moments import channel_moments, dampen
+from pliant.math.moments import dampen
+from pliant.math.reads import Gram, Reads
 from pliant.math.svd import norm_shares
 
 SENSITIVITY_DAMPING = 0.1
@@ -32,13 +33,30 @@ class Metric:
     """What a layer reads and how much its outputs matter.
 
     Args:
-        inputs: C, (S*prod(kernel),) * 2, the mean over samples and positions.
+        reads: C, the mean over samples and positions: a matrix (S*prod(kernel),) * 2, or one that
+            is kept in fewer numbers.
         outputs: G, (T, T), the mean over samples of the sum over positions (as if the gradients
-            of different positions were uncorrelated); None if the outputs count alike.
+            of different positions were uncorrelated), or its diagonal (T,); None if the outputs
+            count alike.
     """
 
-    inputs: Tensor
+    reads: Tensor | Reads
     outputs: Tensor | None = None
+
+    @cached_property
+    def seen(self) -> Reads:
+        """What the layer reads."""
+        return Gram(self.reads) if isinstance(self.reads, Tensor) else self.reads
+
+    @property
+    def size(self) -> int:
+        """How many numbers one position of the output reads."""
+        return self.seen.size
+
+    @property
+    def inputs(self) -> Tensor:
+        """C as a matrix."""
+        return self.seen.dense()
 
     def enter(self, weight: Tensor) -> Tensor:
         """Scale a kernel's outputs so that plain errors of the result are sensitivities."""
@@ -50,8 +68,7 @@ class Metric:
 
     def energy(self, weight: Tensor) -> float:
         """Return what losing the whole kernel would cost: tr(G W C W^T)."""
-        flat = self.enter(weight).flatten(1).double()
-        return float((flat @ self.inputs.double() * flat).sum())
+        return self.seen.energy(self.enter(weight).flatten(1))
 
     def decompose(
         self,
@@ -66,21 +83,30 @@ class Metric:
         channels instead of whole patches for the largest. ``sizes`` are ranks to which the
         factors will be cut (`pliant.math.forms.decompose`).
         """
-        seen = self.inputs
-        if len(seen) > WHOLE and form not in ("output", "svd"):
-            seen = channel_moments(seen, weight[0, 0].numel())
-        sweeps = forms.SWEEPS if len(self.inputs) <= SETTLING else BRIEF
         dense = self.enter(weight)
+        if form in ("output", "svd"):
+            *first, last = forms.projected(dense, form, ranks, self.seen)
+            return tuple(norm_shares(*first, self.leave(last)))
+        seen = self.seen.channels(weight[0, 0].numel()) if self.size > WHOLE else self.inputs
+        sweeps = forms.SWEEPS if self.size <= SETTLING else BRIEF
         *first, last = forms.decompose(dense, form, ranks, moments=seen, sweeps=sweeps, sizes=sizes)
         return tuple(norm_shares(*first, self.leave(last)))
 
     @cached_property
     def _roots(self) -> tuple[Tensor, Tensor]:
         assert self.outputs is not None
-        values, vectors = torch.linalg.eigh(dampen(self.outputs.double(), SENSITIVITY_DAMPING))
-        root = values.clamp_min(torch.finfo(values.dtype).tiny).sqrt()
-        return (vectors * root) @ vectors.T, (vectors / root) @ vectors.T
+        if self.outputs.dim() == 1:
+            each = self.outputs.double()
+            mean = each.mean().clamp_min(torch.finfo(each.dtype).tiny)
+            root = (each + SENSITIVITY_DAMPING * mean).sqrt()
+            return root, 1 / root
+        # Any root serves: that of Cholesky is the symmetric one turned, at a tenth of its time.
+        root = torch.linalg.cholesky(dampen(self.outputs.double(), SENSITIVITY_DAMPING))
+        eye = torch.eye(len(root), dtype=root.dtype, device=root.device)
+        return root.T, torch.linalg.solve_triangular(root.T, eye, upper=True)
 
 
 def _mix(kernel: Tensor, matrix: Tensor) -> Tensor:
+    if matrix.dim() == 1:
+        return (matrix.view(-1, *[1] * (kernel.dim() - 1)) * kernel.double()).to(kernel.dtype)
     return torch.einsum("ab,b...->a...", matrix, kernel.double()).to(kernel.dtype)

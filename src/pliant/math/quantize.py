@@ -185,3 +185,25 @@ def learnable(x: Tensor, scale: Tensor, low: int, high: int, count: int) -> Tens
     factor = (count * max(high, 1)) ** -0.5
     found: Tensor = _Rounding.apply(x, scale, low, high, factor)
     return found
+
+
+# ---------------------------------------------------------------- grids of given ends
+
+
+def unit_grid(weight: Tensor, bits: int) -> Tensor:
+    """Round to the nearest of 2^bits numbers from -1 to 1, evenly spaced; none of them is 0.
+
+    Zhou et al., "DoReFa-Net", arXiv 1606.06160: at 1 bit these are -1 and 1, at 2 bits -1, -1/3,
+    1/3 and 1.
+    """
+    most = 2**bits - 1
+    return 2 * ((weight + 1) / 2 * most).round().div(most).clamp(0, 1) - 1
+
+
+def span_grid(weight: Tensor, bits: int) -> Tensor:
+    """Round to one of 2^bits numbers from the least weight on, which never reach the largest."""
+    low, high = weight.aminmax()
+    step = (high - low) / 2**bits
+    if not step:
+        return weight.clone()
+    return low + ((weight - low) / step).round().clamp(0, 2**bits - 1) * step

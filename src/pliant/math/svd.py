@@ -16,6 +16,12 @@ from pliant.errors import PliantError
 CHEAP = 1024
 """Largest small side of a matrix whose Gram matrix is formed and decomposed in float64."""
 
+LARGE, SMALL = (
+    512,
+    5,
+)  # a matrix of which few directions are found by iteration: rows, and rows each
+OVERSAMPLED, ITERATIONS = 16, 6  # columns more than are asked for; products with the matrix
+
 _BLOCK = 64  # rows below which a Gram matrix is one product
 
 
@@ -159,6 +165,32 @@ def leading(matrix: Tensor, rank: int, cheap: int = CHEAP) -> Tensor:
         return torch.linalg.eigh(self_product(precise))[1][:, -rank:].flip(1)
     _, vectors = eigen(matrix, cheap)
     return torch.linalg.qr(matrix.to(vectors.dtype) @ vectors[:, -rank:].flip(1))[0]
+
+
+def strongest(matrix: Tensor, rank: int) -> Tensor:
+    """Return the leading eigenvectors of a positive semi-definite matrix, strongest first.
+
+    Few of a large one are found by subspace iteration from a fixed random start (Halko,
+    Martinsson and Tropp, SIAM Review 2011), in about half of the time: what they hold differs from
+    the best by about a thousandth of what is left out.
+
+    Args:
+        matrix: (T, T).
+        rank: how many.
+
+    Returns:
+        (T, rank), orthonormal columns.
+    """
+    width = rank + rank // 2 + OVERSAMPLED
+    if len(matrix) < LARGE or SMALL * rank > len(matrix):
+        return torch.linalg.eigh(matrix)[1][:, -rank:].flip(1)
+    generator = torch.Generator().manual_seed(0)
+    start = torch.randn(len(matrix), width, generator=generator, dtype=torch.float64)
+    basis = start.to(matrix)
+    for _ in range(ITERATIONS):
+        basis = torch.linalg.qr(matrix @ basis)[0]
+    turn = torch.linalg.eigh(basis.T @ matrix @ basis)[1]
+    return basis @ turn[:, -rank:].flip(1)
 
 
 def floor(sigma: Tensor) -> Tensor:

@@ -11,10 +11,21 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pliant.cost import LayerCost
 from pliant.errors import EditError
+from pliant.nn.basis import OrthogonalBasis
 from pliant.nn.filters import WEIGHTED, filter_count
+from pliant.nn.gates import (
+    BlockAttention,
+    DepthwiseResidual,
+    EfficientAttention,
+    SqueezeExcite,
+)
 from pliant.nn.inserted import Conv, Copy, Linear, Residual
+from pliant.nn.meta_kernel import Cropped, MetaKernel
+from pliant.nn.morphological import BMConv2d, Rectified
+from pliant.nn.quadratic import QuadraticConv2d, QuadraticFactors
 from pliant.nn.scatter import Gather, Scatter
 from pliant.nn.separable import Separable
+from pliant.nn.shifted import ShiftAttentionConv2d, ShiftConv2d
 
 Spec = Mapping[str, Any]
 """What is set of a new layer: names, and plain values of the types that its kind declares."""
@@ -88,17 +99,30 @@ class Biased:
 
 SWAPS: dict[str, type[Kind]] = {
     "biased": Biased,
+    "cropped": Cropped,
     "identity": Identity,
+    "morphological": BMConv2d,
+    "orthogonal_basis": OrthogonalBasis,
+    "quadratic": QuadraticConv2d,
+    "quadratic_factors": QuadraticFactors,
+    "rectified": Rectified,
+    "meta_kernel": MetaKernel,
     "separable": Separable,
+    "shift": ShiftConv2d,
+    "shift_attention": ShiftAttentionConv2d,
 }
 """The closed set of layers that a file may put in the place of another; a line for each."""
 
 INSERTS: dict[str, type[Kind]] = {
+    "cbam": BlockAttention,
     "conv": Conv,
     "copy": Copy,
+    "eca": EfficientAttention,
     "gather": Gather,
     "linear": Linear,
+    "res3": DepthwiseResidual,
     "residual": Residual,
     "scatter": Scatter,
+    "se": SqueezeExcite,
 }
 """The closed set of what a file may put before, behind or between layers; a line for each."""

@@ -12,51 +12,14 @@ from torch import Tensor, nn
 
 from pliant.errors import ModelError
 from pliant.nn.genotype import Genotype, Layout, Nodes
+from pliant.nn.mixed import MixedOp
 from pliant.nn.operations import NONE, SKIP, FactorizedReduction, mix_channels, operation
-
-
-class MixedOp(nn.Module):
-    """Adds up what several operations give, weighted by the softmax of its logits.
-
-    The logits do not ask for gradients: no optimizer of weights moves them, only a search does.
-    What a search adds for a while is kept in buffers, so that it is resumed with the weights:
-    ``prior`` is added to the logits, ``drop`` is the share of a skip connection's outputs that
-    is zeroed in training.
-
-    Args:
-        ops: the candidates by name, all with the same shape of output.
-    """
-
-    multiplies = False  # what the costs count are its candidates
-    prior: Tensor
-    drop: Tensor
-
-    def __init__(self, ops: Mapping[str, nn.Module]) -> None:
-        super().__init__()
-        self.ops = nn.ModuleDict(ops)
-        self.logits = nn.Parameter(1e-3 * torch.randn(len(ops)), requires_grad=False)
-        self.register_buffer("prior", torch.zeros(len(ops)))
-        self.register_buffer("drop", torch.zeros(()))
-
-    def probabilities(self) -> Tensor:
-        """Return the weights of the candidates, a tensor (candidates,) that sums to one."""
-        return (self.logits + self.prior).softmax(0)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map the input by every candidate and mix the outputs."""
-        shares = self.probabilities().unbind()
-        paths = (self._path(name, op, x) for name, op in self.ops.items())
-        return reduce(add, (share * path for share, path in zip(shares, paths, strict=True)))
-
-    def _path(self, name: str, op: nn.Module, x: Tensor) -> Tensor:
-        out: Tensor = op(x)
-        if name == SKIP and self.training and self.drop > 0:
-            out = F.dropout(out, float(self.drop))
-        return out
 
 
 class Cell(nn.Module):
     """Reads the outputs of the two cells before it; its nodes, concatenated, are its output.
+
+    Behind each node and behind the output is an empty row, into which edits can put operations.
 
     Args:
         layout: wiring, and the candidates of every edge: one is a plain operation, more are a
@@ -88,14 +51,17 @@ class Cell(nn.Module):
             _edge(names, channels, 2 if reduction and state < 2 else 1, affine=affine)
             for names, (_, state) in zip(layout.ops, layout.edges, strict=True)
         )
+        self.nodes = nn.ModuleList(nn.Sequential() for _ in layout.wiring)
+        self.after = nn.Sequential()
 
     def forward(self, before: Tensor, last: Tensor) -> Tensor:
         """Map the outputs of two cells to (N, nodes * channels, H, W)."""
         states = [self.first(before), self.second(last)]
         edges = iter(self.edges)
-        for reads in self.layout.wiring:
-            states.append(reduce(add, [next(edges)(states[state]) for state in reads]))
-        return torch.cat(states[2:], dim=1)
+        for reads, behind in zip(self.layout.wiring, self.nodes, strict=True):
+            states.append(behind(reduce(add, [next(edges)(states[state]) for state in reads])))
+        out: Tensor = self.after(torch.cat(states[2:], dim=1))
+        return out
 
 
 def _edge(names: tuple[str, ...], channels: int, stride: int, *, affine: bool) -> nn.Module:

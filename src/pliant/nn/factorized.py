@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pliant.errors import EditError
 from pliant.math import forms
+from pliant.nn.kinds import TRANSPOSED, kernel
 from pliant.nn.layers import Factorizable, in_layout_of
 
 _CONVS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
@@ -21,7 +22,8 @@ _CONVS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
 
 _GEOMETRY = (
     *("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation"),
-    *("groups", "padding_mode", "in_features", "out_features"),
+    *("groups", "padding_mode", "in_features", "out_features", "output_padding"),
+    *("num_embeddings", "embedding_dim", "padding_idx"),
 )
 
 NAMES = {
@@ -52,18 +54,44 @@ def factorized(
         kernels: the weights of the new layers; left uninitialized if None.
     """
     parts = list(_parts(module, form, ranks))
-    new = nn.Sequential(OrderedDict(zip(NAMES[form], parts, strict=True)))
+    row = TransposedRow if isinstance(module, TRANSPOSED) else nn.Sequential
+    new = row(OrderedDict(zip(NAMES[form], parts, strict=True)))
     if kernels is not None:
         with torch.no_grad():
-            for part, kernel in zip(parts, kernels, strict=True):
-                part.weight.copy_(kernel.reshape(part.weight.shape))
+            for part, values in zip(parts, kernels, strict=True):
+                place = kernel(part)
+                place.copy_(values.reshape(place.shape))
+            padding = getattr(module, "padding_idx", None)
+            if padding is not None and not module.weight[padding].any():
+                parts[0].weight[padding] = 0  # exactly, as it was
     for part in parts:
         part.weight.requires_grad_(module.weight.requires_grad)
         part.weight.data = in_layout_of(module.weight, part.weight.data)
-    if module.bias is not None:
+    if getattr(module, "bias", None) is not None:
         parts[-1].bias = module.bias
     answer_for(new, module, parts[0].weight)
     return new.train(module.training)
+
+
+class TransposedRow(nn.Sequential):
+    """A row of factors of a transposed convolution, which may be told the size of its output."""
+
+    def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """Map (N, S, ...) to (N, T, ...), of the size asked for."""
+        for part in self:
+            if output_size is None or not isinstance(part, TRANSPOSED):
+                input = part(input)
+                continue
+            axes = len(part.kernel_size)
+            geometry = zip(
+                list(output_size)[-axes:],
+                input.shape[-axes:],
+                part.kernel_size,
+                part.stride,
+                strict=True,
+            )
+            input = part(input, [has if (k, s) == (1, 1) else size for size, has, k, s in geometry])
+        return input
 
 
 def answer_for(row: nn.Sequential, dense: nn.Module, weight: Tensor | None = None) -> None:
@@ -141,12 +169,20 @@ def _parts(module: Factorizable, form: str, ranks: Sequence[int]) -> Iterator[An
         yield _linear(module, module.in_features, ranks[0], bias=False)
         yield _linear(module, ranks[0], module.out_features, bias=module.bias is not None)
         return
+    if isinstance(module, nn.Embedding):
+        where: Any = {"device": module.weight.device, "dtype": module.weight.dtype}
+        rows = nn.utils.skip_init(nn.Embedding, module.num_embeddings, ranks[0], **where)
+        rows.padding_idx = module.padding_idx
+        yield rows
+        yield _linear(module, ranks[0], module.embedding_dim, bias=False)
+        return
     source, target, dims = module.in_channels, module.out_channels, len(module.kernel_size)
     every = range(dims)
     if form == "svd":
-        # A strided pointwise convolution may drop positions first: fewer to reduce.
-        yield _conv(module, source, ranks[0], every, bias=False)
-        yield _conv(module, ranks[0], target, (), bias=True)
+        # A strided pointwise convolution may drop positions first, a transposed one add them last.
+        first, last = ((), every) if isinstance(module, TRANSPOSED) else (every, ())
+        yield _conv(module, source, ranks[0], first, bias=False)
+        yield _conv(module, ranks[0], target, last, bias=True)
     elif form == "tucker2":
         yield _conv(module, source, ranks[0], (), bias=False)
         yield _conv(module, ranks[0], ranks[1], every, bias=False)
@@ -164,7 +200,7 @@ def _parts(module: Factorizable, form: str, ranks: Sequence[int]) -> Iterator[An
         raise EditError(f"Unknown form {form!r}: expected one of {', '.join(NAMES)}.")
 
 
-def _linear(module: nn.Linear, source: int, target: int, *, bias: bool) -> nn.Module:
+def _linear(module: nn.Linear | nn.Embedding, source: int, target: int, *, bias: bool) -> nn.Module:
     return nn.utils.skip_init(
         nn.Linear, source, target, bias, device=module.weight.device, dtype=module.weight.dtype
     )
@@ -178,8 +214,10 @@ def _conv(module: Any, source: int, target: int, axes: Sequence[int], *, bias: b
         return tuple(values[i] if i in axes else other for i in range(dims))
 
     padding = module.padding
+    turned = isinstance(module, TRANSPOSED) and bool(axes)
+    added = {"output_padding": on(module.output_padding, 0)} if turned else {}
     return nn.utils.skip_init(
-        type(module),
+        type(module) if turned else _CONVS[dims],
         source,
         target,
         on(module.kernel_size, 1),
@@ -188,6 +226,7 @@ def _conv(module: Any, source: int, target: int, axes: Sequence[int], *, bias: b
         dilation=on(module.dilation, 1),
         bias=bias and module.bias is not None,
         padding_mode=module.padding_mode if axes else "zeros",
+        **added,
         device=module.weight.device,
         dtype=module.weight.dtype,
     )

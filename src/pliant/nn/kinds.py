@@ -73,6 +73,20 @@ def from_rows(layer: Any, rows: Tensor) -> Tensor:
     return rows.t() if kind is not None and _flipped(kind) else rows
 
 
+def kernel(layer: Any, tensor: Tensor | None = None) -> Tensor:
+    """Return a weight as a kernel (T, S, ...): output channels, input channels, positions.
+
+    A table maps the numbers of its rows, each an input that is 1 or 0, to their columns. The
+    result is a view: what is written into it is written into the weight.
+
+    Args:
+        layer: a convolution, transposed or not, a Linear or an Embedding.
+        tensor: of the shape of its weight; the weight if None.
+    """
+    weight: Tensor = layer.weight if tensor is None else tensor
+    return weight.transpose(0, 1) if isinstance(layer, (*TRANSPOSED, *TABLE)) else weight
+
+
 # ---------------------------------------------------------------- what layers compute
 
 

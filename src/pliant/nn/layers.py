@@ -14,6 +14,10 @@ Factorizable = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
+_REVERSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Embedding)
+"""Kinds that can be factorized, whose weight has its inputs first."""
+
+
 KERNELS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.MultiheadAttention, nn.RNNBase)
 
 
@@ -28,24 +32,44 @@ _HOOKS = (
 )
 
 
-def obstacle(model: nn.Module, name: str, shared: Shared | None = None) -> str | None:
+def obstacle(
+    model: nn.Module, name: str, shared: Shared | None = None, *, every: bool = False
+) -> str | None:
     """Say why the layer of this name cannot be factorized, or None if it can.
 
     Args:
         model: holds the layer.
         name: of the layer.
         shared: what `shared_weights` gives, where many layers are asked about.
+        every: whether transposed convolutions and tables, whose weights have their inputs first,
+            can be: a method that only replaces layers takes them.
 
     Raises:
         AttributeError: the model has no such module.
     """
-    if reason := unreadable(model, name, shared):
-        return reason
     module: Any = model.get_submodule(name)
+    if name and type(module) in _REVERSED and not parametrize.is_parametrized(module):
+        reason = _reversed_obstacle(module, every=every) or _own(model, name, shared)
+    else:
+        reason = unreadable(model, name, shared)
+    if reason:
+        return reason
     if getattr(module, "groups", 1) != 1:
         return "a grouped convolution has no cross-channel rank"
     if min(module.weight.shape[:2]) < 2:
         return "a single channel has no rank to lower"
+    return None
+
+
+def _reversed_obstacle(module: Any, *, every: bool) -> str | None:
+    """Say why a layer whose weight has its inputs first cannot be factorized."""
+    if not every:
+        kind = type(module).__name__
+        return f"{kind} is factorized at once, by energy, evbmf or nrmf, and not while it trains"
+    if getattr(module, "max_norm", None) is not None:
+        return "its rows are scaled to max_norm while they are looked up"
+    if getattr(module, "sparse", False) or getattr(module, "scale_grad_by_freq", False):
+        return "its gradients are those of single rows, which a factorized table has not"
     return None
 
 
@@ -66,11 +90,17 @@ def unreadable(model: nn.Module, name: str, shared: Shared | None = None) -> str
     if parametrize.is_parametrized(module):
         return "its weight is parametrized: remove the parametrization first"
     if type(module) not in _PLAIN:
-        return f"{type(module).__name__} has no factorized form here"
+        return _foreign(module)
     if _weight_norm_hooked(module):
         return "its weight is computed by a forward-pre hook: remove it first"
     if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
         return "MultiheadAttention reads this weight directly"
+    return _own(model, name, shared)
+
+
+def _own(model: nn.Module, name: str, shared: Shared | None) -> str | None:
+    """Say why the weight of a layer is not its own, or no matrix of real numbers."""
+    module: Any = model.get_submodule(name)
     if not module.weight.is_floating_point():
         return f"its weight is of {str(module.weight.dtype).removeprefix('torch.')}, not real"
     tied = shared_weights(model) if shared is None else shared
@@ -90,6 +120,20 @@ def shared_weights(model: nn.Module) -> Shared:
         for child, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             owners.setdefault(id(parameter), []).append(f"{path}.{child}".lstrip("."))
     return {key: names for key, names in owners.items() if len(names) > 1}
+
+
+def _foreign(module: nn.Module) -> str:
+    """Say why a layer of a class that is none of the plain ones is left alone."""
+    kind = type(module).__name__
+    if isinstance(module, nn.MultiheadAttention):
+        return "its projections are packed in one tensor, which was not split"
+    if isinstance(module, nn.RNNBase):
+        return f"{kind} multiplies its matrices within one fused operation, step by step"
+    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+        return f"{kind} has its inputs first: its weight cannot be read as that of a convolution"
+    if isinstance(module, _PLAIN):
+        return f"{kind} has no factorized form here: it computes something else than its base class"
+    return f"{kind} has no factorized form here"
 
 
 def _weight_norm_hooked(module: nn.Module) -> bool:

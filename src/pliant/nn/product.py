@@ -113,7 +113,9 @@ class Product(nn.Module):
         """Return what the layer gives without its bias, computed from whole numbers."""
         if self.kind in kinds.LINEAR:
             rows = codes(x.float(), self.input_scale, self.input_zero, self.bits)
-            return self._whole(rows.reshape(-1, self.depth), 0, 1).view(*x.shape[:-1], -1)
+            return self._whole(rows.reshape(-1, self.depth), 0, 1).view(
+                *x.shape[:-1], self.shape[0]
+            )
         batched = x.dim() == len(self.shape)
         images = x if batched else x[None]
         most = max(1, AT_ONCE // max(1, images[0].numel() * self.depth // self.shape[1]))

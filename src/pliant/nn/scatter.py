@@ -47,8 +47,14 @@ class Gather(nn.Module):
 
     @classmethod
     def predict(cls, before: LayerCost, spec: Mapping[str, Any]) -> LayerCost:
-        """It costs no product and nothing that is saved."""
-        return _moved(cls, before, spec["places"], before.output[0], len(spec["places"]))
+        """It costs no product and nothing that is saved.
+
+        Where it comes before a layer that was cut to what is picked, more channels come than that.
+        """
+        places, known = spec["places"], before.output[0]
+        cut = known == len(places)
+        of = max(known, *(place + 1 for place in _whole(places))) if cut else known
+        return _moved(cls, before, places, of, len(places))
 
 
 class Scatter(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -72,10 +72,15 @@ class Teacher:
     @torch.no_grad()
     def scores(self, inputs: Example, device: torch.device) -> Tensor:
         """Return its class scores for the inputs of a forward call, computed where they are."""
+        return logits(self.answer(inputs, device))
+
+    @torch.no_grad()
+    def answer(self, inputs: Example, device: torch.device) -> Any:
+        """Return all that it says."""
         assert self.network is not None, "the run has ended"
         if next((p.device for p in self.network.parameters()), device) != device:
             self.network.to(device)
-        return logits(call(self.network, inputs))
+        return call(self.network, inputs)
 
     def remove(self) -> None:
         """Let the copy go."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pliant.math.rank import energy_rank
 from pliant.math.svd import spectrum
+from pliant.nn.kinds import kernel
 from pliant.nn.layers import Factorizable
 
 
@@ -24,7 +25,7 @@ def row(layers: Mapping[str, Factorizable], p: float) -> dict[str, Any]:
         layers: by name.
         p: share of the energy that a rank must hold.
     """
-    values = {name: spectra(module.weight) for name, module in layers.items()}
+    values = {name: spectra(kernel(module)) for name, module in layers.items()}
     return {
         "spectra": {
             name: {side: s.tolist() for side, s in sides.items()} for name, sides in values.items()

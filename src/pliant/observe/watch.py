@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from pliant.cost import Example, call, counted, evaluating, tensors
 
@@ -72,6 +73,15 @@ def first_tensor(args: Any, kwargs: Any) -> Any:
 def samples(example: Example) -> int:
     """Count the samples of a batch of inputs."""
     return counted(example)
+
+
+def one_sample(example: Example, row: int) -> Any:
+    """Return one sample of a batch of inputs: a row of every tensor with an axis."""
+
+    def take(value: Any) -> Any:
+        return value[row : row + 1] if isinstance(value, Tensor) and value.dim() else value
+
+    return tree_map(take, dict(example) if isinstance(example, Mapping) else tuple(example))
 
 
 class Stepped:

@@ -88,13 +88,23 @@ def cell(text: str, kind: str = "") -> str:
     return f'<td class="{kind}">{escape(text)}</td>'
 
 
-def table(label: str, names: Iterable[tuple[str, str]], body: str, *, tall: bool = False) -> str:
-    """Return a table that scrolls by itself: columns (name, class), rows as HTML."""
+def table(
+    label: str,
+    names: Iterable[tuple[str, str]],
+    body: str,
+    *,
+    tall: bool = False,
+    sort: bool = False,
+) -> str:
+    """Return a table that scrolls by itself: columns (name, class), rows as HTML.
+
+    One to sort can be sorted by its columns and filtered, by the numbers in ``data-value``.
+    """
     head = "".join(f'<th scope="col" class="{kind}">{escape(name)}</th>' for name, kind in names)
     return (
         f'<div class="scroll{" tall" if tall else ""}" role="region" tabindex="0" '
-        f'aria-label="{escape(label)}"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
+        f'aria-label="{escape(label)}"><table{" data-sort" if sort else ""}>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
     )
 
 

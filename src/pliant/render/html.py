@@ -10,6 +10,7 @@ from pliant.render.canvas import Plot
 from pliant.render.document import cell, document, facts, method, section, table
 from pliant.render.figures import plots
 from pliant.render.genotype import genotype_svg
+from pliant.render.many import together
 from pliant.result import LayerRow, Report
 
 LAYER_COLUMNS = (
@@ -33,6 +34,7 @@ def html(report: Report) -> str:
 </noscript>
 {_costs(report, drawn["costs"])}
 {_tradeoff(report, drawn.get("tradeoff"))}
+{together(words.tried(report), "What was tried", "Every network that was tried", "tried")}
 {_stages(report, drawn.get("waterfall"))}
 {section(drawn["spectrum"])}
 {section(drawn["ranks"])}
@@ -129,7 +131,7 @@ def _layers(report: Report, plot: Plot) -> str:
     body = "".join(_layer(index, row, timed=timed) for index, row in enumerate(report.layers, 1))
     heading = "<h3>Every layer</h3>"
     columns = (*LAYER_COLUMNS, *(TIME_COLUMNS if timed else ()))
-    every = table("Every layer", columns, body, tall=True)
+    every = table("Every layer", columns, body, tall=True, sort=True)
     return section(plot, heading, every, kind="long")
 
 
@@ -165,7 +167,12 @@ def _run(report: Report, plot: Plot) -> str:
         ("Export", list(words.facts(report.export))),
         (
             "Where and with what",
-            [("device", report.device), ("seed", str(report.seed)), *report.versions.items()],
+            [
+                ("task", report.task or "none"),
+                ("device", report.device),
+                ("seed", str(report.seed)),
+                *report.versions.items(),
+            ],
         ),
     )
     said = "".join(f"<h3>{name}</h3>{facts(pairs)}" for name, pairs in groups if pairs)

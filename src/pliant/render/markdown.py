@@ -17,6 +17,7 @@ def markdown(report: Report) -> str:
                 f"{_safe(words.verdict(report))} {_safe(words.summary(report))}",
                 _costs(report),
                 *_sizes(report),
+                *_tried(report),
                 *_stages(report),
                 "## Layers",
                 _layers(report.layers),
@@ -36,6 +37,7 @@ def provenance(report: Report) -> list[tuple[str, str]]:
         ("model", report.model),
         ("data", report.data or words.NONE),
         *words.facts(report.inputs, "inputs: "),
+        *([("task", report.task)] if report.task else []),
         ("seed", str(report.seed)),
         ("device", report.device),
         *words.facts(report.train, "training: "),
@@ -58,6 +60,14 @@ def _sizes(report: Report) -> list[str]:
     """The table of the sizes of an elastic network; nothing where there is one size only."""
     table = _table(words.SIZE_COLUMNS, words.sizes(report), align="rrrrr")
     return ["## Every size in the file", table] if report.sizes else []
+
+
+def _tried(report: Report) -> list[str]:
+    """The table of what was tried where sizes or methods were searched; nothing otherwise."""
+    table = _table(
+        ("network", *words.TRIED_COLUMNS, ""), words.tried_cells(report), align="lrrrrrrl"
+    )
+    return ["## What was tried", table] if report.tried else []
 
 
 def _stages(report: Report) -> list[str]:

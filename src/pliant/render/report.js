@@ -40,6 +40,50 @@
     graph.before(label);
   }
 
+  function value(row, column) {
+    const cell = row.cells[column];
+    return cell.dataset.value === undefined ? cell.textContent.trim() : Number(cell.dataset.value);
+  }
+
+  // Numbers come before words, and empty cells stay last whichever way a column is sorted.
+  function order(a, b, turn) {
+    const empty = (x) => x === "" || x === "–";
+    if (empty(a) || empty(b)) return empty(a) - empty(b);
+    if (typeof a === "number" && typeof b === "number") return turn * (a - b);
+    return turn * String(a).localeCompare(String(b), undefined, { numeric: true });
+  }
+
+  function sortable(table) {
+    const body = table.tBodies[0];
+    [...table.tHead.rows[0].cells].forEach(function (head, column) {
+      if (!head.textContent) return;
+      const button = document.createElement("button");
+      button.type = "button";
+      button.textContent = head.textContent;
+      head.replaceChildren(button);
+      button.addEventListener("click", function () {
+        const turn = head.ariaSort === "ascending" ? -1 : 1;
+        [...head.parentNode.cells].forEach((other) => other.removeAttribute("aria-sort"));
+        head.setAttribute("aria-sort", turn > 0 ? "ascending" : "descending");
+        const rows = [...body.rows];
+        rows.sort((a, b) => order(value(a, column), value(b, column), turn));
+        body.append(...rows);
+      });
+    });
+    const label = document.createElement("label");
+    const input = document.createElement("input");
+    label.className = "pick";
+    input.type = "search";
+    label.append("Show only", input);
+    input.addEventListener("input", function () {
+      const wanted = input.value.toLowerCase();
+      for (const row of body.rows) row.hidden = !row.textContent.toLowerCase().includes(wanted);
+    });
+    table.parentNode.before(label);
+  }
+
+  document.querySelectorAll("table[data-sort]").forEach(sortable);
+
   const graphs = [];
   document.querySelectorAll(".graph").forEach(function (graph) {
     try {

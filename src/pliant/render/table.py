@@ -1,25 +1,83 @@
 """Tables for the terminal; each stays readable at 80 columns."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich import box
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from rich.text import Text
 
+from pliant.errors import shown
 from pliant.registry import Entry
 from pliant.render import words
 from pliant.result import LayerRow, Report
 
 BARS = "▁▂▃▄▅▆▇█"
+MANY = (
+    ("accuracy", "accuracy", words.percent),
+    ("params", "params", words.human),
+    ("latency_ms", "ms", words.milliseconds),
+    ("seconds", "took", words.seconds),
+)
+LEAST = 8  # characters of a column that may be folded
 SPARK = 12  # characters of a spectrum in a table
 
 
+class _Fitting(Table):
+    """A table that writes its rows below each other where they would be cut at the right."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Render as a table where its columns fit, and as a list of rows where they do not."""
+        if self._needed() <= options.max_width:
+            yield from super().__rich_console__(console, options)
+            return
+        yield from (Text(overflow="fold").join(part) for part in self._listed())
+
+    def _needed(self) -> int:
+        """The least width at which every column can be read."""
+        widths = []
+        for column in self.columns:
+            cells = [_text(cell) for cell in (column.header, *column.cells)]
+            whole = max((line.cell_len for cell in cells for line in cell.split()), default=0)
+            folds = column.overflow == "fold" and not column.no_wrap
+            widths.append(min(whole, column.min_width or LEAST) if folds else whole)
+        return sum(widths) + 2 * len(widths)
+
+    def _listed(self) -> Iterator[list[Text]]:
+        if self.title:
+            yield [_text(self.title)]
+        heads = [_text(column.header) for column in self.columns]
+        for row in zip(*(column.cells for column in self.columns), strict=True):
+            first, *rest = map(_text, row)
+            yield [Text(first.plain, "bold")]
+            for head, cell in zip(heads[1:], rest, strict=True):
+                if cell.plain.strip():
+                    yield [Text(f"    {head.plain or 'what'}: ", "dim"), cell]
+        if self.caption:
+            yield [_text(self.caption)]
+
+
+def _text(cell: Any) -> Text:
+    return cell if isinstance(cell, Text) else Text(str(cell))
+
+
 def _table(title: str | None = None) -> Table:
-    return Table(
+    return _Fitting(
         title=title and Text(title), title_justify="left", title_style="bold", box=box.SIMPLE_HEAD,
         pad_edge=False, collapse_padding=True, padding=(0, 1), header_style="bold",
     )  # fmt: skip
+
+
+def plain(pairs: Sequence[tuple[str, str]]) -> Table:
+    """List names and what they stand for."""
+    table = _table()
+    table.show_header = False
+    table.add_column("", no_wrap=True)
+    table.add_column("", overflow="fold")
+    for name, text in pairs:
+        table.add_row(Text(name, "dim"), Text(text))
+    return table
 
 
 def before_after(report: Report) -> Table:
@@ -30,7 +88,8 @@ def before_after(report: Report) -> Table:
         table.add_column(name, justify="right")
     for row in words.comparisons(report):
         table.add_row(row.label, row.before, Text(row.after, "bold"), Text(row.change, "green"))
-    table.caption = Text(words.verdict(report), "dim" if words.fine(report) else "bold red")
+    said = f"{words.verdict(report)} {words.near(report)}".strip()
+    table.caption = Text(said, "dim" if words.fine(report) else "bold red")
     table.caption_justify = "left"
     return table
 
@@ -42,6 +101,39 @@ def sizes(report: Report) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     for row in words.sizes(report):
         table.add_row(*row)
+    return table
+
+
+def tried(report: Report) -> Table:
+    """List what was tried where sizes or methods were searched, the chosen one in bold."""
+    table, rows = _table("What was tried"), words.tried_cells(report)
+    shown = [place for place in range(1, 7) if any(row[place] != words.NONE for row in rows)]
+    table.add_column("network", overflow="fold", min_width=10)
+    for place in shown:
+        table.add_column(words.TRIED_COLUMNS[place - 1], justify="right", no_wrap=place != 5)
+    table.add_column("", overflow="fold", ratio=1)
+    for tried, cells in zip(report.tried, rows, strict=True):
+        said = "chosen" if tried.get("chosen") else cells[-1]
+        texts = (cells[0], *(cells[place] for place in shown), said)
+        table.add_row(*map(Text, texts), style="bold" if tried.get("chosen") else "dim")
+    table.caption = Text("; ".join(row["note"] for row in words.tried(report) if row.get("chosen")))
+    table.caption_justify = "left"
+    return table
+
+
+def many(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """List networks: what each costs and scores, or why there is none."""
+    table = _table()
+    kept = [each for each in MANY if any(row.get(each[0]) is not None for row in rows)]
+    table.add_column("network", overflow="fold", min_width=14, ratio=2)
+    for _, name, _ in kept:
+        table.add_column(name, justify="right", no_wrap=True)
+    refused = any(row.get("refused") for row in rows)
+    if refused:
+        table.add_column("refused", overflow="fold", ratio=2)
+    for row in rows:
+        texts = [str(row["name"]), *(write(row.get(key)) for key, _, write in kept)]
+        table.add_row(*map(Text, texts + ([str(row.get("refused") or "")] if refused else [])))
     return table
 
 
@@ -74,7 +166,7 @@ def _layer(row: LayerRow) -> tuple[Text, ...]:
     if not words.is_changed(row):
         became = f"dense: {words.why(row)}"
     return (
-        Text(row.layer, style),
+        Text(shown(row.layer, 200), style),
         Text(became, style),
         Text(_change(row, "params"), style),
         Text(_change(row, "macs"), style),
@@ -102,7 +194,7 @@ def methods(entries: Sequence[Entry]) -> Table:
     table.add_column("method", overflow="fold", min_width=22, style="bold")
     table.add_column("verb", no_wrap=True)
     table.add_column("saves", overflow="fold", min_width=7, max_width=7)
-    table.add_column("what it does", overflow="fold")
+    table.add_column("what it does", overflow="fold", min_width=20)
     table.add_column("paper", overflow="fold", min_width=9, max_width=9)
     family = ""
     for entry in entries:
@@ -146,7 +238,7 @@ def cell(value: Any) -> str:
         return words.human(value)
     if isinstance(value, (list, tuple)) and all(isinstance(v, (int, float)) for v in value):
         return spark(value) if len(value) > 4 else "/".join(map(words.human, value))
-    return words.plain(value)
+    return shown(words.plain(value), 200)
 
 
 def spark(values: Sequence[float]) -> str:

@@ -9,7 +9,7 @@ from pliant import registry
 from pliant.budget import share_of
 from pliant.errors import MethodError
 from pliant.registry import Entry
-from pliant.result import LayerRow, Report
+from pliant.result import LayerRow, Report, Side
 
 NONE = "–"
 LEFT = "left alone"
@@ -108,10 +108,9 @@ def comparisons(report: Report) -> list[Comparison]:
     """Return what was measured on both sides: scores first, then costs."""
     rows = []
     before, after = report.before, report.after
-    if known(before.accuracy) or known(after.accuracy):
-        both = [percent(side.accuracy, 2) for side in (before, after)]
-        change = points(before.accuracy, after.accuracy)
-        rows.append(Comparison("Accuracy", both[0], both[1], change, change))
+    for name in list(before.metrics) or ["accuracy"]:
+        if name != "loss":
+            rows += _scored(report, name)
     if known(before.loss) or known(after.loss):
         both = [f"{side.loss:.4g}" if known(side.loss) else NONE for side in (before, after)]
         rows.append(Comparison("Loss", both[0], both[1], _difference(before.loss, after.loss)))
@@ -124,6 +123,25 @@ def comparisons(report: Report) -> list[Comparison]:
             texts = [spread(side.latency_ms, side.latency_spread_ms) for side in (before, after)]
         rows.append(Comparison(label, texts[0], texts[1], times(old, new), _said(old, new)))
     return rows
+
+
+def _value(side: Side, name: str) -> float | None:
+    return side.metrics.get(name, side.accuracy if name == "accuracy" else None)
+
+
+def _scored(report: Report, name: str) -> list[Comparison]:
+    """Compare a metric: shares in points of a percent, others as the numbers that they are."""
+    old, new = (_value(side, name) for side in (report.before, report.after))
+    if not known(old) and not known(new):
+        return []
+    unit = "share" if name == "accuracy" else report.metrics.get(name, {}).get("unit", "")
+    label = "Accuracy" if name == "accuracy" else name
+    if unit == "share":
+        change = points(old, new)
+        return [Comparison(label, percent(old, 2), percent(new, 2), change, change)]
+    written = [NONE if not known(v) else f"{v:.4g} {unit}".strip() for v in (old, new)]
+    change = f"{_difference(old, new)} {unit}".strip()
+    return [Comparison(label, written[0], written[1], change, change)]
 
 
 @dataclass(frozen=True)
@@ -181,6 +199,48 @@ def sizes(report: Report) -> list[tuple[str, str, str, str, str]]:
     ]
 
 
+def tried(report: Report) -> list[dict[str, Any]]:
+    """Return a row for every network that was tried on the way, with a name and a note."""
+    return [{**row, "name": _tried_name(row), "note": _tried_note(row)} for row in report.tried]
+
+
+TRIED_COLUMNS = ("params", "bytes", "ms", "accuracy", "points lost", "took")
+
+
+def tried_cells(report: Report) -> list[tuple[str, ...]]:
+    """Return the cells of the table of what was tried: a name, `TRIED_COLUMNS`, a note."""
+    return [
+        (
+            row["name"],
+            human(row.get("params")),
+            size(row.get("bytes")),
+            human(row.get("latency_ms")),
+            percent(row.get("accuracy"), 2),
+            NONE if row.get("lost") is None else f"{row['lost']:.2f}",
+            seconds(row.get("seconds")),
+            row["note"],
+        )
+        for row in tried(report)
+    ]
+
+
+def _tried_name(row: Mapping[str, Any]) -> str:
+    share = row.get("share")
+    sized = "" if share is None else f"at {100 * share:.1f} %"
+    trained = "trained" if row.get("trained") else ""
+    return ", ".join(filter(None, (row.get("plan", ""), sized, trained)))
+
+
+def _tried_note(row: Mapping[str, Any]) -> str:
+    if row.get("chosen"):
+        return f"chosen: {row['why']}" if "why" in row else "chosen"
+    if "refused" in row:
+        return str(row["refused"])
+    if row.get("met") is False:
+        return "misses the limits"
+    return "" if row.get("within") else "too much"
+
+
 def _said(before: float | None, after: float | None) -> str:
     return NONE if not before or not after else _sized(before, after, "less", "more")
 
@@ -214,8 +274,14 @@ def headline(report: Report) -> str:
     said = [_sized(report.before.bytes, report.after.bytes, "smaller", "larger")]
     if report.before.latency_ms and report.after.latency_ms:
         said.append(_sized(report.before.latency_ms, report.after.latency_ms, "faster", "slower"))
-    if known(report.before.accuracy) and known(report.after.accuracy):
+    first = next(iter(report.before.metrics), "accuracy")
+    scored = _scored(report, first)
+    if known(report.before.accuracy) and known(report.after.accuracy) and first == "accuracy":
         said.append(f"{percent(report.before.accuracy)} → {percent(report.after.accuracy)}")
+    elif scored:
+        said.append(f"{scored[0].label} {scored[0].before} → {scored[0].after}")
+    elif report.fidelity is not None and report.fidelity.agreement is not None:
+        said.append(f"{percent(report.fidelity.agreement)} of answers as before")
     return f"{where}: {', '.join(said)}"
 
 
@@ -231,16 +297,31 @@ def lost(report: Report) -> str:
     Empty where nothing was scored.
     """
     found = report.verdict
-    if found is None or found.lost is None or found.low is None or found.high is None:
+    if found is None or found.lost is None:
         return ""
+    name = "Accuracy" if found.metric == "accuracy" else found.metric
+    unit = "points" if found.unit == "points" else "%"
     change = "gained" if found.lost < 0 else "lost"
-    said = (
-        f"{abs(found.lost):.1f} points {change} ({_signed(-found.high, 1)} to "
-        f"{_signed(-found.low, 1)} on all such samples, 95 %)"
-    )
+    said = f"{abs(found.lost):.1f} {unit} {change}"
+    if found.low is not None and found.high is not None:
+        ends = f"{_signed(-found.high, 1)} to {_signed(-found.low, 1)}"
+        said += f" ({ends} on all such samples, 95 %)"
     if found.holds:
-        return f"Accuracy kept: {said}, {found.bound:g} may be lost."
-    return f"Accuracy lost: {said}, where {found.bound:g} may be."
+        return f"{name} kept: {said}, {found.bound:g} may be lost."
+    return f"{name} lost: {said}, where {found.bound:g} may be."
+
+
+def near(report: Report) -> str:
+    """Say how near outputs are to the dense network's; empty where they were not compared."""
+    found = report.fidelity
+    if found is None:
+        return ""
+    same = (
+        [] if found.agreement is None else [f"{percent(found.agreement)} of answers are the same"]
+    )
+    said = [*same, f"relative error {found.error:.2g}", f"cosine {found.cosine:.4f}"]
+    of = "the example" if found.where == "example" else f"{found.samples} samples of {found.where}"
+    return f"Beside the dense network, on {of}: {', '.join(said)}."
 
 
 def fine(report: Report) -> bool:
@@ -313,7 +394,8 @@ def summary(report: Report) -> str:
     rest = "" if changed == len(rows) else "; the table says why the others were left alone"
     return (
         f"{names} changed {changed} of the {len(rows)} layers that cost MACs{rest}.{_timed(report)}"
-    )
+        f" {near(report)}"
+    ).rstrip()
 
 
 def _timed(report: Report) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pliant.cost import Example, call, evaluating
-from pliant.observe.watch import capture, samples
+from pliant.observe.watch import capture, first_tensor, samples
 
 
 def recalibrate(model: nn.Module, batches: Iterable[Example]) -> int:
@@ -32,6 +32,8 @@ def recalibrate(model: nn.Module, batches: Iterable[Example]) -> int:
     if not norms:
         return 0
     momenta = {norm: norm.momentum for norm in norms}
+    before = {norm: {n: b.clone() for n, b in norm.named_buffers()} for norm in norms}
+    handles = [norm.register_forward_pre_hook(_average, with_kwargs=True) for norm in norms]
     try:
         most = 0
         with evaluating(model), torch.no_grad():  # only the norms see training mode, not dropout
@@ -44,9 +46,19 @@ def recalibrate(model: nn.Module, batches: Iterable[Example]) -> int:
                 call(model, batch)
                 most = max(most, size)
     finally:
+        for handle in handles:
+            handle.remove()
         for norm in norms:
             norm.momentum = momenta[norm]
+            if not norm.num_batches_tracked:  # nothing was routed to it
+                norm.load_state_dict(before[norm], strict=False)
     return len(norms)
+
+
+def _average(norm: nn.Module, args: Any, kwargs: Any) -> None:
+    """Let a norm take part if it reads what a variance can be told from, before it is called."""
+    given = first_tensor(args, kwargs)
+    norm.train(given is not None and given.numel() > given.shape[1])
 
 
 def _begin(norms: Iterable[_BatchNorm]) -> None:
@@ -54,7 +66,6 @@ def _begin(norms: Iterable[_BatchNorm]) -> None:
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None  # a cumulative average
-        norm.train()
 
 
 def absorb(
@@ -103,4 +114,4 @@ def _mean_inputs(
     with capture(model, layers, see):
         for batch in batches:
             call(model, batch)
-    return {name: total / counts[name] for name, total in sums.items()}
+    return {name: total / counts[name] for name, total in sums.items() if counts[name]}

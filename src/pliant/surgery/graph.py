@@ -24,11 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from pliant.cost import Example, call, fitted, repeated, samples_of
-from pliant.edits.prune import sides
+from pliant.edits.prune import channel_axis, sides
 from pliant.errors import ModelError
 from pliant.nn.layers import shared_weights
 from pliant.observe.outputs import answers
 from pliant.observe.readers import readers
+from pliant.surgery.parted import Parted
 from pliant.surgery.select import READ, readable
 
 Slot = tuple[str, str]
@@ -67,7 +68,14 @@ class Group:
         return tuple(slot for slot in self.slots if slot[1] == "out")
 
 
-def trace(model: nn.Module, example: Example) -> tuple[list[Group], dict[str, str]]:
+def trace(
+    model: nn.Module,
+    example: Example,
+    others: Sequence[Example] = (),
+    *,
+    marks: Sequence[float] = (math.nan,),
+    heads: bool = False,
+) -> tuple[list[Group], dict[str, str]]:
     """Find the groups of channels that may leave a network, and why other layers keep theirs.
 
     The model is not touched. Needs a forward pass for every layer, on a few copies of one sample;
@@ -76,6 +84,9 @@ def trace(model: nn.Module, example: Example) -> tuple[list[Group], dict[str, st
     Args:
         model: any module.
         example: the inputs of one forward call, samples on the first axis.
+        others: further ones, for layers to which not every sample is routed.
+        marks: not-a-number, or `MOVES`, which pass where a network takes such numbers out.
+        heads: whether the heads that an axis of channels is cut into leave whole.
 
     Returns:
         The groups in the order of the model, not proven yet, and for every layer none of whose
@@ -85,11 +96,11 @@ def trace(model: nn.Module, example: Example) -> tuple[list[Group], dict[str, st
         ModelError: the network answers with no tensor that marks could arrive in.
     """
     try:
-        probe = _spread(model, example, (math.nan,))
+        probe = _spread(model, [example, *others], marks, heads)
     except ModelError:
         raise
     except Exception:  # a model may object to such numbers in any way
-        probe = _spread(model, example, MOVES)
+        probe = _spread(model, [example, *others], MOVES, heads)
     _pin_unreadable(model, example, probe)
     probe.tie_groups()
     return _groups(probe), _reasons(probe)
@@ -114,11 +125,22 @@ class _Union:
         self.parent[self.find(one)] = self.find(other)
 
 
-def _spread(model: nn.Module, example: Example, marks: Sequence[float]) -> _Probe:
-    probe = _Probe(copy.deepcopy(model).eval(), example)
-    for slot in [slot for slot in probe.sizes if slot[1] == "out"]:
-        for mark in marks:
-            probe.spread(slot, mark)
+def _spread(
+    model: nn.Module, examples: Sequence[Example], marks: Sequence[float], heads: bool
+) -> _Probe:
+    network = copy.deepcopy(model).eval()
+    for example in examples:
+        samples_of(network, example)  # asked before there are marks, and remembered
+    probe = _Probe(network, examples[0], heads=heads)
+    sources = [slot for slot in probe.sizes if slot[1] == "out"]
+    for example in examples:
+        probe.begin(example)
+        for slot in sources:
+            for mark in marks:
+                probe.spread(slot, mark)
+    for slot in sources:
+        if slot not in probe.marked and probe.sizes[slot] > 1:
+            probe.pin(slot, range(probe.sizes[slot]), UNSEEN)
     return probe
 
 
@@ -134,10 +156,11 @@ class _Probe:
     marked: set[Slot] = field(default_factory=set)
     source: Slot = ("", "")
     codes: Tensor = field(default_factory=lambda: torch.empty(0))  # (samples, channels)
+    heads: bool = False  # whether heads leave whole
     mark: float = math.nan  # in the place of marked values, or added to them
+    kept: dict[tuple[str, torch.Size], Tensor] = field(default_factory=dict)  # for one sample
 
     def __post_init__(self) -> None:
-        samples_of(self.model, self.example)  # asked before there are marks, and remembered
         total = 0
         for name, module in self.model.named_modules():
             for side, size in sides(module).items():
@@ -149,20 +172,23 @@ class _Probe:
                 module.register_forward_pre_hook(self._reader((name, "channels")))
         self.union = _Union(list(range(total)))
 
+    def begin(self, example: Example) -> None:
+        """Take another sample, and forget what layers gave for the last one."""
+        self.example = example
+        self.kept.clear()
+
     def spread(self, source: Slot, mark: float) -> None:
         """Mark the outputs of one layer and see where they arrive."""
         if self.sizes[source] < 2:
             return  # a single channel cannot leave, and ties nothing: elsewhere it is broadcast
         self.source, self.codes, self.mark = source, _codes(self.sizes[source]), mark
-        with torch.no_grad(), slow_attention():
+        with torch.no_grad(), slow_attention(), Parted(self._tie_parts, heads=self.heads):
             output = call(self.model, first_sample(self.example, self.model, len(self.codes)))
         arrived = torch.zeros(len(self.codes), dtype=torch.bool)
         for tensor in answers(output):
             if tensor.dim():
                 arrived |= self._by_sample(tensor)
         self.pin(source, _covered(self.codes, arrived), OUTPUT)
-        if source not in self.marked:
-            self.pin(source, range(self.sizes[source]), UNSEEN)
 
     def pin(self, slot: Slot, channels: Iterable[int], reason: str) -> None:
         """Note that channels must stay."""
@@ -179,6 +205,18 @@ class _Probe:
             for channel in range(size):
                 self.union.join(first + channel, first + channel % width)
 
+    def _tie_parts(self, parts: Sequence[Tensor], axis: int) -> None:
+        """Tie what lies at one place of equal parts of a tensor: its middle moves with them."""
+        if len(parts[0]) != len(self.codes):
+            return
+        marked = [self._marks(part).movedim(axis, 1) for part in parts]
+        each = torch.stack([marks.reshape(*marks.shape[:2], -1).any(2) for marks in marked])
+        for place in each.any(0).any(0).nonzero().flatten().tolist():
+            found = [c for marks in each for c in _covered(self.codes, marks[:, place].cpu())]
+            for channel in found[1:]:
+                first = self.first[self.source]
+                self.union.join(first + found[0], first + channel)
+
     def _by_sample(self, tensor: Tensor) -> Tensor:
         if len(tensor) != len(self.codes):
             return torch.full((len(self.codes),), bool(tensor.isnan().any()))
@@ -193,29 +231,29 @@ class _Probe:
     def _reader(self, slot: Slot) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             if args and isinstance(args[0], Tensor):
-                self._read(slot, args[0], 1)
+                self._read(slot, args[0], channel_axis(module, args[0]))
 
         return hook
 
     def _marking(self, name: str, module: nn.Module) -> Callable[[Tensor], Tensor]:
         """Compute one sample, once, and give its output to all: marked, if it is the source."""
-        compute, kept = module.forward, dict[torch.Size, Tensor]()
+        compute, kept = module.forward, self.kept
         features = isinstance(module, nn.Linear)
 
         def forward(input: Tensor) -> Tensor:
-            count, shape = len(self.codes), input.shape[1:]
+            count, place = len(self.codes), (name, input.shape[1:])
             self._read((name, "in"), input, input.dim() - 1 if features else 1)
             if len(input) != count:
                 return compute(input.nan_to_num())
-            if shape not in kept:
-                kept[shape] = compute(input[:1].nan_to_num())
-            output = kept[shape].expand(count, *kept[shape].shape[1:]).clone()
+            if place not in kept:
+                kept[place] = compute(input[:1].nan_to_num())
+            output = kept[place].expand(count, *kept[place].shape[1:]).clone()
             if self.source != (name, "out"):
                 return output
             self.marked.add(self.source)
             axis = output.dim() - 1 if features else 1
-            place = [size if dim in (0, axis) else 1 for dim, size in enumerate(output.shape)]
-            marked = self.codes.to(output.device).view(place)
+            shape = [size if dim in (0, axis) else 1 for dim, size in enumerate(output.shape)]
+            marked = self.codes.to(output.device).view(shape)
             if math.isnan(self.mark):
                 return output.masked_fill(marked, math.nan)
             return output + self.mark * marked

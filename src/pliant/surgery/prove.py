@@ -14,16 +14,23 @@ from pliant.cost import Example, call
 from pliant.edits import Edit, replay
 from pliant.edits.prune import Prune, sides
 from pliant.errors import EditError
+from pliant.observe.order import called_by
 from pliant.observe.outputs import alike, answers
-from pliant.surgery.graph import Group, Slot, first_sample, slow_attention, trace
+from pliant.observe.watch import one_sample, samples
+from pliant.surgery.even import evened
+from pliant.surgery.graph import MOVES, Group, Slot, first_sample, slow_attention, trace
 
 Leaving = Mapping[str, Sequence[int]]
 """For every group by name, the units that leave."""
 
+UNEVEN = "it can lose channels only with as many of others, which have another number of them"
+WITHOUT = "without some of its channels"
 CLOSE = 1e-4  # largest difference that rounding may make, relative to the largest output
 
 
-def cuttable(model: nn.Module, example: Example) -> tuple[list[Group], dict[str, str]]:
+def cuttable(
+    model: nn.Module, example: Example, batches: Iterable[Example] = ()
+) -> tuple[list[Group], dict[str, str]]:
     """Find the groups of channels that are proven to be removable, and why others are not.
 
     Half of the units of all groups are removed from a copy with random weights, at once. Where
@@ -32,6 +39,7 @@ def cuttable(model: nn.Module, example: Example) -> tuple[list[Group], dict[str,
     Args:
         model: not touched.
         example: the inputs of one forward call.
+        batches: more inputs, asked for where the example calls not all layers.
 
     Returns:
         The groups in the order of the model, and a reason for every layer with channels all of
@@ -41,16 +49,64 @@ def cuttable(model: nn.Module, example: Example) -> tuple[list[Group], dict[str,
         ModelError: the network answers with no tensor that could be compared.
     """
     random = randomized(model)
-    found, reasons = trace(random, example)
+    others = reaching(random, example, batches)
+    examples = [example, *others]
+    good, uneven, reasons = _traced(random, examples)
+    # Not-a-number may have been taken out on its way (a mask, a check, a distribution), and heads
+    # of attention leave whole.
+    for other in ({"heads": True}, {"marks": MOVES}) if uneven or _lost(reasons) else ():
+        again = _traced(random, examples, **other)
+        if _channels(again[0]) > _channels(good):
+            good, uneven, reasons = again
+    for group in uneven:
+        reasons |= {layer: UNEVEN for layer, side in group.slots if side != "in"}
+    changed = {layer for group in good for layer, side in group.slots if side != "in"}
+    return good, {layer: why for layer, why in reasons.items() if layer not in changed}
+
+
+def _traced(
+    random: nn.Module, examples: Sequence[Example], **how: Any
+) -> tuple[list[Group], list[Group], dict[str, str]]:
+    """Groups that are proven, those that only equal numbers may leave, why layers keep channels."""
+    found, reasons = trace(random, examples[0], examples[1:], **how)
     good = found
-    while failing := _failing(random, example, sorted(good, key=lambda g: len(g.slots))):
+    while failing := _failing(random, examples, sorted(good, key=lambda g: len(g.slots))):
         for group in good:
             for layer, side in group.slots if group.name in failing else ():
                 if side != "in":
-                    reasons[layer] = f"without some of its channels {failing[group.name]}"
+                    reasons[layer] = f"{WITHOUT} {failing[group.name]}"
         good = [group for group in good if group.name not in failing]
-    changed = {layer for group in good for layer, side in group.slots if side != "in"}
-    return good, {layer: why for layer, why in reasons.items() if layer not in changed}
+
+    def fails(some: Sequence[Group], leaving: Leaving) -> bool:
+        return bool(_problem(random, examples, edits_of(random, some, leaving)))
+
+    for some in _as_many([group for group in found if group not in good]):
+        if not fails(some, {group.name: _every_second(group) for group in some}):
+            good = [group for group in found if group in good or group in some]
+    good, uneven = evened(good, fails) if good else ([], [])
+    return good, uneven, reasons
+
+
+def _as_many(groups: Sequence[Group]) -> list[list[Group]]:
+    """Groups that have as many units as others: what fails alone may leave in equal numbers."""
+    counts = dict.fromkeys(len(group.units) for group in groups)
+    sets = [[group for group in groups if len(group.units) == count] for count in counts]
+    return [some for some in sets if len(some) > 1]
+
+
+def _lost(reasons: Mapping[str, str]) -> bool:
+    return any(why.startswith(WITHOUT) for why in reasons.values())
+
+
+def _channels(groups: Sequence[Group]) -> int:
+    """How many outputs of layers there are in groups."""
+    return sum(
+        len(unit[place])
+        for group in groups
+        for unit in group.units
+        for place, (_, side) in enumerate(group.slots)
+        if side == "out"
+    )
 
 
 def edits_of(model: nn.Module, groups: Iterable[Group], leaving: Leaving) -> list[Prune]:
@@ -68,7 +124,35 @@ def edits_of(model: nn.Module, groups: Iterable[Group], leaving: Leaving) -> lis
     ]
 
 
-def prove(model: nn.Module, example: Example, edits: Sequence[Prune]) -> None:
+def reaching(model: nn.Module, example: Example, batches: Iterable[Example]) -> list[Example]:
+    """Return samples that call the layers which a first one does not call: experts, for example.
+
+    Args:
+        model: not touched.
+        example: the first sample.
+        batches: inputs among which more are looked for, as far as needed.
+    """
+    names = [name for name, module in model.named_modules() if "in" in sides(module)]
+    seen, found = called_by(model, names, [first_sample(example, model)]), []
+    for batch in batches if len(seen) < len(names) else ():
+        ahead = called_by(model, names, [batch]) - seen
+        for row in range(samples(batch)):
+            if not ahead:
+                break
+            sample = one_sample(batch, row)
+            new = ahead & called_by(model, names, [sample])
+            if new:
+                found.append(sample)
+                seen, ahead = seen | new, ahead - new
+    return found
+
+
+def prove(
+    model: nn.Module,
+    example: Example,
+    edits: Sequence[Prune],
+    batches: Iterable[Example] = (),
+) -> None:
     """Make sure that a cut network runs, and computes what the whole one does without them.
 
     Both are tried as copies with random weights: in the whole one, all that reads the channels
@@ -77,7 +161,8 @@ def prove(model: nn.Module, example: Example, edits: Sequence[Prune]) -> None:
     Raises:
         EditError: the cut network fails in forward, or computes something else.
     """
-    if problem := _problem(randomized(model), example, edits):
+    random = randomized(model)
+    if problem := _problem(random, [example, *reaching(random, example, batches)], edits):
         raise EditError(f"These channels cannot be removed: without them {problem}.")
 
 
@@ -117,7 +202,7 @@ def silence(model: nn.Module, edits: Iterable[Prune]) -> None:
     for edit in edits:
         module, gone = model.get_submodule(edit.layer), list(edit.removed())
         for name in ("weight", "bias") if edit.side != "in" else ():
-            tensor = getattr(module, name)
+            tensor = getattr(module, name, None)
             if tensor is not None:
                 tensor.detach().unflatten(0, (edit.of, -1))[gone] = 0
 
@@ -125,19 +210,21 @@ def silence(model: nn.Module, edits: Iterable[Prune]) -> None:
 # ---------------------------------------------------------------- proofs
 
 
-def _failing(random: nn.Module, example: Example, groups: Sequence[Group]) -> dict[str, str]:
+def _failing(
+    random: nn.Module, examples: Sequence[Example], groups: Sequence[Group]
+) -> dict[str, str]:
     """Name the groups that cannot be cut, and what happens then."""
     if not groups:
         return {}
     halves = {group.name: _every_second(group) for group in groups}
-    problem = _problem(random, example, edits_of(random, groups, halves))
+    problem = _problem(random, examples, edits_of(random, groups, halves))
     if not problem:
         return {}
     if len(groups) == 1:
         return {groups[0].name: problem}
     middle = len(groups) // 2
-    first = _failing(random, example, groups[:middle])
-    second = _failing(random, example, groups[middle:])
+    first = _failing(random, examples, groups[:middle])
+    second = _failing(random, examples, groups[middle:])
     if first or second:
         return first | second
     return {group.name: f"and of others {problem}" for group in groups}
@@ -150,11 +237,12 @@ def _every_second(group: Group) -> list[int]:
     return order[: len(order) // 2]
 
 
-def _problem(random: nn.Module, example: Example, edits: Sequence[Prune]) -> str:
+def _problem(random: nn.Module, examples: Sequence[Example], edits: Sequence[Prune]) -> str:
     """Say what goes wrong in a cut network, or nothing."""
     whole = copy.deepcopy(random)
     ignore(whole, edits)
-    return differs(whole, example, random, edits)
+    found = (differs(whole, example, random, edits) for example in examples)
+    return next(filter(None, found), "")
 
 
 def differs(whole: nn.Module, example: Example, random: nn.Module, edits: Sequence[Edit]) -> str:

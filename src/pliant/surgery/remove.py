@@ -73,6 +73,21 @@ def prove_removed(model: nn.Module, example: Example, edits: Sequence[Remove]) -
         raise EditError(f"These blocks cannot be removed: without them {problem}.")
 
 
+def branch_ends(model: nn.Module, example: Example, edits: Sequence[Remove]) -> list[str]:
+    """Name for each block the layer that its branch ends with, before the sum; a layer for itself.
+
+    Raises:
+        EditError: a block has no such layer.
+    """
+    seen = _look(model, example)
+    return [
+        edit.layer
+        if isinstance(model.get_submodule(edit.layer), WEIGHTED)
+        else _end(model, edit, seen)
+        for edit in edits
+    ]
+
+
 def close_branch(model: nn.Module, example: Example, edit: Remove) -> None:
     """Let the branch of a block end in zeros, or a single layer pass what comes, in place.
 
@@ -132,7 +147,8 @@ def _candidates(
     found += [Remove(name, relu=True)] if found else []
     for child in sorted(dict(module.named_children()), key=lambda name: _size(module, name)):
         inner = seen.get(f"{name}.{child}", [])
-        if len(inner) == 1 and inner[0].given is given and inner[0].output.shape == output.shape:
+        gives = inner[0].output if len(inner) == 1 and inner[0].given is given else None
+        if isinstance(gives, Tensor) and gives.shape == output.shape:
             found += [Remove(name, child), Remove(name, child, relu=True)]
     return found, "" if found else "it changes shapes, and no child of it does the same"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from functools import partial
 
 from torch import nn
 
@@ -16,7 +17,11 @@ READ = "{} reads this weight directly"
 
 
 def factorizable(
-    model: nn.Module, *, only: Sequence[str] = (), exclude: Sequence[str] = ()
+    model: nn.Module,
+    *,
+    only: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    every: bool = False,
 ) -> tuple[dict[str, Factorizable], dict[str, str]]:
     """Split the weighted layers into those that can be factorized and the rest, with reasons.
 
@@ -24,6 +29,7 @@ def factorizable(
         model: any module.
         only: shell patterns of layer names to consider; none means all.
         exclude: shell patterns of layer names to leave alone.
+        every: see `pliant.nn.layers.obstacle`.
 
     Returns:
         The factorizable layers by name, and for every other weighted layer why it is not.
@@ -31,7 +37,8 @@ def factorizable(
     Raises:
         MethodError: a pattern matches no layer.
     """
-    return _split(model, only, exclude, obstacle)
+    kinds = (*KERNELS, nn.Embedding) if every else KERNELS
+    return _split(model, only, exclude, partial(obstacle, every=every), kinds)
 
 
 def readable(
@@ -49,11 +56,12 @@ def _split(
     only: Sequence[str],
     exclude: Sequence[str],
     why_not: Callable[[nn.Module, str, dict[int, list[str]]], str | None],
+    kinds: tuple[type[nn.Module], ...] = KERNELS,
 ) -> tuple[dict[str, Factorizable], dict[str, str]]:
     layers: dict[str, Factorizable] = {}
     reasons: dict[str, str] = {}
     shared = shared_weights(model)
-    weighted = {n: module for n, module in model.named_modules() if isinstance(module, KERNELS)}
+    weighted = {n: module for n, module in model.named_modules() if isinstance(module, kinds)}
     check_names(weighted, (*only, *exclude))
     for name, module in weighted.items():
         if only and not matches(name, only):

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from pliant.cost import Example
 from pliant.data import Data
-from pliant.zoo.darts import supernet
+from pliant.nn.genotype import Genotype
+from pliant.nn.mobile import MobileNetwork, Space, Stage
+from pliant.zoo.darts import evaluation, supernet
+from pliant.zoo.staged import StagedResNet
 
 CLASSES = 4
 
@@ -173,6 +176,21 @@ def _supernet() -> nn.Module:
     return supernet(wiring, operations, cells=3, channels=2, classes=CLASSES)
 
 
+def _cells() -> nn.Module:
+    cell = Genotype.of((("sep_conv_3x3", 0), ("skip_connect", 1)))
+    return evaluation(cell, cells=3, channels=2, classes=CLASSES)
+
+
+def _mobile() -> nn.Module:
+    ops = ("mbconv_k3_e1", "mbconv_k5_e2", "skip_connect")
+    stages = (Stage(4, 2, 1, ops), Stage(8, 2, 2, ops))
+    return MobileNetwork(Space(3, 4, (3, 3), (1, 1), stages, head=8), CLASSES)
+
+
+def _staged() -> nn.Module:
+    return StagedResNet((1, 2), (4, 6), CLASSES)
+
+
 TOYS: dict[str, Toy] = {
     toy.name: toy
     for toy in (
@@ -190,5 +208,13 @@ TOYS: dict[str, Toy] = {
 }
 """All toys by name; the first one stands for ordinary networks and gets the thorough checks."""
 
-SPECIAL: dict[str, Toy] = {toy.name: toy for toy in (Toy("supernet", _supernet, (3, 6, 6)),)}
+SPECIAL: dict[str, Toy] = {
+    toy.name: toy
+    for toy in (
+        Toy("supernet", _supernet, (3, 6, 6)),
+        Toy("cells", _cells, (3, 6, 6)),
+        Toy("mobile", _mobile, (3, 6, 6)),
+        Toy("staged", _staged, (3, 6, 6)),
+    )
+}
 """Networks for methods that refuse ordinary ones, such as those that choose operations."""

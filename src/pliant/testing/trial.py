@@ -15,7 +15,7 @@ from torch.optim import SGD
 from pliant.api import compress
 from pliant.budget import Budget
 from pliant.data import Train, unpack
-from pliant.data.criterion import task_loss
+from pliant.data.guess import task_loss
 from pliant.drivers.score import forward
 from pliant.method import Method
 from pliant.result import Result

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 
 from pliant.errors import ModelError
 from pliant.nn.genotype import DARTS_V2
+from pliant.zoo import mobile
 from pliant.zoo.darts import evaluation, supernet
 from pliant.zoo.lenet import LeNet5
 from pliant.zoo.resnet import ResNet18
 from pliant.zoo.resnet_cifar import CifarResNet
+from pliant.zoo.staged import StagedResNet
 from pliant.zoo.vgg import VGG
 
 
@@ -58,7 +60,11 @@ NETWORKS: dict[str, Network] = {
     "resnet18-cifar": Network(partial(ResNet18, small=True), _SMALL, 10),
     "resnet18-cifar-half": Network(partial(ResNet18, small=True, width=0.5), _SMALL, 10),
     "resnet18": Network(ResNet18, _LARGE, 1000),
+    "staged-resnet": Network(lambda classes: StagedResNet(classes=classes), _SMALL, 10),
     "edarts-search": Network(supernet, _SMALL, 10),
+    "vpu-search": Network(mobile.supernet, _SMALL, 10),
+    "kws-search": Network(partial(mobile.supernet, mobile.KEYWORDS), (1, 10, 51), 12),
+    "mobilenet-v2-cifar": Network(partial(mobile.supernet, mobile.MOBILENET_V2), _SMALL, 10),
     "darts-v2": Network(partial(evaluation, DARTS_V2), _SMALL, 10),
 }
 

@@ -15,11 +15,13 @@ from pliant.families.lowrank.options import forms_of, options, with_kernels
 from pliant.families.lowrank.refit import reconstruct as refit
 from pliant.math.forms import FORMS, max_ranks
 from pliant.math.metric import Metric
+from pliant.nn.kinds import kernel
 from pliant.nn.layers import Factorizable
 from pliant.observe.moments import metrics
 from pliant.observe.spectra import row
 from pliant.plan.allocate import cheapest
 from pliant.run import Run
+from pliant.surgery.plain import plain
 from pliant.surgery.select import factorizable
 
 Layers = Mapping[str, Factorizable]
@@ -30,22 +32,30 @@ HELD = 2**27  # numbers in the output of one layer, for all samples that are ref
 
 
 def subjects(
-    run: Run, only: Sequence[str] = (), exclude: Sequence[str] = ()
+    run: Run, only: Sequence[str] = (), exclude: Sequence[str] = (), *, every: bool = False
 ) -> dict[str, Factorizable]:
     """Return the layers that a method may factorize, and record why the others may not be.
+
+    Args:
+        run: its network gets plain layers in the place of those that compute the same.
+        only: name patterns of the layers to consider; none means all.
+        exclude: name patterns of the layers to leave alone.
+        every: whether transposed convolutions and tables are among them, whose kernels only
+            `pliant.nn.kinds.kernel` reads right. Not where milliseconds are bounded: their forms
+            are not in the table of a target.
 
     Raises:
         ModelError: there are none.
         MethodError: a name pattern matches no layer.
     """
-    layers, reasons = run.factorizable(only, exclude)
+    layers, reasons = run.factorizable(only, exclude, every=every and run.clock is None)
     for name, reason in reasons.items():
         run.keep(name, reason)
     if not layers:
         why = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
         raise ModelError(
-            "The model has no layer to factorize: it needs a Conv1d/2d/3d with groups=1 or a "
-            f"Linear{f' ({why})' if why else ''}."
+            "The model has no layer to factorize: it needs a convolution with groups=1, a Linear "
+            f"or an Embedding{f' ({why})' if why else ''}."
         )
     return layers
 
@@ -62,12 +72,17 @@ def look(run: Run, layers: Layers, samples: int, *, seed: int = 0) -> dict[str, 
     """
     if not run.has_inputs or not samples:
         return {}
-    batches = run.inputs(samples, batch=BATCH, seed=seed)
-    return metrics(run.model, layers, batches, run.generator)
+    batches, loss = run.looks(samples, batch=BATCH, seed=seed)
+    return metrics(run.model, layers, batches, run.generator, loss)
 
 
 def check_reachable(
-    run: Run, form: Form = "auto", *, only: Sequence[str] = (), exclude: Sequence[str] = ()
+    run: Run,
+    form: Form = "auto",
+    *,
+    only: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    every: bool = False,
 ) -> None:
     """Refuse a budget that not even factors of rank one would meet, before any work.
 
@@ -76,6 +91,7 @@ def check_reachable(
         form: of the factors.
         only: name patterns of the layers to consider.
         exclude: name patterns of the layers to leave alone.
+        every: as for `subjects`.
 
     Raises:
         BudgetError: the message names what is reachable.
@@ -83,11 +99,16 @@ def check_reachable(
     """
     if not run.limits():
         return
+    if edits := plain(run.model, run.example):
+        run = run.rehearsal()
+        run.apply(*edits)
     costs, rows = run.planner.rows(), dict[str, list[Option]]()
-    for layer, module in factorizable(run.model, only=only, exclude=exclude)[0].items():
+    every = every and run.clock is None
+    found, _ = factorizable(run.model, only=only, exclude=exclude, every=every)
+    for layer, module in found.items():
         if not costs[layer].calls:  # left alone, and without inputs whose size would count
             continue
-        shape, rows[layer] = module.weight.shape, [Option(0.0, costs[layer])]
+        shape, rows[layer] = kernel(module).shape, [Option(0.0, costs[layer])]
         for kind in forms_of(shape, FORMS if form == "auto" else (form,)):
             edit = Factor(layer, kind, (1,) * len(max_ranks(shape, kind)))
             rows[layer].append(Option(1.0, edit.predict(costs[layer]), edit))
@@ -129,7 +150,7 @@ def choices(
     routed) counts as the others do on average.
     """
     costs = run.planner.rows()
-    worth = {n: seen[n].energy(m.weight.detach()) for n, m in layers.items() if n in seen}
+    worth = {n: seen[n].energy(kernel(m).detach()) for n, m in layers.items() if n in seen}
     usual = sum(worth.values()) / max(1, len(worth))
     allowed = FORMS[:4] if form == "auto" else (form,)
     timed = run.clock is not None and "latency" in run.limits()
@@ -139,11 +160,11 @@ def choices(
         if timed and run.clock is not None:
             steps = {
                 kind: run.clock.table.step_for(module, kind)
-                for kind in forms_of(module.weight.shape, allowed)
+                for kind in forms_of(kernel(module).shape, allowed)
             }
         rows = options(
             name,
-            module.weight,
+            kernel(module),
             costs[name],
             allowed=allowed,
             metric=metric,

@@ -10,7 +10,8 @@ from torch import Tensor
 from pliant.errors import MethodError
 from pliant.families.lowrank.factorize import Layers, look
 from pliant.math.metric import SENSITIVITY_DAMPING, Metric
-from pliant.math.moments import channel_moments, dampen
+from pliant.math.moments import dampen
+from pliant.nn.kinds import kernel
 from pliant.run import Run
 
 READING_DAMPING = 1e-2  # share of the mean eigenvalue added to what a layer reads: it is inverted
@@ -37,11 +38,12 @@ class Frame:
     @classmethod
     def of(cls, metric: Metric, weight: Tensor) -> Frame:
         """Return the frame of a metric, scaled to the norm of a kernel."""
-        reads = channel_moments(metric.inputs.double(), weight[0, 0].numel())
+        reads = metric.seen.channels(weight[0, 0].numel()).double()
         inputs = _root(dampen(reads, READING_DAMPING))
         outputs = torch.eye(len(weight), dtype=inputs.dtype, device=inputs.device)
         if metric.outputs is not None:
-            outputs = _root(dampen(metric.outputs.double(), SENSITIVITY_DAMPING))
+            given = metric.outputs if metric.outputs.dim() > 1 else torch.diag(metric.outputs)
+            outputs = _root(dampen(given.double(), SENSITIVITY_DAMPING))
         plain = weight.detach().double()
         scale = float(plain.norm() / cls(outputs, inputs).enter(plain).norm().clamp_min(1e-30))
         return cls((outputs * scale).to(weight.dtype), inputs.to(weight.dtype))
@@ -67,8 +69,9 @@ def frames(run: Run, layers: Layers, samples: int) -> dict[str, Pair]:
     Raises:
         MethodError: there are no training inputs, or none may be looked at.
     """
-    seen = look(run, layers, samples)
-    if not seen:
+    plain = {n: m for n, m in layers.items() if kernel(m) is m.weight}
+    seen = look(run, plain, samples)
+    if not seen and plain:
         raise MethodError(
             'space="whitened" measures directions by training inputs, and there are none: pass '
             'data and samples above 0, or take space="weights".'

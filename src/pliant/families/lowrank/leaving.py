@@ -8,6 +8,7 @@ from pliant.edits import Factor
 from pliant.families.lowrank.factorize import Form, Layers, factorize, look, plan
 from pliant.families.lowrank.losses import losses
 from pliant.math.metric import Metric
+from pliant.nn.kinds import kernel
 from pliant.run import Run
 
 
@@ -43,7 +44,7 @@ def _ready(
     """The edits of the plan that keep the share p of their layer's energy."""
 
     def lost(edit: Factor) -> float:
-        found = losses(layers[edit.layer].weight, (edit.form,))[edit.form]
+        found = losses(kernel(layers[edit.layer]), (edit.form,))[edit.form]
         return found.at([edit.ranks])[0]
 
     return [edit for edit in plan(run, layers, form, seen, p) if lost(edit) <= 1 - p]

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from pliant.math import forms
 from pliant.math.metric import WHOLE, Metric
-from pliant.math.moments import dampen, explained, mix_inputs, whitening
+from pliant.math.moments import dampen, explained, mix_inputs
+from pliant.math.reads import Gram, Reads
 from pliant.math.svd import precise_dtype, self_product, spectrum
 
 
@@ -55,12 +56,11 @@ def losses(weight: Tensor, kinds: Iterable[str], metric: Metric | None = None) -
     Raises:
         EditError: a kernel of this shape cannot take one of the forms.
     """
-    dense = weight.detach().float()
-    moments = None
+    dense, reads = weight.detach().float(), None
     if metric is not None:
-        dense, moments = metric.enter(dense), dampen(metric.inputs.double())
+        dense, reads = metric.enter(dense), metric.seen
     kinds, found, passes = list(kinds), {}, {}
-    energies = _output_energies(dense, moments)
+    energies = _output_energies(dense, reads)
     outputs = _tail(energies, energies.sum())
     for kind in kinds:
         forms.max_ranks(dense.shape, kind)
@@ -70,22 +70,24 @@ def losses(weight: Tensor, kinds: Iterable[str], metric: Metric | None = None) -
         columns = "spatial" if kind == "spatial" else "input"  # which Tucker-2 begins with
         if columns not in passes:
             both = columns == "input" and "tucker2" in kinds
-            passes[columns] = _explained(forms.blocks(dense, columns), moments, all_ranks=both)
+            passes[columns] = _explained(forms.blocks(dense, columns), reads, all_ranks=both)
         seen, inputs = passes[columns]
         two = kind == "tucker2"
         found[kind] = Losses([inputs, outputs], seen) if two else Losses([inputs])
     return found
 
 
-def _explained(block: Tensor, moments: Tensor | None, *, all_ranks: bool) -> tuple[Tensor, Tensor]:
+def _explained(block: Tensor, reads: Reads | None, *, all_ranks: bool) -> tuple[Tensor, Tensor]:
     """What the ranks of a first layer explain, and what is lost with each of them alone."""
     metric, positions = None, block.shape[2]
-    if moments is None:
+    if reads is None:
         block = block.to(precise_dtype(block.flatten(1)))
-    elif len(moments) > WHOLE:
-        block = mix_inputs(block.double(), whitening(moments, positions))
+    elif reads.size > WHOLE:
+        root = torch.linalg.cholesky(dampen(reads.channels(positions)))
+        block = mix_inputs(block.double(), root)
     else:
-        block, metric = block.double(), moments
+        gram = reads if isinstance(reads, Gram) else Gram(reads.dense())
+        block, metric = block.double(), gram.dampened
     flat = block.flatten(1)
     whole = (flat if metric is None else flat @ metric).mul(flat).sum()
     # Beyond this rank, half of all for a square kernel, the form is no smaller than the layer.
@@ -94,11 +96,16 @@ def _explained(block: Tensor, moments: Tensor | None, *, all_ranks: bool) -> tup
     return seen, _tail(seen.square().sum((1, 2)), whole)
 
 
-def _output_energies(weight: Tensor, moments: Tensor | None) -> Tensor:
-    if moments is None:
+def _output_energies(weight: Tensor, reads: Reads | None) -> Tensor:
+    if reads is None:
         return spectrum(weight, 0).double().square()
     flat = weight.flatten(1).double()
-    return torch.linalg.eigvalsh(flat @ moments @ flat.T).flip(0).clamp_min(0)
+    if len(flat) <= flat.shape[1]:
+        energies = reads.outer(flat)
+    else:
+        root = (reads if isinstance(reads, Gram) else Gram(reads.dense())).root
+        energies = self_product((flat @ root).T)
+    return torch.linalg.eigvalsh(energies).flip(0).clamp_min(0)
 
 
 def _tail(energies: Tensor, whole: Tensor) -> Tensor:

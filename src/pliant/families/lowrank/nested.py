@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pliant.math.forms import decompose
 from pliant.math.metric import WHOLE, Metric
-from pliant.math.moments import channel_moments, dampen
+from pliant.math.moments import dampen
 from pliant.math.svd import norm_shares
 
 
@@ -33,7 +33,7 @@ def nested(
     top = tuple(map(max, zip(*sizes, strict=True)))
     if metric is None:
         return decompose(dense, form, top)
-    if form in ("output", "svd") or len(metric.inputs) > WHOLE:
+    if form in ("output", "svd") or metric.size > WHOLE:
         found = metric.decompose(dense, form, top)
         return found if len(found) > 2 else ordered(found, metric)
     return metric.decompose(dense, form, top, sizes=sizes)
@@ -49,8 +49,7 @@ def ordered(kernels: Sequence[Tensor], metric: Metric) -> tuple[Tensor, ...]:
     """
     first, last = (kernel.detach().double() for kernel in kernels)
     reads, rank = first.flatten(1), len(first)
-    positions = len(metric.inputs) // reads.shape[1]
-    seen = reads @ channel_moments(metric.inputs.double(), positions) @ reads.T
+    seen = reads @ metric.seen.channels(metric.size // reads.shape[1]).double() @ reads.T
     root = torch.linalg.cholesky(dampen(seen, 1e-9))
     tall = metric.enter(last).transpose(0, 1).reshape(rank, -1).T  # a column per component
     turn, sigma, _ = torch.linalg.svd(root.T @ (tall.T @ tall) @ root)

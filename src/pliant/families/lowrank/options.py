@@ -13,6 +13,7 @@ from pliant.edits import Factor
 from pliant.families.lowrank.losses import Losses, losses
 from pliant.math import forms
 from pliant.math.metric import Metric
+from pliant.nn.kinds import kernel
 from pliant.nn.layers import Factorizable
 
 LEVELS = 48  # rungs per form that a plan considers
@@ -97,7 +98,7 @@ def with_kernels(
         replace(
             edit,
             kernels=metrics[edit.layer].decompose(
-                layers[edit.layer].weight.detach(), edit.form, edit.ranks
+                kernel(layers[edit.layer]).detach(), edit.form, edit.ranks
             ),
         )
         if edit.layer in metrics

@@ -18,6 +18,8 @@ from pliant.families.lowrank.frames import Frame, Pair, frames
 from pliant.math.norms import penalty_gradient
 from pliant.math.prox import THRESHOLDS, shrink
 from pliant.math.svd import spectral_map
+from pliant.nn.kinds import kernel
+from pliant.nn.layers import Factorizable
 from pliant.run import Run
 from pliant.surgery.steps import scaling, way
 
@@ -58,7 +60,7 @@ class Penalty:
     @torch.no_grad()
     def before_step(self, layers: Layers, alpha: float, frames: Mapping[str, Pair]) -> None:
         """Add alpha times the exact gradient to the gradients that are there, if it is one."""
-        for name, module in layers.items() if self.kind in GRADIENTS else ():
+        for name, module in _plain(layers) if self.kind in GRADIENTS else ():
             if module.weight.grad is None:
                 continue
             frame, weight = Frame(*frames.get(name, ())), module.weight.detach()
@@ -79,13 +81,18 @@ class Penalty:
         """
         if self.kind in GRADIENTS:
             return
-        for name, module in layers.items():
+        for name, module in _plain(layers):
             frame, weight = Frame(*frames.get(name, ())), module.weight
             for mode, far in _far(run, weight, self.kind, alpha, frame, steps).items():
                 if far:
                     kernel, tau = frame.enter(weight.detach()), alpha * far
                     kernel = shrink(kernel, mode, tau, kind=self.kind, keep_norm=self.keep_norm)
                     weight.copy_(frame.leave(kernel))
+
+
+def _plain(layers: Layers) -> list[tuple[str, Factorizable]]:
+    """The layers that are pulled at: weights with their inputs first are factorized as they are."""
+    return [(n, module) for n, module in layers.items() if kernel(module) is module.weight]
 
 
 def _far(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from pliant.budget import Budget, Option
 from pliant.cost import call, evaluating
 from pliant.data import unpack
+from pliant.data.sources import moved
 from pliant.edits import Edit, Factor, Rerank
 from pliant.edits.rerank import Turn
 from pliant.families.lowrank.factorize import BATCH, Form, Layers, choices
@@ -137,7 +138,8 @@ def changes(
 def gradients(run: Run, layers: Layers, count: int, *, seed: int) -> dict[str, Tensor]:
     """Return the mean gradient of the loss by each kernel, over labelled training samples.
 
-    Empty where there are no labels that class scores can be compared with; frozen layers have none.
+    Empty where nobody named the task and labels are not one class for each sample; frozen layers
+    have none.
     """
     weights = {n: layer.weight for n, layer in layers.items() if layer.weight.requires_grad}
     if run.data is None or not run.has_inputs or not count or not weights:
@@ -146,20 +148,34 @@ def gradients(run: Run, layers: Layers, count: int, *, seed: int) -> dict[str, T
     found = {name: torch.zeros_like(weight) for name, weight in weights.items()}
     with evaluating(run.model):
         for batch in run.data.batches("train", BATCH, seed=run.seed + seed, shuffle=True):
-            inputs, labels = unpack(batch)
-            if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dim() != 1:
+            loss = _summed(run, batch)
+            if loss is None:
                 return {}
-            scores = logits(call(run.model, inputs)).float()
-            if scores.dim() != 2 or len(scores) != len(labels) or scores.shape[1] < 2:
-                return {}
-            loss = F.cross_entropy(scores, labels.to(scores.device), reduction="sum")
             pulls = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
             for name, pull in zip(weights, pulls, strict=True):
                 found[name] += 0 if pull is None else pull
-            done += size_of(inputs)
+            done += size_of(unpack(batch)[0])
             if done >= count:
                 break
     return {name: pull / max(1, done) for name, pull in found.items()}
+
+
+def _summed(run: Run, batch: Any) -> Tensor | None:
+    """Return the loss of a batch, summed over its samples; None where there is none."""
+    inputs, labels = unpack(batch)
+    task = run.task
+    if task is not None:
+        if task.loss is None or task.trains or labels is None:
+            return None
+        output = call(run.model, task.inputs(batch))
+        there = moved(batch, next(run.model.parameters()).device)
+        return task.total(output, there) * size_of(inputs)
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dim() != 1:
+        return None
+    scores = logits(call(run.model, inputs)).float()
+    if scores.dim() != 2 or len(scores) != len(labels) or scores.shape[1] < 2:
+        return None
+    return F.cross_entropy(scores, labels.to(scores.device), reduction="sum")
 
 
 def forms_only(options: Sequence[Option], form: str) -> list[Option]:

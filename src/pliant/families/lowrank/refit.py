@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pliant.cost import Example, call, evaluating
+from pliant.nn.kinds import TRANSPOSED
 from pliant.nn.layers import Factorizable
 from pliant.observe.moments import patches, thinned
 from pliant.observe.watch import Stepped, first_tensor
@@ -36,12 +37,14 @@ def reconstruct(
     Args:
         dense: the network before.
         model: the network after; its ``layers`` are rows of plain layers.
-        layers: names of the factorized layers; those that are never called stay as they are.
+        layers: names of the factorized layers; those that are never called stay as they are, and
+            so do those that end with a transposed convolution, whose outputs overlap.
         batches: inputs of forward calls; one large batch serves best.
     """
-    fits = {name: _Fit(model.get_submodule(name)[-1]) for name in layers}  # type: ignore[index]
+    lasts = {name: model.get_submodule(name)[-1] for name in layers}  # type: ignore[index]
+    fits = {n: _Fit(last) for n, last in lasts.items() if not isinstance(last, TRANSPOSED)}
     for batch in batches:
-        with Stepped(dense, layers, batch) as wanted, evaluating(model), torch.no_grad():
+        with Stepped(dense, list(fits), batch) as wanted, evaluating(model), torch.no_grad():
             handles = [
                 fit.last.register_forward_pre_hook(_refitting(name, fit, wanted), with_kwargs=True)
                 for name, fit in fits.items()

@@ -7,6 +7,7 @@ from pliant.errors import MethodError
 from pliant.families.lowrank.factorize import Layers
 from pliant.math.rank import energy_rank
 from pliant.math.svd import spectrum
+from pliant.nn.kinds import kernel
 from pliant.run import Run
 
 START = 0.01  # strength with which the controller begins
@@ -54,7 +55,7 @@ def _reach(run: Run, layers: Layers, p: float) -> dict[str, int]:
     now, rows = run.planner.now(), run.planner.rows()
     reach = {axis: getattr(now, axis) for axis in counted(run)}
     for name, module in layers.items():
-        weight = module.weight.detach()
+        weight = kernel(module).detach()
         ranks = [energy_rank(spectrum(weight, mode), p) for mode in (1, 0)]
         form = "tucker2" if weight[0, 0].numel() > 1 else "svd"
         edit = Factor(name, form, tuple(ranks if form == "tucker2" else ranks[:1]))

@@ -11,6 +11,7 @@ from pliant.errors import BudgetError
 from pliant.families.lowrank.factorize import Layers
 from pliant.math.forms import max_ranks
 from pliant.nn.factorized import Factorizable
+from pliant.nn.kinds import kernel
 from pliant.run import Run
 
 STEPS = 200  # of the scale that weakens or tightens the estimates towards a budget
@@ -58,7 +59,7 @@ def weakened(run: Run, layers: Layers, estimates: Estimates, form: str = "tucker
 
 def form_of(module: Factorizable, form: str = "tucker2") -> str:
     """Return svd for a matrix and the form that is asked for a kernel."""
-    return "svd" if module.weight[0, 0].numel() == 1 else form
+    return "svd" if kernel(module)[0, 0].numel() == 1 else form
 
 
 def _at(
@@ -72,7 +73,7 @@ def _at(
     edits = []
     for name, module in layers.items():
         form = form_of(module, kind)
-        most = max_ranks(module.weight.shape, form)
+        most = max_ranks(kernel(module).shape, form)
         ranks = tuple(
             round(rank + scale * (top - rank)) if scale > 0 else max(1, round(rank * (1 + scale)))
             for rank, top in zip(estimates[name], most, strict=True)

@@ -53,6 +53,41 @@ def allocate(
     return by_group(up_to(ranked, goal.ratio))
 
 
+def in_passes(
+    run: Run,
+    groups: Sequence[Group],
+    goal: Goal,
+    passes: int,
+    ranked: Callable[[Sequence[Unit], int], Sequence[Unit]],
+) -> dict[str, list[int]]:
+    """Return which units leave, by group, where they are ranked anew several times on the way.
+
+    Args:
+        run: of the network.
+        groups: of channels.
+        goal: how far to go; each pass goes an equal part of the way.
+        passes: how many.
+        ranked: gives a ranking for those that are gone, which come first, and the pass, from 1.
+
+    Raises:
+        BudgetError: the limits cannot be met; the message names what is reachable.
+    """
+    gone: list[Unit] = []
+    limits = counted_limits(run) if goal.limits else {}
+    units: Sequence[Unit] = ()
+    for done in range(1, passes + 1):
+        units = ranked(gone, done)
+        part = done / passes
+        if not limits:
+            gone = up_to(units, part * goal.ratio)
+            continue
+        try:
+            gone = within(run, groups, units, on_the_way(run, limits, part))
+        except BudgetError:  # the cut itself will say what cannot be met
+            break
+    return allocate(run, groups, units, goal)
+
+
 def by_ratios(scores: Scores, ratios: Mapping[str, float], *, least: float) -> dict[str, list[int]]:
     """Return which units leave where every group has a ratio of its own: those of least importance.
 
@@ -220,8 +255,13 @@ def on_the_way(run: Run, limits: Limits, part: float) -> Limits:
 
 
 def counted_limits(run: Run) -> dict[str, float]:
-    """Return the limits as numbers to count; milliseconds fall about as multiply-accumulates do."""
-    limits = run.limits()
+    """Return the limits of the budget as numbers to count: see `counted`."""
+    return counted(run, run.limits())
+
+
+def counted(run: Run, limits: Limits) -> dict[str, float]:
+    """Return limits as numbers to count; milliseconds fall about as multiply-accumulates do."""
+    limits = dict(limits)
     if "latency" in limits:
         macs = limits.pop("latency") / max(run.cost.latency, 1e-12) * run.cost.macs
         limits["macs"] = min(macs, limits.get("macs", macs))

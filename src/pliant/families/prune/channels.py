@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
+from pliant.cost import Example
 from pliant.edits import Prune
 from pliant.errors import ModelError
-from pliant.run import Run
+from pliant.run import ROUTED, Run
 from pliant.surgery.batchnorm import absorb, recalibrate
 from pliant.surgery.graph import Group
 from pliant.surgery.prove import cuttable, ignore
@@ -28,8 +29,9 @@ def removable(run: Run, only: Sequence[str] = (), exclude: Sequence[str] = ()) -
         ModelError: there are none.
         MethodError: a name pattern matches no layer.
     """
+    run.unwrap()
     chosen, unwanted = readable(run.model, only=only, exclude=exclude)
-    groups, reasons = cuttable(run.model, run.example)
+    groups, reasons = cuttable(run.model, run.example, routed(run))
     good = []
     for group in groups:
         barred = [unwanted[layer] for layer, _ in group.makers if layer not in chosen]
@@ -49,6 +51,12 @@ def removable(run: Run, only: Sequence[str] = (), exclude: Sequence[str] = ()) -
             f"which the first may be narrower ({why or 'it has no layers with channels'})."
         )
     return good
+
+
+def routed(run: Run) -> Iterator[Example]:
+    """Yield inputs that may call layers which the example does not reach, if they are asked for."""
+    if run.has_inputs:
+        yield from run.inputs(ROUTED)
 
 
 def remove(run: Run, edits: Sequence[Prune], *, recalibrate: bool = True) -> None:

@@ -24,6 +24,7 @@ def group_fisher(
     groups: Sequence[Group],
     batches: Iterable[Example],
     generator: torch.Generator,
+    loss: Callable[[int, Any], Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """Return by how much the loss rises without each unit, to second order: (units,) per group.
 
@@ -37,28 +38,31 @@ def group_fisher(
         groups: of channels.
         batches: inputs of forward calls, samples on the first axis.
         generator: draws labels from the network's own predictions.
+        loss: function of a batch's number and its output, summed over samples, whose gradients
+            count instead.
     """
     totals = {g.name: torch.zeros(len(g.units), dtype=torch.float64) for g in groups}
-    readers, count = _readers(groups), 0
-    with _reading(model, readers) as seen:
-        for batch in batches:
+    readers, count = readers_of_units(groups), 0
+    with reading(model, readers) as seen:
+        for number, batch in enumerate(batches):
             seen.clear()
-            loss, size = surprise(call(model, batch), generator), samples(batch)
-            pulls = {name: torch.zeros(size, len(total)) for name, total in totals.items()}
-            for layer, pull in _pulls(model, loss, seen):
+            result, size = call(model, batch), samples(batch)
+            pain = surprise(result, generator) if loss is None else loss(number, result)
+            sums = {name: torch.zeros(size, len(total)) for name, total in totals.items()}
+            for layer, pull in pulls(model, pain, seen):
                 for name, rows in readers[layer]:
                     own = pull[:, rows.flatten()].unflatten(1, rows.shape).sum(2)
                     if len(own) == size:
-                        pulls[name] += own
+                        sums[name] += own
                     else:  # rows that were routed here, of samples that are not known
                         totals[name] += own.double().square().sum(0)
             for name, total in totals.items():
-                total += pulls[name].double().square().sum(0)
+                total += sums[name].double().square().sum(0)
             count += size
     return {name: total / (2 * max(1, count)) for name, total in totals.items()}
 
 
-def _readers(groups: Iterable[Group]) -> dict[str, list[tuple[str, Tensor]]]:
+def readers_of_units(groups: Iterable[Group]) -> dict[str, list[tuple[str, Tensor]]]:
     """Say for every layer which units it reads at which channels, by group."""
     found: dict[str, list[tuple[str, Tensor]]] = {}
     for group in groups:
@@ -68,10 +72,27 @@ def _readers(groups: Iterable[Group]) -> dict[str, list[tuple[str, Tensor]]]:
     return found
 
 
-def _pulls(model: nn.Module, loss: Tensor, seen: Iterable[Read]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the gradient of the loss by a mask on every channel of every input read."""
+def pulls(
+    model: nn.Module,
+    loss: Tensor,
+    seen: Iterable[Read],
+    *,
+    centred: bool = True,
+    again: bool = False,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the gradient of the loss by a mask on every channel of every input read.
+
+    Args:
+        model: that was called.
+        loss: a number.
+        seen: what `reading` noted in this call.
+        centred: leave out what a channel gives on average.
+        again: whether gradients of another loss of the same call will be asked for.
+    """
     layers, values, edges = zip(*seen, strict=True)
-    gradients: Sequence[Tensor | None] = torch.autograd.grad(loss, edges, allow_unused=True)
+    gradients: Sequence[Tensor | None] = torch.autograd.grad(
+        loss, edges, allow_unused=True, retain_graph=again
+    )
     for layer, value, gradient in zip(layers, values, gradients, strict=True):
         if gradient is None or not value.numel():
             continue
@@ -80,11 +101,12 @@ def _pulls(model: nn.Module, loss: Tensor, seen: Iterable[Read]) -> Iterator[tup
             each.float().movedim(axis, -1).reshape(len(each), -1, each.shape[axis])
             for each in (value, gradient)
         )
-        yield layer, ((value - value.mean((0, 1))) * gradient).sum(1).cpu()
+        value = value - value.mean((0, 1)) if centred else value
+        yield layer, (value * gradient).sum(1).cpu()
 
 
 @contextmanager
-def _reading(model: nn.Module, layers: Iterable[str]) -> Iterator[list[Read]]:
+def reading(model: nn.Module, layers: Iterable[str]) -> Iterator[list[Read]]:
     """Note what layers read, each at a node of its own: gradients there came through it alone."""
     seen: list[Read] = []
 

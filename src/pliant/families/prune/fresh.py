@@ -2,17 +2,10 @@
 
 from __future__ import annotations
 
-import torch
-
 from pliant.run import Run
+from pliant.surgery.redraw import redraw as drawn_anew
 
 
 def redraw(run: Run) -> None:
     """Draw all weights anew, with randomness of the run's own, and forget what optimizers know."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**31, (1,), generator=run.generator)))
-        for module in run.model.modules():
-            if callable(reset := getattr(module, "reset_parameters", None)):
-                reset()
-    for optimizer in run.optimizers:
-        optimizer.state.clear()
+    drawn_anew(run.model, run.generator, run.optimizers)

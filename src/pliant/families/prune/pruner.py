@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from pliant.families.prune.allocate import Goal, allocate, check_reachable, on_the_way
-from pliant.families.prune.channels import keep_whole, removable, remove
+from pliant.families.prune.channels import keep_whole, removable, remove, routed
 from pliant.families.prune.ranking import Scope, floors_of, ranking
 from pliant.families.prune.schedule import MOST_ROUNDS, Schedule
 from pliant.families.prune.scores import Groups, Scores
@@ -124,7 +124,7 @@ class ChannelPruning(Method):
         leaving = self.allocation(run, groups, goal)
         edits = edits_of(run.model, groups, leaving)
         if edits:
-            prove(run.model, run.example, edits)
+            prove(run.model, run.example, edits, routed(run))
         self.adjust(run, groups, leaving)
         remove(run, edits, recalibrate=last)
         keep_whole(run, groups)

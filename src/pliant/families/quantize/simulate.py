@@ -106,7 +106,7 @@ class Simulated:
     def _see(self, layer: nn.Module, args: Any, kwargs: Any) -> Any:
         given = [*args, *kwargs.values()]
         x, rest = given[0], given[1:]
-        if layer.training:
+        if layer.training and x.numel():
             self.rounded.seen.copy_(self.follow(self.rounded.seen, x.detach()))
         low, high = self.rounded.seen.tolist()
         scale, zero = affine(low, high, self.rounded.bits)
@@ -156,7 +156,8 @@ def extents(
     found: dict[str, Tensor] = {}
 
     def see(name: str, inputs: Tensor, output: Tensor) -> None:
-        found[name] = follow(found.get(name), inputs)
+        if inputs.numel():  # not an expert to which nothing was routed
+            found[name] = follow(found.get(name), inputs)
 
     with capture(model, layers, see):
         for batch in batches:

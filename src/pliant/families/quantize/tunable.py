@@ -86,7 +86,7 @@ class Tunable(nn.Module):
         if not bits:
             return x
         low = -self.zero[side]
-        return learnable(x, self.scales[side].exp(), low, low + 2**bits - 1, x[0].numel())
+        return learnable(x, self.scales[side].exp(), low, low + 2**bits - 1, x.shape[1:].numel())
 
 
 def tunable(model: nn.Module, plans: Mapping[str, tuple[Bits, Values]]) -> None:

@@ -118,7 +118,8 @@ def correct(teacher: nn.Module, student: nn.Module, batches: Iterable[Example]) 
         for batch in batches:
             call(teacher, batch)
     for name, total in sums.items():
-        found[name].layer.bias.add_(total / counts[name])
+        if counts[name]:  # not an expert to which nothing was routed
+            found[name].layer.bias.add_(total / counts[name])
 
 
 # ---------------------------------------------------------------- the two stages
@@ -161,7 +162,8 @@ def independent(
     def see(name: str, args: Any, kwargs: Any, output: Tensor) -> None:
         with torch.enable_grad():
             gap = found[name](*args, **kwargs).float() - output.float()
-            gap.square().mean().backward()
+            if gap.numel():  # not an expert to which nothing was routed
+                gap.square().mean().backward()
 
     def step(batch: Example) -> None:
         with torch.no_grad(), beside(teacher, blocks, see):
@@ -184,7 +186,8 @@ def block_errors(
 
     def see(name: str, args: Any, kwargs: Any, output: Tensor) -> None:
         gap = student.get_submodule(name)(*args, **kwargs).float() - output.float()
-        found[name].append(gap.square().mean().item())
+        if gap.numel():
+            found[name].append(gap.square().mean().item())
 
     with beside(teacher, blocks, see):
         for batch in batches:
@@ -259,19 +262,29 @@ def joint(
 def _loss(
     teacher: nn.Module, student: nn.Module, blocks: Sequence[str], goal: Goal, batch: Example
 ) -> tuple[Tensor, Tensor]:
-    """Return what stage 2 minimises, and the relative squared error of all answers."""
-    targets: list[Tensor] = []
-    with torch.no_grad(), beside(teacher, blocks, lambda n, a, k, y: targets.append(y.clone())):
+    """Return what stage 2 minimises, and the relative squared error of all answers.
+
+    A block to which the student routes other tokens than the teacher is left to the answers.
+    """
+    targets: dict[str, list[Tensor]] = {name: [] for name in blocks}
+
+    def keep(name: str, args: Any, kwargs: Any, output: Tensor) -> None:
+        targets[name].append(output.clone())
+
+    with torch.no_grad(), beside(teacher, blocks, keep):
         wanted = call(teacher, batch)
-    queue, errors = iter(targets), []
+    errors: list[Tensor] = []
 
     def see(name: str, args: Any, kwargs: Any, output: Tensor) -> None:
-        errors.append(_relative(output, next(queue)))
+        target = targets[name].pop(0) if targets[name] else None
+        if target is not None and target.shape == output.shape:
+            errors.append(_relative(output, target))
 
     with beside(student, blocks, see, copies=False):
         given = call(student, batch)
     apart, error = _divergence(given, wanted, goal)
-    return goal.features * torch.stack(errors).sum() + goal.answers * apart, error
+    features = torch.stack(errors).sum() if errors else apart.new_zeros(())
+    return goal.features * features + goal.answers * apart, error
 
 
 def _train(

@@ -12,14 +12,14 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pliant.cost import call
-from pliant.data import Data, unpack
+from pliant.data import Data, batch_of, unpack
 from pliant.data.splits import Split
 from pliant.errors import DataError, MethodError
-from pliant.nn.cells import MixedOp
+from pliant.math.alone import forked
+from pliant.nn.mixed import Mixed, MixedOp
 from pliant.observe.watch import samples
 from pliant.registry.options import In, fault
 from pliant.run import Run
@@ -28,6 +28,8 @@ from pliant.surgery.batchnorm import recalibrate
 NUDGE = 0.01  # length of the step of the finite difference, as in DARTS
 Objective = Callable[[Tensor], Tensor]
 """Makes the loss of the architecture from that of the task, for example by adding a cost."""
+Gates = Mapping[str, tuple[int, ...]]
+"""For operations that run alone, by name: the candidates whose logits learn in a step."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,8 @@ class Bilevel:
         warmup: share of the training in which only weights learn.
         batch: samples of an architecture step.
         order: 1 takes the weights as they are; 2 looks one weight step ahead.
+        single: whether the architecture learns on the training split too, not on a split of its
+            own: a search of one level.
     """
 
     lr: Annotated[float, In(0, open="low")] = 6e-4
@@ -51,6 +55,7 @@ class Bilevel:
     warmup: Annotated[float, In(0, 1, "high")] = 0.0
     batch: Annotated[int, In(2)] = 64  # for batch norms
     order: Literal[1, 2] = 1
+    single: bool = False
 
     def check(self, method: str) -> None:
         """Refuse values that make no search.
@@ -64,12 +69,17 @@ class Bilevel:
 
 def mixed(model: nn.Module) -> dict[str, MixedOp]:
     """Return all mixed operations of a network by name."""
-    return {name: part for name, part in model.named_modules() if isinstance(part, MixedOp)}
+    return {name: part for name, part in choices(model).items() if isinstance(part, MixedOp)}
+
+
+def choices(model: nn.Module) -> dict[str, Mixed]:
+    """Return all layers of a network that have candidates, by name."""
+    return {name: part for name, part in model.named_modules() if isinstance(part, Mixed)}
 
 
 def architecture(model: nn.Module) -> list[nn.Parameter]:
-    """Return the logits of all mixed operations, shared ones once."""
-    return list({id(part.logits): part.logits for part in mixed(model).values()}.values())
+    """Return the logits of all layers that have candidates, shared ones once."""
+    return list({id(part.logits): part.logits for part in choices(model).values()}.values())
 
 
 def halves(data: Data, *, seed: int = 0) -> Data:
@@ -112,7 +122,8 @@ def begin(run: Run, plan: Bilevel, name: str) -> None:
             f"{name} chooses from mixed operations, but {type(run.model).__name__} has none: give "
             "it a network to search in, such as pliant.zoo.build('edarts-search')."
         )
-    if run.steps and (run.data is None or not run.data.has("val")):
+    split: Split = "train" if plan.single else "val"
+    if run.steps and (run.data is None or not run.data.has(split)):
         raise MethodError(
             f"{name} learns weights on the training split and the architecture on the validation "
             "split, but there is none: give Data(train, val)."
@@ -126,23 +137,37 @@ def begin(run: Run, plan: Bilevel, name: str) -> None:
     }
 
 
-def step(run: Run, plan: Bilevel, objective: Objective | None = None) -> float | None:
+def due(run: Run, plan: Bilevel) -> bool:
+    """Say whether the architecture moves after the present weight step."""
+    return run.step >= plan.warmup * run.steps and not run.step % plan.every
+
+
+def step(
+    run: Run,
+    plan: Bilevel,
+    objective: Objective | None = None,
+    gates: Gates | None = None,
+) -> float | None:
     """Move the architecture after a weight step, if it is due.
 
     Args:
         run: of a method that called `begin`.
         plan: when and how.
         objective: see `Objective`; the loss of the task itself if None.
+        gates: see `Gates`; needed where operations run alone.
 
     Returns:
         The loss on the validation batch, None where no step was due.
     """
-    if run.step < plan.warmup * run.steps or run.step % plan.every:
+    if not due(run, plan):
         return None
     logits = architecture(run.model)
-    with _own_randomness(run), _learning(logits):
+    with _own_randomness(run), _learning(logits), _gated(run.model, gates or {}):
         loss, gradients = _gradients(run, plan, logits, objective or (lambda task: task))
+    before = [logit.detach().clone() for logit in logits]
+    gradients = _masked(run.model, logits, gradients, gates or {})
     _adam(run.state["bilevel"], plan, logits, gradients)
+    _rescale(run.model, logits, before, gates or {})
     return loss
 
 
@@ -151,12 +176,14 @@ def _gradients(
 ) -> tuple[float, Sequence[Tensor]]:
     def loss_on(batch: Any) -> Tensor:
         inputs, labels = batch
-        return F.cross_entropy(call(run.model, inputs), labels)
+        return run.task_loss(call(run.model, inputs), batch_of(inputs, labels))
 
-    val = _batch(run, plan, "val")
+    val = _batch(run, plan, "train" if plan.single else "val")
     if plan.order == 1:
         loss = loss_on(val)
-        return float(loss.detach()), torch.autograd.grad(objective(loss), logits)
+        return float(loss.detach()), torch.autograd.grad(
+            objective(loss), logits, allow_unused=True, materialize_grads=True
+        )
     train = _batch(run, plan, "train")
     rate = run.optimizer.param_groups[0]["lr"] if run.optimizer else plan.lr
     own = {id(logit) for logit in logits}
@@ -216,6 +243,49 @@ def _moved(weights: Sequence[Tensor], by: Sequence[Tensor], scale: float) -> Ite
         with torch.no_grad():
             for weight, old in zip(weights, saved, strict=True):
                 weight.copy_(old)
+
+
+@contextmanager
+def _gated(model: nn.Module, gates: Gates) -> Iterator[None]:
+    """Let the gates of some candidates get gradients inside the block only."""
+    known = mixed(model)
+    for name, learning in gates.items():
+        known[name].gates = learning
+    try:
+        yield
+    finally:
+        for name in gates:
+            known[name].gates = ()
+
+
+def _masked(
+    model: nn.Module, logits: Sequence[Tensor], gradients: Sequence[Tensor], gates: Gates
+) -> list[Tensor]:
+    """Leave gradients to candidates whose gates learn; where there are none, to all."""
+    known = mixed(model)
+    learning = {id(known[name].logits): list(rows) for name, rows in gates.items()}
+    found = []
+    for logit, gradient in zip(logits, gradients, strict=True):
+        rows = learning.get(id(logit))
+        if rows is not None:
+            kept = torch.zeros_like(gradient)
+            kept[rows] = gradient[rows]
+            gradient = kept
+        found.append(gradient)
+    return found
+
+
+@torch.no_grad()
+def _rescale(
+    model: nn.Module, logits: Sequence[Tensor], before: Sequence[Tensor], gates: Gates
+) -> None:
+    """Shift logits that moved so that candidates whose gates did not learn stay as probable."""
+    known = mixed(model)
+    learning = {id(known[name].logits): list(rows) for name, rows in gates.items()}
+    for logit, old in zip(logits, before, strict=True):
+        rows = learning.get(id(logit))
+        if rows and len(rows) < len(logit):
+            logit[rows] += old[rows].logsumexp(0) - logit[rows].logsumexp(0)
 
 
 @torch.no_grad()
@@ -290,6 +360,6 @@ def _own_randomness(run: Run) -> Iterator[None]:
     """Let dropout draw from the run's generator, not from the training's random state."""
     seed = int(torch.randint(2**31, (), generator=run.generator))
     devices = sorted({p.device.index for p in run.model.parameters() if p.is_cuda})
-    with torch.random.fork_rng(devices=devices):
+    with forked(devices):
         torch.manual_seed(seed)
         yield

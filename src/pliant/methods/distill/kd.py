@@ -12,9 +12,13 @@ from pliant.errors import DataError
 from pliant.math.divergence import divergence
 from pliant.method import Method
 from pliant.observe.aside import Teacher
-from pliant.observe.outputs import logits
 from pliant.registry import In, Paper, register
 from pliant.run import Run
+
+FRACTIONS = (
+    "kd compares probabilities of classes, but the answers of this task are no classes: leave it "
+    "out of a regression."
+)
 
 
 @register(
@@ -46,6 +50,10 @@ class KD(Method):
     # T, by which scores are divided before they become probabilities
     temperature: Annotated[float, In(0, open="low")] = 4.0
 
+    def refuse(self, run: Run) -> None:
+        if run.task is not None and run.task.scores is None:
+            raise DataError(FRACTIONS)
+
     def prepare(self, run: Run) -> None:
         """Freeze a copy."""
         run.hook(Teacher(run.model))
@@ -53,12 +61,9 @@ class KD(Method):
     def loss(self, run: Run, loss: Tensor, output: Any, batch: Any) -> Tensor:
         """Mix the loss of the task with the divergence from the teacher."""
         inputs, labels = unpack(batch)
-        if isinstance(labels, Tensor) and labels.is_floating_point():
-            raise DataError(
-                "kd compares probabilities of classes, but the labels are numbers with fractions: "
-                "leave it out of a regression."
-            )
-        scores = logits(output)
-        target = run.aside.get(Teacher).scores(inputs, scores.device)
+        if run.task is None and isinstance(labels, Tensor) and labels.is_floating_point():
+            raise DataError(FRACTIONS)
+        scores = run.class_scores(output)
+        target = run.class_scores(run.aside.get(Teacher).answer(inputs, scores.device))
         gap = divergence(scores, target, self.temperature)
         return (1 - self.weight) * loss + self.weight * gap

@@ -21,7 +21,6 @@ from pliant.families.lowrank.sizes import settle
 from pliant.math.divergence import divergence
 from pliant.method import Method
 from pliant.observe.aside import Teacher
-from pliant.observe.outputs import logits
 from pliant.registry import In, Paper, register
 from pliant.run import Run
 
@@ -110,17 +109,19 @@ class Elastic(Method):
 
     def loss(self, run: Run, loss: Tensor, output: Any, batch: Any) -> Tensor:
         """Add what sizes are away from the largest one, or from the dense network."""
-        inputs, target = unpack(batch)[0], logits(output).detach().float()
+        inputs, target = unpack(batch)[0], run.class_scores(output).detach().float()
         temperatures = [HARD]
         if self.learn_from == "dense":
-            target = run.aside.get(Teacher).scores(inputs, target.device).float()
-            loss = (loss + divergence(logits(output).float(), target, SOFT)) / 2
+            said = run.aside.get(Teacher).answer(inputs, target.device)
+            target = run.class_scores(said).float()
+            loss = (loss + divergence(run.class_scores(output).float(), target, SOFT)) / 2
             temperatures = [HARD, SOFT]
         args, names = ((), inputs) if isinstance(inputs, Mapping) else (inputs, {})
         for size in self._sampled(run):
             with run.aside.get(Precision).again(target.device.type):
                 weights = weights_at(run.model, run.edits, size)
-                found = logits(functional_call(run.model, weights, args, dict(names)))
+                said = functional_call(run.model, weights, args, dict(names))
+                found = run.class_scores(said)
             gaps = [divergence(found.float(), target, each) for each in temperatures]
             loss = loss + sum(gaps) / len(gaps)
         return loss

@@ -46,11 +46,11 @@ class Energy(Method):
 
     def refuse(self, run: Run) -> None:
         """Refuse a budget that is out of reach."""
-        check_reachable(run, self.form, only=self.only, exclude=self.exclude)
+        check_reachable(run, self.form, only=self.only, exclude=self.exclude, every=True)
 
     def prepare(self, run: Run) -> None:
         """Factorize at once."""
-        layers = subjects(run, self.only, self.exclude)
+        layers = subjects(run, self.only, self.exclude, every=True)
         seen = look(run, layers, self.samples)
         factorize(
             run,

@@ -12,6 +12,7 @@ from pliant.math.rank import evbmf_rank
 from pliant.math.svd import unfold
 from pliant.method import Method
 from pliant.nn.factorized import Factorizable
+from pliant.nn.kinds import kernel
 from pliant.observe.spectra import spectra
 from pliant.registry import Paper, register
 from pliant.run import Run
@@ -55,11 +56,11 @@ class EVBMF(Method):
 
     def refuse(self, run: Run) -> None:
         """Refuse a budget that is out of reach."""
-        check_reachable(run, only=self.only, exclude=self.exclude)
+        check_reachable(run, only=self.only, exclude=self.exclude, every=True)
 
     def prepare(self, run: Run) -> None:
         """Factorize at once."""
-        layers = subjects(run, self.only, self.exclude)
+        layers = subjects(run, self.only, self.exclude, every=True)
         estimates = {name: _estimate(module) for name, module in layers.items()}
         run.note(evbmf={name: list(ranks) for name, ranks in estimates.items()})
         ranks = {name: tuple(max(1, rank) for rank in each) for name, each in estimates.items()}
@@ -71,7 +72,7 @@ class EVBMF(Method):
 
 def _estimate(module: Factorizable) -> tuple[int, ...]:
     """Ranks in the order of the form: (in, out) for Tucker-2, one for a matrix; 0 is all noise."""
-    weight = module.weight.detach()
+    weight = kernel(module).detach()
     found = [
         evbmf_rank(sigma, tuple(unfold(weight, mode).shape))
         for mode, sigma in zip((1, 0), spectra(weight).values(), strict=True)
@@ -88,7 +89,7 @@ def _doubtful(
     found = {}
     for edit in edits:
         sides = ("in", "out") if edit.form == "tucker2" else ("out",)
-        values = spectra(layers[edit.layer].weight)
+        values = spectra(kernel(layers[edit.layer]))
         kept = [
             float(values[side][0].square() / values[side].square().sum())
             for side, rank, guess in zip(sides, edit.ranks, estimates[edit.layer], strict=True)

@@ -91,12 +91,12 @@ class NRMF(Method):
 
     def refuse(self, run: Run) -> None:
         """Refuse a budget that is out of reach."""
-        check_reachable(run, self.form, only=self.only, exclude=self.exclude)
+        check_reachable(run, self.form, only=self.only, exclude=self.exclude, every=True)
 
     def prepare(self, run: Run) -> None:
         """Choose the layers."""
         check_steering("nrmf", run, self.alpha)
-        layers, alpha = subjects(run, self.only, self.exclude), self.alpha
+        layers, alpha = subjects(run, self.only, self.exclude, every=True), self.alpha
         run.state.update(layers=list(layers), factorized=False, frames={})
         run.state["alpha"] = START if alpha is None else alpha
         note_spectra(run, layers, self.p)

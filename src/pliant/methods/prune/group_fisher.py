@@ -6,19 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
-from pliant.errors import BudgetError, DataError
-from pliant.families.prune.allocate import (
-    Goal,
-    allocate,
-    counted_limits,
-    on_the_way,
-    savings,
-    within,
-)
+from pliant.errors import DataError
+from pliant.families.prune.allocate import Goal, counted_limits, in_passes, savings
 from pliant.families.prune.channels import silenced
 from pliant.families.prune.fisher import group_fisher
 from pliant.families.prune.pruner import RENAMED, ChannelPruning
-from pliant.families.prune.ranking import Unit, by_group, ranking, up_to
+from pliant.families.prune.ranking import Unit, by_group, ranking
 from pliant.families.prune.scores import Groups, Scores
 from pliant.registry import In, Paper, register
 from pliant.run import Run
@@ -53,8 +46,9 @@ class GroupFisher(ChannelPruning):
     *Departs from the paper*: all channels of a cut leave before training goes on, and scores are
     taken anew several times on the way, on a copy that ignores those that have left (``passes``);
     the paper removes one at a time while it trains (``rounds`` goes part of that way). Labels are
-    drawn from the network's predictions; what a channel gives on average costs nothing, since
-    biases and batch norms make up for it; savings are those the budget asks for.
+    drawn from the network's predictions, unless a loss is given or the network returns its own;
+    what a channel gives on average costs nothing, since biases and batch norms make up for it;
+    savings are those the budget asks for.
 
     >>> GroupFisher(passes=1).samples
     1024
@@ -77,26 +71,18 @@ class GroupFisher(ChannelPruning):
 
     def allocation(self, run: Run, groups: Groups, goal: Goal) -> Leaving:
         """Score in passes, each of which goes an equal part of the whole way."""
-        gone: list[Unit] = []
-        limits = counted_limits(run)
-        for done in range(1, self.passes + 1):
-            scores = self._without(run, groups, gone, done)
-            ranked = ranking(scores, self.scope, run.state["floors"])
-            part = done / self.passes
-            if not limits:
-                gone = up_to(ranked, part * self.ratio)
-                continue
-            try:
-                gone = within(run, groups, ranked, on_the_way(run, limits, part))
-            except BudgetError:  # the cut itself will say what cannot be met
-                break
-        return allocate(run, groups, ranked, goal)
+
+        def ranked(gone: Sequence[Unit], number: int) -> Sequence[Unit]:
+            scores = self._without(run, groups, gone, number)
+            return ranking(scores, self.scope, run.state["floors"])
+
+        return in_passes(run, groups, goal, self.passes, ranked)
 
     def _without(self, run: Run, groups: Groups, gone: Sequence[Unit], number: int) -> Scores:
         """Return what each unit is worth beside those that are left, for what leaves with it."""
         model = silenced(run, edits_of(run.model, groups, by_group(gone)))
-        inputs = run.inputs(self.samples, batch=BATCH, seed=10 * number)
-        damages = group_fisher(model, groups, inputs, run.generator)
+        inputs, loss = run.looks(self.samples, batch=BATCH, seed=10 * number)
+        damages = group_fisher(model, groups, inputs, run.generator, loss)
         saved = savings(run, groups, gone, tuple(counted_limits(run)))
         scores = {name: damage / saved[name] for name, damage in damages.items()}
         for place, unit in enumerate(gone):  # in their order, before those that are worth nothing

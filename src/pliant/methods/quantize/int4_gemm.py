@@ -25,6 +25,7 @@ from pliant.surgery.fold import foldable
 
 CHOICES = (8, 4)  # bits among which a budget chooses
 BATCH = 64  # samples of a batch of calibration
+UNREACHED = "no calibration input is routed to it, so what it reads has no range"
 
 
 @register(
@@ -94,6 +95,9 @@ class Int4Gemm(Method):
         seen = extents(run.model, list(plan), looks, follow)
         for name, edit in plan.items():
             assert isinstance(edit, Multiply)
+            if name not in seen:
+                run.keep(name, UNREACHED)
+                continue
             layer, channels = run.model.get_submodule(name), edit.channels
             run.aside.put(Simulated(name, layer, edit.bits, seen[name], follow, channels=channels))
 

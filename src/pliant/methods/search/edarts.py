@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 
 import torch
 
-from pliant.edits import Choose
 from pliant.errors import MethodError
 from pliant.families.search import bilevel as search
+from pliant.families.search.derive import choose
 from pliant.method import Method
 from pliant.nn.cells import CellNetwork, derive, placed
 from pliant.nn.operations import SKIP
@@ -82,10 +82,7 @@ class EDARTS(Method):
         network = _network(run)
         genotype = derive(network, most_skips=self.most_skips)
         run.note(genotype=genotype.plain(), skips=genotype.count(SKIP))
-        edits = [Choose(layer, op) for layer, op in placed(network, genotype).items()]
-        for edit in edits:
-            _say_why(run, edit)
-        run.apply(*edits)
+        choose(run, placed(network, genotype))
         search.mend(run)
 
     def _plan(self) -> search.Bilevel:
@@ -119,12 +116,3 @@ DARTS = (
 def _network(run: Run) -> CellNetwork:
     assert isinstance(run.model, CellNetwork)
     return run.model
-
-
-def _say_why(run: Run, edit: Choose) -> None:
-    """Every layer of a candidate has a row in the report."""
-    inside = f"{edit.layer}.ops."
-    for layer in run.layers:
-        if layer.startswith(inside):
-            chosen = layer.removeprefix(inside).startswith(f"{edit.op}.")
-            run.keep(layer, f"moved to {edit.layer}" if chosen else f"{edit.op} was chosen instead")

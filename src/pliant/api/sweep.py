@@ -1,0 +1,237 @@
+"""Many compressions of one network as one study, which several processes can work on."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import product
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from pliant.api.network import once
+from pliant.api.within import measured, silent
+from pliant.compose import resolve
+from pliant.data import Data
+from pliant.data.asking import named_splits, once_only
+from pliant.errors import MissingExtraError, PliantError
+from pliant.result import Result
+
+if TYPE_CHECKING:
+    from optuna import Study
+    from optuna.trial import FrozenTrial, Trial
+
+NAME = "pliant"  # of the study in its storage
+ALIVE = 10  # seconds between two signs of life of a running trial
+TWICE = "made by another process"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compression of a sweep.
+
+    Args:
+        method: a spec, such as ``"energy(p=0.9)"``.
+        budget: text such as ``"params=0.3"``; empty for none.
+        seed: of everything random.
+    """
+
+    method: str
+    budget: str = ""
+    seed: int = 0
+
+    def __str__(self) -> str:
+        return ", ".join(filter(None, (self.method, self.budget, f"seed {self.seed}")))
+
+
+def cases(
+    methods: Sequence[str],
+    budgets: Sequence[str] = (),
+    seeds: Sequence[int] = (0,),
+    options: Mapping[str, Sequence[Any]] | None = None,
+) -> list[Case]:
+    """Combine methods, budgets, options and seeds; an option belongs to methods without options.
+
+    Raises:
+        MethodError: a method or an option is unknown.
+
+    >>> [str(case) for case in cases(["energy"], ["params=0.5"], options={"p": [0.8, 0.9]})]
+    ['energy(p=0.8), params=0.5, seed 0', 'energy(p=0.9), params=0.5, seed 0']
+    """
+    specs = [spec for method in methods for spec in _with_options(method, options or {})]
+    for spec in specs:
+        resolve(spec)
+    return [Case(*each) for each in product(specs, budgets or ("",), seeds)]
+
+
+def _with_options(method: str, options: Mapping[str, Sequence[Any]]) -> Iterator[str]:
+    if not options or "(" in method:
+        yield method
+        return
+    for values in product(*options.values()):
+        told = ", ".join(f"{k}={v!r}" for k, v in zip(options, values, strict=True))
+        yield f"{method}({told})"
+
+
+def sweep(
+    model: nn.Module,
+    data: Any,
+    plan: Sequence[Case],
+    *,
+    storage: str | Path = "runs/sweep/study.db",
+    keep: Callable[[Case, Result], str | None] = lambda case, result: None,
+    watch: Callable[[dict[str, Any]], None] = lambda row: None,
+    **asked: Any,
+) -> list[dict[str, Any]]:
+    """Compress a network in many ways, each once, and return what was measured.
+
+    The cases lie in a study of Optuna. Any number of processes, on any number of machines that
+    reach its storage, may call this with the same arguments: each takes cases that nobody has
+    taken. A case whose process died is taken again; one that is refused is kept with its reason.
+
+    Args:
+        model: any network; it stays as it is.
+        data: as for `compress`.
+        plan: from `cases`.
+        storage: a file for SQLite, or any storage URL of Optuna, such as ``postgresql://...``.
+        keep: told every result; the text that it returns, such as a path, is kept as ``link``.
+        watch: told after every case how many are done of how many, and the seconds left.
+        asked: everything else that `compress` takes: ``train``, ``target``, ...
+
+    Returns:
+        A row for each case that is over, by all processes together: see `rows`.
+
+    Raises:
+        MissingExtraError: Optuna is not installed.
+    """
+    study = open_study(storage)
+    data = Data.of(data) if once_only(data) or named_splits(data) else data  # read by every case
+    _enqueue(study, plan)
+    began, done = time.monotonic(), 0
+
+    def make(trial: Trial) -> tuple[float, float]:
+        case = _case(trial, study)
+        try:
+            with silent():
+                told = {**asked, "seed": case.seed, "strict": False}
+                found = once(model, data, case.method, case.budget or None, **told)
+        except PliantError as error:
+            trial.set_user_attr("refused", str(error))
+            raise
+        row = {**measured(found), "met": found.report.met, "link": keep(case, found)}
+        for name, value in row.items():
+            trial.set_user_attr(name, value)
+        return _values(found)
+
+    while (waiting := _open(study, "WAITING")) or _open(study, "RUNNING"):
+        if not waiting:  # with another process, or with one that died and shows no sign of life
+            time.sleep(1)
+            continue
+        study.optimize(make, n_trials=1, catch=(PliantError,))
+        done += 1
+        over, left = len(rows(study)), len(_open(study, "WAITING"))
+        seconds = (time.monotonic() - began) / done * left
+        watch({"phase": "sweep", "step": over, "steps": over + left, "seconds_left": seconds})
+    return rows(study)
+
+
+def open_study(storage: str | Path) -> Study:
+    """Open or make the study of a storage.
+
+    Raises:
+        MissingExtraError: Optuna is not installed.
+    """
+    try:
+        import optuna
+        from optuna.storages import RDBStorage, RetryFailedTrialCallback
+    except ImportError as error:
+        raise MissingExtraError("A sweep needs Optuna: pip install 'pliant[sweep]'.") from error
+    optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # refusals are rows
+    url = str(storage)
+    if "://" not in url:
+        Path(url).parent.mkdir(parents=True, exist_ok=True)
+        url = f"sqlite:///{Path(url).resolve()}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of features that Optuna calls experimental
+        kept = RDBStorage(
+            url,
+            heartbeat_interval=ALIVE,
+            grace_period=3 * ALIVE,
+            failed_trial_callback=RetryFailedTrialCallback(),
+        )
+        return optuna.create_study(
+            storage=kept,
+            study_name=NAME,
+            directions=["maximize", "minimize"],
+            load_if_exists=True,
+        )
+
+
+def rows(study: Study) -> list[dict[str, Any]]:
+    """Return a row for every case that is over.
+
+    ``name``, ``method``, ``budget`` and ``seed`` say what it was; params, macs, bytes, latency_ms,
+    accuracy, lost, met and seconds what came out; ``refused`` why nothing did.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for trial in study.get_trials(deepcopy=False):
+        case = trial.user_attrs.get("case")
+        if case is None or trial.user_attrs.get("refused") == TWICE:
+            continue
+        over = trial.state.name == "COMPLETE" or "refused" in trial.user_attrs
+        if over and trial.duration is not None:
+            kept = {k: v for k, v in trial.user_attrs.items() if k != "case"}
+            took = trial.duration.total_seconds()
+            found[str(Case(**case))] = {"name": str(Case(**case)), **case, **kept, "seconds": took}
+    return list(found.values())
+
+
+def _enqueue(study: Study, plan: Sequence[Case]) -> None:
+    known = {_key(trial) for trial in study.get_trials(deepcopy=False)}
+    for case in plan:
+        if str(case) not in known:
+            study.enqueue_trial({}, user_attrs={"case": asdict(case)})
+
+
+def _key(trial: Trial | FrozenTrial) -> str:
+    case = trial.user_attrs.get("case")
+    return str(Case(**case)) if case else ""
+
+
+def _open(study: Study, state: str) -> list[FrozenTrial]:
+    """Return the cases in a state, after those whose process died were put back."""
+    import optuna
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of features that Optuna calls experimental
+        optuna.storages.fail_stale_trials(study)
+    trials = study.get_trials(deepcopy=False)
+    return [trial for trial in trials if trial.state.name == state and _key(trial)]
+
+
+def _case(trial: Trial, study: Study) -> Case:
+    """Read what a trial is to do; one that nobody asked for, or that another does, is left."""
+    import optuna
+
+    key = _key(trial)
+    others = [
+        other
+        for other in study.get_trials(deepcopy=False)
+        if other.number != trial.number and key and _key(other) == key
+        and (other.state.name == "COMPLETE"
+             or (other.state.name == "RUNNING" and other.number < trial.number))
+    ]  # fmt: skip
+    if not key or others:
+        trial.set_user_attr("refused", TWICE)
+        raise optuna.TrialPruned
+    return Case(**trial.user_attrs["case"])
+
+
+def _values(found: Result) -> tuple[float, float]:
+    """Return what the study compares: accuracy, and the parameters that it takes."""
+    after = found.report.after
+    accuracy = after.accuracy if after.accuracy is not None else -(after.loss or 0.0)
+    return accuracy, float(after.params)

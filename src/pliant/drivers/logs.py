@@ -1,0 +1,121 @@
+"""Where people already look: the rows of a run in CSV, TensorBoard, MLflow or W&B."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol
+
+from pliant.errors import MissingExtraError, OutputError
+
+KINDS = ("csv", "tensorboard", "mlflow", "wandb")
+
+
+class Logger(Protocol):
+    """What is used of Lightning's loggers."""
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        """Take numbers of one step."""
+
+    def finalize(self, status: str) -> None:
+        """End the log."""
+
+
+def logger(where: str, name: str = "pliant") -> Logger:
+    """Open a log.
+
+    Args:
+        where: ``csv:FOLDER``, ``tensorboard:FOLDER``, ``mlflow`` or ``mlflow:URI``, ``wandb`` or
+            ``wandb:PROJECT``.
+        name: of the run.
+
+    Raises:
+        OutputError: there is no log of that kind, or it names no folder.
+        MissingExtraError: its library is not installed.
+    """
+    kind, _, place = where.partition(":")
+    if kind not in KINDS:
+        raise OutputError(f"A log is one of {', '.join(KINDS)}, such as csv:logs, not {where!r}.")
+    if kind in ("csv", "tensorboard") and not place:
+        raise OutputError(f"Name the folder of the log: {kind}:FOLDER.")
+    try:
+        return _OPEN[kind](place, name)
+    except ImportError as error:
+        needs = {"csv": "lightning-fabric"}.get(kind, kind)
+        raise MissingExtraError(f"A log of {kind} needs {needs}: pip install {needs}.") from error
+
+
+def _csv(place: str, name: str) -> Logger:
+    from lightning_fabric.loggers import CSVLogger
+
+    return CSVLogger(place, name, version="")
+
+
+def _tensorboard(place: str, name: str) -> Logger:
+    from lightning_fabric.loggers import TensorBoardLogger
+
+    return TensorBoardLogger(place, name, version="")
+
+
+class _Wandb:
+    """The client of W&B behind the same two calls."""
+
+    def __init__(self, place: str, name: str) -> None:
+        import wandb
+
+        self.run = wandb.init(project=place or "pliant", name=name)
+
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        self.run.log(metrics, step=step)
+
+    def finalize(self, status: str) -> None:
+        self.run.finish(exit_code=int(status != "success"))
+
+
+class _MLflow:
+    """MLflow's own client behind the same two calls."""
+
+    def __init__(self, place: str, name: str) -> None:
+        from mlflow import MlflowClient
+
+        self.client = MlflowClient(tracking_uri=place or None)
+        found = self.client.get_experiment_by_name("pliant")
+        experiment = found.experiment_id if found else self.client.create_experiment("pliant")
+        self.run = self.client.create_run(experiment, run_name=name).info.run_id
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        for key, value in metrics.items():
+            self.client.log_metric(self.run, key, value, step=step or 0)
+
+    def finalize(self, status: str) -> None:
+        self.client.set_terminated(self.run, "FINISHED" if status == "success" else "FAILED")
+
+
+_OPEN: dict[str, Callable[[str, str], Logger]] = {
+    "csv": _csv, "tensorboard": _tensorboard, "mlflow": _MLflow, "wandb": _Wandb,
+}  # fmt: skip
+
+
+def write(logger: Logger, history: Iterable[Mapping[str, Any]], after: Mapping[str, Any]) -> None:
+    """Write the rows of a run, its control under names of their own, and what came out.
+
+    Args:
+        logger: from `logger`.
+        history: of a report.
+        after: what the network costs and scores in the end.
+    """
+    last = 0
+    for row in history:
+        step = int(row.get("step", last))
+        last = max(last, step)
+        prefix = "control/" if row.get("control") else ""
+        numbers = {prefix + name: value for name, value in _numbers(row).items() if name != "step"}
+        if numbers:
+            logger.log_metrics(numbers, step=step)
+    logger.log_metrics({f"after/{name}": value for name, value in _numbers(after).items()}, last)
+    logger.finalize("success")
+
+
+def _numbers(row: Mapping[str, Any]) -> dict[str, float]:
+    kept = {n: v for n, v in row.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+    return {name: float(value) for name, value in kept.items() if math.isfinite(value)}

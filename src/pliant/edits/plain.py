@@ -1,0 +1,114 @@
+"""One layer becomes plain layers that compute the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pliant.cost import LayerCost
+from pliant.edits.edit import Replaced, layer_of
+from pliant.errors import EditError
+from pliant.nn import kinds
+from pliant.nn.attention import SplitAttention
+
+
+@dataclass(frozen=True)
+class Plain:
+    """Puts a Linear, a convolution or attention of plain linear layers in the place of a layer.
+
+    Args:
+        layer: name of a ``Conv1D`` of Transformers, an ``nn.MultiheadAttention``, or a layer of a
+            class that derives from a Linear or a convolution. That it computes the same is for
+            ``pliant.surgery.plain`` to prove.
+        values: weight and bias of a layer that computes them anew at every call; None takes those
+            that it has. They are tensors, not part of the plan.
+
+    Raises:
+        EditError: the layer is of another kind.
+    """
+
+    layer: str
+    values: tuple[Tensor, Tensor | None] | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def form(self) -> str:
+        """What the layer becomes."""
+        return "plain"
+
+    def apply(self, model: nn.Module, *, weights: bool = True) -> Replaced:
+        """Put the plain layers in."""
+        module: Any = layer_of(model, self.layer)
+        if type(module) is nn.MultiheadAttention:
+            new: Any = SplitAttention(module, weights=weights)
+        elif (kind := kinds.kind_of(module)) and kind not in (*kinds.TABLE, *kinds.TRANSPOSED):
+            new = self._single(module, weights=weights)
+        else:
+            raise EditError(f"{self.layer} is a {type(module).__name__}, which has no plain form.")
+        before = {id(p) for p in module.parameters()}
+        after = {id(p) for p in new.parameters()}
+        removed = tuple(p for p in module.parameters() if id(p) not in after)
+        added = tuple(p for p in new.parameters() if id(p) not in before)
+        kinds.put(model, module, new)
+        turned = isinstance(new, nn.Linear) and len(removed) == len(added) == 1
+        return Replaced(removed, added, cuts=(torch.t,) if turned else ())
+
+    def predict(self, before: LayerCost) -> LayerCost:
+        """Return the cost, which stays."""
+        return before
+
+    def _single(self, module: Any, *, weights: bool) -> nn.Module:
+        own = self.values if self.values is not None and weights else None
+        bias = module.bias if own is None else own[1]
+        new = _empty(module, bias=bias is not None)
+        if own is not None:
+            new.weight.data = own[0].detach().clone()
+            new.weight.requires_grad_(module.weight.requires_grad)
+            if bias is not None:
+                new.bias.data = bias.detach().clone()
+            return new.train(module.training)
+        if weights:
+            rows = kinds.to_rows(module, module.weight)
+            if rows is module.weight:
+                new.weight = module.weight
+            else:
+                new.weight.data = rows.detach().clone(memory_format=torch.contiguous_format)
+                new.weight.requires_grad_(module.weight.requires_grad)
+            new.bias = module.bias
+        return new.train(module.training)
+
+
+def _empty(module: Any, *, bias: bool) -> Any:
+    """The plain layer of a layer's geometry, without numbers."""
+    kind, weight = kinds.kind_of(module), module.weight
+    where = {"device": weight.device, "dtype": weight.dtype}
+    if kind is nn.Linear or kind not in kinds.CONV:
+        outs, ins = kinds.to_rows(module, weight).shape
+        return nn.utils.skip_init(nn.Linear, ins, outs, bias, **where)
+    names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    return nn.utils.skip_init(
+        kind,
+        module.in_channels,
+        module.out_channels,
+        bias=bias,
+        **{name: getattr(module, name) for name in names},
+        **where,
+    )
+
+
+def hidden(module: nn.Module) -> bool:
+    """Say whether a layer may be a plain one in another class: it owns little beside its weight."""
+    known = kinds.kind_of(module)
+    if known is None or type(module) in (*kinds.LINEAR, *kinds.CONV):
+        return False
+    if known in (*kinds.TABLE, *kinds.TRANSPOSED) or type(module).__module__.startswith("pliant."):
+        return False
+    owned = dict(module.named_parameters())
+    parts = [*module.children(), *module.buffers()]
+    return (
+        isinstance(getattr(module, "weight", None), nn.Parameter)
+        and not parts
+        and all(parameter.is_floating_point() for parameter in owned.values())
+    )

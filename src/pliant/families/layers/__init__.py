@@ -1,0 +1,1 @@
+"""What methods that bring layers of their own share."""

@@ -1,0 +1,136 @@
+"""Dynamic channel propagation: only channels that were useful lately take part in training."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+
+from pliant.cost import Example, call
+from pliant.edits import Edit
+from pliant.errors import DataError
+from pliant.families.prune.allocate import Goal, counted_limits, within
+from pliant.families.prune.gates import Gates, effects
+from pliant.families.prune.pruner import ChannelPruning, Ratio, Rounds, Share
+from pliant.families.prune.ranking import Scope, floors_of, ranking
+from pliant.families.prune.scores import Groups, Scores
+from pliant.families.prune.utility import decay_at, masks, utility
+from pliant.observe.moments import surprise
+from pliant.registry import In, Paper, register
+from pliant.run import Run
+
+BATCH = 64  # samples whose activations are held at once, without training
+PAPER = Paper(
+    "Learning to Prune in Training via Dynamic Channel Propagation",
+    "S. Shen, R. Li, Z. Zhao, H. Zhang, Y. Zhou",
+    "ICPR",
+    2020,
+    "https://arxiv.org/abs/2007.01486",
+)
+
+
+@register("dynamic_channel_propagation", paper=PAPER, saves="params macs bytes latency")
+@dataclass(frozen=True)
+class DynamicChannelPropagation(ChannelPruning):
+    """Lets only useful channels take part in each training step, and removes the others at the end.
+
+    A channel's utility is a decayed sum of what masking it would do to the loss, to first order:
+    the mean over the samples of a step of |activation times gradient|, over the largest of its
+    layer. After ``warmup`` the channels of the least utility in the whole network are masked in
+    every step. Their utility is frozen, so they come back when others fall below it. The decay
+    rises by 0.1 at 1/2 and 3/4 of the training, and to 1 at 0.95. When training is over, the masked
+    channels leave: in evaluation the network computes the same without them. Training costs as
+    much as that of the dense network. Without training, labels drawn from the network's own
+    predictions on ``samples`` inputs take the place of steps.
+
+    *Departs from the paper*: channels that meet in a sum are masked too, together, by the sum of
+    their effects; where layers read them, so biases and batch norms in between are covered. A
+    budget sets anew after every epoch how many are masked. Utilities begin at 0; the rise of the
+    decay does not follow the learning rate.
+
+    >>> DynamicChannelPropagation().start
+    1.0
+    """
+
+    ratio: Ratio = 0.42  # pr, share of the channels that is masked and leaves, without a budget
+    scope: Scope = field(default="global", init=False)
+    rounds: Rounds = field(default=1, init=False)
+    start: Share = 1.0  # share of the training before masked channels leave; 1 when it is over
+    end: Share = field(default=0.5, init=False)
+    warmup: Share = 0.05  # share of the training in which no channel is masked
+    decay: Annotated[float, In(0, 1)] = 0.6  # d at the beginning, factor of old utilities
+    samples: Annotated[int, In(1)] = 1024  # training inputs that are looked at without training
+
+    def refuse(self, run: Run) -> None:
+        if not run.steps and not run.has_inputs:
+            raise DataError(
+                "dynamic_channel_propagation learns from training steps or inputs, but there are "
+                "none: train with it, give data, or take magnitude, which looks at weights alone."
+            )
+
+    def prepare(self, run: Run) -> None:
+        super().prepare(run)
+        if run.steps and self.pending(run):
+            groups = self.groups(run)
+            gates = run.aside.put(Gates(run.model, groups))
+            run.state.update(utility=torch.zeros(len(gates.values)).double())
+            run.state.update(mask=gates.values > 0, masked=0, floors=floors_of(groups, self.least))
+
+    def resume(self, run: Run, state: Mapping[str, Any], edits: Sequence[Edit]) -> None:
+        for gates in run.aside.all(Gates):
+            gates.values = state["mask"].float().cpu()
+            if state["rounds"]:
+                gates.remove()
+
+    def before_step(self, run: Run) -> None:
+        if run.steps and self.pending(run):
+            gates, state = run.aside.get(Gates), run.state
+            decay = decay_at(run.step / run.steps, self.decay)
+            seen = (state["utility"], gates.take(), state["mask"], gates.sizes, decay)
+            state["utility"] = utility(*seen)
+
+    def after_step(self, run: Run) -> None:
+        if run.step >= self.warmup * run.steps and self.pending(run):
+            self._mask(run, run.aside.get(Gates), anew=not run.state["masked"])
+        super().after_step(run)
+
+    def after_epoch(self, run: Run) -> None:
+        if run.state.get("masked") and self.pending(run):
+            self._mask(run, run.aside.get(Gates), anew=True)
+
+    def cut(self, run: Run, goal: Goal, *, last: bool = True) -> None:
+        for gates in run.aside.all(Gates):
+            gates.remove()
+        learned = bool(run.state.get("masked"))  # then batch norms know the network as it will be
+        super().cut(run, goal, last=last and not learned)
+
+    def scores(self, run: Run, groups: Groups) -> Scores:
+        known = run.state.get("utility")
+        sizes = {group.name: len(group.units) for group in groups}
+        if known is None or not known.any():
+            self.refuse(run)
+            known = torch.zeros(sum(sizes.values())).double()
+            gates, batches = Gates(run.model, groups), run.inputs(self.samples, batch=BATCH)
+            for seen in effects(run.model, gates, batches, partial(_surprise, run)):
+                known = utility(known, seen, known >= 0, sizes, self.decay)
+        return dict(zip(sizes, known.split([*sizes.values()]), strict=True))
+
+    def _mask(self, run: Run, gates: Gates, *, anew: bool) -> None:
+        """Choose who takes part in the next step; count anew how many do not, if asked."""
+        scores, floors = gates.split(run.state["utility"]), run.state["floors"]
+        if anew:
+            run.state["masked"] = math.floor(self.ratio * len(gates.values) + 1e-9)
+            if limits := counted_limits(run):
+                ranked = ranking(scores, self.scope, floors)
+                run.state["masked"] = len(within(run, gates.groups, ranked, limits))
+        run.state["mask"] = masks(scores, floors, run.state["masked"])
+        gates.values = run.state["mask"].float()
+
+
+def _surprise(run: Run, inputs: Example) -> Tensor:
+    return surprise(call(run.model, inputs), run.generator)

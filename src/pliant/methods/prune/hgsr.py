@@ -1,0 +1,132 @@
+"""HGSR: training makes whole channels small; those leave that the loss misses least."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+
+from pliant.data import batch_of
+from pliant.edits.prune import CONVS
+from pliant.errors import DataError
+from pliant.families.prune.allocate import Goal, in_passes
+from pliant.families.prune.judge import labelled
+from pliant.families.prune.pruner import ChannelPruning, Share
+from pliant.families.prune.ranking import Unit, ranking
+from pliant.families.prune.scores import Groups, Scores
+from pliant.families.prune.zeroing import increases
+from pliant.math.hierarchical import Grouping, Kind, hierarchical
+from pliant.registry import In, Paper, register
+from pliant.run import Run
+from pliant.surgery.prove import Leaving
+from pliant.surgery.select import readable
+
+LARGE = 1e300  # behind all that may leave
+PAPER = Paper(
+    "Filter Pruning Using Hierarchical Group Sparse Regularization for Deep Convolutional "
+    "Neural Networks",
+    "K. Mitsuno, T. Kurita",
+    "ICPR",
+    2020,
+    "https://arxiv.org/abs/2011.02389",
+)
+
+
+@register("hgsr", paper=PAPER, saves="params macs bytes latency")
+@dataclass(frozen=True)
+class HGSR(ChannelPruning):
+    """Penalizes kernels within channels, then removes the channels whose loss is felt least.
+
+    Until ``start`` a penalty with two levels, kernels and the channels (or filters) they belong
+    to, and an L1 norm pull on all convolutions but those that only shrink a shortcut. Then each
+    channel is zeroed in turn on labelled training samples, and those leave without which the loss
+    rises least; it may fall. The rest of the training is without the penalty. Scoring takes a
+    forward pass of the ``samples`` for every channel, from the layer on that reads it, times
+    ``passes``. Needs labelled training data.
+
+    *Departs from the paper*: ``strength`` is the penalty at the beginning in units of the loss,
+    from which lambda follows, the same for all layers. Channels leave in ``passes`` equal parts,
+    before each of which all others are zeroed anew. Channels that meet in a sum leave together.
+
+    >>> HGSR(penalize="group_lasso").mix
+    0.5
+    """
+
+    start: Share = 0.7  # share of the training with the penalty, before the first cut
+    penalize: Kind = "squared_group_l12"  # R, how kernels are grouped
+    grouping: Grouping = "feature"  # outer groups: input channels, or output filters
+    strength: Annotated[float, In(0)] = 0.5  # of both penalties together, at the beginning
+    mix: Annotated[float, In(0, 1)] = 0.5  # share of R beside the L1 norm
+    samples: Annotated[int, In(1)] = 256  # |S|, training samples whose loss is compared
+    passes: Annotated[int, In(1, 32)] = 2  # how often channels are scored on the way of a cut
+    # eps, rise of the loss from which a channel stays, if there is no budget
+    most: Annotated[float, In(0)] | None = None
+
+    def refuse(self, run: Run) -> None:
+        first = next(iter(labelled(run, 1)), None)
+        if first is None or first[1] is None:
+            raise DataError(
+                "hgsr compares losses on labelled training samples, but there are none: give data "
+                "with labels, or take group_fisher, which needs inputs alone."
+            )
+
+    def prepare(self, run: Run) -> None:
+        convs = readable(run.model, only=self.only, exclude=self.exclude)[0]
+        run.state["layers"] = [name for name, conv in convs.items() if _penalized(conv)]
+        whole = float(self._whole(run).detach())
+        run.state["lambda"] = self.strength / whole if whole else 0.0
+        super().prepare(run)
+        if self.pending(run):
+            run.note(strength=run.state["lambda"])
+
+    def penalty(self, run: Run) -> Tensor | None:
+        if not self.pending(run) or not run.state["lambda"]:
+            return None
+        return run.state["lambda"] * self._whole(run)
+
+    def scores(self, run: Run, groups: Groups) -> Scores:
+        return increases(run.model, groups, labelled(run, self.samples), _criterion(run))
+
+    def allocation(self, run: Run, groups: Groups, goal: Goal) -> Leaving:
+        def ranked(gone: Sequence[Unit], number: int) -> Sequence[Unit]:
+            batches = labelled(run, self.samples)
+            scores = increases(run.model, groups, batches, _criterion(run), gone)
+            if self.most is not None and not goal.limits:
+                for values in scores.values():
+                    values[values > self.most] = torch.inf
+            low = min(float(values.min()) for values in scores.values())
+            for place, unit in enumerate(gone):  # first, in their order
+                scores[unit.group][unit.index] = low - len(gone) + place
+            return self._ranked(run, scores)
+
+        return in_passes(run, groups, goal, self.passes, ranked)
+
+    def _ranked(self, run: Run, scores: Scores) -> list[Unit]:
+        """Rank those that may leave: an infinite score keeps a unit."""
+        kept = {name: int(values.isposinf().sum()) for name, values in scores.items()}
+        floors = {name: max(floor, kept[name]) for name, floor in run.state["floors"].items()}
+        finite = {n: values.where(~values.isposinf(), LARGE) for n, values in scores.items()}
+        return ranking(finite, self.scope, floors)
+
+    def _whole(self, run: Run) -> Tensor:
+        """Both penalties of all convolutions, before lambda."""
+        total = torch.zeros(())
+        for name in run.state["layers"]:
+            weight = run.model.get_parameter(f"{name}.weight")
+            both = self.mix * hierarchical(weight, self.penalize, self.grouping)
+            total = total.to(weight.device) + both + (1 - self.mix) * weight.abs().sum()
+        return total
+
+
+def _criterion(run: Run) -> Callable[[Any, Any], Tensor]:
+    """Return the loss of the task as a function of outputs and labels."""
+    return lambda output, labels: run.task_loss(output, batch_of((), labels))
+
+
+def _penalized(layer: Any) -> bool:
+    """Say whether a layer is a convolution that does more than shrink a shortcut."""
+    pointwise = isinstance(layer, CONVS) and {*layer.kernel_size} == {1} != {*layer.stride}
+    return isinstance(layer, CONVS) and layer.groups == 1 and not pointwise

@@ -1,0 +1,132 @@
+"""PGP: filters that training hardly moves leave while it goes on, or start anew."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, Any
+
+from pliant.errors import ModelError
+from pliant.families.prune import progress
+from pliant.families.prune.allocate import uniform_ratios
+from pliant.families.prune.channels import keep_whole, remove
+from pliant.families.prune.pruner import ChannelPruning, Share
+from pliant.families.prune.ranking import Scope, floors_of
+from pliant.families.prune.scores import Groups, Scores, importance, weakest
+from pliant.registry import In, Paper, register
+from pliant.run import Run
+from pliant.surgery.prove import edits_of, prove
+
+PAPER = Paper(
+    "Progressive Gradient Pruning for Classification, Detection and Domain Adaptation",
+    "L. T. Nguyen-Meidine, E. Granger, M. Pedersoli, M. Kiran, L.-A. Blais-Morin",
+    "ICPR",
+    2020,
+    "https://arxiv.org/abs/1906.08746",
+)
+
+
+@register("pgp", paper=PAPER, saves="params macs bytes latency")
+@dataclass(frozen=True)
+class PGP(ChannelPruning):
+    """Removes the filters with the smallest gradients in many small cuts while the network trains.
+
+    Between two cuts the norms of each filter's gradients are added up. Those of the smallest sums
+    are weak: as many as a layer has too many by then, on an exponential way to its width. A part
+    of them (``hard``) leaves at once; the others become zero but go on training (RPGP; 1 for PGP).
+    At the last cut all weak ones leave. The optimizer's state is cut and zeroed along, so a single
+    training, from scratch too, ends with a small network.
+
+    *Departs from the paper* and its code: cuts are at equal parts of the training, not after
+    epochs; gradients are read when they are complete; the way ends at the ratio and not beyond it;
+    channels that meet in a sum leave together and all layers take part. Batch norms of zeroed
+    filters stay (``reset_norms``), since with them at zero nothing could ever recover; before a
+    rectifier, only those with a bias above zero do. The first gradients of zeroed filters are
+    shortened to what is usual in their layer. Without training, filters of small norm leave.
+
+    >>> PGP(hard=1.0).rounds
+    10
+    """
+
+    scope: Scope = field(default="local", init=False)
+    rounds: Annotated[int, In(1, 200)] = 10  # E, cuts
+    start: float = field(default=0.0, init=False)
+    end: Share = 0.8  # share of the training in which cuts are made; the rest is fine-tuning
+    hard: Share = 0.5  # R, share of the weak filters that leaves at once; the others become zero
+    course: progress.Course = "exponential"  # how the number of filters falls
+    # of gradients: the sum of their norms, the norm of their sum, the sum of all their entries
+    criterion: progress.Criterion = "path"
+    reset_norms: bool = False  # zero the batch norms of zeroed filters too, as the paper's code
+
+    def prepare(self, run: Run) -> None:
+        groups = self.groups(run)
+        ratios = uniform_ratios(run, groups, self.ratio, least=self.least)
+        whole = {group.name: len(group.units) for group in groups}
+        floors = floors_of(groups, self.least)
+        run.state.update(rounds=0, ratios=ratios, whole=whole, floors=floors, fresh={}, sums={})
+        run.state["rows"] = progress.listened(groups)
+        if not run.steps:
+            self.cut_to(run, self.rounds)
+
+    def before_step(self, run: Run) -> None:
+        progress.calm(run.model, run.state["rows"], run.state["fresh"])
+        run.state["fresh"] = {}
+        if self.pending(run):
+            layers = {layer: None for rows in run.state["rows"].values() for layer in rows}
+            progress.add_gradients(run.model, layers, run.state["sums"], self.criterion)
+
+    def after_step(self, run: Run) -> None:
+        end = max(1, round(self.end * run.steps))
+        due = min(self.rounds, int(run.step * self.rounds / end + 1e-9))
+        if due > run.state["rounds"]:
+            self.cut_to(run, due)
+
+    def finalize(self, run: Run) -> None:
+        if self.pending(run):
+            self.cut_to(run, self.rounds)
+
+    def scores(self, run: Run, groups: Groups) -> Scores:
+        found = {}
+        for group in groups:
+            rows = run.state["rows"].get(group.name, {})
+            own = progress.moved(run.state["sums"], rows, self.criterion)
+            known = own is not None and len(own) == len(group.units)
+            found[group.name] = own if known else importance(run.model, group)
+        return found  # type: ignore[return-value]
+
+    def cut_to(self, run: Run, number: int) -> None:
+        """Make the cut of this number: weak units leave, or become zero."""
+        state: dict[str, Any] = run.state
+        groups = [group for group in self._left(run) if group.name in state["ratios"]]
+        leaving, last = dict[str, list[int]](), number == self.rounds
+        for name, values in self.scores(run, groups).items():
+            whole, ratio = state["whole"][name], state["ratios"][name]
+            left = progress.remaining(whole, ratio, number, self.rounds, self.course)
+            found = weakest(values, progress.weak(len(values), left, state["floors"][name]))
+            hard = len(found) if last else int(self.hard * len(found))
+            leaving[name], state["fresh"][name] = found[:hard].tolist(), found[hard:].tolist()
+        for group in groups:
+            units = state["fresh"][group.name]
+            progress.reset(run.model, run.optimizers, group, units, norms=self.reset_norms)
+        if edits := edits_of(run.model, groups, leaving):
+            prove(run.model, run.example, edits)
+        remove(run, edits, recalibrate=last)
+        run.restate(progress.merged(run.edits))
+        self._go_on(run, leaving, number)
+        if last:
+            keep_whole(run, groups)
+
+    def _left(self, run: Run) -> Groups:
+        """The groups of which more than one unit is left."""
+        try:
+            return self.groups(run)
+        except ModelError:  # there was one to begin with
+            return []
+
+    def _go_on(self, run: Run, leaving: dict[str, list[int]], number: int) -> None:
+        """Begin to add up anew, with the units that are left at their new places."""
+        state: dict[str, Any] = run.state
+        for name, units in state["fresh"].items():
+            gone = leaving[name]
+            state["fresh"][name] = [unit - sum(other < unit for other in gone) for unit in units]
+        state.update(rounds=number, sums={})
+        state["rows"] = {} if number == self.rounds else progress.listened(self._left(run))

@@ -1,0 +1,118 @@
+"""SSPruning: shortcuts are cut into regions, each of which keeps channels of its own."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Annotated, Any
+
+import torch
+from torch import Tensor
+
+from pliant.cost import Example, call
+from pliant.data.sources import moved
+from pliant.errors import DataError
+from pliant.families.prune.allocate import Goal
+from pliant.families.prune.channels import ABSORBED, keep_whole
+from pliant.families.prune.gates import Gates, effects
+from pliant.families.prune.judge import labelled
+from pliant.families.prune.pruner import ChannelPruning, Rounds, Share
+from pliant.families.prune.ranking import floors_of
+from pliant.families.prune.scores import Groups, Scores
+from pliant.families.prune.shortcuts import (
+    Region,
+    others,
+    prove_slimmed,
+    regions,
+    slimmed,
+    unread,
+)
+from pliant.observe.watch import samples
+from pliant.registry import In, Paper, register
+from pliant.run import Run
+from pliant.surgery.batchnorm import absorb
+
+PAPER = Paper(
+    "Slimming ResNet by Slimming Shortcut",
+    "D. Joo, D. Kim, J. Kim",
+    "ICPR",
+    2020,
+    "https://doi.org/10.1109/ICPR48806.2021.9413075",
+)
+
+
+@register("sspruning", paper=PAPER, saves="params macs bytes latency")
+@dataclass(frozen=True)
+class SSPruning(ChannelPruning):
+    """Removes channels of residual shortcuts block by block, and of the insides of blocks.
+
+    What a residual block gives is a region: it keeps channels of its own, not those of its whole
+    stage. A gate of one on every channel, of a region or within a block, says by its gradient
+    what the loss would be without the channel, to first order: the sum over labelled training
+    samples counts, by its magnitude. All gates are on one scale, and the least important leave.
+    Sums take the channels that a branch still makes at their places, and tensors between blocks
+    keep their width, zero where nothing is left; so time falls less than multiply-accumulates.
+    Networks without residual blocks lose channels as they are tied. Needs labelled training data.
+
+    *Departs from the paper*, of which only the aim is known here: gates are not trained, and cuts
+    are made at once. The first region of a network, which its stem makes, and the classifier keep
+    their width.
+
+    >>> SSPruning().rounds
+    1
+    """
+
+    rounds: Rounds = field(default=1, init=False)
+    end: Share = field(default=0.5, init=False)
+    samples: Annotated[int, In(1)] = 1024  # labelled training samples of one scoring
+
+    def refuse(self, run: Run) -> None:
+        first = next(iter(labelled(run, 1)), None)
+        if first is None or first[1] is None:
+            raise DataError(
+                "sspruning asks how the loss changes on labelled training samples, but there are "
+                "none: give data with labels, or take group_fisher, which needs inputs alone."
+            )
+
+    def groups(self, run: Run) -> Groups:
+        return self._found(run)[0]
+
+    def scores(self, run: Run, groups: Groups) -> Scores:
+        blocks = {name for name, module in run.model.named_modules() if [*module.children()]}
+        behind = {group.name: group.name for group in groups if group.name in blocks}
+        gates, total = Gates(run.model, groups, behind), torch.zeros(())
+        batches = labelled(run, self.samples)
+        for seen in effects(run.model, gates, batches, partial(_loss, run)):
+            total = total + sum((effect.double().sum(0) for effect in seen), torch.zeros(()))
+        return gates.split(total.abs())
+
+    def cut(self, run: Run, goal: Goal, *, last: bool = True) -> None:
+        groups, found = self._found(run)
+        run.state["floors"] = floors_of(groups, self.least)
+        leaving = self.allocation(run, groups, goal)
+        edits = slimmed(run.model, groups, leaving, found)
+        if edits:
+            prove_slimmed(run.model, run.example, groups, leaving, found)
+        if edits and run.has_inputs:
+            absorb(run.model, unread(edits, found), run.inputs(ABSORBED))
+        run.apply(*edits)
+        run.recalibrate()
+        keep_whole(run, groups)
+
+    def _found(self, run: Run) -> tuple[Groups, list[Region]]:
+        """Return all groups, those of regions first, and the regions."""
+        groups = super().groups(run)
+        found = regions(run.model, run.example, groups)
+        inside = {layer for region in found for layer, _ in region.group.slots}
+        for group in groups:
+            for layer, _ in group.slots:
+                if inside & {name for name, _ in group.makers} and layer not in inside:
+                    run.keep(layer, "only what blocks give to a shortcut leaves it")
+        return [*(region.group for region in found), *others(groups, found)], found
+
+
+def _loss(run: Run, batch: tuple[Example, Any]) -> Tensor:
+    """The loss of a batch, summed over its samples."""
+    inputs, labels = batch
+    device = next((p.device for p in run.model.parameters()), torch.device("cpu"))
+    return run.criterion(call(run.model, inputs), moved(labels, device)) * samples(inputs)

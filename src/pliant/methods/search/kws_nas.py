@@ -1,0 +1,126 @@
+"""KWS-NAS: samples one path of a supernet at a time, with weights rounded to a few bits."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pliant.errors import MethodError
+from pliant.families.search import bilevel as search
+from pliant.families.search import derive, objective, paths, rounding
+from pliant.families.search.expected import By, axis_of
+from pliant.method import Method
+from pliant.nn.mobile import MobileNetwork
+from pliant.registry import In, Paper, register
+from pliant.run import Run
+
+
+@register(
+    "kws_nas",
+    paper=Paper(
+        "Resource-efficient DNNs for Keyword Spotting using Neural Architecture Search and "
+        "Quantization",
+        "D. Peter, W. Roth, F. Pernkopf",
+        "ICPR",
+        2020,
+        "https://arxiv.org/abs/2012.10138",
+    ),
+)
+@dataclass(frozen=True)
+class KWSNAS(Method):
+    """Searches blocks by gates of which one is open, and rounds all weights meanwhile.
+
+    The network is one to search in, such as ``zoo.build("kws-search")``. At every step each
+    mixed operation runs one candidate, sampled by the probabilities. After a warm-up the logits
+    learn every few steps: the gradient of a candidate's gate is the product of what the candidate
+    gives with the gradient of the output. The loss of the task is multiplied by a power of the
+    logarithm of the expected cost. At the end every operation keeps its best candidate with the
+    weights it has. A network that has nothing to choose from is trained with rounded weights
+    only: so is the derived one, ``chain("kws_nas", "kws_nas(bits=2)")``.
+
+    *Departs from the paper*: biases of the linear layer are kept. The reference cost is what the
+    search begins with, if none is given, since that of the paper belongs to one network. Weight
+    decay acts on rounded weights. They are stored as numbers of their grid, in floating point:
+    coding them is another method's work.
+    """
+
+    strength: Annotated[float, In(0, 100)] = 1.0  # beta, power of the cost; 0 ignores it
+    form: objective.Form = "product"  # or the sum of the loss and strength times the cost
+    reference: Annotated[float, In(0, open="low")] | None = None  # F_ref, in units of the cost
+    by: By = "macs"  # the cost; "params" for memory
+    alpha_lr: Annotated[float, In(0, open="low")] = 4e-3  # of Adam, to which it rises
+    every: Annotated[int, In(1)] = 5  # weight steps between two architecture steps
+    batch: Annotated[int, In(2)] = 100  # validation samples of an architecture step
+    # share of the training in which only weights learn
+    warmup: Annotated[float, In(0, 1, "high")] = 0.25
+    skips_learn: bool = False  # whether a sampled skip connection moves its logits
+    bits: Literal[0] | Annotated[int, In(1, 8)] = 8  # of a weight; 0 rounds none
+    rounding: Literal["during", "after"] = "during"  # the training, or at its end only
+
+    def refuse(self, run: Run) -> None:
+        if not isinstance(run.model, MobileNetwork):
+            raise MethodError(
+                "kws_nas searches networks of inverted bottlenecks, not a "
+                f"{type(run.model).__name__}: begin with pliant.zoo.build('kws-search')."
+            )
+        if self.by == "latency" and run.clock is None:
+            raise MethodError("kws_nas counts milliseconds on a target, but none was named.")
+
+    def prepare(self, run: Run) -> None:
+        if search.choices(run.model):
+            search.begin(run, self._plan(run), "kws_nas")
+            objective.price(run, axis_of(run, self.by), self.form, self.reference, "kws_nas")
+            paths.alone(run)
+            paths.draw(run)
+        if self.bits and self.rounding == "during":
+            rounding.begin(run, self.bits)
+
+    def after_step(self, run: Run) -> None:
+        if self.bits and self.rounding == "during":
+            rounding.follow(run, self.bits)
+        if not search.choices(run.model) or not run.steps:
+            return
+        plan = self._plan(run)
+        if search.due(run, plan):
+            paths.draw(run)
+            gates = paths.full(run, skips_learn=self.skips_learn)
+            search.step(
+                run,
+                plan,
+                lambda loss: objective.objective(run, loss, self.form, self.strength),
+                gates,
+            )
+        paths.draw(run)
+
+    def after_epoch(self, run: Run) -> None:
+        if search.choices(run.model):
+            found = derive.best(run)
+            run.note(ops=list(found.values()), cost=objective.now(run, found))
+
+    def finalize(self, run: Run) -> None:
+        if search.choices(run.model):
+            found = derive.best(run)
+            run.note(ops=list(found.values()), cost=objective.now(run, found))
+            derive.choose(run, found)
+        if self.bits and self.rounding == "after":
+            rounding.after(run.model, self.bits)
+        run.state.pop(rounding.KEY, None)
+        run.note(memory=rounding.memory(run.model, self.bits or 32), bits=self.bits)
+        for layer in run.layers.keys() - run.reasons.keys():
+            run.keep(layer, "there was nothing to choose")
+        search.mend(run)
+
+    def _plan(self, run: Run) -> search.Bilevel:
+        """Adam without momentum or decay, at a rate that rises along half a cosine."""
+        done = run.step / run.steps if run.steps else 0.0
+        share = max(0.0, done - self.warmup) / (1 - self.warmup)
+        rise = 1 + math.cos(math.pi * (1 + 0.5 * share))
+        return search.Bilevel(
+            lr=max(self.alpha_lr * rise, 1e-12),
+            betas=(0.0, 0.999),
+            decay=0.0,
+            every=self.every,
+            warmup=self.warmup,
+            batch=self.batch,
+        )

@@ -1,0 +1,121 @@
+"""VPU-NAS: searches blocks for accuracy and for milliseconds on one device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pliant.errors import MethodError
+from pliant.families.search import bilevel as search
+from pliant.families.search import derive, objective, paths
+from pliant.families.search.expected import By, axis_of
+from pliant.families.search.schedule import temper
+from pliant.method import Method
+from pliant.nn.mobile import MobileNetwork
+from pliant.registry import In, Paper, register
+from pliant.run import Run
+from pliant.surgery.redraw import redraw
+
+
+@register(
+    "vpu_nas",
+    paper=Paper(
+        "VPU Specific CNNs through Neural Architecture Search",
+        "C. Donegan, H. Yous, S. Sinha, J. Byrne",
+        "ICPR",
+        2020,
+        "https://doi.org/10.1109/ICPR48806.2021.9412794",
+    ),
+)
+@dataclass(frozen=True)
+class VPUNAS(Method):
+    """Chooses inverted bottlenecks by the loss of the task and the expected milliseconds.
+
+    The network is one to search in, such as ``zoo.build("vpu-search")``. With a target every
+    candidate is priced by the table of that target, each shape measured once; without one by
+    multiply-accumulates. Weights learn on the training split, after a warm-up the logits on the
+    validation split. Mixtures are nearly one-hot samples whose temperature falls, or one of two
+    sampled paths runs. At the end each block keeps its best candidate.
+
+    *Departs from the paper*: only its abstract was at hand. What it says is here: a
+    differentiable search for error and latency together, measured on the device that shall run
+    the network. Candidates, samples, objective and schedule are those of the two methods that it
+    can refer to, FBNet and ProxylessNAS (both 2019). What costs one is the mean of all
+    architectures, if no reference is given.
+    """
+
+    estimator: Literal["gumbel", "gates"] = "gumbel"  # noisy mixtures, or two sampled paths
+    strength: Annotated[float, In(0)] = 0.1  # lambda, or beta of the product
+    form: objective.Form = "sum"  # or the product of the loss and a power of the cost's logarithm
+    reference: Annotated[float, In(0, open="low")] | None = None  # LAT_ref, in units of the cost
+    by: By = "auto"  # the cost: milliseconds with a target, else multiply-accumulates
+    alpha_lr: Annotated[float, In(0, open="low")] = 0.01  # of Adam on the logits
+    alpha_decay: Annotated[float, In(0)] = 5e-4  # weight decay of the logits, of mixtures only
+    every: Annotated[int, In(1)] = 4  # weight steps between two architecture steps
+    batch: Annotated[int, In(2)] = 64  # validation samples of an architecture step
+    # share of the training in which only weights learn
+    warmup: Annotated[float, In(0, 1, "high")] = 0.1
+    temperature: Annotated[float, In(0.01, 100)] = 5.0  # tau, of the first epoch's mixtures
+    cooling: Annotated[float, In(0.5, 1)] = 0.956  # factor of tau after each epoch
+    # of the result: those of the search, or drawn anew to train from scratch
+    weights: Literal["kept", "fresh"] = "kept"
+
+    def refuse(self, run: Run) -> None:
+        if not isinstance(run.model, MobileNetwork):
+            raise MethodError(
+                "vpu_nas searches networks of inverted bottlenecks, not a "
+                f"{type(run.model).__name__}: begin with pliant.zoo.build('vpu-search')."
+            )
+        if self.by == "latency" and run.clock is None:
+            raise MethodError("vpu_nas counts milliseconds on a target, but none was named.")
+
+    def prepare(self, run: Run) -> None:
+        search.begin(run, self._plan(), "vpu_nas")
+        objective.price(run, axis_of(run, self.by), self.form, self.reference, "vpu_nas")
+        if self.estimator == "gates":
+            paths.alone(run)
+        self._sample(run)
+
+    def after_step(self, run: Run) -> None:
+        if not run.steps:
+            return
+        if search.due(run, self._plan()):
+            self._sample(run)
+            gates = paths.pairs(run) if self.estimator == "gates" else None
+            search.step(
+                run,
+                self._plan(),
+                lambda loss: objective.objective(run, loss, self.form, self.strength),
+                gates,
+            )
+        self._sample(run)
+
+    def after_epoch(self, run: Run) -> None:
+        found = derive.best(run)
+        run.note(ops=list(found.values()), cost=objective.now(run, found))
+
+    def finalize(self, run: Run) -> None:
+        found = derive.best(run)
+        run.note(ops=list(found.values()), cost=objective.now(run, found))
+        derive.choose(run, found)
+        for layer in run.layers.keys() - run.reasons.keys():
+            run.keep(layer, "there was nothing to choose")
+        if self.weights == "fresh":
+            redraw(run.model, run.generator, run.optimizers)
+        search.mend(run)
+
+    def _sample(self, run: Run) -> None:
+        if self.estimator == "gumbel":
+            temper(run, max(0.01, self.temperature * self.cooling**run.epoch))
+        paths.draw(run)
+
+    def _plan(self) -> search.Bilevel:
+        gates = self.estimator == "gates"
+        return search.Bilevel(
+            lr=self.alpha_lr,
+            betas=(0.0, 0.999) if gates else (0.9, 0.999),
+            decay=0.0 if gates else self.alpha_decay,
+            every=self.every,
+            warmup=self.warmup,
+            batch=self.batch,
+        )

@@ -1,0 +1,97 @@
+"""MLTP: the step that helps one batch shall help another too."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from torch import Tensor
+
+from pliant.data import unpack
+from pliant.errors import DataError, MethodError
+from pliant.families.train.ahead import check_twice, curvature, gradient_of, loss_at, trained
+from pliant.method import Method
+from pliant.observe.watch import samples
+from pliant.registry import In, Paper, register
+from pliant.run import Run
+
+
+@register(
+    "mltp",
+    paper=Paper(
+        "Is the Meta-Learning Idea Able to Improve the Generalization of Deep Neural Networks on "
+        "the Standard Supervised Learning?",
+        "X. Deng, Z. Zhang",
+        "ICPR",
+        2020,
+        "https://arxiv.org/abs/2002.12455",
+    ),
+)
+@dataclass(frozen=True)
+class MLTP(Method):
+    """Trains so that the gradient step on a batch lowers the loss of another batch, too.
+
+    Every batch is a task, and a second one of the same size is drawn beside it. The loss is
+    L(w; B1) + beta L(w - alpha grad L(w; B1); B2), which rewards batches whose gradients agree.
+    Batch norms note the statistics of the first batch only. A step costs two passes in the first
+    order, about four in the second, and the memory of both; the network stays as it is.
+
+    *Departs from the paper*: how the two losses are weighed is our reading of its abstract.
+
+    >>> MLTP(order="first").beta
+    1.0
+    """
+
+    beta: Annotated[float, In(0, 100)] = 1.0  # weight of the second batch
+    alpha: Annotated[float, In(0, 100)] | None = None  # inner step; None: the learning rate
+    # second: exact; first: as if the inner gradient were constant; difference: its change by a
+    # difference quotient, for networks that cannot be differentiated twice
+    order: Literal["second", "first", "difference"] = "second"
+
+    def refuse(self, run: Run) -> None:
+        """Refuse a run without data, and a network that cannot be differentiated twice."""
+        if not run.has_inputs:
+            raise DataError(
+                "mltp draws a second batch at every step, and the run has no training data: call "
+                "pliant.start(..., data=data)."
+            )
+        assert run.data is not None
+        if self.order == "second":
+            check_twice(run.model, run.data.example(2))
+
+    def loss(self, run: Run, loss: Tensor, output: Any, batch: Any) -> Tensor:
+        """Add the loss of another batch after a step on this one."""
+        mine = unpack(batch)
+        other = run.draw(samples(mine[0]))
+        names, weights = trained(run.model)
+        inner = self._inner(run)
+        grads = gradient_of(loss, weights, twice=self.order == "second", again=True)
+        if self.order != "difference":
+            ahead = [w - inner * g for w, g in zip(weights, grads, strict=True)]
+            return loss + self.beta * loss_at(run, dict(zip(names, ahead, strict=True)), *other)
+        ahead = [
+            (w.detach() - inner * g).requires_grad_() for w, g in zip(weights, grads, strict=True)
+        ]
+        second = loss_at(run, dict(zip(names, ahead, strict=True)), *other)
+        pulls = gradient_of(second, ahead)
+
+        def gradient(at: list[Tensor]) -> list[Tensor]:
+            return gradient_of(loss_at(run, dict(zip(names, at, strict=True)), *mine), at)
+
+        bent = curvature(gradient, [w.detach() for w in weights], pulls)
+        pulls = [pull - inner * bend for pull, bend in zip(pulls, bent, strict=True)]
+        # A number equal to the second loss, whose gradient is the one that was found.
+        moves = [((w - w.detach()) * p).sum() for w, p in zip(weights, pulls, strict=True)]
+        return loss + self.beta * (second.detach() + torch.stack(moves).sum())
+
+    def _inner(self, run: Run) -> float:
+        """Return alpha, the length of the inner step."""
+        if self.alpha is not None:
+            return self.alpha
+        if run.optimizer is None:
+            raise MethodError(
+                "mltp steps by the learning rate, but the run has no optimizer: hand it over, "
+                "pliant.start(..., optimizer=optimizer), or set alpha."
+            )
+        return run.lr

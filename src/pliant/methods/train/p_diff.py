@@ -1,0 +1,142 @@
+"""P-DIFF: trains with wrong labels, by leaving out the samples that least believe in theirs."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import torch
+from torch import Tensor
+
+from pliant.data import unpack
+from pliant.data.criterion import classes_second
+from pliant.errors import DataError
+from pliant.math.margins import LOW, WIDTH, MarginHistogram, bins_of, margins
+from pliant.method import Method
+from pliant.observe.outputs import logits
+from pliant.registry import In, Paper, register
+from pliant.run import Run
+
+
+@register(
+    "p_diff",
+    paper=Paper(
+        "P-DIFF: Learning Classifier with Noisy Labels Based on Probability Difference "
+        "Distributions",
+        "W. Hu, Q. Zhao, Y. Huang, F. Zhang",
+        "ICPR",
+        2020,
+        "https://arxiv.org/abs/2009.06382",
+    ),
+)
+@dataclass(frozen=True)
+class PDiff(Method):
+    """Leaves out the samples whose label is far less probable than another one, while training.
+
+    The margin of a sample is the probability of its label minus that of the best other class, in
+    the very forward pass that is trained on. A histogram of the last batches says which margins
+    are the lowest; as many samples as labels are wrong lose their weight, first few and then all.
+    Nothing is left out before the histogram is full. Without a known rate of wrong labels the
+    share of margins below 0 is taken, which stays as it is once the network is sure of itself.
+
+    *Departs from the paper*: what is left out grows with every step, not with every epoch. One
+    sample of a batch always counts.
+
+    >>> PDiff(noise=0.4).window
+    100
+    """
+
+    noise: Annotated[float, In(0, 1)] | None = None  # tau, share of wrong labels; None: estimated
+    ramp: Annotated[float, In(0, 1)] = 0.1  # share of the training after which all of them leave
+    window: Annotated[int, In(1, 100_000)] = 100  # batches that the histogram holds
+    # zeta, of "noise=None": mean |margin| from which on the estimate stays
+    sure: Annotated[float, In(0, 1)] = 0.9
+    # kappa: 0 weighs by 0 or 1; else by a sigmoid of the margin, which is this wide
+    softness: Annotated[float, In(0, 1)] = 0.0
+    # what the sum is divided by: all samples, or those that count
+    normalize: Literal["all", "kept"] = "all"
+
+    def prepare(self, run: Run) -> None:
+        """Begin with an empty histogram."""
+        empty = MarginHistogram(self.window).counts
+        run.state.update(counts=empty, batches=0, rate=0.0, kept=0.0, samples=0)
+
+    def weigh(self, run: Run, losses: Tensor, output: Any, batch: Any) -> Tensor | None:
+        """Return 0 for the samples that are left out, 1 for the others."""
+        scores, labels = _classes(output, unpack(batch)[1], losses)
+        known = (labels >= 0) & (labels < scores.shape[1])
+        each = margins(scores, labels.where(known, 0))
+        histogram = self._seen(run, each[known])
+        if not histogram.full or not known.any():
+            return None
+        run.state["rate"] = rate = self._rate(run, histogram)
+        weights = self._weights(each, histogram.threshold(rate)) if rate else known.double()
+        if not bool((weights[known] > 0).any()):
+            weights = (each == each[known].max()).to(weights)
+        weights = weights.where(known, 0)
+        run.state["kept"] += float(weights.sum())
+        run.state["samples"] += int(known.sum())
+        if self.normalize == "kept":
+            weights = weights * (known.sum() / weights.sum())
+        return weights.to(losses.dtype) if rate else None
+
+    def after_epoch(self, run: Run) -> None:
+        """Note what share of the samples counted, and which were to be left out."""
+        if run.state["samples"]:
+            kept = run.state["kept"] / run.state["samples"]
+            run.note(kept=kept, noise=run.state["rate"])
+        run.state.update(kept=0.0, samples=0)
+
+    def finalize(self, run: Run) -> None:
+        """Warn where the training was too short for the histogram."""
+        if 0 < run.state["batches"] < self.window:
+            warnings.warn(
+                f"p_diff left nothing out: its histogram was to hold {self.window} batches, but "
+                f"the training had {run.state['batches']}: set window to fewer.",
+                stacklevel=2,
+            )
+
+    def _seen(self, run: Run, values: Tensor) -> MarginHistogram:
+        """Return the histogram with the margins of a batch in it."""
+        counts = run.state["counts"].to(values.device)
+        histogram = MarginHistogram(self.window, counts, run.state["batches"])
+        histogram.update(values)
+        run.state.update(counts=counts, batches=histogram.seen)
+        return histogram
+
+    def _rate(self, run: Run, histogram: MarginHistogram) -> float:
+        """Return R, the share of the samples to leave out now."""
+        past = run.step / (self.ramp * run.steps) if self.ramp and run.steps else 1.0
+        past = min(1.0, past)
+        if self.noise is not None:
+            return self.noise * past
+        if past == 1 and histogram.confidence() >= self.sure:
+            return float(run.state["rate"])
+        return float(histogram.cdf()[bins_of(torch.tensor(past - 1.0))])
+
+    def _weights(self, each: Tensor, threshold: int) -> Tensor:
+        if self.softness:
+            return torch.sigmoid((each - (LOW + threshold * WIDTH)) / self.softness)
+        return (bins_of(each) >= threshold).to(each)
+
+
+def _classes(output: Any, labels: Any, losses: Tensor) -> tuple[Tensor, Tensor]:
+    """Return scores (N, C, ...) and labels (N, ...).
+
+    Raises:
+        DataError: there is no class number for each loss, or only one class.
+    """
+    scores = logits(output)
+    if isinstance(labels, Tensor) and not labels.is_floating_point():
+        scores = classes_second(scores, labels)
+        if (
+            scores.dim() == labels.dim() + 1
+            and scores.shape[1] > 1
+            and losses.shape == labels.shape
+        ):
+            return scores, labels
+    raise DataError(
+        "p_diff compares the probability of a label with those of other classes: it needs scores "
+        f"of two classes or more and one class number for each loss, not {tuple(scores.shape)}."
+    )

@@ -1,0 +1,63 @@
+"""Sees where a network cuts an axis of a tensor: in equal parts, or into heads and their width."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+_CUTS = {
+    *(torch.chunk, Tensor.chunk, torch.split, Tensor.split),
+    *(torch.tensor_split, Tensor.tensor_split),
+}
+
+
+_SHAPES = {Tensor.view, Tensor.reshape, torch.reshape, Tensor.unflatten, torch.unflatten}
+
+
+class Parted(TorchFunctionMode):
+    """Calls ``see(parts, axis)`` wherever a tensor is cut in equal parts, not along its first axis.
+
+    Args:
+        see: gets the parts and the axis along which they lay side by side.
+        heads: whether an axis that becomes two, heads and their width, is cut too: its parts are
+            what lies at one place of every head, so that heads leave whole.
+    """
+
+    def __init__(self, see: Callable[[Sequence[Tensor], int], None], *, heads: bool) -> None:
+        super().__init__()
+        self.see, self.heads = see, heads
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Call the function, and look at its parts."""
+        found = func(*args, **(kwargs or {}))
+        if func in _CUTS and len(found) > 1:
+            whole: Tensor = args[0] if args else kwargs["input"]
+            axes = [
+                axis
+                for axis, size in enumerate(whole.shape)
+                if axis and all(size == len(found) * part.shape[axis] for part in found)
+            ]
+            if len(axes) == 1:
+                self.see(found, axes[0])
+        if self.heads and func in _SHAPES and isinstance(found, Tensor):
+            given: Tensor = args[0] if args else kwargs["input"]
+            axis = _split(given.shape, found.shape)
+            if axis:
+                self.see(found.unbind(axis + 1), axis)
+        return found
+
+
+def _split(before: Sequence[int], after: Sequence[int]) -> int:
+    """The axis that became two, the first of which is of more than one; 0 if there is none."""
+    if len(after) != len(before) + 1:
+        return 0
+    axis = next((i for i, size in enumerate(before) if after[i] != size), 0)
+    whole = axis and after[axis] * after[axis + 1] == before[axis]
+    same = list(before[axis + 1 :]) == list(after[axis + 2 :])
+    return axis if whole and same and min(after[axis : axis + 2]) > 1 else 0

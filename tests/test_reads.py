@@ -1,0 +1,130 @@
+"""Second moments in few numbers say the same as the whole matrix does."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from pliant.families.lowrank.losses import losses
+from pliant.math import forms
+from pliant.math.metric import Metric
+from pliant.math.moments import dampen
+from pliant.math.reads import Alike, Diagonal, Gram, Reads, Rows
+from pliant.math.svd import strongest
+from pliant.observe import moments
+from pliant.observe.moments import Gathered, metrics, patches
+
+
+def _draw(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.mark.parametrize(
+    "reads",
+    [
+        Rows(_draw(5, 12)),
+        Alike(_draw(7, 4).T @ _draw(7, 4), 3),
+        Diagonal(torch.arange(12), 24.0),
+    ],
+)
+def test_few_numbers_say_what_the_matrix_says(reads: Reads) -> None:
+    weight, dense = _draw(6, 12), Gram(reads.dense().double())
+    assert reads.size == dense.size == 12
+    assert reads.energy(weight) == pytest.approx(dense.energy(weight), rel=1e-5)
+    if isinstance(reads, Diagonal):  # positive as it is
+        expected = weight.double() @ dense.moments @ weight.double().T
+    else:
+        expected = dense.outer(weight)
+    assert torch.allclose(reads.outer(weight), expected, rtol=1e-4)
+    if not isinstance(reads, Diagonal):
+        assert torch.allclose(reads.channels(3).double(), dense.channels(3), rtol=1e-4, atol=1e-5)
+
+
+def test_factors_in_few_rows_are_those_in_the_matrix() -> None:
+    weight, rows, outputs = _draw(6, 40), _draw(9, 40), torch.diag(torch.arange(1.0, 7))
+    few, whole = Metric(Rows(rows), outputs), Metric(rows.T @ rows, outputs)
+    for mine, other in zip(
+        few.decompose(weight, "svd", (3,)), whole.decompose(weight, "svd", (3,)), strict=True
+    ):
+        assert torch.allclose(mine.abs(), other.abs(), rtol=1e-3, atol=1e-4)
+    lost = [
+        losses(weight, ("svd",), m)["svd"].at([(r,) for r in range(1, 6)]) for m in (few, whole)
+    ]
+    assert lost[0] == pytest.approx(lost[1], abs=1e-5)
+
+
+def test_outputs_that_are_more_than_inputs_take_the_small_side() -> None:
+    weight, reads = _draw(50, 8), Gram(_draw(20, 8).T @ _draw(20, 8))
+    metric = Metric(reads.moments)
+    error = weight - forms.compose(metric.decompose(weight, "svd", (4,)), "svd")
+    lost = losses(weight, ("svd",), metric)["svd"].at([(4,)])[0]
+    kept = weight.double() @ dampen(reads.moments.double()) @ weight.double().T
+    assert reads.energy(error) / float(kept.trace()) == pytest.approx(lost, rel=2e-2)
+
+
+def test_a_diagonal_of_sensitivities_scales_outputs_apart() -> None:
+    weight, outputs = _draw(6, 12), torch.arange(1.0, 7)
+    apart, whole = (Metric(torch.eye(12), each) for each in (outputs, torch.diag(outputs)))
+    assert torch.allclose(apart.enter(weight), whole.enter(weight), atol=1e-5)
+    assert torch.allclose(apart.leave(apart.enter(weight)), weight, atol=1e-5)
+
+
+def test_few_directions_of_a_large_matrix_hold_as_much_as_the_best() -> None:
+    root = _draw(800, 800) * torch.linspace(1, 0.05, 800)
+    matrix = (root @ root.T).double()
+    found, best = strongest(matrix, 80), torch.linalg.eigh(matrix)[1][:, -80:].flip(1)
+    held = [float((basis.T @ matrix @ basis).trace()) for basis in (found, best)]
+    assert torch.allclose(found.T @ found, torch.eye(80).double(), atol=1e-9)
+    left = float(matrix.trace()) - held[1]
+    assert held[1] - held[0] < 2e-3 * left
+    assert torch.equal(found, strongest(matrix, 80))
+
+
+def test_wide_layers_keep_samples_and_narrow_ones_the_matrix() -> None:
+    wide, narrow = nn.Linear(40, 3), nn.Linear(4, 3)
+    gathered = Gathered({"wide": wide, "narrow": narrow, "unused": nn.Linear(2, 2)})
+    x = _draw(8, 40)
+    for part in x.split(4):
+        gathered.see("wide", part)
+        gathered.see("narrow", part[:, :4].contiguous())
+    found = gathered.reads()
+    assert isinstance(found["wide"], Rows) and isinstance(found["narrow"], Gram)
+    assert torch.allclose(found["wide"].dense(), x.T @ x, atol=1e-4)
+    assert torch.allclose(found["narrow"].dense(), x[:, :4].T @ x[:, :4], atol=1e-4)
+    assert "unused" not in found
+    gathered.see("wide", _draw(30, 40))  # more samples than half of the inputs
+    assert isinstance(gathered.reads()["wide"], Gram)
+
+
+def test_samples_of_the_widest_layers_are_thinned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments, "MOST", 32)
+    gathered, x = Gathered({"wide": nn.Linear(40, 3)}), _draw(400, 40)
+    for part in x.split(20):
+        gathered.see("wide", part)
+    found = gathered.reads()["wide"]
+    assert isinstance(found, Rows) and len(found.rows) <= 40
+    assert float(found.rows.square().sum()) == pytest.approx(float(x.square().sum()), rel=0.2)
+
+
+def test_layers_that_read_one_tensor_share_its_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Three(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v = (nn.Linear(6, 6) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.relu()
+            return self.q(x) + self.k(x) * self.v(x)
+
+    made: list[int] = []
+    whole = moments.self_product
+    monkeypatch.setattr(moments, "self_product", lambda m: made.append(1) or whole(m))
+    model = Three()
+    layers = {name: layer for name, layer in model.named_children()}
+    x = _draw(64, 6)
+    found = metrics(model, layers, [(x,)], torch.Generator().manual_seed(0))
+    assert len(made) == 1
+    rows = patches(model.q, x.relu())
+    for metric in found.values():
+        assert torch.allclose(metric.inputs, rows.T @ rows / 64, atol=1e-5)

@@ -1,0 +1,170 @@
+"""Results show themselves, are logged where people look, and shared as people share."""
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import pliant
+from pliant import zoo
+from pliant.api.sweep import MissingExtraError
+from pliant.data import Data
+from pliant.drivers import logs
+from pliant.errors import ArtifactError, OutputError
+from pliant.result import Result
+
+
+@pytest.fixture(scope="module")
+def result(mnist5k: Data) -> Result:
+    net = zoo.build("lenet5", weights="mnist5k")
+    return pliant.compress(net, mnist5k, "energy", "params=0.8", name="lenet5")
+
+
+def test_a_report_saves_itself(result: Result, tmp_path: Path) -> None:
+    files = result.report.save(tmp_path / "run")
+    assert sorted(file.name for file in files) == ["report.html", "report.json", "report.md"]
+    read = pliant.Report.from_json((tmp_path / "run" / "report.json").read_text())
+    assert read.after == result.report.after
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be made"):
+        result.report.save(tmp_path / "file")
+
+
+def test_notebooks_show_verdict_and_numbers(result: Result) -> None:
+    shown = result._repr_html_()
+    assert shown == result.report._repr_html_()
+    assert "Budget met" in shown and "<th>Parameters</th><td>61.7k</td>" in shown
+
+
+def test_a_shared_folder_loads_with_a_card(result: Result, mnist5k: Data, tmp_path: Path) -> None:
+    example = mnist5k.example()
+    place = result.save_pretrained(tmp_path / "net", source="lenet5", onnx=example)
+    assert {path.name for path in place.iterdir()} == {
+        "model.pliant", "model.onnx", "config.json", "README.md",
+        "report.html", "report.json", "report.md",
+    }  # fmt: skip
+    loaded = pliant.load(place)
+    with torch.no_grad():
+        assert torch.equal(loaded(*example), result.model(*example))
+    front, _, card = (place / "README.md").read_text().partition("\n---\n")
+    head = {line.partition(": ")[0]: line.partition(": ")[2] for line in front.splitlines()[1:]}
+    assert json.loads(head["tags"]) == ["model-compression", "energy"]
+    value = json.loads(head["model-index"])[0]["results"][0]["metrics"][0]["value"]
+    assert value == result.report.after.accuracy and 'pliant.load("net", build)' in card
+    settings = json.loads((place / "config.json").read_text())
+    assert settings["pliant"]["budget"] == {"params": 0.8}
+    with pytest.raises(ArtifactError, match=r"must hold a model\.pliant"):
+        pliant.load(tmp_path)
+
+
+class Hub(BaseHTTPRequestHandler):
+    """The few calls of a hub that an upload makes."""
+
+    files: dict[str, bytes] = {}
+    asked: list[str] = []
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.asked.append(self.path)
+        if "token-bad" in self.headers.get("Authorization", ""):
+            self.answer({"error": "who are you?"}, 401)
+        elif self.path == "/api/repos/create":
+            asked = json.loads(body)
+            where = f"http://{self.headers['Host']}/{asked['organization']}/{asked['name']}"
+            self.answer({"url": where})
+        elif "/preupload/" in self.path:
+            names = [file["path"] for file in json.loads(body)["files"]]
+            modes = [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]
+            self.answer({"files": modes})
+        elif "/commit/" not in self.path:
+            self.answer({})  # the card is checked there
+        else:
+            for line in body.decode().splitlines():
+                row = json.loads(line)
+                if row["key"] == "file":
+                    content = base64.b64decode(row["value"]["content"])
+                    self.files[row["value"]["path"]] = content
+            where = f"http://{self.headers['Host']}/me/net/commit/1"
+            self.answer({"commitUrl": where, "commitOid": "1"})
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        self.answer({"id": "me/net", "sha": "0", "siblings": []})
+
+    def answer(self, value: Any, status: int = 200) -> None:
+        text = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def hub() -> Iterator[str]:
+    server = HTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    Hub.files.clear()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+
+
+def test_a_folder_goes_to_a_hub(result: Result, hub: str, tmp_path: Path) -> None:
+    pytest.importorskip("huggingface_hub")
+    asked = {"endpoint": hub, "token": "hf_good"}
+    where = result.push_to_hub("me/net", tmp_path / "net", source="lenet5", **asked)
+    assert where == f"{hub}/me/net/commit/1"
+    assert Hub.files["model.pliant"] == (tmp_path / "net" / "model.pliant").read_bytes()
+    assert {"README.md", "config.json", "report.json"} <= set(Hub.files)
+    with pytest.raises(OutputError, match="me/net could not be uploaded"):
+        result.push_to_hub("me/net", tmp_path / "net", endpoint=hub, token="token-bad")
+
+
+def rows() -> list[dict[str, Any]]:
+    return [
+        {"step": 5, "epoch": 1, "loss": 0.5, "accuracy": 0.9, "phase": "train"},
+        {"step": 10, "epoch": 2, "loss": float("nan"), "accuracy": 0.95},
+        {"step": 5, "epoch": 1, "loss": 0.4, "control": True},
+    ]
+
+
+def test_rows_go_to_csv(tmp_path: Path) -> None:
+    logs.write(logs.logger(f"csv:{tmp_path}", "run"), rows(), {"params": 3, "name": "net"})
+    text = next(tmp_path.rglob("metrics.csv")).read_text().splitlines()
+    assert {"loss", "accuracy", "control/loss", "after/params"} <= set(text[0].split(","))
+    assert [line.split(",")[-1] for line in text[1:]] == ["5", "10", "5", "10"]
+
+
+def test_rows_go_to_tensorboard(tmp_path: Path) -> None:
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    logs.write(logs.logger(f"tensorboard:{tmp_path}", "run"), rows(), {"params": 3})
+    events = reader.EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    assert [(e.step, round(e.value, 4)) for e in events.Scalars("accuracy")] == [
+        (5, 0.9),
+        (10, 0.95),
+    ]
+    assert events.Scalars("after/params")[0].value == 3
+
+
+def test_a_log_that_is_none_is_refused() -> None:
+    with pytest.raises(OutputError, match="A log is one of csv"):
+        logs.logger("paper:here")
+    with pytest.raises(OutputError, match="csv:FOLDER"):
+        logs.logger("csv")
+
+
+@pytest.mark.parametrize("kind", ["mlflow", "wandb"])
+def test_what_is_not_installed_is_named(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, kind, None)
+    with pytest.raises(MissingExtraError, match=f"pip install {kind}"):
+        logs.logger(kind)

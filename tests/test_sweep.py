@@ -1,0 +1,131 @@
+"""A sweep is one study: its cases are made once each, whoever dies and whoever helps."""
+
+import os
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from pliant import zoo
+from pliant.api.sweep import Case, cases, open_study, rows, sweep
+from pliant.cli import app
+from pliant.data import Data
+from pliant.errors import MethodError
+
+WORKER = """
+import sys, time
+import torch
+from pliant import sweep
+from pliant.api.sweep import cases
+
+def keep(case, result):
+    time.sleep(0.15)
+    return str(case)
+
+torch.manual_seed(0)
+net = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4))
+data = torch.randn(80, 16), torch.arange(80) % 4
+plan = cases(["energy", "magnitude"], ["params=0.8", "params=0.6", "params=0.4"], range(4))
+sweep(net, data, plan, storage=sys.argv[1], keep=keep)
+"""
+
+
+def test_cases_are_all_combinations() -> None:
+    made = cases(["energy", "nrmf(alpha=0.1)"], ["params=0.5"], (0, 1), {"p": (0.8, 0.9)})
+    assert [str(case) for case in made][:3] == [
+        "energy(p=0.8), params=0.5, seed 0",
+        "energy(p=0.8), params=0.5, seed 1",
+        "energy(p=0.9), params=0.5, seed 0",
+    ]
+    assert len(made) == 6
+    with pytest.raises(MethodError, match="nrmff"):
+        cases(["nrmff"])
+
+
+def test_every_case_is_made_once_and_refusals_are_kept(tmp_path: Path, mnist5k: Data) -> None:
+    net = zoo.build("lenet5", weights="mnist5k")
+    plan = cases(["energy"], ["params=0.8", "params=0.0001"])
+    told: list[dict[str, float]] = []
+    found = sweep(net, mnist5k, plan, storage=tmp_path / "study.db", watch=told.append)
+    good, refused = sorted(found, key=lambda row: "refused" in row)
+    assert good["met"] and good["params"] < 50_000 and good["accuracy"] > 0.9
+    assert "cannot be met" in refused["refused"]
+    assert [row["step"] for row in told] == [1, 2] and told[-1]["seconds_left"] == 0
+    again = sweep(net, mnist5k, plan, storage=tmp_path / "study.db", watch=told.append)
+    assert again == found and len(told) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_sweep_survives_kills_and_is_shared(tmp_path: Path) -> None:
+    """24 cases; one process is killed twice, then two go on together."""
+    storage = str(tmp_path / "study.db")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    (tmp_path / "worker.py").write_text(
+        # Signs of life every second, so that the test need not wait long for the dead.
+        "import pliant.api.sweep as s\ns.ALIVE = 1\n" + WORKER
+    )
+
+    def begin() -> subprocess.Popen[bytes]:
+        command = [sys.executable, str(tmp_path / "worker.py"), storage]
+        return subprocess.Popen(command, env=environment)
+
+    for wanted in (3, 8):
+        worker, until = begin(), time.monotonic() + 120
+        while _complete(storage) < wanted and time.monotonic() < until:
+            time.sleep(0.1)
+        worker.kill()
+        worker.wait()
+    pair = begin(), begin()
+    assert [worker.wait(timeout=240) for worker in pair] == [0, 0]
+    study = open_study(storage)
+    done = [t for t in study.get_trials() if t.state.name == "COMPLETE"]
+    made = Counter(str(Case(**trial.user_attrs["case"])) for trial in done)
+    assert len(made) == 24 and set(made.values()) == {1}
+    assert len(rows(study)) == 24
+
+
+def _complete(storage: str) -> int:
+    if not Path(storage).exists():
+        return 0
+    try:
+        return sum(trial.state.name == "COMPLETE" for trial in open_study(storage).get_trials())
+    except Exception:  # the file is being made
+        return 0
+
+
+def test_the_command_writes_runs_and_pages(tmp_path: Path) -> None:
+    run, out = CliRunner().invoke, tmp_path / "sweep"
+    asked = ["lenet5", "--weights", "mnist5k", "--data", "mnist5k", "--method", "energy"]
+    asked += ["--budget", "params=0.8", "--budget", "params=0.6", "--option", "samples=0,64"]
+    done = run(app, ["sweep", *asked, "--out", str(out)])
+    assert done.exit_code == 0, done.output
+    page = (out / "sweep.html").read_text()
+    assert page.count("report.html") == 4 and "Download as CSV" in page
+    runs = sorted(path for path in out.iterdir() if path.is_dir())
+    assert len(runs) == 4 and all((path / "model.pliant").exists() for path in runs)
+    listed = run(app, ["runs", str(out)])
+    assert listed.exit_code == 0 and (out / "runs.html").read_text().count("report.html") == 4
+    page = str(tmp_path / "pair.html")
+    both = run(app, ["compare", str(runs[0]), str(runs[1]), "--out", page])
+    assert both.exit_code == 0 and "What each layer became" in Path(page).read_text()
+    again = run(app, ["compare", str(runs[0]), str(runs[1]), "--out", page])
+    assert again.exit_code == 2 and "--force" in again.output
+
+
+def test_mistakes_of_the_commands_are_sentences(tmp_path: Path) -> None:
+    run = CliRunner().invoke
+    for asked, message in (
+        (["runs", str(tmp_path)], "no report.json"),
+        (["compare", str(tmp_path)], "two runs or more"),
+        (
+            ["sweep", "lenet5", "--data", "mnist5k", "--method", "energy", "--option", "p"],
+            "name=value",
+        ),
+    ):
+        done = run(app, asked)
+        assert done.exit_code == 2 and message in done.output.replace("\n", " ")
