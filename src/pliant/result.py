@@ -122,7 +122,8 @@ class Report:
     other. ``verdict`` judges what was lost, ``fidelity`` compares outputs with the dense network's,
     ``task`` is what was trained and scored, and ``metrics`` says of its metrics which way is better
     and what they count. ``tried`` has a row for every network that was made on the way, where
-    sizes or methods were searched: what it is, costs and lost.
+    sizes or methods were searched: what it is, costs and lost. ``inputs`` says how data in memory
+    were resized, normalized and augmented, and which part of the example was counted as one sample.
     """
 
     model: str
@@ -148,6 +149,7 @@ class Report:
     fidelity: Fidelity | None = None
     task: str = ""
     metrics: dict[str, dict[str, str]] = field(default_factory=dict)
+    inputs: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Return the report as JSON; numbers that are not finite become null."""

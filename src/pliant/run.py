@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from pliant.budget import Budget
-from pliant.cost import Cost, Example, LayerCost, bare, count, tensors
+from pliant.cost import Cost, Example, LayerCost, as_example, bare, count, counted, fitted
 from pliant.data import Data, Epoch, unpack
 from pliant.data.criterion import Reduction, weighted
 from pliant.data.digest import digest_of
@@ -437,7 +437,7 @@ class Run:
             return self.inputs(samples, batch=batch, seed=seed), None
         items = self.data.calibration_batches(samples, batch=batch, seed=self.seed + seed)
         device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        sizes = [len(next(iter(tensors(unpack(item)[0])))) for item in items]
+        sizes = [counted(unpack(item)[0]) for item in items]
 
         def loss(number: int, output: Any) -> Tensor:
             return task.total(output, moved(items[number], device)) * sizes[number]
@@ -696,7 +696,7 @@ def start(
         method: a ``Method``; ``pliant.method("nrmf")`` builds one from its name.
         budget: what the result may cost.
         data: for methods that calibrate on data.
-        example: inputs of one forward call; taken from ``data`` if not given.
+        example: inputs of one forward call, (input,) or by name; taken from ``data`` if not given.
         optimizer: hand it over, or all of several, and its state follows every edit.
         steps: optimizer steps that your loop will take; methods schedule themselves by it. If it
             is not given, the batches of all epochs.
@@ -730,13 +730,16 @@ def start(
             f"{type(method).__name__} weighs samples, so it needs a loss for each of them: write "
             'the loss as a function of (output, batch, reduction="mean") that takes "none" too.'
         )
-    if not example:
+    model, given = bare(model), as_example(example)
+    if data is not None:
+        data = data.read_by(model)
+    if not given:
         if data is None:
             raise ModelError(
                 "Counting needs the inputs of one forward call: give example=(inputs,) or data."
             )
-        example = data.example()
-    model = bare(model)
+        given = data.example_for(model)
+    example = fitted(model, given)
     check_weights(model)
     check_example(example)
     check_holds(model, optimizer)

@@ -21,7 +21,7 @@ from pliant.api.report import cuts, layer_rows, side, timed, versions, where_tim
 from pliant.api.verdict import judge, said
 from pliant.budget import LOSE, Budget
 from pliant.compose import Stage, bounds, check_axes, resolve
-from pliant.cost import Example, bare, cost
+from pliant.cost import Example, as_example, bare, cost, counted
 from pliant.data import Data, Train, unpack
 from pliant.data.ready import Metrics, task_of
 from pliant.data.splits import Split
@@ -31,7 +31,7 @@ from pliant.drivers.check import check_call, check_data
 from pliant.drivers.devices import own_randomness
 from pliant.drivers.lock import owned
 from pliant.drivers.loop import Watch, epochs_of, evaluate, fit
-from pliant.drivers.score import Score, device_of, fidelity, samples_of
+from pliant.drivers.score import Score, device_of, fidelity
 from pliant.drivers.settle import settle
 from pliant.edits import from_json, to_json
 from pliant.edits import sizes as elastic
@@ -80,8 +80,9 @@ def once(
 
     Args:
         model: any network; a copy of it is compressed, on the device that `train` names.
-        data: a `Data`, a pair of tensors (inputs, labels), a data set, a DataLoader, or None
-            where the method needs none; then `example` is needed.
+        data: a `Data`, or what `Data.of` takes: inputs as a tensor or by name, a pair (inputs,
+            labels), a list, a data set, a DataLoader, a generator; or None where the method needs
+            none; then `example` is needed. Labels are needed for training only.
         method: a name, a spec such as ``"nrmf(alpha=0.01)"``, a `Method`, or several (a chain).
         budget: what the result may cost: a `Budget`, or text such as ``"params=0.3"``. One with
             nothing but a ``drop`` asks for the smallest network within it (see `smallest`, which
@@ -94,7 +95,8 @@ def once(
         strict: raise where the budget is missed; otherwise the report says so. What was lost of
             the score is judged in `report.verdict`; more than the budget's ``drop`` (2 points
             where none is given) is warned of by an `AccuracyWarning`.
-        example: inputs of one forward call; taken from the data if not given.
+        example: inputs of one forward call, one tensor, (a, b) or by name; taken from the data
+            if not given.
         name: what the report calls the model; its class if not given.
         control: also train a copy without the method for as many epochs, and report that as the
             network before: the honest reference of a network that comes untrained. With
@@ -124,10 +126,10 @@ def once(
         TrainingError: loss or weights stopped being finite.
     """
     asked = resolve(method), _budget(budget), train, seed
-    given = (example,) if isinstance(example, Tensor) else example
     place = Path(folder) if folder is not None else None
     with own_randomness(seed, _place(model)), _written_alone(place, resume=resume):
-        job = _Job(bare(model), Data.of(data, seed=seed), *asked, given, resume)
+        read = Data.of(data, seed=seed).read_by(bare(model))
+        job = _Job(bare(model), read, *asked, as_example(example), resume)
         job.folder = place
         job.watch = watch or job.watch
         job.target = None if target is None else as_target(target)
@@ -425,7 +427,13 @@ class _Job:
             versions=versions(),
             train=plan,
             target=where_timed(run),
+            inputs=self._inputs(run),
         )
+
+    def _inputs(self, run: Run) -> dict[str, str]:
+        """Say how inputs were prepared, and what was counted as one sample where that was asked."""
+        asked = run.planner.dense.sample
+        return self.data.prepared() | ({"one sample": asked} if asked else {})
 
     def _split_time(self, run: Run) -> None:
         """Share the time of the training out to its phases, those before a resumption too."""
@@ -474,8 +482,9 @@ def _first_inputs(data: Data, split: Split, most: int) -> Iterator[Example]:
     for batch in data.batches(split, 128):
         if seen >= most:
             return
-        seen += samples_of(batch)
-        yield unpack(batch)[0]
+        inputs = unpack(batch)[0]
+        seen += counted(inputs)
+        yield inputs
 
 
 def _scored(data: Data, task: Task | None) -> Split | None:

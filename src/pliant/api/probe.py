@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pliant.api.solve import randomness
 from pliant.data import Data, unpack
+from pliant.data.asking import in_memory
 from pliant.drivers.devices import own_randomness
 from pliant.drivers.score import device_of, evaluate
 from pliant.errors import DataError, ModelError
@@ -51,7 +52,7 @@ def analyze(model: nn.Module, data: Any, method: Any, *, seed: int = 0) -> Findi
             f"The model must be a torch.nn.Module, not {type(model).__name__}; "
             "pliant.zoo.build makes one from a name."
         )
-    shown = _shown(data)
+    shown = _shown(data).read_by(model)
     shown.check()
     check_weights(model)
     began = time.monotonic()
@@ -139,6 +140,8 @@ def _shown(data: Any) -> Data:
                 f"{tuple(inputs.shape)} came that is empty or holds NaN or infinity."
             )
         return Data(test=[(part,) for part in inputs.split(BATCH)])
+    if in_memory(data) is not None:
+        return Data(test=data)
     if isinstance(data, Iterable) and not isinstance(data, str | bytes | Mapping):
         return Data(test=data)
     raise DataError(

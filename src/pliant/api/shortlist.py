@@ -24,7 +24,7 @@ from pliant.api.within import (
 )
 from pliant.budget import LOSE, Budget, shown
 from pliant.compose import Stage, chain, resolve
-from pliant.cost import Cost
+from pliant.cost import Cost, bare
 from pliant.data import Data, Train
 from pliant.errors import AccuracyWarning, BudgetError, MethodError, ModelError
 from pliant.method import Method
@@ -110,7 +110,7 @@ def auto(
     if wanted == "latency" and asked.get("target") is None:
         raise BudgetError("The goal latency needs a target to measure on, such as 'onnxruntime'.")
     seed = asked.get("seed", 0)
-    decide, check = divided(Data.of(data, seed=seed), seed)
+    decide, check = divided(Data.of(data, seed=seed).read_by(bare(model)), seed)
     search = _Search(model, decide, limits, wanted, probes, watch, asked)
     for plan in plans:
         search.add(plan)

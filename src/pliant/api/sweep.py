@@ -16,6 +16,8 @@ from torch import nn
 from pliant.api.network import once
 from pliant.api.within import measured, silent
 from pliant.compose import resolve
+from pliant.data import Data
+from pliant.data.asking import named_splits, once_only
 from pliant.errors import MissingExtraError, PliantError
 from pliant.result import Result
 
@@ -107,6 +109,7 @@ def sweep(
         MissingExtraError: Optuna is not installed.
     """
     study = open_study(storage)
+    data = Data.of(data) if once_only(data) or named_splits(data) else data  # read by every case
     _enqueue(study, plan)
     began, done = time.monotonic(), 0
 

@@ -14,12 +14,13 @@ from typing import Any, ParamSpec
 
 import torch
 from torch import nn
-from torch.utils.data import Subset
 
 from pliant.api.network import Methods, once
 from pliant.budget import Budget
 from pliant.compose import bounds, name_of, resolve, saved_by
+from pliant.cost import bare
 from pliant.data import Data
+from pliant.data.sources import Batches
 from pliant.data.splits import Split
 from pliant.errors import AccuracyWarning, BudgetError, DataError
 from pliant.method import Method
@@ -90,7 +91,8 @@ def smallest(
     built = resolve(method)
     where = axis_of(built, axis, timed=asked.get("target") is not None)
     drop = Budget(drop=drop).drop or 0.0
-    decide, check = divided(Data.of(data, seed=asked.get("seed", 0)), asked.get("seed", 0))
+    seed = asked.get("seed", 0)
+    decide, check = divided(Data.of(data, seed=seed).read_by(bare(model)), seed)
     probe = _Probe(model, decide, built, where, drop, asked)
     best = bisect(probe, probes)
     if best is None:
@@ -234,21 +236,18 @@ def divided(data: Data, seed: int) -> tuple[Data, Data]:
         raise DataError(
             "A drop is searched on samples that do not train: give a validation or test split."
         )
-    first, second = _halves(getattr(data, only), data.size(only), seed)
+    first, second = _halves(data, only, seed)
     return replace(data, val=first, test=None), replace(data, val=first, test=second)
 
 
-def _halves(split: Any, samples: int | None, seed: int) -> tuple[Any, Any]:
+def _halves(data: Data, split: Split, seed: int) -> tuple[Any, Any]:
     """Divide a split by a seeded permutation; batches of a loader cannot be, and serve twice."""
-    indexed = hasattr(split, "__getitem__") and hasattr(split, "__len__")
-    if not samples or samples < 2 or not (indexed or isinstance(split, tuple)):
-        return split, split
-    order = torch.randperm(samples, generator=torch.Generator().manual_seed(seed))
-    parts = order[: samples // 2].sort().values, order[samples // 2 :].sort().values
-    if isinstance(split, tuple | list) and len(split) == 2 and torch.is_tensor(split[0]):
-        first, second = ((split[0][part], split[1][part]) for part in parts)
-        return first, second
-    return Subset(split, parts[0].tolist()), Subset(split, parts[1].tolist())
+    source = data.source(split)
+    if isinstance(source, Batches) or len(source) < 2:
+        return getattr(data, split), getattr(data, split)
+    order = torch.randperm(len(source), generator=torch.Generator().manual_seed(seed))
+    half = len(source) // 2
+    return source.take(order[:half].sort().values), source.take(order[half:].sort().values)
 
 
 compress = searching(once)

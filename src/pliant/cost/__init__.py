@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pliant.cost.call import Example, bare, call, evaluating, tensors
+from pliant.cost.call import Example, as_example, bare, call, evaluating, fitted, mapped, tensors
 from pliant.cost.macs import OWN, Formula, Packed, formula_of, products
 from pliant.cost.owned import FLOAT, itemsize, numbers, own, stored_bytes, subtree
+from pliant.cost.sample import Samples, counted, one_sample, repeated, samples_of
 from pliant.errors import ModelError
 from pliant.math.alone import forked
 
@@ -31,13 +32,21 @@ __all__ = [
     "Cost",
     "Example",
     "LayerCost",
+    "Samples",
+    "as_example",
     "bare",
     "call",
     "cost",
     "count",
+    "counted",
     "evaluating",
+    "fitted",
     "layer_costs",
+    "mapped",
     "module_cost",
+    "one_sample",
+    "repeated",
+    "samples_of",
     "tensors",
 ]
 
@@ -83,6 +92,7 @@ class Cost:
         bytes: parameters and saved buffers, what a state dict takes.
         latency_ms: milliseconds on a target, None where not measured.
         uncounted: modules that run operators whose multiply-accumulates are not known.
+        sample: which part of the example was taken for one sample; "" where it has one row.
     """
 
     params: int
@@ -90,6 +100,7 @@ class Cost:
     bytes: int
     latency_ms: float | None = None
     uncounted: tuple[str, ...] = ()
+    sample: str = field(default="", compare=False)
 
     @property
     def latency(self) -> float:
@@ -109,8 +120,11 @@ class Cost:
 def cost(model: nn.Module, example: Example) -> Cost:
     """Measure parameters, multiply-accumulates and bytes of a network, on one sample.
 
-    The model is run once in eval mode without gradients on the first row of `example`; its
-    flags, statistics, hooks and the random state are left as they were.
+    The model is run in eval mode without gradients on the first sample of `example`; its flags,
+    statistics, hooks and the random state are left as they were. What a sample is, is asked of
+    the model where the example has several rows: the first of the axis (or list) along which the
+    model answers for a part as it does for all; `Cost.sample` says which. Where there is none, as
+    for a graph, the example is one sample.
 
     Args:
         model: any module; it is called with one sample on its own device.
@@ -130,6 +144,7 @@ def count(model: nn.Module, example: Example) -> tuple[Cost, dict[str, LayerCost
         macs=outside + sum(layer.macs for layer in layers.values()),
         bytes=stored_bytes(model.modules()),
         uncounted=uncounted,
+        sample="" if (where := samples_of(model, example)) == Samples() else str(where),
     )
     return whole, layers
 
@@ -249,6 +264,7 @@ def _watched(model: nn.Module, example: Example) -> tuple[dict[str, nn.Module], 
     layers = dict(_layers(model))
     watch = _Watch()
     with _measuring(model), ExitStack() as hooks:
+        sample = one_sample(model, example)  # before there are hooks: it may run the network
         for name, module in _modules(model):
             formula = formula_of(module) if name in layers else None
             entered = watch.enter(name, known=formula is not None)
@@ -256,7 +272,7 @@ def _watched(model: nn.Module, example: Example) -> tuple[dict[str, nn.Module], 
             hooks.callback(enter.remove)
             leave = module.register_forward_hook(watch.leave(name, formula), with_kwargs=True)
             hooks.callback(leave.remove)
-        _run(model, example, watch)
+        _run(model, sample, watch)
     return layers, watch
 
 
@@ -292,8 +308,7 @@ def _whole(
     )
 
 
-def _run(model: nn.Module, example: Example, watch: _Watch) -> None:
-    sample = _first(example)
+def _run(model: nn.Module, sample: Example, watch: _Watch) -> None:
     try:
         with _Operations(watch):
             call(model, sample)
@@ -364,15 +379,3 @@ def _refuse_lazy(model: nn.Module) -> None:
                 f"Parameters must have a shape, but {name!r} is still lazy; "
                 "run the model once on real data before measuring it."
             )
-
-
-def _first(value: Any) -> Any:
-    """The first row of every tensor in a nested value."""
-    if isinstance(value, Tensor):
-        return value[:1] if value.dim() else value
-    if isinstance(value, Mapping):
-        return {key: _first(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        rows = [_first(item) for item in value]
-        return rows if isinstance(value, list) else tuple(rows)
-    return value

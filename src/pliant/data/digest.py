@@ -11,7 +11,17 @@ from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils._pytree import tree_leaves
 
-from pliant.data.sources import Batches, Items, Source, Tensors, generator, seeded, unpack
+from pliant.cost import tensors
+from pliant.data.sources import (
+    Batches,
+    Columns,
+    Items,
+    Source,
+    Tensors,
+    generator,
+    seeded,
+    unpack,
+)
 from pliant.data.splits import Data, Split
 
 WHOLE = 2**26  # numbers: tensors up to this size are read whole
@@ -47,6 +57,11 @@ def _split(source: Source) -> tuple[Any, Any]:
         every = source.inputs.numel() <= WHOLE
         inputs = source.inputs if every else source.inputs[_rows(len(source), ROWS)]
         return (len(source), source.mean, source.std, inputs), source.labels
+    if isinstance(source, Columns):
+        every = sum(tensor.numel() for tensor in tensors(source.whole)) <= WHOLE
+        rows = torch.arange(len(source)) if every else _rows(len(source), ROWS)
+        given, labels = unpack(source.batch(rows))
+        return (len(source), given), labels
     indexed = source.indexed() if isinstance(source, Batches) else source
     length = source.samples if isinstance(source, Batches) else len(source)
     first, second = (list(_drawn(source, indexed)) for _ in range(2))

@@ -5,10 +5,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pliant.codecs.disk import regular
+from pliant.data.pixels import pixels_of, stacked
 from pliant.errors import DataError, require
 
 FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
@@ -37,25 +37,28 @@ def inside(file: Path, folder: Path) -> Path:
     )
 
 
-def decode(named: Iterable[tuple[str, Any]], where: str, folder: Path) -> Tensor:
-    """Decode pictures of one size to uint8 (N, C, H, W); grey ones have one channel.
+def decode(named: Iterable[tuple[str, Any]], where: str, folder: Path, size: Any = None) -> Tensor:
+    """Decode pictures to uint8 (N, C, H, W), in colour if any is; see `pliant.data.pixels`.
 
     Args:
         named: what each is called in messages, and its file, its bytes, or a cell of a parquet
             file: a mapping with ``bytes``, whose ``path`` is never opened.
         where: what all are called together.
         folder: in which the files must lie.
+        size: what they are resized to, as `pixels_of` takes it; None leaves them.
 
     Raises:
-        DataError: one is no picture, too large, of another size than the first, or lies elsewhere.
+        DataError: one is no picture, too large, or lies elsewhere, or they differ in size after
+            resizing.
     """
     pixels: list[Any] = []
-    packed, taken, mode = 0, 0, ""
+    packed, taken, colours = 0, 0, 1
     for name, source in named:
         data = _data(name, source, folder)
-        pixels.append(_pixels(name, data, mode, first=pixels[0] if pixels else None))
-        mode = mode or ("L" if pixels[0].ndim == 2 else "RGB")
-        packed, taken = packed + len(data), taken + pixels[-1].nbytes
+        pixels.append(_pixels(name, data, size, first=pixels[0] if pixels else None))
+        colours = max(colours, 1 if pixels[-1].ndim == 2 else 3)
+        height, width = pixels[-1].shape[:2]
+        packed, taken = packed + len(data), len(pixels) * height * width * colours
         if taken > max(FREE, GROWTH * packed):
             raise DataError(
                 f"{where} would take more than {taken:,} bytes in memory, {GROWTH} times those of "
@@ -63,8 +66,7 @@ def decode(named: Iterable[tuple[str, Any]], where: str, folder: Path) -> Tensor
             )
     if not pixels:
         raise DataError(f"{where} must hold images, but there are none; check the path.")
-    stacked = torch.from_numpy(require("numpy", "data").stack(pixels))
-    return stacked.unsqueeze(1) if mode == "L" else stacked.permute(0, 3, 1, 2).contiguous()
+    return stacked(pixels)
 
 
 def _data(name: str, source: Any, folder: Path) -> bytes:
@@ -86,9 +88,9 @@ def _data(name: str, source: Any, folder: Path) -> bytes:
     return found
 
 
-def _pixels(name: str, data: bytes, mode: str, *, first: Any) -> Any:
-    """Decode one picture: in grey, if the first one is."""
-    pil, numpy = require("PIL.Image", "data"), require("numpy", "data")
+def _pixels(name: str, data: bytes, size: Any, *, first: Any) -> Any:
+    """Decode one picture, and refuse one of another size than the first before it is decoded."""
+    pil = require("PIL.Image", "data")
     try:
         with pil.open(io.BytesIO(data), formats=FORMATS) as image:
             width, height = image.size
@@ -96,9 +98,11 @@ def _pixels(name: str, data: bytes, mode: str, *, first: Any) -> Any:
                 raise DataError(
                     f"{name} has {width} x {height} pixels, and {PIXELS:,} are allowed; resize it."
                 )
-            _check_size(name, (height, width), first)
-            mode = mode or ("L" if image.mode in ("1", "L") else "RGB")
-            return numpy.asarray(image.convert(mode))
+            if size is None:
+                _check_size(name, (height, width), first)
+            found = pixels_of(image, size)
+            _check_size(name, found.shape[:2], first)
+            return found
     except DataError:
         raise
     except Exception as error:  # Pillow has no class of its own for what is damaged
@@ -108,9 +112,9 @@ def _pixels(name: str, data: bytes, mode: str, *, first: Any) -> Any:
         ) from error
 
 
-def _check_size(name: str, size: tuple[int, int], first: Any) -> None:
+def _check_size(name: str, size: tuple[int, ...], first: Any) -> None:
     if first is not None and size != first.shape[:2]:
         raise DataError(
             f"All images must have one size, but {name} has {size} and the first "
-            f"{first.shape[:2]} pixels; resize them first."
+            f"{first.shape[:2]} pixels; resize them, with load(..., size=...) or --size."
         )

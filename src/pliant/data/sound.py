@@ -7,18 +7,25 @@ from pliant.data.sources import IGNORED
 from pliant.errors import DataError
 
 
-def check_pair(split: str, inputs: Tensor, labels: Tensor) -> None:
-    """Refuse a pair that is empty, of unequal lengths, or with complex labels."""
-    if not inputs.dim() or not labels.dim() or not len(inputs):
+def check_pair(split: str, inputs: Tensor, labels: Tensor | None) -> None:
+    """Refuse samples in memory that are none, of another number than labels, or complex labels."""
+    if not inputs.dim() or not len(inputs) or (labels is not None and not labels.dim()):
         raise DataError(
             f"The {split} split must hold at least one sample, but its inputs have shape "
             f"{tuple(inputs.shape)}; check how it is made."
         )
-    if len(inputs) != len(labels):
+    if labels is not None and len(inputs) != len(labels):
         raise DataError(
             f"The {split} split needs one label per input, but has {len(inputs)} inputs and "
-            f"{len(labels)} labels; make them equally long."
+            f"{len(labels)} labels; make them equally long. Two inputs of one call without labels "
+            "are written as ((a, b),) or by name, {'a': a, 'b': b}."
         )
+    if labels is not None:
+        check_real(split, labels)
+
+
+def check_real(split: str, labels: Tensor) -> None:
+    """Refuse complex labels."""
     if labels.is_complex():
         raise DataError(
             f"Labels of the {split} split must be real numbers, not {labels.dtype}; give real and "

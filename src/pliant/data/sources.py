@@ -3,7 +3,7 @@
 import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
@@ -11,38 +11,52 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader, IterableDataset, Subset, default_collate
 from torch.utils.data.distributed import DistributedSampler
 
-from pliant.cost import Example
+from pliant.cost import Example, counted, mapped, tensors
+from pliant.cost.call import is_named
+from pliant.data.together import Collate, together
 from pliant.errors import DataError
 from pliant.math.alone import ALONE
 
 LABELS = ("labels", "label", "targets", "target")  # what labels are called in a batch with names
+ANSWERS = (*LABELS, "y")  # and among the fields of a named tuple
 IGNORED = -100  # the label that cross-entropy leaves out
 
 
 def unpack(batch: Any) -> tuple[Example, Any]:
     """Take a batch apart into the arguments of a forward call and the labels.
 
-    A tuple ends with its labels: (a, b, labels) becomes ((a, b), labels). A mapping keeps its
-    names: everything but "labels" (or label, targets, target) is an input. A lone tensor has no
-    labels; None stands for them.
+    A tuple ends with its labels: (a, b, labels) becomes ((a, b), labels), and two inputs without
+    labels are written as ((a, b),) or by name. A mapping keeps its names: everything but "labels"
+    (or label, targets, target) is an input; so it is with the fields of a named tuple ("y" too),
+    which are given by place. Anything else, a lone tensor or a graph, is an input without labels;
+    None stands for them.
     """
     if isinstance(batch, Mapping):
         name = next((name for name in LABELS if name in batch), None)
         return {k: v for k, v in batch.items() if k != name}, batch[name] if name else None
-    if isinstance(batch, list | tuple) and len(batch) > 1:
+    if is_named(batch):
+        name = next((name for name in ANSWERS if name in batch._fields), None)
+        inputs = tuple(getattr(batch, field) for field in batch._fields if field != name)
+        return inputs, getattr(batch, name) if name else None
+    alone = not isinstance(batch, list | tuple) or isinstance(batch, PackedSequence)
+    if not alone and len(batch) > 1:
         return tuple(batch[:-1]), batch[-1]
-    return (tuple(batch) if isinstance(batch, list | tuple) else (batch,)), None
+    return ((batch,) if alone else tuple(batch)), None
 
 
 @dataclass(frozen=True, eq=False)
 class Tensors:
-    """Inputs and labels in memory; uint8 images are scaled and normalised as they are taken."""
+    """Inputs and labels in memory; uint8 images are scaled and normalised as they are taken.
+
+    Without labels, None stands for them, and batches are tuples of inputs alone.
+    """
 
     inputs: Tensor
-    labels: Tensor
+    labels: Tensor | None
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     crop_flip: bool = False
@@ -50,17 +64,20 @@ class Tensors:
     def __len__(self) -> int:
         return len(self.inputs)
 
-    def take(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+    def take(self, rows: Tensor) -> Any:
         """Cut out rows, as a split of its own."""
-        return self.inputs[rows], self.labels[rows]
+        return self.inputs[rows] if self.labels is None else (self.inputs[rows], self.labels[rows])
 
-    def batch(self, rows: Tensor, moves: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def batch(self, rows: Tensor, moves: Tensor | None = None) -> tuple[Tensor, ...]:
         """Give rows as a model takes them, images moved and mirrored by `moves` (rows, 3)."""
-        inputs, labels = self.take(rows)
+        inputs = self.inputs[rows]
         if moves is not None and self.crop_flip and inputs.dim() == 4:
             inputs = crop_flip(inputs, moves)
-        integer = not labels.is_floating_point()
-        return self._normalized(inputs), labels.long() if integer else labels
+        inputs = self._normalized(inputs)
+        if self.labels is None:
+            return (inputs,)
+        labels = self.labels[rows]
+        return inputs, labels if labels.is_floating_point() else labels.long()
 
     def _normalized(self, inputs: Tensor) -> Tensor:
         image = inputs.dtype == torch.uint8 and inputs.dim() == 4
@@ -74,18 +91,47 @@ class Tensors:
 
 
 @dataclass(frozen=True, eq=False)
+class Columns:
+    """Samples in memory, as a batch of all of them: a mapping, or a tuple, of tensors.
+
+    Args:
+        whole: tensors, however nested, with a row for every sample.
+    """
+
+    whole: Any
+
+    def __len__(self) -> int:
+        return len(next(tensors(self.whole)))
+
+    def take(self, rows: Tensor) -> "Columns":
+        """Cut out rows, as a split of its own."""
+        return Columns(mapped(lambda tensor: tensor[rows], self.whole))
+
+    def batch(self, rows: Tensor, moves: Tensor | None = None) -> Any:
+        """Give rows as one batch."""
+        return self.take(rows).whole
+
+
+@dataclass(frozen=True, eq=False)
 class Items:
-    """A data set with length and index, whose items are put together into batches."""
+    """A data set with length and index, whose items are put together into batches.
+
+    Args:
+        items: the data set.
+        collate: makes a batch of a list of its items.
+        most: samples of a batch at most; 1 where they differ in shape. None for no limit.
+    """
 
     items: Any
-    collate: Callable[[list[Any]], Any] = default_collate
+    collate: Collate = together
+    most: int | None = None
 
     def __len__(self) -> int:
         return len(self.items)
 
-    def take(self, rows: Tensor) -> Any:
+    def take(self, rows: Tensor) -> "Items":
         """Cut out rows, as a split of its own."""
-        return Subset(self.items, rows.tolist())
+        return replace(self, items=Subset(self.items, rows.tolist()))
 
     def batch(self, rows: Tensor, moves: Tensor | None = None) -> Any:
         """Give rows as one batch; augmentation is the data set's own affair."""
@@ -135,14 +181,13 @@ class Batches:
 
     def items(self, key: int) -> Items | None:
         """Give the samples that the loader draws, by index; None if it has no index."""
+        if isinstance(self.loader, DataLoader) and self.loader.batch_sampler is None:
+            return None  # what its data set holds are batches
         if not isinstance(self.loader, DataLoader) or not is_indexed(self.loader.dataset):
             return None
-        if self.loader.batch_sampler is None:
-            drawn = list(seeded(self.loader.sampler, key))
-        else:
-            drawn = [row for batch in seeded(self.loader.batch_sampler, key) for row in batch]
-        collate = self.loader.collate_fn if self.loader.batch_sampler else default_collate
-        return Items(Subset(self.loader.dataset, drawn), collate)
+        batches: Any = self.loader.batch_sampler
+        drawn = [row for batch in seeded(batches, key) for row in batch]
+        return Items(Subset(self.loader.dataset, drawn), self.loader.collate_fn)
 
     def indexed(self) -> Items | None:
         """Give all samples of the loader's data set by number; None if it has no index."""
@@ -159,6 +204,41 @@ class Batches:
     @property
     def _distributed(self) -> bool:
         return isinstance(getattr(self.loader, "sampler", None), DistributedSampler)
+
+
+@dataclass(frozen=True, eq=False)
+class Loose:
+    """A list that came without a word on what is in it: batches, or samples to be divided.
+
+    `pliant.data.asking` asks the network; until then they are batches.
+
+    Args:
+        items: of the list.
+        seed: divides samples into training and validation.
+    """
+
+    items: Any
+    seed: int = 0
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.items)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+
+@dataclass(frozen=True, eq=False)
+class Grouped:
+    """Samples that come one after the other, put together into batches as they come."""
+
+    samples: Iterable[Any]
+    collate: Collate = together
+    size: int = 32
+
+    def __iter__(self) -> Iterator[Any]:
+        samples = iter(self.samples)
+        while group := list(islice(samples, self.size)):
+            yield self.collate(group)
 
 
 class Kept:
@@ -179,13 +259,15 @@ class Kept:
             number += 1
 
 
-Source = Tensors | Items | Batches
+Source = Tensors | Columns | Items | Batches
+Indexed = Tensors | Columns | Items
 
 
 def is_pair(part: Any) -> bool:
     """Say whether a split is (inputs, labels) as tensors."""
     return (
         isinstance(part, list | tuple)
+        and not hasattr(part, "_fields")
         and len(part) == 2
         and all(isinstance(item, Tensor) for item in part)
     )
@@ -256,13 +338,7 @@ def _seed(key: int) -> None:
 
 def moved(value: Any, device: torch.device) -> Any:
     """Move the tensors of a batch to a device, whatever holds them."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {key: moved(item, device) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return tuple(moved(item, device) for item in value)
-    return value
+    return mapped(lambda tensor: tensor.to(device), value)
 
 
 def crop_flip(images: Tensor, moves: Tensor) -> Tensor:
@@ -287,20 +363,25 @@ def gather(inputs: Iterable[Example], count: int) -> Example:
     have = 0
     for part in inputs:
         parts.append(part)
-        tensors = part.values() if isinstance(part, Mapping) else part
-        have += len(next(iter(tensors)))
+        have += counted(part)
         if have >= count:
             break
     if not parts:
         raise DataError("The train split must hold samples, but it is empty; add some.")
-    if isinstance(first := parts[0], Mapping):
-        return {k: _joined([p[k] for p in parts], count) for k in first}  # type: ignore[call-overload]
-    return tuple(_joined(column, count) for column in zip(*parts, strict=True))
+    return _joined(parts, count)
 
 
 def _joined(values: Sequence[Any], count: int) -> Any:
-    tensors = all(isinstance(v, Tensor) and v.dim() for v in values)
-    return torch.cat(list(values))[:count] if tensors else values[0]
+    first = values[0]
+    if isinstance(first, Tensor):
+        return torch.cat(list(values))[:count] if first.dim() else first
+    if isinstance(first, Mapping):
+        return {name: _joined([value[name] for value in values], count) for name in first}
+    if isinstance(first, list):  # of images, say
+        return [item for value in values for item in value][:count]
+    if type(first) is tuple:
+        return tuple(_joined(column, count) for column in zip(*values, strict=True))
+    return first
 
 
 def rows_of_rank(order: Tensor, rank: int, world: int, *, even: bool) -> Tensor:

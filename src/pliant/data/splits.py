@@ -7,20 +7,25 @@ from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
-from pliant.cost import Example
-from pliant.data.sound import check_finite, check_pair, check_range
+from pliant.cost import Example, counted, one_sample, tensors
+from pliant.data.asking import classes_of, in_memory, named_splits, once_only, read, runs
+from pliant.data.sound import check_finite, check_pair, check_range, check_real
 from pliant.data.sources import (
     Batches,
+    Columns,
+    Grouped,
+    Indexed,
     Items,
     Kept,
+    Loose,
     Source,
     Tensors,
     gather,
     generator,
     is_indexed,
-    is_pair,
     key_of,
     rows_of_rank,
     seeded,
@@ -30,6 +35,7 @@ from pliant.data.sources import (
 from pliant.errors import DataError
 
 Split = Literal["train", "val", "test"]
+FEW = 8  # samples where a network takes no less than several
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,6 +56,7 @@ class Data:
         name: what reports call it.
         mean: of every channel, after scaling to 0..1.
         std: of every channel, after scaling to 0..1.
+        resized: height and width that images were resized to; () where they were not.
         augment: "crop-flip" moves training images by up to an eighth of their size and mirrors
             half of them; it applies to splits of tensors.
     """
@@ -62,11 +69,12 @@ class Data:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
     augment: Literal["none", "crop-flip"] = "none"
+    resized: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for split in get_args(Split):
-            if isinstance(part := getattr(self, split), Iterator):
-                object.__setattr__(self, split, Kept(part))
+            if once_only(part := getattr(self, split)):
+                object.__setattr__(self, split, Kept(iter(part)))
         if self.augment not in ("none", "crop-flip"):
             raise DataError(
                 f"augment must be 'none' or 'crop-flip', not {self.augment!r}; other augmentation "
@@ -80,11 +88,18 @@ class Data:
 
     @staticmethod
     def of(data: Any, *, seed: int = 0) -> "Data":
-        """Make a `Data` of what users have: Data, (inputs, labels), a data set, a loader, None.
+        """Make a `Data` of what users have, with labels or without.
 
-        A permutation of tensors or of a data set, seeded by `seed`, puts the last tenth into
+        Samples in memory are a tensor, an array, or a mapping or tuple of tensors with a row for
+        every sample; a tuple ends with its labels, and so does a pair: two inputs without labels
+        are written as ((a, b),) or by name. Samples one by one are a data set with length and
+        index: tensors, mappings, tuples, (inputs, label). Batches are a DataLoader or a
+        generator. A list holds batches or samples: see `read_by`. A mapping from "train",
+        "validation" and "test" names splits. None becomes a `Data` without splits.
+
+        A permutation of samples with an index, seeded by `seed`, puts the last tenth into
         validation and the rest into training; there is no test split. A loader becomes the
-        training split. None becomes a `Data` without splits, for methods that need none.
+        training split.
 
         Raises:
             DataError: something else came, or inputs and labels do not fit.
@@ -93,18 +108,26 @@ class Data:
             return data
         if data is None:
             return Data()
-        if is_pair(data) or _is_arrays(data):
-            inputs, labels = _tensor(data[0]), _tensor(data[1])
-            check_pair("train", inputs, labels)
-            train, val = last_tenth(Tensors(inputs, labels), seed)
-            return Data(train, val, classes=_classes(labels))
-        if is_indexed(data) and not isinstance(data, list | tuple):
+        if parts := named_splits(data):
+            return Data(**parts)
+        part = in_memory(data)
+        if isinstance(part, Tensors):
+            check_pair("train", part.inputs, part.labels)
+            train, val = last_tenth(part, seed)
+            return Data(train, val, classes=classes_of(part.labels))
+        if isinstance(part, Columns | Items):
+            return Data(*last_tenth(part, seed))
+        if isinstance(data, list | PackedSequence):
+            return Data(Loose(data if isinstance(data, list) else [data], seed))
+        if is_indexed(data) and not isinstance(data, tuple):
             return Data(*last_tenth(Items(data), seed))
         if isinstance(data, Iterable) and not isinstance(data, str | bytes | Tensor | Mapping):
             return Data(data)
         raise DataError(
-            "Data must be a Data, a pair of tensors (inputs, labels), a data set or a DataLoader, "
-            f"not {type(data).__name__}; pliant.data.load makes one from a name or a folder."
+            "Data must be a Data, a tensor of inputs, a pair of tensors (inputs, labels), a "
+            "mapping or tuple of tensors with a row for every sample, a list, a data set, a "
+            f"DataLoader or a generator, not {type(data).__name__}; pliant.data.load makes one "
+            "from a name or a folder."
         )
 
     @property
@@ -116,12 +139,33 @@ class Data:
         """Say whether a split is there."""
         return getattr(self, split) is not None
 
+    def prepared(self) -> dict[str, str]:
+        """Say what is done to inputs before a network reads them, for a report.
+
+        Returns:
+            For splits in memory "resized", "normalized" and "augmented"; of others nothing, since
+            what a data set does to its items nobody can tell.
+        """
+        source = self.source("train") if self.has("train") else None
+        if not isinstance(source, Tensors):
+            return {}
+        image = source.inputs.dtype == torch.uint8 and source.inputs.dim() == 4
+        scaled = "scaled to 0..1" if image else ""
+        if self.mean:
+            numbers = (", ".join(f"{v:.4g}" for v in row) for row in (self.mean, self.std))
+            scaled += "{}mean {}, deviation {}".format("; " if scaled else "", *numbers)
+        return {
+            "resized": "x".join(map(str, self.resized)) or "no",
+            "normalized": scaled or "no",
+            "augmented": self.augment if self.augment != "none" else "no",
+        }
+
     def size(self, split: Split = "train") -> int | None:
         """Count the samples of a split; None where a loader cannot tell."""
         source = self.source(split)
         return source.samples if isinstance(source, Batches) else len(source)
 
-    def indexed(self, split: Split) -> Tensors | Items:
+    def indexed(self, split: Split) -> Indexed:
         """Give a split by the number of its samples.
 
         Raises:
@@ -148,6 +192,8 @@ class Data:
     def batch_size(self, asked: int) -> int:
         """Return the samples of a training batch: those asked for, or a loader's own."""
         source = self.source("train")
+        if isinstance(source, Items):
+            return min(asked, source.most or asked)
         return (source.batch_size if isinstance(source, Batches) else None) or asked
 
     def steps(self, batch_size: int, world: int = 1, *, rows: Tensor | None = None) -> int:
@@ -163,7 +209,7 @@ class Data:
         if isinstance(source, Batches) and rows is None:
             return source.steps(world)
         count = len(self.indexed("train")) if rows is None else len(rows)
-        return math.ceil(math.ceil(count / world) / batch_size)
+        return math.ceil(math.ceil(count / world) / self._at_most("train", batch_size))
 
     def batches(
         self,
@@ -215,6 +261,7 @@ class Data:
             if shuffle:
                 order = order[torch.randperm(len(order), generator=generator(key))]
             mine = rows_of_rank(order, rank, world, even=split == "train")
+            batch_size = self._at_most(split, batch_size)
             return _batches(source, list(mine.split(batch_size)), moves, key, start)
         batches = source.epoch(key, epoch, rank, world)
         stop = source.steps(world) if split == "train" and world > 1 else None
@@ -232,10 +279,11 @@ class Data:
             seed: of the choice.
 
         Returns:
-            A tensor (count, ...), or a mapping of tensors where batches are mappings.
+            A tensor (count, ...), a mapping of tensors where batches are mappings, or a tuple
+            where there are several inputs.
         """
         inputs = self._inputs(count, seed, shuffle=True)
-        return inputs if isinstance(inputs, Mapping) else inputs[0]
+        return inputs if isinstance(inputs, Mapping) or len(inputs) > 1 else inputs[0]
 
     def calibration(self, count: int, *, batch: int = 128, seed: int = 0) -> list[Example]:
         """Draw training inputs as the network saw them: shuffled and augmented, without labels.
@@ -260,8 +308,7 @@ class Data:
         for item in self.batches("train", batch, seed=seed, augment=True, shuffle=True):
             inputs = unpack(item)[0]
             found.append(item)
-            values = list(inputs.values() if isinstance(inputs, Mapping) else inputs)
-            seen += len(values[0])
+            seen += counted(inputs)
             if seen >= count:
                 break
         return found
@@ -269,10 +316,42 @@ class Data:
     def example(self, batch: int = 1) -> Example:
         """Give the first training inputs as arguments of a forward call.
 
+        Of a loader with index these are its first samples, put together as it does; of a stream
+        the first rows of its first batch.
+
         Returns:
-            A tuple of tensors, or a mapping of keyword arguments where batches are mappings.
+            A tuple, or a mapping of keyword arguments where batches are mappings.
         """
         return self._inputs(batch, 0, shuffle=False)
+
+    def example_for(self, model: nn.Module) -> Example:
+        """Give the first training sample, or the first batch where the network takes no less.
+
+        Of a stream of batches it is the network that says what one sample is: see
+        `pliant.cost.samples_of`.
+        """
+        source = self.source("train")
+        if isinstance(source, Batches) and source.items(0) is None:
+            return one_sample(model, self._first())
+        example = self.example()
+        if isinstance(source, Tensors) or runs(model, example) is not None:
+            return example
+        whole = self._first() if isinstance(source, Batches) else self.example(FEW)
+        return whole if runs(model, whole) is not None else example
+
+    def read_by(self, model: nn.Module) -> "Data":
+        """Return the data as a network reads them: it is asked where that is not plain.
+
+        The items of a list, or of another iterable that is no DataLoader, are batches or samples:
+        what the network takes. Samples are stacked, or put into lists where it takes lists of
+        images; samples of several shapes that cannot be listed come one by one.
+        """
+        found = {split: read(getattr(self, split), model) for split in get_args(Split)}
+        train = self.train
+        if isinstance(train, Loose) and isinstance(found["train"], Items) and self.val is None:
+            found["train"], found["val"] = last_tenth(found["train"], train.seed)
+        known = all(found[split] is getattr(self, split) for split in found)
+        return self if known else replace(self, **found)
 
     def subset(
         self,
@@ -313,7 +392,7 @@ class Data:
             DataError: the split is not made of tensors.
         """
         source = self.source(split)
-        if not isinstance(source, Tensors):
+        if not isinstance(source, Tensors) or source.labels is None:
             raise DataError(
                 f"Labels can be counted in tensors, not in {type(source).__name__}; "
                 "go through the batches instead."
@@ -331,28 +410,28 @@ class Data:
             labelled: look at the range of classes too; a task looks at its labels itself.
 
         Raises:
-            DataError: a split is empty, inputs are not finite, inputs and labels differ in
-                length, or a class is not below `classes`.
+            DataError: a split is empty, inputs are not finite, inputs and labels in memory differ
+                in length, or a class is not below `classes`.
         """
         for split in get_args(Split):
             if not self.has(split):
                 continue
             source = self.source(split)
             if isinstance(source, Tensors):
+                check_pair(split, source.inputs, source.labels)
                 inputs, labels = [source.inputs], source.labels
             else:
                 inputs, labels = self._first_batch(split)
             check_finite(split, inputs)
             if isinstance(labels, Tensor):
-                check_pair(split, inputs[0], labels)
+                check_real(split, labels)
                 if labelled:
                     check_range(split, labels, classes or self.class_count)
 
     def _first_batch(self, split: Split) -> tuple[list[Tensor], Any]:
         batch = next(iter(self.batches(split, 2)), None)
         example, labels = unpack(batch)
-        values = example.values() if isinstance(example, Mapping) else example
-        inputs = [value for value in values if isinstance(value, Tensor)]
+        inputs = list(tensors(example))
         if not inputs:
             raise DataError(
                 f"The {split} split must give batches of tensors, but its first batch is "
@@ -372,34 +451,44 @@ class Data:
                 f"This needs the split {split!r}, but data {self.name!r} has only "
                 f"{[s for s in get_args(Split) if self.has(s)]}; give it to Data."
             )
-        if isinstance(part, Tensors | Items | Batches):
+        if isinstance(part, Tensors | Columns | Items | Batches):
             return part
-        if is_pair(part):
-            return Tensors(part[0], part[1], self.mean, self.std, self.augment == "crop-flip")
-        indexed = is_indexed(part) and not isinstance(part, list | tuple)
-        return Items(part) if indexed else Batches(part)
+        inside = in_memory(part)
+        if isinstance(inside, Tensors):
+            crop_flip = self.augment == "crop-flip"
+            return Tensors(inside.inputs, inside.labels, self.mean, self.std, crop_flip)
+        if inside is not None:
+            return inside
+        plain = isinstance(part, list | tuple | Loose | Grouped)
+        return Items(part) if is_indexed(part) and not plain else Batches(part)
+
+    def _at_most(self, split: Split, batch: int) -> int:
+        source = self.source(split)
+        return min(batch, (source.most if isinstance(source, Items) else None) or batch)
+
+    def _first(self) -> Example:
+        """The inputs of the first batch, as it is."""
+        batch = next(iter(self.batches("train", FEW)), None)
+        if batch is None:
+            raise DataError("The train split must hold samples, but it is empty; add some.")
+        return unpack(batch)[0]
 
     def _inputs(self, count: int, seed: int, *, shuffle: bool) -> Example:
         source: Source | None = self.source("train")
         if isinstance(source, Batches):
             stream = source.loader
-            source = source.items(seed) if shuffle else None
+            source = source.items(seed)
             if source is None:
                 return gather((unpack(batch)[0] for batch in seeded(stream, seed)), count)
         assert source is not None and not isinstance(source, Batches)
         order = torch.arange(len(source))
         if shuffle:
-            order = torch.randperm(len(source), generator=generator(seed))
-        return unpack(next(_batches(source, [order[:count]], None, seed)))[0]
+            order = order[torch.randperm(len(source), generator=generator(seed))]
+        order = order[: self._at_most("train", count)]
+        return unpack(next(_batches(source, [order], None, seed)))[0]
 
 
-def _classes(labels: Tensor) -> int:
-    """Count the classes that labels of samples name; 0 where they are no classes."""
-    whole = not labels.is_floating_point() and not labels.is_complex()
-    return max(0, int(labels.long().max()) + 1) if whole and labels.dim() == 1 else 0
-
-
-def last_tenth(source: Tensors | Items, seed: int) -> tuple[Any, Any]:
+def last_tenth(source: Indexed, seed: int) -> tuple[Any, Any]:
     """Divide a source by a seeded permutation: nine tenths, and the last tenth or None."""
     order = torch.randperm(len(source), generator=generator(seed))
     first = len(order) - len(order) // 10
@@ -408,7 +497,7 @@ def last_tenth(source: Tensors | Items, seed: int) -> tuple[Any, Any]:
 
 
 def _batches(
-    source: Tensors | Items, chunks: list[Tensor], moves: Tensor | None, key: int, start: int = 0
+    source: Indexed, chunks: list[Tensor], moves: Tensor | None, key: int, start: int = 0
 ) -> Iterator[Any]:
     """Make the batches from one on; each of a data set has a random state of its own."""
     for number, rows in enumerate(chunks[start:], start):
@@ -422,16 +511,3 @@ def _slice(batches: Iterator[Any], start: int, stop: int | None) -> Iterator[Any
             return
         if number >= start:
             yield batch
-
-
-def _is_arrays(data: Any) -> bool:
-    arrays = isinstance(data, list | tuple) and len(data) == 2
-    return arrays and all(hasattr(part, "__array__") for part in data)
-
-
-def _tensor(part: Any) -> Tensor:
-    """Arrays become tensors; their doubles become floats, as models expect."""
-    if isinstance(part, Tensor):
-        return part
-    tensor = torch.as_tensor(part)
-    return tensor.float() if tensor.dtype == torch.float64 else tensor

@@ -105,7 +105,7 @@ def check_call(model: nn.Module, data: Data) -> None:
     """
     if data.has("train"):
         with evaluating(model), torch.no_grad():
-            forward(model, moved(data.example(), device_of(model)))
+            forward(model, moved(data.example_for(model), device_of(model)))
 
 
 def not_finite(model: nn.Module, batch: Any = None) -> str:

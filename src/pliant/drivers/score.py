@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from pliant.cost import Example, call, evaluating
+from pliant.cost import Example, call, counted, evaluating
 from pliant.data import Data, unpack
 from pliant.data.guess import guess, squashed
 from pliant.data.measures import Metric
@@ -103,7 +103,7 @@ def evaluate(
             sample = moved(sample, device)
             task = task or guessed(model, sample)
             output = forward(model, task.inputs(sample))
-            size = samples_of(sample)
+            size = counted(unpack(sample)[0])
             if task.loss is not None:
                 losses += float(task.total(output, sample)) * size
             count += size
@@ -159,16 +159,6 @@ def scored(run: Run, data: Data, *, batch: int = 256) -> dict[str, float]:
 
 def _classes(task: Task, output: Any) -> int:
     return 0 if task.scores is None else task.scores(output).shape[-1]
-
-
-def samples_of(batch: Any) -> int:
-    """Count the samples of a batch: rows of its first tensor, or items of its first list."""
-    inputs, labels = unpack(batch)
-    values = [*(inputs.values() if isinstance(inputs, Mapping) else inputs), labels]
-    for value in values:
-        if isinstance(value, list | tuple) or (isinstance(value, Tensor) and value.dim()):
-            return len(value)
-    return 1
 
 
 def forward(model: nn.Module, inputs: Any) -> Any:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pliant.cost import evaluating
+from pliant.cost import counted, evaluating
 from pliant.data import Data, unpack
 from pliant.data.classes import binary_loss, binary_view, class_loss, class_view
 from pliant.data.guess import axis_of, guess, squashed
@@ -17,7 +17,7 @@ from pliant.data.ready import classification, fed
 from pliant.data.sources import Tensors, moved
 from pliant.data.splits import Split
 from pliant.data.task import Task, labels_of, main_output, own_loss
-from pliant.drivers.score import device_of, forward, samples_of, scoring
+from pliant.drivers.score import device_of, forward, scoring
 from pliant.errors import DataError, MethodError, ModelError, PliantError
 from pliant.run import Run
 
@@ -102,11 +102,7 @@ def _of(
     if task is None and labels is not None and not isinstance(labels, Tensor):
         return _own(guess(None, batch, model), model, batch)
     output = forward(model, inputs)
-    scores, whole = main_output(output), batch
-    source = data.source(split)
-    if isinstance(source, Tensors) and len(source) > len(scores) and scores.dim():
-        whole = (source.inputs.to(scores.device), source.labels.to(scores.device))
-        scores = scores[:1].expand(len(source), *scores.shape[1:])
+    scores, whole = _every(data, split, main_output(output), batch)
     shown = scores if isinstance(output, Tensor) else {"logits": scores}
     task = guess(shown, whole, model) if task is None else _on_axis(task, scores, whole, output)
     task = squashed(task, model, inputs)
@@ -116,6 +112,16 @@ def _of(
     elif view is binary_loss:
         binary_view(shown, whole)
     return task
+
+
+def _every(data: Data, split: Split, scores: Tensor, batch: Any) -> tuple[Tensor, Any]:
+    """Put all labels that are in memory in the place of a batch's, and scores for each."""
+    source = data.source(split)
+    known = isinstance(source, Tensors) and source.labels is not None and scores.dim()
+    if not known or not isinstance(source, Tensors) or len(source) <= len(scores):
+        return scores, batch
+    wide = scores[:1].expand(len(source), *scores.shape[1:])
+    return wide, moved((source.inputs, source.labels), scores.device)
 
 
 def _completed(
@@ -182,7 +188,7 @@ def _try(task: Task, model: nn.Module, batch: Any, split: Split, *, trains: bool
                     "can be differentiated, but it has no gradient: detach nothing."
                 )
         for name, metric in task.metrics.items():
-            _asked(name, split, metric.rows, output, few, samples_of(few))
+            _asked(name, split, metric.rows, output, few, counted(unpack(few)[0]))
 
 
 def _asked(name: str, split: Split, function: Any, *args: Any) -> Any:
@@ -199,7 +205,7 @@ def _asked(name: str, split: Split, function: Any, *args: Any) -> Any:
 
 def _cut(batch: Any) -> Any:
     """Keep the first samples of a batch of tensors that are cut alike."""
-    size = samples_of(batch)
+    size = counted(unpack(batch)[0])
     values = list(batch.values()) if isinstance(batch, Mapping) else batch
     if isinstance(values, Tensor) or size <= TRIED:
         return batch

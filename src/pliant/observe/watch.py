@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from pliant.cost import Example, call, evaluating, tensors
+from pliant.cost import Example, call, counted, evaluating, tensors
 
 
 @contextmanager
@@ -72,8 +72,7 @@ def first_tensor(args: Any, kwargs: Any) -> Any:
 
 def samples(example: Example) -> int:
     """Count the samples of a batch of inputs."""
-    values = example.values() if isinstance(example, Mapping) else example
-    return len(next(value for value in values if isinstance(value, Tensor)))
+    return counted(example)
 
 
 def one_sample(example: Example, row: int) -> Any:

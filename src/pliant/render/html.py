@@ -161,6 +161,7 @@ def _method(report: Report) -> str:
 
 def _run(report: Report, plot: Plot) -> str:
     groups: Sequence[tuple[str, Sequence[tuple[str, str]]]] = (
+        ("Inputs", list(words.facts(report.inputs))),
         ("Training settings", list(words.facts(report.train))),
         ("Target", list(words.facts(report.target))),
         ("Export", list(words.facts(report.export))),

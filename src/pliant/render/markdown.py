@@ -36,6 +36,7 @@ def provenance(report: Report) -> list[tuple[str, str]]:
     return [
         ("model", report.model),
         ("data", report.data or words.NONE),
+        *words.facts(report.inputs, "inputs: "),
         *([("task", report.task)] if report.task else []),
         ("seed", str(report.seed)),
         ("device", report.device),

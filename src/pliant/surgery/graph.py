@@ -15,16 +15,15 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from pliant.cost import Example, call
+from pliant.cost import Example, call, fitted, repeated, samples_of
 from pliant.edits.prune import channel_axis, sides
 from pliant.errors import ModelError
 from pliant.nn.layers import shared_weights
@@ -129,7 +128,10 @@ class _Union:
 def _spread(
     model: nn.Module, examples: Sequence[Example], marks: Sequence[float], heads: bool
 ) -> _Probe:
-    probe = _Probe(copy.deepcopy(model).eval(), examples[0], heads=heads)
+    network = copy.deepcopy(model).eval()
+    for example in examples:
+        samples_of(network, example)  # asked before there are marks, and remembered
+    probe = _Probe(network, examples[0], heads=heads)
     sources = [slot for slot in probe.sizes if slot[1] == "out"]
     for example in examples:
         probe.begin(example)
@@ -294,16 +296,10 @@ def _covered(codes: Tensor, pattern: Tensor) -> list[int]:
     return inside.nonzero().flatten().tolist()
 
 
-def first_sample(example: Example, model: nn.Module, count: int = 1) -> Any:
-    """Return the first sample, as often as asked, on the device of the model."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-
-    def repeat(value: Any) -> Any:
-        if not isinstance(value, Tensor) or not value.dim():
-            return value
-        return value[:1].to(device).expand(count, *value.shape[1:]).clone()
-
-    return tree_map(repeat, dict(example) if isinstance(example, Mapping) else tuple(example))
+def first_sample(example: Example, model: nn.Module, count: int = 1) -> Example:
+    """Return the first sample, as often as asked; where the example is one sample, the example."""
+    given = fitted(model, example)
+    return repeated(given, samples_of(model, given), count)
 
 
 @contextmanager

@@ -5,13 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
 
-from torch.utils.data import Subset
+import torch
 
 from pliant.cost import Example
 from pliant.data import Data, unpack
-from pliant.data.sources import is_pair
 from pliant.errors import DataError
 from pliant.run import Run
 
@@ -71,10 +69,7 @@ def few(run: Run, count: int, batch: int) -> Few:
 
 
 def _part(data: Data, start: int, stop: int) -> Data:
-    part: Any = data.train
-    if is_pair(part):
-        return replace(data, train=tuple(tensor[start:stop] for tensor in part))
-    return replace(data, train=Subset(part, range(start, stop)))
+    return replace(data, train=data.indexed("train").take(torch.arange(start, stop)))
 
 
 def _pass(data: Data, batch: int, seed: int, epoch: int) -> Iterator[Example]:

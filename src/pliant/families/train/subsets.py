@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
 from pliant.data import Data, unpack
-from pliant.data.sources import Items, Tensors
+from pliant.data.sources import Columns, Items, Tensors
 
 _LAST: list[tuple[weakref.ref[Data], Tensor | None]] = []  # of the data asked for last
 
@@ -56,8 +56,9 @@ def class_numbers(data: Data) -> Tensor | None:
 
 
 def _labels(source: Any) -> Tensor | None:
-    if isinstance(source, Tensors):
-        return source.labels.cpu()
+    if isinstance(source, Tensors | Columns):
+        labels = source.labels if isinstance(source, Tensors) else unpack(source.whole)[1]
+        return labels.cpu() if isinstance(labels, Tensor) else None
     if not isinstance(source, Items):
         return None
     known = _stored(source.items)

@@ -1,0 +1,213 @@
+"""What data are: seen by their kind, or asked of the network that is to read them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+from torch.utils.data import DataLoader
+
+from pliant.cost import Example, call, evaluating, tensors
+from pliant.cost.call import is_named
+from pliant.data.sources import (
+    Batches,
+    Columns,
+    Grouped,
+    Items,
+    Kept,
+    Loose,
+    Tensors,
+    is_indexed,
+    is_pair,
+    seeded,
+    unpack,
+)
+from pliant.data.together import UnevenError, as_tensor, listed, together
+
+SPLITS = {"train": ("train",), "val": ("validation", "val", "valid", "dev"), "test": ("test",)}
+LOOKED = 64  # samples of a data set whose shapes are compared
+
+
+def is_array(part: Any) -> bool:
+    """Say whether something is a tensor or an array."""
+    return isinstance(part, Tensor | np.ndarray)
+
+
+def once_only(part: Any) -> bool:
+    """Say whether something can be gone through once: an iterator, or what hands one out again."""
+    if isinstance(part, Iterator):
+        return True
+    known = isinstance(part, Kept | Loose | Grouped | list | tuple | Mapping | Tensor | Batches)
+    if part is None or known or is_indexed(part) or not isinstance(part, Iterable):
+        return False
+    if isinstance(part, DataLoader):
+        return not is_indexed(part.dataset) and once_only(part.dataset)
+    return iter(part) is iter(part)
+
+
+def in_memory(part: Any) -> Tensors | Columns | Items | None:
+    """Return samples that lie in memory, None where something else came.
+
+    A tensor or an array is one input; a pair of them inputs and labels; a mapping, or a tuple that
+    ends with a tensor of labels, several inputs; two lists of one length a data set of pairs.
+    """
+    if is_array(part):
+        return Tensors(as_tensor(part), None)
+    if is_pair(part) or _is_arrays(part):
+        return Tensors(as_tensor(part[0]), as_tensor(part[1]))
+    if isinstance(part, PackedSequence) or not isinstance(part, Mapping | tuple):
+        return None
+    whole = _arrays(part)
+    found, (inputs, labels) = list(tensors(whole)), unpack(whole)
+    last = labels is None or isinstance(labels, Tensor)
+    rows = {len(tensor) if tensor.dim() else -1 for tensor in found}
+    if found and last and len(rows) == 1 and min(rows) > 0 and _only(whole, Tensor):
+        alone = isinstance(inputs, tuple) and len(inputs) == 1 and is_array(inputs[0])
+        return Tensors(found[0], labels) if alone else Columns(whole)
+    return _pairs(part)
+
+
+def read(part: Any, model: nn.Module) -> Any:
+    """Return a split as a network reads it: see `Data.read_by`."""
+    if isinstance(part, Items) or (is_indexed(part) and not isinstance(part, list | tuple | Loose)):
+        items = part if isinstance(part, Items) else Items(part)
+        return _samples(items, model) if items.collate is together and not items.most else part
+    plain = isinstance(part, Iterable) and not isinstance(part, str | bytes | Mapping | Grouped)
+    loader = isinstance(part, DataLoader) and part.batch_sampler is not None
+    if not plain or loader or isinstance(part, Batches) or in_memory(part) is not None:
+        return part
+    first = next(seeded(part, 0), None)
+    if first is None or not _are_samples(model, first):
+        return part
+    if isinstance(part, list | tuple | Loose):
+        return _samples(Items(part.items if isinstance(part, Loose) else part), model)
+    collate = together if _run_of(model, together, [first]) is not None else listed
+    return Grouped(part, collate)
+
+
+def runs(model: nn.Module, example: Example) -> bool | None:
+    """Run a network on inputs; None if it fails, else whether a convolution got no batch axis."""
+    unbatched: list[bool] = []
+
+    def look(module: nn.Module, args: Any) -> None:
+        dims = len(getattr(module, "kernel_size", ()))
+        if args and isinstance(args[0], Tensor):
+            unbatched.append(args[0].dim() == dims + 1)
+
+    try:
+        with ExitStack() as hooks, evaluating(model), torch.no_grad():
+            hooks.enter_context(torch.random.fork_rng(devices=[]))
+            for module in model.modules():
+                if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+                    hooks.callback(module.register_forward_pre_hook(look).remove)
+            call(model, example)
+    except Exception:  # a network may object to its inputs in any way
+        return None
+    return any(unbatched)
+
+
+def _are_samples(model: nn.Module, item: Any) -> bool:
+    """Say whether an item is one sample, and not a batch."""
+    as_batch = runs(model, unpack(item)[0])
+    as_sample = _run_of(model, together, [item])
+    if as_batch is None:
+        return as_sample is not None or _run_of(model, listed, [item]) is not None
+    if as_sample is None:
+        return False
+    first = next(tensors(unpack(item)[0]), None)
+    return as_batch or first is None or first.dim() < 2
+
+
+def _run_of(model: nn.Module, collate: Callable[[list[Any]], Any], items: list[Any]) -> bool | None:
+    try:
+        return runs(model, unpack(collate(items))[0])
+    except Exception:  # the items cannot be put together so
+        return None
+
+
+def _samples(items: Items, model: nn.Module) -> Items:
+    """Stack samples, list them, or give them one by one."""
+    if not len(items):
+        return items
+    few = [items.items[row] for row in islice(range(len(items)), LOOKED)]
+    try:
+        together(few)
+        if len(few) == 1 or _run_of(model, together, few[:1]) is not None:
+            return items
+        return _listing(items, few, model, items)
+    except UnevenError:
+        return _listing(items, few, model, Items(items.items, most=1))
+
+
+def _listing(items: Items, few: list[Any], model: nn.Module, otherwise: Items) -> Items:
+    takes = _run_of(model, listed, few[:2]) is not None
+    return Items(items.items, listed) if takes else otherwise
+
+
+def named_splits(data: Any) -> dict[str, Any]:
+    """Return the splits of a mapping from their names to data; empty where it is none."""
+    if not isinstance(data, Mapping) or "train" not in data:
+        return {}
+    parts = [part for part in data.values() if not is_array(part)]
+    if len(parts) < len(data) or not all(isinstance(p, Iterable) or is_indexed(p) for p in parts):
+        return {}
+    found = {split: [n for n in known if n in data] for split, known in SPLITS.items()}
+    return {split: data[known[0]] for split, known in found.items() if known}
+
+
+def classes_of(labels: Tensor | None) -> int:
+    """Count the classes that labels of samples name; 0 where they are no classes."""
+    if labels is None or labels.is_floating_point() or labels.is_complex() or labels.dim() != 1:
+        return 0
+    return max(0, int(labels.long().max()) + 1)
+
+
+def _is_arrays(part: Any) -> bool:
+    pair = isinstance(part, list | tuple) and not is_named(part) and len(part) == 2
+    return pair and all(hasattr(each, "__array__") for each in part)
+
+
+def _arrays(value: Any) -> Any:
+    """Make tensors of the arrays in mappings and tuples, and of lists of numbers."""
+    if isinstance(value, Mapping):
+        return {name: _arrays(part) for name, part in value.items() if not _is_text(part)}
+    if is_named(value):
+        return type(value)(*map(_arrays, value))
+    if type(value) is tuple:
+        return tuple(map(_arrays, value))
+    numbers = isinstance(value, list) and value and _only(value, int, float, bool, list)
+    if isinstance(value, np.ndarray) or numbers:
+        try:
+            return as_tensor(value)
+        except (ValueError, TypeError, RuntimeError):
+            return value
+    return value
+
+
+def _is_text(part: Any) -> bool:
+    return isinstance(part, list) and all(isinstance(each, str | bytes) for each in part)
+
+
+def _only(value: Any, *kinds: type) -> bool:
+    """Say whether a nested value holds nothing but some kinds."""
+    if isinstance(value, kinds) and not isinstance(value, list):
+        return True
+    if isinstance(value, Mapping | tuple | list):
+        parts = value.values() if isinstance(value, Mapping) else value
+        return all(_only(part, *kinds) for part in parts)
+    return False
+
+
+def _pairs(part: Any) -> Items | None:
+    """A pair of lists of one length, or of a list and labels, as a data set of pairs."""
+    pair = type(part) is tuple and len(part) == 2 and isinstance(part[0], list)
+    if not pair or not isinstance(part[1], list | Tensor | np.ndarray) or not len(part[0]):
+        return None
+    fits = len(part[0]) == len(part[1]) and _only(part[0], Tensor, np.ndarray)
+    return Items(list(zip(*part, strict=True))) if fits else None
