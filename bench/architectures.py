@@ -112,8 +112,11 @@ _BLOCKS: Mapping[str, Any] = {
 }
 _VIT: Mapping[str, Any] = {**_BLOCKS, "image_size": 64, "patch_size": 8}
 
+# Networks of the zoo that came after the committed result; the next measurement takes them in.
+LATER = ("staged-resnet", "vpu-search", "kws-search", "mobilenet-v2-cifar")
+
 ARCHITECTURES: dict[str, Architecture] = {
-    **{name: _zoo(name) for name in zoo.NETWORKS},
+    **{name: _zoo(name) for name in zoo.NETWORKS if name not in LATER},
     "ResNet": _transformer(
         "ResNetForImageClassification", "ResNetConfig", _IMAGE, embedding_size=32, **_SMALL
     ),

@@ -603,7 +603,7 @@ def test_a_bomb_is_refused_before_it_is_unpacked(
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr(MANIFEST, bomb)
         archive.writestr(WEIGHTS, parts[WEIGHTS])
-    with refused(model := tiny(), "100,000,000 bytes of manifest.json"):
+    with refused(model := tiny(), "manifest.json that unpacks to 100,000,000 bytes"):
         load(file, model)
     with pytest.raises(ArtifactError, match="100,000,000"):
         inspect(file)

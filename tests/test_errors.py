@@ -408,7 +408,7 @@ def test_a_folder_that_holds_something_is_refused(tmp_path: Path) -> None:
 def test_a_folder_that_cannot_be_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     result = cli(*QUICK, "--out", str(tmp_path / "file" / "run"))
-    assert result.exit_code == 2 and "cannot be made" in result.stderr
+    assert result.exit_code == 2 and "cannot be written to" in result.stderr
 
 
 def test_a_complete_run_is_not_resumed(tmp_path: Path) -> None:

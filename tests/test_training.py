@@ -173,7 +173,8 @@ def test_a_last_batch_that_is_smaller_is_followed() -> None:
 @pytest.mark.parametrize("at", [4, 7])
 def test_draws_resume(source: str, at: int, tmp_path: Path) -> None:
     data = SOURCES[source]()
-    assert_resumes(partial(start, net(), Second(), data=data, steps=15, seed=3), data, at, tmp_path)
+    begin = lambda: start(net(), Second(), data=data, steps=15, seed=3)  # noqa: E731
+    assert_resumes(begin, data, at, tmp_path)
 
 
 def test_draws_from_a_stream_go_on_and_begin_again() -> None:

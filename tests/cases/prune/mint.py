@@ -111,12 +111,16 @@ def what_is_known_does_not_count() -> None:
 
 
 def what_is_known_may_be_needed() -> None:
-    """Y is the product of signs X and Z: it tells of X only together with Z."""
+    """Y is the product of signs X and Z: it tells of X only together with Z.
+
+    Every second exchanged y has the sign it had, so the divergence is 1/3: of eight places that
+    exchanged rows take, the true ones share four, with densities 1/8 and 1/4.
+    """
     g = draws()
     x, z = (torch.randint(2, (SAMPLES, 1), generator=g).double() * 2 - 1 for _ in range(2))
     noise = [0.1 * normal(g) for _ in range(3)]
     assert mean_of(x + noise[0], x * z + noise[1]) < 0.1
-    assert mean_of(x + noise[0], x * z + noise[1], z + noise[2]) > 0.8
+    assert 0.25 < mean_of(x + noise[0], x * z + noise[1], z + noise[2]) < 0.5
 
 
 def rows_belong_together() -> None:

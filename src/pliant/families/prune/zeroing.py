@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pliant.cost import Example, call
+from pliant.data import batch_of
 from pliant.data.sources import moved
 from pliant.families.prune.gates import Gates
 from pliant.families.prune.ranking import Unit
@@ -67,7 +68,7 @@ def increases(
     model: nn.Module,
     groups: Groups,
     batches: Iterable[tuple[Example, Any]],
-    criterion: Callable[[Any, Any], Tensor],
+    loss: Callable[[Any, Any], Tensor],
     gone: Sequence[Unit] = (),
 ) -> dict[str, Tensor]:
     """Return by how much the loss rises without each unit, (units,) float64 by group.
@@ -80,7 +81,7 @@ def increases(
         model: not touched.
         groups: of channels.
         batches: inputs of forward calls, and labels.
-        criterion: the mean loss of a batch, from outputs and labels.
+        loss: the mean loss of a batch, from its output and the batch.
         gone: units that nothing reads in any case.
     """
     model = copy.deepcopy(model).eval()
@@ -93,15 +94,15 @@ def increases(
     count = 0
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     for inputs, given in batches:
-        labels = moved(given, device)
-        base = float(criterion(replay.run(inputs), labels))
+        batch = batch_of(inputs, moved(given, device))
+        base = float(loss(replay.run(inputs), batch))
         size = samples(inputs)
         for group in groups:
             readers = [layer for layer, side in group.slots if side == "in"]
             for unit in values[group.name].nonzero().flatten().tolist():
                 values[group.name][unit] = 0
-                loss = float(criterion(replay.again(inputs, readers), labels))
+                risen = float(loss(replay.again(inputs, readers), batch))
                 values[group.name][unit] = 1
-                totals[group.name][unit] += size * (loss - base)
+                totals[group.name][unit] += size * (risen - base)
         count += size
     return {name: total / max(1, count) for name, total in totals.items()}

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import torch
 from torch import Tensor
 
-from pliant.data import batch_of
 from pliant.edits.prune import CONVS
 from pliant.errors import DataError
 from pliant.families.prune.allocate import Goal, in_passes
@@ -88,12 +87,12 @@ class HGSR(ChannelPruning):
         return run.state["lambda"] * self._whole(run)
 
     def scores(self, run: Run, groups: Groups) -> Scores:
-        return increases(run.model, groups, labelled(run, self.samples), _criterion(run))
+        return increases(run.model, groups, labelled(run, self.samples), run.task_loss)
 
     def allocation(self, run: Run, groups: Groups, goal: Goal) -> Leaving:
         def ranked(gone: Sequence[Unit], number: int) -> Sequence[Unit]:
             batches = labelled(run, self.samples)
-            scores = increases(run.model, groups, batches, _criterion(run), gone)
+            scores = increases(run.model, groups, batches, run.task_loss, gone)
             if self.most is not None and not goal.limits:
                 for values in scores.values():
                     values[values > self.most] = torch.inf
@@ -119,11 +118,6 @@ class HGSR(ChannelPruning):
             both = self.mix * hierarchical(weight, self.penalize, self.grouping)
             total = total.to(weight.device) + both + (1 - self.mix) * weight.abs().sum()
         return total
-
-
-def _criterion(run: Run) -> Callable[[Any, Any], Tensor]:
-    """Return the loss of the task as a function of outputs and labels."""
-    return lambda output, labels: run.task_loss(output, batch_of((), labels))
 
 
 def _penalized(layer: Any) -> bool:
