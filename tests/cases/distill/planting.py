@@ -217,6 +217,28 @@ def a_network_grows_within_its_budget() -> None:
     assert [p.shape for p in again.parameters()] == [p.shape for p in model.parameters()]
 
 
+def layers_that_the_budget_cannot_bear_do_not_grow() -> None:
+    run = start(net(), Planting(width=0.5), Budget(params=10**6), data=TOY.data(), steps=50)
+    small = run.planner.now().params
+    edits, costs = plants(run, 2, 0), {}
+    for group, cuts in candidates(_grown(run, edits), edits).items():
+        other = copy.deepcopy(run.model)
+        replay(other, [*edits, *cuts])
+        costs[group] = sum(p.numel() for p in other.parameters())
+    assert costs[""] == small
+    cheap, dear = sorted(costs.values())[1:]
+    for most, grown in ((dear, 2), (cheap, 1), (cheap - 1, 0)):
+        run = start(net(), Planting(width=0.5), Budget(params=most), data=TOY.data(), steps=50)
+        edits = plants(run, 2, 0)
+        assert len({e.layer for e in edits if e.side == "out"}) == grown
+
+
+def _grown(run: Run, edits: Any) -> Run:
+    other = run.rehearsal()
+    other.apply(*edits)
+    return other
+
+
 def the_teacher_is_the_whole_network() -> None:
     model = net()
     teacher = copy.deepcopy(model).eval()
@@ -251,6 +273,7 @@ CASES = [
             candidates_are_judged_alone,
             a_round_that_gains_nothing_keeps_nothing,
             a_network_grows_within_its_budget,
+            layers_that_the_budget_cannot_bear_do_not_grow,
             the_teacher_is_the_whole_network,
             what_cannot_be_met_is_refused,
         ),
