@@ -42,7 +42,7 @@ def classes(scores: Tensor, labels: Any) -> Tensor:
         raise DataError(
             "ssal needs one class number for each sample: leave it out of tasks with other labels."
         )
-    return labels.to(scores.device)  # type: ignore[no-any-return]
+    return labels.to(scores.device)
 
 
 def confusion(run: Run, samples: int) -> Tensor:
