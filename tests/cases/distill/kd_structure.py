@@ -69,6 +69,11 @@ def kill(model: nn.Module, resource_: Resource, seed: int = 0) -> dict[str, list
                 rows = group.rows(slot)[dead[group.name]].flatten()
                 module.weight.data[rows] = 0
                 module.bias.data[rows] = 0
+        for slot in group.makers:
+            module = model.get_submodule(slot[0])
+            for tensor in (module.weight, module.bias):
+                if tensor is not None:
+                    tensor.data[group.rows(slot)[dead[group.name]].flatten()] = 0
     return dead
 
 
@@ -77,6 +82,7 @@ def networks() -> list[tuple[nn.Module, Tensor]]:
     return [
         (zoo.build("resnet20"), torch.randn(2, 3, 32, 32)),
         (Inverted(), torch.randn(2, 3, 8, 8)),
+        (TOYS["grouped"].model(), torch.randn(2, 3, 6, 6)),
     ]
 
 
@@ -143,6 +149,16 @@ def tied_channels_live_as_long_as_one_of_them_does() -> None:
     (group,) = (g for g in cuttable(model, TOY.inputs(1))[0] if g.name == "branch.3")
     gate = resource.strengths(model, [group])["branch.3"]
     assert len(gate) == 12 and torch.equal(gate, model.get_parameter("branch.4.weight").abs())
+    whole = zoo.build("resnet20")
+    norms = [whole.get_parameter(f"{n}.weight").detach() for n in ("bn1", "layer1.0.bn2")]
+    found = cuttable(whole, (torch.zeros(1, 3, 32, 32),))[0]
+    for module in whole.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.zeros_(module.weight)
+    norms[0][0], norms[1][1] = 0.25, -0.75
+    (first,) = (g for g in found if g.name == "conv1")
+    gate = resource.strengths(whole, [first])["conv1"]
+    assert gate[:3].tolist() == [0.25, 0.75, 0.0]
     bare = TOYS["bare"].model()
     (first,) = (g for g in cuttable(bare, TOYS["bare"].inputs(1))[0] if g.name == "0")
     gate = resource.strengths(bare, [first])["0"]
@@ -214,6 +230,14 @@ def the_price_rises_while_the_budget_is_missed() -> None:
     assert set(rows) == {1.0}
 
 
+def the_factor_multiplies_the_price() -> None:
+    run = start(TOYS["plain"].model(), KDStructure(), data=TOYS["plain"].data(), steps=9)
+    before: Any = run.method.penalty(run)  # type: ignore[attr-defined]
+    run.state["factor"] = 3.0
+    assert before > 0
+    assert torch.isclose(run.method.penalty(run), 3 * before)  # type: ignore[attr-defined]
+
+
 def scales_do_not_decay() -> None:
     """The price alone pulls them: without it and without loss they stay, while kernels decay."""
     model = TOYS["plain"].model().train()
@@ -260,6 +284,7 @@ OWN: tuple[Callable[[], None], ...] = (
     a_block_without_price_keeps_its_width,
     a_higher_price_leaves_less,
     the_price_rises_while_the_budget_is_missed,
+    the_factor_multiplies_the_price,
     scales_do_not_decay,
     the_whole_network_teaches_before_and_after,
     strengths_belong_to_blocks,

@@ -13,6 +13,7 @@ from torch.optim import SGD
 from pliant.compose import together
 from pliant.data import Data
 from pliant.errors import DataError, MethodError
+from pliant.families.distill import branches
 from pliant.families.distill.grouping import confusion_groups, joint
 from pliant.families.distill.heads import Reading, answer
 from pliant.method import Method
@@ -215,6 +216,31 @@ def what_ships_is_the_network_alone() -> None:
     assert set(row) >= {"joint", "agreeing", "right_agreeing"} and 0 < row["joint"] <= 1
 
 
+def what_heads_agree_with_by_hand() -> None:
+    run = trained(SSAL(weights=(0.5, 0.5), groups=(2, 3)))
+    run.model.eval()
+    for number in range(2):
+        run.state["heads"][str(number)]["last"] *= -1
+        run.state["heads"][str(number)]["bias"] *= 0
+    with run.aside.get(Reading).always():
+        scores = run.model(INPUTS)
+    best = scores.argmax(1)
+    features, agree, heads = run.aside.get(Reading).take(), torch.ones(24).bool(), []
+    for number in range(2):
+        given = features[run.state["names"][number]]
+        heads.append(answer(run.state["heads"][str(number)], given))
+        agree &= heads[-1].argmax(1) == torch.tensor(run.state["groups"][number])[best]
+    found = branches.read(run, 0.4, 99)
+    right = best == LABELS
+    together_ = joint(scores, heads, run.state["groups"], 0.4).argmax(1) == LABELS
+    wanted = (right.float().mean(), together_.float().mean(), agree.float().mean())
+    said = (found["alone"], found["joint"], found["agreeing"])
+    assert torch.allclose(torch.tensor(said), torch.stack(wanted))
+    assert not agree.all()  # heads that learned the contrary
+    both = float((right & agree).sum() / agree.sum().clamp(min=1))
+    assert abs(found["right_agreeing"] - both) < 1e-6
+
+
 def groups_come_from_mistakes() -> None:
     """A network that says 0 for 1 and 2 for 3; and one that is always right, by its doubts."""
     scores = torch.eye(4)[[0, 0, 2, 2]] * 4
@@ -301,6 +327,7 @@ CASES = [
             the_loss_is_that_of_the_groups,
             heads_step_by_hand,
             what_ships_is_the_network_alone,
+            what_heads_agree_with_by_hand,
             groups_come_from_mistakes,
             groups_wait_for_the_start,
             heads_follow_layers_that_become_narrower,

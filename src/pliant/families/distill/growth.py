@@ -200,3 +200,24 @@ def judged(run: Run, cuts: Sequence[Prune], samples: int) -> tuple[float, int]:
             if seen >= samples:
                 break
     return total / max(1, seen), sum(p.numel() for p in model.parameters())
+
+
+def most_gained(known: Mapping[str, tuple[float, int]], *, per_parameter: bool) -> str:
+    """Name the candidate that lowers the loss most, "" if none does.
+
+    Args:
+        known: of every candidate the loss and the number of parameters; under "" without any.
+        per_parameter: divide what is gained by the parameters that come.
+
+    >>> known = {"": (1.0, 100), "a": (0.8, 110), "b": (0.5, 200)}
+    >>> most_gained(known, per_parameter=False), most_gained(known, per_parameter=True)
+    ('b', 'a')
+    """
+    loss, size = known[""]
+    gains = {
+        name: (loss - found) / (count - size if per_parameter else 1)
+        for name, (found, count) in known.items()
+        if name
+    }
+    best = max(gains, key=lambda name: gains[name])
+    return best if gains[best] > 0 else ""

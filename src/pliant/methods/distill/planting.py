@@ -10,15 +10,8 @@ from torch import Tensor
 
 from pliant.edits import Prune, Widen, from_json, to_json
 from pliant.errors import BudgetError, MethodError
-from pliant.families.distill.growth import (
-    candidates,
-    carried,
-    joined,
-    judged,
-    narrow,
-    planted,
-    plants,
-)
+from pliant.families.distill import growth
+from pliant.families.distill.growth import joined, judged, most_gained, narrow, planted, plants
 from pliant.families.distill.teaching import refuse_fractions, taught
 from pliant.method import Method
 from pliant.observe.aside import Teacher
@@ -39,7 +32,7 @@ from pliant.run import Run
 )
 @dataclass(frozen=True)
 class Planting(Method):
-    """Narrows the network, then gives channels to the layer that gains most, as the budget allows.
+    """Narrows the network, then gives channels to the layer that gains most, up to the budget.
 
     The network as it came is the teacher, so it should be trained. All layers keep a share of
     their channels, and train for a part of the training. In each of the rounds that follow every
@@ -130,11 +123,11 @@ class Planting(Method):
     def _choose(self, run: Run) -> None:
         """Leave new channels in the layer in which they are worth most only."""
         edits: list[Widen] = from_json(run.state["edits"])  # type: ignore[assignment]
-        found = candidates(run, edits)
+        found = growth.candidates(run, edits)
         best, loss = self._best(run, found)
         cuts, before = found[best], list(run.edits)[: len(run.edits) - len(edits)]
         new = {name: mask.float() for name, mask in run.state["new"].items()}
-        new = {name: value > 0.5 for name, value in carried(run.model, new, cuts).items()}
+        new = {name: value > 0.5 for name, value in growth.carried(run.model, new, cuts).items()}
         run.apply(*cuts)
         run.restate([*before, *joined(edits, cuts)])
         run.state["edits"] = []
@@ -145,20 +138,14 @@ class Planting(Method):
 
     def _best(self, run: Run, found: dict[str, list[Prune]]) -> tuple[str, float | None]:
         """The layer whose new channels stay, "" for none, and the loss with them."""
-        names = [name for name in found if name]
-        if self.choice == "random" or not names:
-            pick = int(torch.randint(max(1, len(names)), (1,), generator=run.generator))
-            return (names[pick] if names else ""), None
+        names = [name for name in found if name] or [""]
+        if self.choice == "random" or not names[0]:
+            return names[int(torch.randint(len(names), (1,), generator=run.generator))], None
         known = {name: judged(run, cuts, self.samples) for name, cuts in found.items()}
-        loss, size = known[""]
-        gains = {name: loss - known[name][0] for name in names}
-        if self.choice == "gain":
-            gains = {name: gain / (known[name][1] - size) for name, gain in gains.items()}
-        best = max(names, key=lambda name: gains[name])
-        best = best if gains[best] > 0 else ""
+        best = most_gained(known, per_parameter=self.choice == "gain")
         return best, known[best][0]
 
     def _hold(self, run: Run, new: dict[str, Tensor]) -> None:
         """Remember which numbers are new, and what the others are."""
-        known = {name: run.model.get_parameter(name).detach().clone() for name in new}
-        run.state.update(new=new, kept=known)
+        kept = {name: run.model.get_parameter(name).detach().clone() for name in new}
+        run.state.update(new=new, kept=kept)
