@@ -110,7 +110,11 @@ def _channels(groups: Sequence[Group]) -> int:
 
 
 def edits_of(model: nn.Module, groups: Iterable[Group], leaving: Leaving) -> list[Prune]:
-    """Return the edits that remove units, in the order of the model, inputs before outputs."""
+    """Return the edits that remove units, in the order of the model.
+
+    Inputs of a layer come before its outputs; of a grouped convolution after them, since it has
+    no outputs of its own once every group reads one channel.
+    """
     gone: dict[Slot, set[int]] = {}
     for group in groups:
         for unit in leaving.get(group.name, ()):
@@ -119,9 +123,13 @@ def edits_of(model: nn.Module, groups: Iterable[Group], leaving: Leaving) -> lis
     return [
         Prune(name, side, tuple(sorted(set(range(size)) - gone[name, side])), size)
         for name, module in model.named_modules()
-        for side, size in sides(module).items()
+        for side, size in sorted(sides(module).items(), reverse=_grouped(module))
         if (name, side) in gone
     ]
+
+
+def _grouped(module: nn.Module) -> bool:
+    return int(getattr(module, "groups", 1)) > 1
 
 
 def reaching(model: nn.Module, example: Example, batches: Iterable[Example]) -> list[Example]:

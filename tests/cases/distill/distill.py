@@ -1,5 +1,7 @@
 """Distillation: targets and gradients by hand."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -77,6 +79,66 @@ def the_gradient_stays_with_the_sample() -> None:
     target, known = neighbour_means(ROWS, LABELS, 2)
     expected = 2 * (ROWS - target) / (4 * known.sum()) * known[:, None]
     assert rows.grad is not None and torch.allclose(rows.grad, expected, atol=1e-6)
+
+
+def samples_seen_before_may_be_neighbours() -> None:
+    rows, labels = torch.tensor([[0.0], [9.0]]), torch.tensor([0, 1])
+    others = torch.tensor([[1.0], [2.0], [9.0]]), torch.tensor([0, 0, 0])
+    target, known = neighbour_means(rows, labels, 2, others=others)
+    assert target.flatten().tolist() == [1.5, 0.0] and known.tolist() == [True, False]
+
+
+def directions_are_compared_where_asked() -> None:
+    """(1, 0) is near (0.9, 0.2) by distance, and lies in the direction of (9, 1)."""
+    rows = torch.tensor([[1.0, 0.0], [0.9, 0.2], [9.0, 1.0]])
+    same = torch.zeros(3, dtype=torch.long)
+    assert torch.equal(neighbour_means(rows, same, 1)[0][0], rows[1])
+    assert torch.equal(neighbour_means(rows, same, 1, cosine=True)[0][0], rows[2])
+
+
+def near_neighbours_weigh_more() -> None:
+    """At distances 1 and 3, whose squares are 5 in the mean: exp(-1/5) and exp(-9/5)."""
+    rows, same = torch.tensor([[0.0], [1.0], [3.0]]), torch.zeros(3, dtype=torch.long)
+    one, two = math.exp(-1 / 5), math.exp(-9 / 5)
+    target = neighbour_means(rows, same, None, weighted=True)[0][0]
+    assert torch.isclose(target, torch.tensor((one * 1 + two * 3) / (one + two)))
+
+
+def the_furthest_are_kept_apart() -> None:
+    """Of 0, 1 and 3 the furthest of each; those that have no more than k others are left out."""
+    rows, labels = torch.tensor([[0.0], [1.0], [3.0], [7.0], [8.0]]), torch.tensor([0, 0, 0, 1, 1])
+    target, known = neighbour_means(rows, labels, 1, furthest=True)
+    assert target.flatten().tolist() == [3.0, 3.0, 0.0, 0.0, 0.0]
+    assert known.tolist() == [True, True, True, False, False]
+    method = OSKD(weight=0.0, repel=0.5, margin=5.0, neighbours=1, warmup=0.0, ramp=0.0)
+    run = start(net(), method, example=(INPUTS,), steps=10)
+    loss = run.loss(torch.zeros(()), rows, (rows, labels))  # squares 9, 4, 9: one is too near
+    assert torch.isclose(loss, torch.tensor(0.5 * (5 - 4) / 3))
+
+
+def divergences_are_those_of_the_targets() -> None:
+    """measure="kl": T^2 KL(target || sample), in the mean over those that have neighbours."""
+    method = OSKD(weight=0.5, measure="kl", temperature=2.0, warmup=0.0, ramp=0.0, neighbours=2)
+    run = start(net(), method, example=(INPUTS,), steps=10)
+    loss = run.loss(torch.zeros((), dtype=torch.float64), ROWS, (ROWS, LABELS))
+    target, known = neighbour_means(ROWS, LABELS, 2)
+    aim, own = (target / 2).softmax(1), (ROWS / 2).softmax(1)
+    each = 4 * (aim * (aim / own).log()).sum(1)
+    assert torch.isclose(loss, 0.5 * each[known].mean())
+
+
+def an_epoch_is_remembered_and_forgotten() -> None:
+    """The second batch finds its neighbours in the first; a new epoch begins with none."""
+    method = OSKD(weight=1.0, memory=4, warmup=0.0, ramp=0.0)
+    run = start(net(), method, example=(INPUTS,), steps=10)
+    labels = torch.arange(4)
+    one, two = noise(4, 4, seed=1), noise(4, 4, seed=2)
+    zero = torch.zeros((), dtype=torch.float64)
+    assert run.loss(zero, one, (one, labels)) == 0
+    assert torch.isclose(run.loss(zero, two, (two, labels)), (one - two).square().mean())
+    assert torch.equal(run.state["seen"][0], two)  # four of them
+    run.after_epoch()
+    assert run.loss(zero, one, (one, labels)) == 0
 
 
 # ------------------------------------------------------------------ runs
@@ -203,6 +265,7 @@ CASES = [
         variants=(
             'oskd(look_at="features", warmup=0.0, ramp=0.0)',
             'oskd(measure="kl", neighbours=None, warmup=0.0)',
+            'oskd(nearest_by="cosine", weighted=True, memory=16, repel=0.1, warmup=0)',
         ),
         own=(
             equal_outputs_cost_nothing,
@@ -216,6 +279,12 @@ CASES = [
             features_are_what_the_last_layer_reads,
             a_batch_without_pairs_is_said,
             fractions_are_no_classes,
+            samples_seen_before_may_be_neighbours,
+            directions_are_compared_where_asked,
+            near_neighbours_weigh_more,
+            the_furthest_are_kept_apart,
+            divergences_are_those_of_the_targets,
+            an_epoch_is_remembered_and_forgotten,
         ),
     ),
     Case(

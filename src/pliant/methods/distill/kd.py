@@ -7,18 +7,11 @@ from typing import Annotated, Any
 
 from torch import Tensor
 
-from pliant.data import unpack
-from pliant.errors import DataError
-from pliant.math.divergence import divergence
+from pliant.families.distill.teaching import refuse_fractions, taught
 from pliant.method import Method
 from pliant.observe.aside import Teacher
 from pliant.registry import In, Paper, register
 from pliant.run import Run
-
-FRACTIONS = (
-    "kd compares probabilities of classes, but the answers of this task are no classes: leave it "
-    "out of a regression."
-)
 
 
 @register(
@@ -51,8 +44,7 @@ class KD(Method):
     temperature: Annotated[float, In(0, open="low")] = 4.0
 
     def refuse(self, run: Run) -> None:
-        if run.task is not None and run.task.scores is None:
-            raise DataError(FRACTIONS)
+        refuse_fractions(run, "kd")
 
     def prepare(self, run: Run) -> None:
         """Freeze a copy."""
@@ -60,10 +52,4 @@ class KD(Method):
 
     def loss(self, run: Run, loss: Tensor, output: Any, batch: Any) -> Tensor:
         """Mix the loss of the task with the divergence from the teacher."""
-        inputs, labels = unpack(batch)
-        if run.task is None and isinstance(labels, Tensor) and labels.is_floating_point():
-            raise DataError(FRACTIONS)
-        scores = run.class_scores(output)
-        target = run.class_scores(run.aside.get(Teacher).answer(inputs, scores.device))
-        gap = divergence(scores, target, self.temperature)
-        return (1 - self.weight) * loss + self.weight * gap
+        return taught(run, loss, output, batch, self.weight, self.temperature)

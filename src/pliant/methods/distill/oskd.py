@@ -6,6 +6,7 @@ import warnings
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -43,7 +44,9 @@ class OSKD(Method):
 
     *Departs from the paper*: the abstract names online subclass similarities as targets; that
     they are means of the k nearest, and all numbers, are our reading. Neighbours are those of
-    the batch (of each process by itself); a memory of all samples is not kept.
+    the batch (of each process by itself), and with ``memory`` those that the present epoch has
+    shown before, as the network saw them then. With ``repel`` the furthest of a class are pushed
+    apart, so that a class does not only shrink.
 
     >>> OSKD(neighbours=None).weight  # with all of a class it is a centre loss
     0.1
@@ -54,6 +57,12 @@ class OSKD(Method):
     # k, nearest samples of the class; None: all of them
     neighbours: Annotated[int, In(1)] | None = 5
     look_at: Literal["logits", "features"] = "logits"  # features: what the last layer reads
+    nearest_by: Literal["distance", "cosine"] = "distance"  # cosine compares directions only
+    weighted: bool = False  # the nearer of the neighbours count more
+    memory: Annotated[int, In(0)] = 0  # samples of the epoch, beside the batch, to choose from
+    # lambda_r, of a term that keeps the furthest of a class apart
+    repel: Annotated[float, In(0, MOST)] = 0.0
+    margin: Annotated[float, In(0)] = 1.0  # mean squared distance at which they are far enough
     measure: Literal["mse", "kl"] = "mse"  # distance to the target; "kl" is for logits
     temperature: Annotated[float, In(0, open="low")] = 4.0  # T, of "kl"
     warmup: Annotated[float, In(0, 1)] = 0.1  # share of the training before it begins
@@ -66,7 +75,7 @@ class OSKD(Method):
             raise MethodError(
                 'oskd: measure="kl" compares probabilities of classes: it needs look_at="logits".'
             )
-        run.state.update(samples=0, paired=0)
+        run.state.update(samples=0, paired=0, seen=[])
         if self.look_at == "features":
             called = order(run.model, run.example, list(weighted(run.model))).called
             if not called:
@@ -78,24 +87,36 @@ class OSKD(Method):
 
     def loss(self, run: Run, loss: Tensor, output: Any, batch: Any) -> Tensor:
         """Add the mean distance to the means of the neighbours."""
-        weight = self.weight * self._share(run)
+        share = self._share(run)
         rows, labels = self._rows(run, output), unpack(batch)[1]
         if not _classes(rows, labels):
             raise DataError(
                 "oskd compares samples of one class: it needs one class number per sample, and "
                 f"rows (samples, numbers) to compare, not {tuple(rows.shape)}."
             )
-        if not weight:
+        if not share or not (self.weight or self.repel):
             return loss
-        target, known = neighbour_means(rows, labels, self.neighbours)
+        seen, cosine = run.state["seen"], self.nearest_by == "cosine"
+        others = (seen[0], seen[1]) if seen else None
+        target, known = neighbour_means(
+            rows, labels, self.neighbours, others=others, cosine=cosine, weighted=self.weighted
+        )
         run.state["samples"] += len(known)
         run.state["paired"] += int(known.sum())
-        return loss + weight * mean_where(self._gaps(rows, target), known)
+        loss = loss + share * self.weight * mean_where(self._gaps(rows, target), known)
+        if self.repel and self.neighbours is not None:
+            target, known = neighbour_means(
+                rows, labels, self.neighbours, others=others, cosine=cosine, furthest=True
+            )
+            close = (self.margin - (rows - target).square().mean(1)).clamp_min(0)
+            loss = loss + share * self.repel * mean_where(close, known)
+        self._remember(run, rows.detach(), labels)
+        return loss
 
     def after_epoch(self, run: Run) -> None:
         """Note how many samples had a neighbour, and warn where most had none."""
         samples, paired = run.state["samples"], run.state["paired"]
-        run.state.update(samples=0, paired=0)
+        run.state.update(samples=0, paired=0, seen=[])
         if not samples:
             return
         run.note(paired=paired / samples)
@@ -112,6 +133,13 @@ class OSKD(Method):
         if past < 0:
             return 0.0
         return min(1.0, past / self.ramp) if self.ramp else 1.0
+
+    def _remember(self, run: Run, rows: Tensor, labels: Tensor) -> None:
+        """Keep the last samples of the epoch, none of which comes again in it."""
+        if self.memory:
+            seen = run.state["seen"] or [rows[:0], labels[:0]]
+            pairs = zip(seen, (rows, labels), strict=True)
+            run.state["seen"] = [torch.cat([old, new])[-self.memory :] for old, new in pairs]
 
     def _rows(self, run: Run, output: Any) -> Tensor:
         if self.look_at == "logits":

@@ -1,0 +1,204 @@
+"""What heads learn of groups of classes: their targets, losses, steps, and what they know."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pliant.cost import call, evaluating
+from pliant.data import unpack
+from pliant.data.sources import moved
+from pliant.data.splits import Split
+from pliant.errors import DataError
+from pliant.families.distill.grouping import joint
+from pliant.families.distill.heads import Head, Reading, answer, drawn
+from pliant.run import Run
+
+
+def shares(classes: int, heads: int) -> list[int]:
+    """Return how many groups heads have: from a fifth of the classes on to a half, two at least.
+
+    >>> shares(100, 3), shares(10, 3)
+    ([20, 33, 50], [2, 3, 5])
+    """
+    steps = [1 / (5 - 3 * n / max(1, heads - 1)) for n in range(heads)]
+    if heads == 3:
+        steps = [1 / 5, 1 / 3, 1 / 2]
+    return [min(classes, max(2, int(classes * step + 1e-9))) for step in steps]
+
+
+def classes(scores: Tensor, labels: Any) -> Tensor:
+    """Return labels that are one class number for each row of scores.
+
+    Raises:
+        DataError: they are not.
+    """
+    numbers = isinstance(labels, Tensor) and not labels.is_floating_point()
+    if not numbers or scores.dim() != 2 or labels.shape != scores.shape[:1]:
+        raise DataError(
+            "ssal needs one class number for each sample: leave it out of tasks with other labels."
+        )
+    return labels.to(scores.device)
+
+
+def confusion(run: Run, samples: int) -> Tensor:
+    """Count how often the network takes each class for another, on data it does not train on.
+
+    Where it makes no mistake, its mean probabilities stand in the place of counts.
+
+    Args:
+        run: with labelled data.
+        samples: of the validation split, or of the training split where there is none.
+
+    Returns:
+        A row for each class, (classes, classes) in float64.
+    """
+    counts, soft = torch.zeros(0, 0), torch.zeros(0, 0)
+    for scores, labels, _ in _seen(run, samples):
+        size = scores.shape[1]
+        if not len(counts):
+            counts, soft = (torch.zeros(size, size, dtype=torch.float64) for _ in range(2))
+        known = (labels >= 0) & (labels < size)
+        labels, chances = labels[known].cpu(), scores[known].double().softmax(1).cpu()
+        counts.index_add_(0, labels, F.one_hot(chances.argmax(1), size).double())
+        soft.index_add_(0, labels, chances)
+    missed = counts.clone().fill_diagonal_(0)
+    return counts if missed.any() else soft
+
+
+def _seen(run: Run, samples: int) -> Iterator[tuple[Tensor, Tensor, dict[str, Tensor]]]:
+    """Yield scores, labels and what heads read, of the network in eval mode."""
+    assert run.data is not None
+    split: Split = "val" if run.data.has("val") else "train"
+    device, seen = next(run.model.parameters()).device, 0
+    reading = run.aside.get(Reading)
+    reading.follow(run.model)
+    with evaluating(run.model), torch.no_grad(), reading.always():
+        for batch in run.data.batches(split, 256):
+            batch = moved(batch, device)
+            scores = run.class_scores(call(run.model, run.inputs_of(batch)))
+            yield scores, classes(scores, unpack(batch)[1]), reading.take()
+            seen += len(scores)
+            if seen >= samples:
+                break
+
+
+def losses(
+    run: Run,
+    features: Mapping[str, Tensor],
+    labels: Tensor,
+    weights: Sequence[float],
+    width: int,
+) -> Tensor:
+    """Return the weighted sum of the losses of all heads, and keep the gradients of their weights.
+
+    A head of weight 0 trains all the same: the network does not feel it. One whose layer has
+    another number of channels than before begins anew, and one whose layer was not called rests.
+    """
+    total = labels.new_zeros((), dtype=torch.float32)
+    for number, (name, weight) in enumerate(zip(run.state["names"], weights, strict=True)):
+        if name not in features or features[name].dim() < 2:
+            continue
+        given, groups = features[name], run.state["groups"][number]
+        if len(given) != len(labels):
+            continue
+        head = _leaves(run, str(number), given, max(groups) + 1, width)
+        index = torch.tensor(groups, device=labels.device)
+        known = (labels >= 0) & (labels < len(groups))
+        target = torch.where(known, index[labels.clamp(0, len(groups) - 1)], -100)
+        if not known.any():
+            continue
+        loss = F.cross_entropy(answer(head, given), target)
+        _collect(run, str(number), head, loss)
+        if weight:
+            total = total + weight * loss
+    run.aside.get(Reading).batches += 1
+    return total
+
+
+def _leaves(run: Run, number: str, given: Tensor, answers: int, width: int) -> Head:
+    """The weights of a head as leaves of a graph of this batch."""
+    heads = run.state["heads"]
+    if number not in heads or heads[number]["first"].shape[1] != given.shape[1]:
+        heads[number] = drawn(given, width, answers, run.seed, f"head {number}")
+        run.state["momentum"].pop(number, None)
+        run.aside.get(Reading).gradients.pop(number, None)
+    return {key: value.detach().requires_grad_() for key, value in heads[number].items()}
+
+
+def _collect(run: Run, number: str, head: Head, loss: Tensor) -> None:
+    """Add the gradients of a head, which no scaling of the loss reaches."""
+    if not torch.is_grad_enabled():
+        return
+    found = torch.autograd.grad(loss, list(head.values()), retain_graph=True)
+    sums = run.aside.get(Reading).gradients.setdefault(number, {})
+    for key, gradient in zip(head, found, strict=True):
+        sums[key] = sums[key] + gradient if key in sums else gradient
+
+
+@torch.no_grad()
+def step(run: Run, decay: float) -> None:
+    """Move the weights of all heads, by the mean gradient of the batches since the last step.
+
+    Args:
+        run: its first optimizer tells learning rate and momentum.
+        decay: weight decay.
+    """
+    reading = run.aside.get(Reading)
+    group = run.optimizer.param_groups[0] if run.optimizer is not None else {}
+    rate, momentum = (run.lr if group else 0.01), float(group.get("momentum", 0.9))
+    for number, gradients in reading.gradients.items():
+        head = run.state["heads"][number]
+        past = run.state["momentum"].setdefault(
+            number, {key: torch.zeros_like(value) for key, value in head.items()}
+        )
+        for key, gradient in gradients.items():
+            mean = _shared(gradient / max(1, reading.batches))
+            past[key].mul_(momentum).add_(mean + decay * head[key])
+            head[key].sub_(past[key], alpha=rate)
+    reading.gradients, reading.batches = {}, 0
+
+
+def _shared(gradient: Tensor) -> Tensor:
+    """The mean over all processes."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(gradient)
+        gradient = gradient / torch.distributed.get_world_size()
+    return gradient
+
+
+def read(run: Run, power: float, samples: int) -> dict[str, float]:
+    """Return how often the network is right alone, and with its heads, and where they agree.
+
+    Returns:
+        ``alone`` and ``joint``, shares of samples whose class is right; ``agreeing``, the share in
+        which every head names the group of the network's class, and ``right_agreeing``, the share
+        of these that is right.
+    """
+    alone = both = agree = right = total = 0
+    for scores, labels, features in _seen(run, samples):
+        kept = [n for n, name in enumerate(run.state["names"]) if _usable(run, n, features)]
+        groups = [run.state["groups"][n] for n in kept]
+        said = [answer(run.state["heads"][str(n)], features[run.state["names"][n]]) for n in kept]
+        hits, best = scores.argmax(1) == labels, scores.argmax(1)
+        one = torch.ones_like(hits)
+        for head, known in zip(said, groups, strict=True):
+            one &= head.argmax(1) == torch.tensor(known, device=best.device)[best]
+        alone += int(hits.sum())
+        both += int((joint(scores, said, groups, power).argmax(1) == labels).sum())
+        agree, right, total = (
+            agree + int(one.sum()),
+            right + int((one & hits).sum()),
+            total + len(hits),
+        )
+    rows = {"alone": alone / total, "joint": both / total, "agreeing": agree / total}
+    return rows | {"right_agreeing": right / max(1, agree)}
+
+
+def _usable(run: Run, number: int, features: Mapping[str, Tensor]) -> bool:
+    head, given = run.state["heads"].get(str(number)), features.get(run.state["names"][number])
+    return head is not None and given is not None and head["first"].shape[1] == given.shape[1]
