@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pliant.cost import LayerCost
 from pliant.errors import EditError
+from pliant.nn.asymmetric import DAPF, MDA, AsymmetricConv2d
 from pliant.nn.basis import OrthogonalBasis
 from pliant.nn.filters import WEIGHTED, filter_count
 from pliant.nn.gates import (
@@ -98,6 +99,7 @@ class Biased:
 
 
 SWAPS: dict[str, type[Kind]] = {
+    "asymmetric": AsymmetricConv2d,
     "biased": Biased,
     "cropped": Cropped,
     "identity": Identity,
@@ -117,9 +119,11 @@ INSERTS: dict[str, type[Kind]] = {
     "cbam": BlockAttention,
     "conv": Conv,
     "copy": Copy,
+    "dapf": DAPF,
     "eca": EfficientAttention,
     "gather": Gather,
     "linear": Linear,
+    "mda": MDA,
     "res3": DepthwiseResidual,
     "residual": Residual,
     "scatter": Scatter,

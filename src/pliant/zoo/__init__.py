@@ -15,6 +15,7 @@ from pliant.errors import ModelError
 from pliant.nn.genotype import DARTS_V2
 from pliant.zoo import mobile
 from pliant.zoo.darts import evaluation, supernet
+from pliant.zoo.fassd import FASSDNet
 from pliant.zoo.lenet import LeNet5
 from pliant.zoo.resnet import ResNet18
 from pliant.zoo.resnet_cifar import CifarResNet
@@ -46,6 +47,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 """Trained weights that come with the package, a file named NETWORK-DATA each."""
 
 _DIGITS, _SMALL, _LARGE = (1, 28, 28), (3, 32, 32), (3, 224, 224)
+_STREET = (3, 256, 512)  # a quarter of the height and width of a Cityscapes image
 
 NETWORKS: dict[str, Network] = {
     "lenet5": Network(LeNet5, _DIGITS, 10),
@@ -65,6 +67,9 @@ NETWORKS: dict[str, Network] = {
     "vpu-search": Network(mobile.supernet, _SMALL, 10),
     "kws-search": Network(partial(mobile.supernet, mobile.KEYWORDS), (1, 10, 51), 12),
     "mobilenet-v2-cifar": Network(partial(mobile.supernet, mobile.MOBILENET_V2), _SMALL, 10),
+    "fassd-net": Network(FASSDNet, _STREET, 19),
+    "fassd-net-l1": Network(partial(FASSDNet, variant="l1"), _STREET, 19),
+    "fassd-net-l2": Network(partial(FASSDNet, variant="l2"), _STREET, 19),
     "darts-v2": Network(partial(evaluation, DARTS_V2), _SMALL, 10),
 }
 
