@@ -13,6 +13,7 @@ from pliant.cost import LayerCost
 from pliant.errors import EditError
 from pliant.nn.asymmetric import DAPF, MDA, AsymmetricConv2d
 from pliant.nn.basis import OrthogonalBasis
+from pliant.nn.dynamic import DynamicRow, FixedTrunk
 from pliant.nn.filters import WEIGHTED, filter_count
 from pliant.nn.gates import (
     BlockAttention,
@@ -102,6 +103,8 @@ SWAPS: dict[str, type[Kind]] = {
     "asymmetric": AsymmetricConv2d,
     "biased": Biased,
     "cropped": Cropped,
+    "dynamic_residual": DynamicRow,
+    "fixed_residual": FixedTrunk,
     "identity": Identity,
     "morphological": BMConv2d,
     "orthogonal_basis": OrthogonalBasis,

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -15,6 +16,7 @@ from pliant.errors import ModelError
 from pliant.nn.genotype import DARTS_V2
 from pliant.zoo import mobile
 from pliant.zoo.darts import evaluation, supernet
+from pliant.zoo.dran import DRAN
 from pliant.zoo.fassd import FASSDNet
 from pliant.zoo.lenet import LeNet5
 from pliant.zoo.resnet import ResNet18
@@ -30,7 +32,8 @@ class Network:
     Attributes:
         build: makes it with random weights, given `classes=`.
         input: shape of one image, (channels, height, width).
-        classes: number of classes of the data set that the papers train it on.
+        classes: number of classes of the data set that the papers train it on; channels of the
+            images that a network gives which enlarges them.
     """
 
     build: Callable[..., nn.Module]
@@ -48,6 +51,11 @@ WEIGHTS = Path(__file__).parent / "weights"
 
 _DIGITS, _SMALL, _LARGE = (1, 28, 28), (3, 32, 32), (3, 224, 224)
 _STREET = (3, 256, 512)  # a quarter of the height and width of a Cityscapes image
+
+
+def _enlarging(scale: Literal[2, 3, 4], classes: int) -> DRAN:
+    return DRAN(scale, classes)
+
 
 NETWORKS: dict[str, Network] = {
     "lenet5": Network(LeNet5, _DIGITS, 10),
@@ -70,6 +78,9 @@ NETWORKS: dict[str, Network] = {
     "fassd-net": Network(FASSDNet, _STREET, 19),
     "fassd-net-l1": Network(partial(FASSDNet, variant="l1"), _STREET, 19),
     "fassd-net-l2": Network(partial(FASSDNet, variant="l2"), _STREET, 19),
+    **{
+        f"dran-x{scale}": Network(partial(_enlarging, scale), (3, 48, 48), 3) for scale in (2, 3, 4)
+    },
     "darts-v2": Network(partial(evaluation, DARTS_V2), _SMALL, 10),
 }
 
