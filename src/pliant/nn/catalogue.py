@@ -28,6 +28,7 @@ from pliant.nn.quadratic import QuadraticConv2d, QuadraticFactors
 from pliant.nn.scatter import Gather, Scatter
 from pliant.nn.separable import Separable
 from pliant.nn.shifted import ShiftAttentionConv2d, ShiftConv2d
+from pliant.nn.tensors import CPLinear, MultipliedOut
 
 Spec = Mapping[str, Any]
 """What is set of a new layer: names, and plain values of the types that its kind declares."""
@@ -103,6 +104,8 @@ SWAPS: dict[str, type[Kind]] = {
     "asymmetric": AsymmetricConv2d,
     "biased": Biased,
     "cropped": Cropped,
+    "cp": CPLinear,
+    "cp_dense": MultipliedOut,
     "dynamic_residual": DynamicRow,
     "fixed_residual": FixedTrunk,
     "identity": Identity,

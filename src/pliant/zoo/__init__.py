@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from pliant.errors import ModelError
 from pliant.nn.genotype import DARTS_V2
+from pliant.nn.sequences import STDTNN
 from pliant.zoo import mobile
 from pliant.zoo.darts import evaluation, supernet
 from pliant.zoo.dran import DRAN
@@ -81,6 +82,7 @@ NETWORKS: dict[str, Network] = {
     **{
         f"dran-x{scale}": Network(partial(_enlarging, scale), (3, 48, 48), 3) for scale in (2, 3, 4)
     },
+    "stdtnn": Network(lambda classes: STDTNN(2, 3, classes), (2, 3, 100), 4),
     "darts-v2": Network(partial(evaluation, DARTS_V2), _SMALL, 10),
 }
 
