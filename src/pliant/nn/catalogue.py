@@ -11,7 +11,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pliant.cost import LayerCost
 from pliant.errors import EditError
+from pliant.nn.asymmetric import DAPF, MDA, AsymmetricConv2d
 from pliant.nn.basis import OrthogonalBasis
+from pliant.nn.dynamic import DynamicRow, FixedTrunk
 from pliant.nn.filters import WEIGHTED, filter_count
 from pliant.nn.gates import (
     BlockAttention,
@@ -26,6 +28,7 @@ from pliant.nn.quadratic import QuadraticConv2d, QuadraticFactors
 from pliant.nn.scatter import Gather, Scatter
 from pliant.nn.separable import Separable
 from pliant.nn.shifted import ShiftAttentionConv2d, ShiftConv2d
+from pliant.nn.tensors import CPLinear, MultipliedOut
 
 Spec = Mapping[str, Any]
 """What is set of a new layer: names, and plain values of the types that its kind declares."""
@@ -98,8 +101,13 @@ class Biased:
 
 
 SWAPS: dict[str, type[Kind]] = {
+    "asymmetric": AsymmetricConv2d,
     "biased": Biased,
     "cropped": Cropped,
+    "cp": CPLinear,
+    "cp_dense": MultipliedOut,
+    "dynamic_residual": DynamicRow,
+    "fixed_residual": FixedTrunk,
     "identity": Identity,
     "morphological": BMConv2d,
     "orthogonal_basis": OrthogonalBasis,
@@ -117,9 +125,11 @@ INSERTS: dict[str, type[Kind]] = {
     "cbam": BlockAttention,
     "conv": Conv,
     "copy": Copy,
+    "dapf": DAPF,
     "eca": EfficientAttention,
     "gather": Gather,
     "linear": Linear,
+    "mda": MDA,
     "res3": DepthwiseResidual,
     "residual": Residual,
     "scatter": Scatter,

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from safetensors import SafetensorError
@@ -13,8 +14,11 @@ from torch import Tensor, nn
 
 from pliant.errors import ModelError
 from pliant.nn.genotype import DARTS_V2
+from pliant.nn.sequences import STDTNN
 from pliant.zoo import mobile
 from pliant.zoo.darts import evaluation, supernet
+from pliant.zoo.dran import DRAN
+from pliant.zoo.fassd import FASSDNet
 from pliant.zoo.lenet import LeNet5
 from pliant.zoo.resnet import ResNet18
 from pliant.zoo.resnet_cifar import CifarResNet
@@ -29,7 +33,8 @@ class Network:
     Attributes:
         build: makes it with random weights, given `classes=`.
         input: shape of one image, (channels, height, width).
-        classes: number of classes of the data set that the papers train it on.
+        classes: number of classes of the data set that the papers train it on; channels of the
+            images that a network gives which enlarges them.
     """
 
     build: Callable[..., nn.Module]
@@ -46,6 +51,12 @@ WEIGHTS = Path(__file__).parent / "weights"
 """Trained weights that come with the package, a file named NETWORK-DATA each."""
 
 _DIGITS, _SMALL, _LARGE = (1, 28, 28), (3, 32, 32), (3, 224, 224)
+_STREET = (3, 256, 512)  # a quarter of the height and width of a Cityscapes image
+
+
+def _enlarging(scale: Literal[2, 3, 4], classes: int) -> DRAN:
+    return DRAN(scale, classes)
+
 
 NETWORKS: dict[str, Network] = {
     "lenet5": Network(LeNet5, _DIGITS, 10),
@@ -65,6 +76,13 @@ NETWORKS: dict[str, Network] = {
     "vpu-search": Network(mobile.supernet, _SMALL, 10),
     "kws-search": Network(partial(mobile.supernet, mobile.KEYWORDS), (1, 10, 51), 12),
     "mobilenet-v2-cifar": Network(partial(mobile.supernet, mobile.MOBILENET_V2), _SMALL, 10),
+    "fassd-net": Network(FASSDNet, _STREET, 19),
+    "fassd-net-l1": Network(partial(FASSDNet, variant="l1"), _STREET, 19),
+    "fassd-net-l2": Network(partial(FASSDNet, variant="l2"), _STREET, 19),
+    **{
+        f"dran-x{scale}": Network(partial(_enlarging, scale), (3, 48, 48), 3) for scale in (2, 3, 4)
+    },
+    "stdtnn": Network(lambda classes: STDTNN(2, 3, classes), (2, 3, 100), 4),
     "darts-v2": Network(partial(evaluation, DARTS_V2), _SMALL, 10),
 }
 
