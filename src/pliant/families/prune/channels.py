@@ -30,7 +30,7 @@ def removable(run: Run, only: Sequence[str] = (), exclude: Sequence[str] = ()) -
         MethodError: a name pattern matches no layer.
     """
     run.unwrap()
-    chosen, unwanted = readable(run.model, only=only, exclude=exclude)
+    chosen, unwanted = readable(run.model, only=only, exclude=exclude, every=True)
     groups, reasons = cuttable(run.model, run.example, routed(run))
     good = []
     for group in groups:
