@@ -173,10 +173,11 @@ class Sized(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.second = nn.Conv2d(3, 8, 3, 2, 1), nn.ConvTranspose2d(8, 6, 3, 2, 1)
-        self.last = nn.Conv2d(6, 2, 1)
+        self.last, self.skip = nn.Conv2d(6, 2, 1), nn.Conv2d(3, 2, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.last(self.second(self.first(x), output_size=x.shape[2:]))
+        large = self.second(self.first(x), output_size=x.shape[2:])
+        return self.last(large) + self.skip(x)
 
 
 def test_channels_leave_where_an_output_size_is_given() -> None:
@@ -318,6 +319,7 @@ class RootNorm(nn.Module):
         (lambda: nn.GroupNorm(1, 24), "GroupNorm 1"),
         (lambda: Last(24), "LayerNorm 1.norm"),
         (lambda: nn.LayerNorm([24, 6, 6]), "LayerNorm 1"),
+        (lambda: RootNorm(24), "RootNorm 1"),
     ],
 )
 def test_channels_that_a_norm_mixes_stay_and_the_reason_names_it(norm: Any, name: str) -> None:
@@ -356,3 +358,43 @@ def test_blocks_with_channels_last_lose_those_between_their_linear_layers() -> N
     replay(model, edits_of(model, groups, {"1.first": list(range(20))}))
     assert torch.allclose(model(x), wanted, atol=1e-5)
     assert "norm takes its statistics over all of its channels" in reasons["0"]
+
+
+# ---------------------------------------------------------------- reasons
+
+
+class Experts(nn.Module):
+    """Experts whose matrices are one parameter, as Transformers has them, and what reads them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mixing = nn.Parameter(torch.randn(2, 8, 12) / 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.einsum("nc,ecd->nd", x, self.mixing)
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps, self.norm = nn.LSTM(8, 8, batch_first=True), nn.LayerNorm(8)
+        self.experts = Experts()
+        self.first, self.second = nn.Linear(12, 24), nn.Linear(24, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(self.experts(self.norm(self.steps(x)[0][:, -1]))).relu())
+
+
+@pytest.mark.parametrize("method", ["energy", "magnitude", "evbmf", "nrmf"])
+def test_reasons_say_what_lies_in_layers_left_alone(method: str) -> None:
+    """Three axes are no lack of channels, and an LSTM has matrices: reasons are true of a layer."""
+    data = torch.randn(16, 5, 8), torch.randint(0, 3, (16,))
+    result = pliant.compress(Recurrent(), data, method, "params=0.9")
+    reasons = {row.layer: row.reason for row in result.report.layers}
+    fused = "LSTM multiplies its matrices within one fused operation, step by step"
+    whole = ", which takes them whole and not as factors"
+    assert reasons["steps"] == (fused if method == "magnitude" else fused + whole)
+    assert reasons["norm"] == "no matrix to change: its parameters are vectors"
+    assert reasons["experts"] == (
+        "its parameter mixing (2 x 8 x 12) lies in no layer of a kind that can be replaced"
+    )

@@ -53,6 +53,8 @@ def obstacle(
         reason = _reversed_obstacle(module, every=every) or _own(model, name, shared)
     else:
         reason = unreadable(model, name, shared)
+    if reason and isinstance(module, nn.RNNBase):
+        return f"{reason}, which takes them whole and not as factors"
     if reason:
         return reason
     if getattr(module, "groups", 1) != 1:

@@ -38,6 +38,7 @@ Slot = tuple[str, str]
 """A layer and one of its sides."""
 
 MOVES = (3.0, -3.0)  # added to marked values where they must stay numbers
+_APART = (nn.modules.batchnorm._NormBase, nn.GroupNorm)  # norms that are known not to mix all
 MIXED = "{} takes its statistics over all of its channels: without some the others would change"
 MEET = "all of its channels meet in one place, so none can leave alone"
 OUTPUT = "its channels are outputs of the network"
@@ -155,10 +156,12 @@ class _Probe:
                 module.forward = self._marking(name, module)
             elif sides(module):
                 module.register_forward_pre_hook(self._reader((name, "channels")))
-                if isinstance(module, nn.GroupNorm):  # what it mixes is tied afterwards
+                grouped = isinstance(module, nn.GroupNorm)
+                if grouped:  # what it mixes is tied afterwards
                     module.forward = _unchanged
-            elif "norm" in type(module).__name__.lower():
-                module.register_forward_hook(self._mixer(f"{type(module).__name__} {name}"))
+            kind = type(module).__name__
+            if "norm" in kind.lower() and not isinstance(module, _APART):
+                module.register_forward_hook(self._mixer(f"{kind} {name}"))
         self.union = Union(list(range(total)))
 
     def begin(self, example: Example) -> None:

@@ -41,7 +41,7 @@ def removable(run: Run, only: Sequence[str] = (), exclude: Sequence[str] = ()) -
             if side != "in":
                 reasons[layer] = barred[0]
     touched = {layer for group in good for layer, _ in group.slots}
-    for layer, reason in reasons.items():
+    for layer, reason in (unwanted | reasons).items():
         if layer not in touched:
             run.keep(layer, reason)
     if not good:
