@@ -15,11 +15,14 @@ from pliant.edits import replay
 from pliant.edits.prune import Prune, sides
 from pliant.edits.widen import Widen
 from pliant.errors import EditError
+from pliant.families.prune import progress, soft
 from pliant.families.prune.columns import columns, set_columns
+from pliant.families.prune.redundancy import fold
 from pliant.families.prune.scores import vectors
 from pliant.files.onnx import to_onnx
 from pliant.nn.kinds import in_rows, to_rows
 from pliant.surgery.batchnorm import absorb
+from pliant.surgery.graph import Group
 from pliant.surgery.optim import carry
 from pliant.surgery.prove import cuttable, edits_of, ignore, silence
 from pliant.surgery.widen import widened
@@ -144,6 +147,47 @@ def test_biases_take_what_constant_inputs_gave(stride: int) -> None:
     ignore(model, [Prune("0", "in", (0, 2, 3), 4)])
     after = model(x)[..., inside, inside].mean((0, 2, 3))
     assert torch.allclose(before, after, atol=1e-4)
+
+
+def test_filters_of_a_transposed_convolution_fade_and_are_pulled_as_such() -> None:
+    torch.manual_seed(0)
+    layer = nn.ConvTranspose2d(4, 6, 3)
+    model, rows = nn.Sequential(layer), {"0": torch.arange(6)[:, None]}
+    layer(torch.randn(2, 4, 3, 3)).square().sum().backward()
+    gradient = layer.weight.grad.clone()
+    sums: dict[str, Tensor] = {}
+    progress.add_gradients(model, ["0"], sums, "path")
+    assert torch.allclose(sums["0"], gradient.abs().sum((0, 2, 3)), rtol=1e-5)
+    found = progress.moved(sums, rows, "path")
+    assert found is not None and len(found) == 6
+    layer.weight.grad[:, 2] *= 1000
+    progress.calm(model, {"group": rows}, {"group": [2]})
+    norms = layer.weight.grad.transpose(0, 1).flatten(1).norm(dim=1)
+    others = norms[[0, 1, 3, 4, 5]]
+    assert torch.isclose(norms[2], others.median(), rtol=1e-4)
+    assert torch.equal(layer.weight.grad[:, [0, 1, 3, 4, 5]], gradient[:, [0, 1, 3, 4, 5]])
+    soft.fade_units(model, rows, [3], 0.0)
+    assert layer.weight[:, 3].abs().max() == 0 < layer.weight[:, 2].abs().max()
+
+
+def test_what_predicts_a_unit_is_read_in_its_place_by_transposed_convolutions() -> None:
+    """A unit that is twice another and a constant leaves without a change, but for borders."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 3, 1), nn.ConvTranspose2d(3, 4, 4, 2))
+    with torch.no_grad():
+        model[0].weight[2], model[0].bias[2] = 2 * model[0].weight[0], 2 * model[0].bias[0] + 0.7
+    x = torch.randn(4, 2, 6, 6)
+    inside = slice(4, -4)
+    wanted = model(x)[..., inside, inside]
+    units = tuple(((unit,), (unit,)) for unit in range(3))
+    group = Group("0", (("0", "out"), ("1", "in")), units)
+    before = wanted.mean((0, 2, 3))
+    with torch.no_grad():
+        fold(model, group, [2], torch.tensor([[2.0], [0.0], [0.7]]).double())
+    assert model[1].weight[2].abs().max() == 0
+    found = model(x)[..., inside, inside]
+    assert torch.allclose(found.mean((0, 2, 3)), before, atol=1e-4)
+    assert (found - wanted).var(0).max() < 1e-8  # no sample is treated otherwise than others
 
 
 # ---------------------------------------------------------------- networks
