@@ -94,7 +94,7 @@ def _layer(index: int, name: str, source: int, out: int, side: int) -> LayerRow:
 
 def _norm(name: str, width: int) -> LayerRow:
     cost = {"params": 2 * width, "macs": 0, "bytes": 16 * width + 8}
-    why = "nothing to factorize: no kernel with channels"
+    why = "no matrix to change: its parameters are vectors"
     return LayerRow(name, "BatchNorm2d", "dense", (), None, cost, cost, why)
 
 

@@ -147,7 +147,7 @@ def _row(
         kept=next((kept for e in reversed(edits) if (kept := getattr(e, "kept", None))), None),
         before={axis: getattr(before, axis) for axis in AXES} | times[0],
         after={axis: sum(getattr(p, axis) for p in parts) for axis in AXES} | times[1],
-        reason=warning if edits else run.reasons.get(layer) or _default_reason(before),
+        reason=warning if edits else run.reasons.get(layer) or _default_reason(run, layer, before),
     )
 
 
@@ -159,10 +159,22 @@ def _times(run: Run, layer: str, *, changed: bool) -> tuple[dict[str, float], di
     return {"latency": before}, {"latency": after if changed else before}
 
 
-def _default_reason(before: LayerCost) -> str:
+def _default_reason(run: Run, layer: str, before: LayerCost) -> str:
+    """Say of a layer of which the method says nothing why it is as it was."""
     if len(before.weight) > 1:
         return "the method changes no shapes here"
-    return "nothing to factorize: no kernel with channels"
+    for name, parameter in _parameters(run.model, layer):
+        if sum(size > 1 for size in parameter.shape) > 1:
+            shape = " x ".join(map(str, parameter.shape))
+            return f"its parameter {name} ({shape}) lies in no layer of a kind that can be replaced"
+    return "no matrix to change: its parameters are vectors"
+
+
+def _parameters(model: nn.Module, name: str) -> list[tuple[str, nn.Parameter]]:
+    try:
+        return list(model.get_submodule(name).named_parameters(recurse=False))
+    except AttributeError:
+        return []
 
 
 def versions() -> dict[str, str]:

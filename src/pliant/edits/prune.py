@@ -15,11 +15,12 @@ from torch.nn.utils import parametrize
 from pliant.cost import LayerCost
 from pliant.edits.edit import Replaced, layer_of
 from pliant.errors import EditError
-from pliant.nn import layers
+from pliant.nn import kinds, layers
 
 Cut = Callable[[Tensor], Tensor]
 
-CONVS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+CONVS = kinds.CONV
+KERNELS = (*CONVS, *kinds.TRANSPOSED)
 _NORMS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
@@ -34,12 +35,14 @@ class Prune:
     cut. ``pliant.surgery.graph`` finds them.
 
     Args:
-        layer: name of a Conv1d/2d/3d, Linear, batch or instance norm, PReLU, or of a layer of
-            another class all of whose tensors have a number for every channel.
+        layer: name of a Conv1d/2d/3d, ConvTranspose1d/2d/3d, Linear, batch, instance or group
+            norm, PReLU, or of a layer of another class all of whose tensors have a number for
+            every channel.
         side: ``out`` or ``in`` of a convolution or Linear; ``channels`` of a layer that treats
             every channel apart (norms, PReLU, depthwise convolutions, by their input channels).
         keep: indices of the channels that stay, rising. A grouped convolution must keep equally
-            many in each of its groups.
+            many in each of its groups; those of a group norm stay or leave whole, since the
+            statistics of what stays would be others.
         of: how many channels there are before.
 
     Raises:
@@ -97,6 +100,13 @@ class Prune:
             raise EditError(
                 f"{self.layer} has {groups} groups and must keep equally many channels in each."
             )
+        if isinstance(module, nn.GroupNorm):
+            parts = _by_group(self.keep, self.of, module.num_groups)
+            if {len(part) for part in parts} - {0, self.of // module.num_groups}:
+                raise EditError(
+                    f"{self.layer} normalizes over groups of {self.of // module.num_groups} "
+                    "channels, which must stay or leave whole."
+                )
 
 
 def renewed(
@@ -133,7 +143,8 @@ def renewed(
 
 def resized(before: LayerCost, side: str, k: int, n: int) -> LayerCost:
     """Return the cost of a layer that has k channels on one side where there were n."""
-    axis = int(side == "in")
+    reverse = before.kind.startswith("ConvTranspose") and side != "channels"
+    axis = int((side == "in") != reverse)
     weight = list(before.weight)
     if len(weight) > axis:
         weight[axis] = weight[axis] * k // n
@@ -159,9 +170,11 @@ def sides(module: nn.Module) -> dict[str, int]:
         return {"in": module.in_features, "out": module.out_features}
     if type(module) in _NORMS:
         return {"channels": module.num_features}  # type: ignore[dict-item]
+    if type(module) is nn.GroupNorm:
+        return {"channels": module.num_channels}
     if type(module) is nn.PReLU and module.num_parameters > 1:
         return {"channels": module.num_parameters}
-    if not isinstance(module, CONVS) or type(module) not in CONVS:
+    if not isinstance(module, KERNELS) or type(module) not in KERNELS:
         return {"channels": apart[1]} if (apart := _apart(module))[0] else {}
     if module.groups == module.in_channels > 1:
         return {"channels": module.in_channels}
@@ -177,12 +190,12 @@ def _apart(module: Any) -> tuple[dict[str, int], int]:
     Returns:
         The axis of each tensor by name, and how many channels there are; nothing where it is none.
     """
-    where = type(module).__module__
-    other = isinstance(module, (*_NORMS, nn.PReLU)) or not where.startswith(("torch.", "pliant.nn"))
+    own = type(module).__module__.startswith(("torch.", "pliant.nn"))
+    other = isinstance(module, (*_NORMS, nn.GroupNorm, nn.PReLU)) or not own
     if not other or list(module.children()) or parametrize.is_parametrized(module):
         return {}, 0
-    own = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    wide = {name: tensor for name, tensor in own.items() if tensor.numel() > 1}
+    held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    wide = {name: tensor for name, tensor in held.items() if tensor.numel() > 1}
     sizes = {tensor.numel() for tensor in wide.values()}
     if len(sizes) != 1 or any(max(tensor.shape) != tensor.numel() for tensor in wide.values()):
         return {}, 0
@@ -192,7 +205,8 @@ def _apart(module: Any) -> tuple[dict[str, int], int]:
 
 def channel_axis(module: nn.Module, given: Tensor) -> int:
     """Return along which axis of what it reads a layer treats every channel apart."""
-    tensors, size = _apart(module) if type(module) not in (*_NORMS, nn.PReLU) else ({}, 0)
+    plain = type(module) in (*_NORMS, nn.GroupNorm, nn.PReLU)
+    tensors, size = ({}, 0) if plain else _apart(module)
     for name, axis in tensors.items():
         ahead = getattr(module, name).dim() - axis
         if ahead > 1:
@@ -205,7 +219,8 @@ def _cuts(module: Any, side: str, keep: tuple[int, ...]) -> Iterator[tuple[str, 
     """Name the tensors that a side touches, and how each is cut."""
     if side == "in":
         groups = getattr(module, "groups", 1)
-        yield "weight", _columns(_by_group(keep, sides(module)["in"], groups))
+        cut = _columns(_by_group(keep, sides(module)["in"], groups))
+        yield "weight", _by_rows(module, cut, groups)
         return
     times = module.out_channels // module.groups if side == "channels" and _conv(module) else 1
     rows = [channel * times + i for channel in keep for i in range(times)]
@@ -213,7 +228,23 @@ def _cuts(module: Any, side: str, keep: tuple[int, ...]) -> Iterator[tuple[str, 
     tensors = apart or dict.fromkeys(("weight", "bias", "running_mean", "running_var"), 0)
     for name, axis in tensors.items():
         if hasattr(module, name):
-            yield name, partial(_selected, rows, axis)
+            cut = partial(_selected, rows, axis)
+            groups = len(keep) if side == "channels" else getattr(module, "groups", 1)
+            yield name, _by_rows(module, cut, groups) if name == "weight" else cut
+
+
+def _by_rows(module: Any, cut: Cut, groups: int) -> Cut:
+    """Let a cut of a weight with output channels first cut one with inputs first, where it is so.
+
+    Args:
+        module: as it is before.
+        cut: of rows.
+        groups: that it has afterwards.
+    """
+    if not isinstance(module, kinds.TRANSPOSED):
+        return cut
+    before = module.groups
+    return lambda weight: kinds.turned(cut(kinds.turned(weight, before)), groups).contiguous()
 
 
 def _selected(rows: list[int], axis: int, tensor: Tensor) -> Tensor:
@@ -248,6 +279,9 @@ def _counts(module: Any, side: str, k: int) -> dict[str, int]:
     if side == "channels" and _conv(module):
         times = module.out_channels // module.groups
         return {"in_channels": k, "out_channels": k * times, "groups": k}
+    if side == "channels" and isinstance(module, nn.GroupNorm):
+        width = module.num_channels // module.num_groups
+        return {"num_channels": k, "num_groups": k // width}
     if side == "channels" and isinstance(module, (*_NORMS, nn.PReLU)):
         return {"num_parameters" if isinstance(module, nn.PReLU) else "num_features": k}
     if side == "channels":
@@ -257,7 +291,7 @@ def _counts(module: Any, side: str, k: int) -> dict[str, int]:
 
 
 def _conv(module: nn.Module) -> bool:
-    return isinstance(module, CONVS)
+    return isinstance(module, KERNELS)
 
 
 def _index(rows: list[int], tensor: Tensor) -> Tensor:

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from pliant.cost import LayerCost
 from pliant.edits.build import drawing
 from pliant.edits.edit import OPTIONAL, Replaced, layer_of
-from pliant.edits.prune import CONVS, Cut, renewed, resized, sides
+from pliant.edits.prune import KERNELS, Cut, renewed, resized, sides
 from pliant.errors import EditError
+from pliant.nn import kinds
 from pliant.nn.layers import shared_weights
 
 NEW = -1  # in the place of an old channel: none, the channel begins afresh
@@ -42,7 +43,8 @@ class Widen:
     unevenly, which leaves the function as it was.
 
     Args:
-        layer: name of a Conv1d/2d/3d, Linear, batch or instance norm, or PReLU.
+        layer: name of a Conv1d/2d/3d, ConvTranspose1d/2d/3d, Linear, batch, instance or group
+            norm, or PReLU.
         side: ``out``, ``in`` or ``channels``, as in `Prune`.
         source: for every channel there is afterwards, the old channel that it is or copies, or
             -1 for a new one. Every old channel is among them; those of a group of a grouped
@@ -129,18 +131,21 @@ class Widen:
     def _taken(self, module: nn.Module, tensor: Tensor) -> Tensor:
         """The numbers of every channel there is afterwards, channels first."""
         groups = getattr(module, "groups", 1)
+        if isinstance(module, kinds.TRANSPOSED) and tensor.dim() > 1:
+            tensor = kinds.turned(tensor, groups)
         if self.side == "in":
-            tensor = tensor.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+            tensor = kinds.turned(tensor, groups)
         else:
             tensor = tensor.unflatten(0, (self.of, -1))
         index = torch.tensor([max(0, old) for old in self.source], device=tensor.device)
         return tensor.index_select(0, index)
 
     def _back(self, module: nn.Module, wide: Tensor) -> Tensor:
-        if self.side != "in":
-            return wide.flatten(0, 1)
         groups = getattr(module, "groups", 1)
-        return wide.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1).contiguous()
+        rows = kinds.turned(wide, groups) if self.side == "in" else wide.flatten(0, 1)
+        if isinstance(module, kinds.TRANSPOSED) and rows.dim() > 1:
+            rows = kinds.turned(rows, self.to if self.side == "channels" else groups)
+        return rows.contiguous()
 
     def _shares(self, wide: Tensor) -> Tensor:
         """What part of the weights that read an old channel each of its copies gets."""
@@ -157,7 +162,7 @@ class Widen:
             return torch.zeros_like(wide)
         if isinstance(module, nn.PReLU):
             return torch.full_like(wide, 0.25)
-        if not isinstance(module, (*CONVS, nn.Linear)):
+        if not isinstance(module, (*KERNELS, nn.Linear)):
             return torch.full_like(wide, _NEUTRAL.get(name, 0.0))
         fan = max(1, wide[0, 0].numel()) if len(wide) else 1
         with drawing(self.seed, self.layer):
@@ -180,6 +185,9 @@ class Widen:
         if not 0 <= self.spread < 1:
             raise EditError(f"spread of {self.layer} must lie in 0..1, not {self.spread}.")
         groups = getattr(module, "groups", 1) if self.side != "channels" else 1
+        width = self.of // module.num_groups if isinstance(module, nn.GroupNorm) else 1
+        if self.to % width:
+            raise EditError(f"{self.layer} must get whole groups of {width} channels.")
         if not _stays_in_groups(self.source, self.of, groups):
             raise EditError(
                 f"{self.layer} has {groups} groups, which must get equally many channels, copies "

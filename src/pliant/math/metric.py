@@ -100,7 +100,7 @@ class Metric:
             mean = each.mean().clamp_min(torch.finfo(each.dtype).tiny)
             root = (each + SENSITIVITY_DAMPING * mean).sqrt()
             return root, 1 / root
-        # Any root serves: that of Cholesky is the symmetric one turned, at a tenth of its time.
+        # Any root serves: that of Cholesky is the symmetric one turned, and takes less time.
         root = torch.linalg.cholesky(dampen(self.outputs.double(), SENSITIVITY_DAMPING))
         eye = torch.eye(len(root), dtype=root.dtype, device=root.device)
         return root.T, torch.linalg.solve_triangular(root.T, eye, upper=True)

@@ -7,7 +7,8 @@ it computes with another weight, and how often it multiplies.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch.nn.functional as F
@@ -58,9 +59,8 @@ def to_rows(layer: Any, weight: Tensor) -> Tensor:
         weight: of the layer, or of its shape.
     """
     kind = kind_of(layer)
-    if kind in TRANSPOSED:  # (in, out of a group, ...), the inputs of a group side by side
-        apart = weight.reshape(layer.groups, -1, *weight.shape[1:])
-        return apart.transpose(1, 2).flatten(0, 1)
+    if kind in TRANSPOSED:
+        return turned(weight, layer.groups)
     return weight.t() if kind is not None and _flipped(kind) else weight
 
 
@@ -68,9 +68,33 @@ def from_rows(layer: Any, rows: Tensor) -> Tensor:
     """Return the weight whose rows are these: the inverse of `to_rows`."""
     kind = kind_of(layer)
     if kind in TRANSPOSED:
-        apart = rows.reshape(layer.groups, -1, *rows.shape[1:])
-        return apart.transpose(1, 2).flatten(0, 1)
+        return turned(rows, layer.groups)
     return rows.t() if kind is not None and _flipped(kind) else rows
+
+
+def turned(weight: Tensor, groups: int) -> Tensor:
+    """Make (in, out of a group, ...) of (out, in of a group, ...), and the other way round.
+
+    Args:
+        weight: the first axis has the channels of all groups, side by side.
+        groups: of the convolution.
+    """
+    apart = weight.reshape(groups, -1, *weight.shape[1:])
+    return apart.transpose(1, 2).flatten(0, 1)
+
+
+@contextmanager
+def in_rows(layer: Any, tensor: Tensor) -> Iterator[Tensor]:
+    """Give a tensor with its output channels first; what is written into it is written back.
+
+    Args:
+        layer: any; where its tensors have their output channels first, it is the tensor itself.
+        tensor: its weight, or one of that shape; any other tensor of a number for every channel.
+    """
+    rows = to_rows(layer, tensor) if tensor.dim() > 1 else tensor
+    yield rows
+    if rows is not tensor:
+        tensor.copy_(from_rows(layer, rows))
 
 
 def kernel(layer: Any, tensor: Tensor | None = None) -> Tensor:

@@ -14,7 +14,8 @@ Factorizable = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.Linear
 _PLAIN = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 
 
-_REVERSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.Embedding)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_REVERSED = (*_TRANSPOSED, nn.Embedding)
 """Kinds that can be factorized, whose weight has its inputs first."""
 
 
@@ -52,6 +53,8 @@ def obstacle(
         reason = _reversed_obstacle(module, every=every) or _own(model, name, shared)
     else:
         reason = unreadable(model, name, shared)
+    if reason and isinstance(module, nn.RNNBase):
+        return f"{reason}, which takes them whole and not as factors"
     if reason:
         return reason
     if getattr(module, "groups", 1) != 1:
@@ -73,13 +76,16 @@ def _reversed_obstacle(module: Any, *, every: bool) -> str | None:
     return None
 
 
-def unreadable(model: nn.Module, name: str, shared: Shared | None = None) -> str | None:
+def unreadable(
+    model: nn.Module, name: str, shared: Shared | None = None, *, every: bool = False
+) -> str | None:
     """Say why the weight of the layer of this name cannot be read and replaced, None if it can.
 
     Args:
         model: holds the layer.
         name: of the layer.
         shared: what `shared_weights` gives, where many layers are asked about.
+        every: whether those of transposed convolutions, which have their inputs first, can be.
 
     Raises:
         AttributeError: the model has no such module.
@@ -89,7 +95,7 @@ def unreadable(model: nn.Module, name: str, shared: Shared | None = None) -> str
         return "the model is this single layer: wrap it in nn.Sequential"
     if parametrize.is_parametrized(module):
         return "its weight is parametrized: remove the parametrization first"
-    if type(module) not in _PLAIN:
+    if type(module) not in ((*_PLAIN, *_TRANSPOSED) if every else _PLAIN):
         return _foreign(module)
     if _weight_norm_hooked(module):
         return "its weight is computed by a forward-pre hook: remove it first"

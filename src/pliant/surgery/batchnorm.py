@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pliant.cost import Example, call, evaluating
+from pliant.nn.kinds import TRANSPOSED, to_rows
 from pliant.observe.watch import capture, first_tensor, samples
 
 
@@ -90,12 +92,25 @@ def absorb(
         layer: Any = model.get_submodule(name)
         gone = torch.zeros_like(mean)
         gone[list(leaving[name])] = mean[list(leaving[name])]
-        weight = layer.weight.detach().double()
-        kernel = weight.reshape(*weight.shape[:2], -1).sum(2)  # over the positions of a patch
+        kernel = read_from_constants(layer, to_rows(layer, layer.weight.detach().double()))
         blocks = kernel.unflatten(0, (getattr(layer, "groups", 1), -1))
         shift = (blocks @ gone.reshape(len(blocks), -1, 1)).flatten()
         layer.bias.detach().add_(shift.to(layer.bias.dtype))
     return len(biased)
+
+
+def read_from_constants(layer: Any, rows: Tensor) -> Tensor:
+    """Return what each output gets on average from inputs that are 1, (rows, inputs).
+
+    Padded borders aside. A position of what a transposed convolution gives is reached by one in
+    so many positions of its kernel as its stride has steps.
+
+    Args:
+        layer: says its stride.
+        rows: of its weight, (rows, inputs, ...).
+    """
+    sums = rows.reshape(*rows.shape[:2], -1).sum(2)  # over the positions of a patch
+    return sums / math.prod(layer.stride) if isinstance(layer, TRANSPOSED) else sums
 
 
 def _mean_inputs(

@@ -29,6 +29,7 @@ from pliant.errors import ModelError
 from pliant.nn.layers import shared_weights
 from pliant.observe.outputs import answers
 from pliant.observe.readers import readers
+from pliant.surgery.marks import Union, codes_of, covered
 from pliant.surgery.parted import Parted
 from pliant.surgery.select import READ, readable
 
@@ -36,6 +37,8 @@ Slot = tuple[str, str]
 """A layer and one of its sides."""
 
 MOVES = (3.0, -3.0)  # added to marked values where they must stay numbers
+_APART = (nn.modules.batchnorm._NormBase, nn.GroupNorm)  # norms that are known not to mix all
+MIXED = "{} takes its statistics over all of its channels: without some the others would change"
 MEET = "all of its channels meet in one place, so none can leave alone"
 OUTPUT = "its channels are outputs of the network"
 SINGLE = "it has a single channel"
@@ -109,22 +112,6 @@ def trace(
 # ---------------------------------------------------------------- marks
 
 
-@dataclass
-class _Union:
-    """Which things belong together, by the usual tree of parents."""
-
-    parent: list[int]
-
-    def find(self, item: int) -> int:
-        while self.parent[item] != item:
-            self.parent[item] = self.parent[self.parent[item]]
-            item = self.parent[item]
-        return item
-
-    def join(self, one: int, other: int) -> None:
-        self.parent[self.find(one)] = self.find(other)
-
-
 def _spread(
     model: nn.Module, examples: Sequence[Example], marks: Sequence[float], heads: bool
 ) -> _Probe:
@@ -154,11 +141,12 @@ class _Probe:
     first: dict[Slot, int] = field(default_factory=dict)  # number of a slot's first channel
     pins: dict[int, tuple[str, str]] = field(default_factory=dict)  # why a channel must stay
     marked: set[Slot] = field(default_factory=set)
+    mixed: dict[int, str] = field(default_factory=dict)  # which norm makes channels meet
     source: Slot = ("", "")
     codes: Tensor = field(default_factory=lambda: torch.empty(0))  # (samples, channels)
     heads: bool = False  # whether heads leave whole
     mark: float = math.nan  # in the place of marked values, or added to them
-    kept: dict[tuple[str, torch.Size], Tensor] = field(default_factory=dict)  # for one sample
+    kept: dict[tuple[str, torch.Size, str], Tensor] = field(default_factory=dict)  # for one sample
 
     def __post_init__(self) -> None:
         total = 0
@@ -170,7 +158,13 @@ class _Probe:
                 module.forward = self._marking(name, module)
             elif sides(module):
                 module.register_forward_pre_hook(self._reader((name, "channels")))
-        self.union = _Union(list(range(total)))
+                grouped = isinstance(module, nn.GroupNorm)
+                if grouped:  # what it mixes is tied afterwards
+                    module.forward = _unchanged
+            kind = type(module).__name__
+            if "norm" in kind.lower() and not isinstance(module, _APART):
+                module.register_forward_hook(self._mixer(f"{kind} {name}"))
+        self.union = Union(list(range(total)))
 
     def begin(self, example: Example) -> None:
         """Take another sample, and forget what layers gave for the last one."""
@@ -181,14 +175,14 @@ class _Probe:
         """Mark the outputs of one layer and see where they arrive."""
         if self.sizes[source] < 2:
             return  # a single channel cannot leave, and ties nothing: elsewhere it is broadcast
-        self.source, self.codes, self.mark = source, _codes(self.sizes[source]), mark
+        self.source, self.codes, self.mark = source, codes_of(self.sizes[source]), mark
         with torch.no_grad(), slow_attention(), Parted(self._tie_parts, heads=self.heads):
             output = call(self.model, first_sample(self.example, self.model, len(self.codes)))
         arrived = torch.zeros(len(self.codes), dtype=torch.bool)
         for tensor in answers(output):
             if tensor.dim():
                 arrived |= self._by_sample(tensor)
-        self.pin(source, _covered(self.codes, arrived), OUTPUT)
+        self.pin(source, covered(self.codes, arrived), OUTPUT)
 
     def pin(self, slot: Slot, channels: Iterable[int], reason: str) -> None:
         """Note that channels must stay."""
@@ -196,12 +190,22 @@ class _Probe:
             self.pins.setdefault(self.first[slot] + channel, (slot[0], reason))
 
     def tie_groups(self) -> None:
-        """Tie the channels at one place of all groups of a grouped convolution."""
+        """Tie the channels at one place of all groups of a grouped convolution.
+
+        A group norm takes its statistics over those of one group, which are tied too.
+        """
         for (name, side), size in self.sizes.items():
-            groups = getattr(self.model.get_submodule(name), "groups", 1)
+            module, first = self.model.get_submodule(name), self.first[name, side]
+            if isinstance(module, nn.GroupNorm):
+                width = size // module.num_groups
+                for channel in range(size):
+                    self.union.join(first + channel, first + channel // width * width)
+                if module.num_groups == 1:
+                    self.mixed.setdefault(first, f"{type(module).__name__} {name}")
+            groups = getattr(module, "groups", 1)
             if side == "channels" or groups < 2:
                 continue
-            first, width = self.first[name, side], size // groups
+            width = size // groups
             for channel in range(size):
                 self.union.join(first + channel, first + channel % width)
 
@@ -212,7 +216,7 @@ class _Probe:
         marked = [self._marks(part).movedim(axis, 1) for part in parts]
         each = torch.stack([marks.reshape(*marks.shape[:2], -1).any(2) for marks in marked])
         for place in each.any(0).any(0).nonzero().flatten().tolist():
-            found = [c for marks in each for c in _covered(self.codes, marks[:, place].cpu())]
+            found = [c for marks in each for c in covered(self.codes, marks[:, place].cpu())]
             for channel in found[1:]:
                 first = self.first[self.source]
                 self.union.join(first + found[0], first + channel)
@@ -235,18 +239,31 @@ class _Probe:
 
         return hook
 
-    def _marking(self, name: str, module: nn.Module) -> Callable[[Tensor], Tensor]:
+    def _mixer(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            first = self.first[self.source]
+            given = args[0] if args else None
+            if first in self.mixed or not isinstance(given, Tensor):
+                return
+            known = isinstance(output, Tensor) and len(output) == len(self.codes) == len(given)
+            if known and self._marks(output).sum() > self._marks(given).sum():
+                self.mixed[first] = name
+
+        return hook
+
+    def _marking(self, name: str, module: nn.Module) -> Callable[..., Tensor]:
         """Compute one sample, once, and give its output to all: marked, if it is the source."""
         compute, kept = module.forward, self.kept
         features = isinstance(module, nn.Linear)
 
-        def forward(input: Tensor) -> Tensor:
-            count, place = len(self.codes), (name, input.shape[1:])
+        def forward(input: Tensor, output_size: Any = None) -> Tensor:
+            count, place = len(self.codes), (name, input.shape[1:], str(output_size))
+            more = () if output_size is None else (output_size,)  # of a transposed convolution
             self._read((name, "in"), input, input.dim() - 1 if features else 1)
             if len(input) != count:
-                return compute(input.nan_to_num())
+                return compute(input.nan_to_num(), *more)
             if place not in kept:
-                kept[place] = compute(input[:1].nan_to_num())
+                kept[place] = compute(input[:1].nan_to_num(), *more)
             output = kept[place].expand(count, *kept[place].shape[1:]).clone()
             if self.source != (name, "out"):
                 return output
@@ -275,25 +292,12 @@ class _Probe:
             marks = marked.reshape(*marked.shape[:2], -1).any(2).cpu()
         source, target = self.first[self.source], self.first[slot]
         for place in marks.any(0).nonzero().flatten().tolist():
-            for channel in _covered(self.codes, marks[:, place]):
+            for channel in covered(self.codes, marks[:, place]):
                 self.union.join(source + channel, target + place)
 
 
-def _codes(channels: int) -> Tensor:
-    """Give every channel its number in binary, each digit as two samples: one is marked.
-
-    So the marks of two channels are never inside those of a third. The first sample has no marks.
-    """
-    digits = max(1, (channels - 1).bit_length())
-    numbers = torch.arange(channels)
-    bits = torch.stack([(numbers >> digit) & 1 for digit in range(digits)]).bool()
-    return torch.cat([torch.zeros(1, channels, dtype=torch.bool), bits, ~bits])
-
-
-def _covered(codes: Tensor, pattern: Tensor) -> list[int]:
-    """The channels all of whose marks are in a pattern: one for a single channel."""
-    inside: Tensor = (codes <= pattern[:, None]).all(0)
-    return inside.nonzero().flatten().tolist()
+def _unchanged(x: Tensor) -> Tensor:
+    return x
 
 
 def first_sample(example: Example, model: nn.Module, count: int = 1) -> Example:
@@ -318,7 +322,7 @@ def slow_attention() -> Iterator[None]:
 
 def _pin_unreadable(model: nn.Module, example: Example, probe: _Probe) -> None:
     """Keep the channels of layers whose tensors cannot be cut."""
-    _, reasons = readable(model)
+    _, reasons = readable(model, every=True)
     for name, reader in readers(model, first_sample(example, model)).items():
         reasons.setdefault(name, READ.format(reader))
     for names in shared_weights(model).values():
@@ -367,12 +371,13 @@ def _reasons(probe: _Probe) -> dict[str, str]:
     pins: dict[int, tuple[str, str]] = {}
     for channel, pin in probe.pins.items():
         pins.setdefault(probe.union.find(channel), pin)
-    reasons = {}
+    reasons, mixed = {}, {probe.union.find(c): name for c, name in probe.mixed.items()}
     for (name, side), size in probe.sizes.items():
         if side == "in":
             continue
         roots = [probe.union.find(probe.first[name, side] + i) for i in range(size)]
-        layer, why = next((pins[root] for root in roots if root in pins), (name, MEET))
+        norm = next((MIXED.format(mixed[root]) for root in roots if root in mixed), MEET)
+        layer, why = next((pins[root] for root in roots if root in pins), (name, norm))
         reasons[name] = why if layer == name else f"it shares channels with {layer}: {why}"
         if size < 2:
             reasons[name] = SINGLE

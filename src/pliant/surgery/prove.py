@@ -14,6 +14,7 @@ from pliant.cost import Example, call
 from pliant.edits import Edit, replay
 from pliant.edits.prune import Prune, sides
 from pliant.errors import EditError
+from pliant.nn.kinds import in_rows
 from pliant.observe.order import called_by
 from pliant.observe.outputs import alike, answers
 from pliant.observe.watch import one_sample, samples
@@ -200,9 +201,10 @@ def ignore(model: nn.Module, edits: Iterable[Prune]) -> None:
             module: Any = model.get_submodule(edit.layer)
             groups = getattr(module, "groups", 1)
             width = edit.of // groups
-            rows = module.weight.detach().unflatten(0, (groups, -1))
-            for channel in edit.removed():
-                rows[channel // width, :, channel % width] = 0
+            with in_rows(module, module.weight.detach()) as rows:
+                blocks = rows.unflatten(0, (groups, -1))
+                for channel in edit.removed():
+                    blocks[channel // width, :, channel % width] = 0
 
 
 def silence(model: nn.Module, edits: Iterable[Prune]) -> None:
@@ -212,7 +214,8 @@ def silence(model: nn.Module, edits: Iterable[Prune]) -> None:
         for name in ("weight", "bias") if edit.side != "in" else ():
             tensor = getattr(module, name, None)
             if tensor is not None:
-                tensor.detach().unflatten(0, (edit.of, -1))[gone] = 0
+                with in_rows(module, tensor.detach()) as rows:
+                    rows.unflatten(0, (edit.of, -1))[gone] = 0
 
 
 # ---------------------------------------------------------------- proofs

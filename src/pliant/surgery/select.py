@@ -42,13 +42,18 @@ def factorizable(
 
 
 def readable(
-    model: nn.Module, *, only: Sequence[str] = (), exclude: Sequence[str] = ()
+    model: nn.Module,
+    *,
+    only: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    every: bool = False,
 ) -> tuple[dict[str, Factorizable], dict[str, str]]:
     """Split the weighted layers into those whose weight may be read and replaced, and the rest.
 
-    Like `factorizable`, but grouped layers and layers of a single channel are among them.
+    Like `factorizable`, but grouped layers and layers of a single channel are among them; with
+    ``every`` transposed convolutions too, for what reads weights by `pliant.nn.kinds.to_rows`.
     """
-    return _split(model, only, exclude, unreadable)
+    return _split(model, only, exclude, partial(unreadable, every=every))
 
 
 def _split(

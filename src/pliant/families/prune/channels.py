@@ -30,7 +30,7 @@ def removable(run: Run, only: Sequence[str] = (), exclude: Sequence[str] = ()) -
         MethodError: a name pattern matches no layer.
     """
     run.unwrap()
-    chosen, unwanted = readable(run.model, only=only, exclude=exclude)
+    chosen, unwanted = readable(run.model, only=only, exclude=exclude, every=True)
     groups, reasons = cuttable(run.model, run.example, routed(run))
     good = []
     for group in groups:
@@ -41,7 +41,7 @@ def removable(run: Run, only: Sequence[str] = (), exclude: Sequence[str] = ()) -
             if side != "in":
                 reasons[layer] = barred[0]
     touched = {layer for group in good for layer, _ in group.slots}
-    for layer, reason in reasons.items():
+    for layer, reason in (unwanted | reasons).items():
         if layer not in touched:
             run.keep(layer, reason)
     if not good:

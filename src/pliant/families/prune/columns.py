@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pliant.families.prune.scores import Groups
 from pliant.math.balls import onto_l1, onto_l11, onto_l21, vanishing
+from pliant.nn.kinds import in_rows, to_rows
 from pliant.surgery.graph import Slot
 
 Norm = Literal["l11", "l21", "l1"]
@@ -24,14 +25,15 @@ def readers_of(groups: Groups) -> list[str]:
 
 def columns(module: Any) -> Tensor:
     """Return what reads each input channel of a layer, (channels, entries), the weight itself."""
-    return _blocks(module).flatten(0, 1).flatten(1)
+    return _blocks(module, to_rows(module, module.weight)).flatten(0, 1).flatten(1)
 
 
 @torch.no_grad()
 def set_columns(module: Any, new: Tensor) -> None:
     """Put columns back into the weight of a layer, in place."""
-    blocks = _blocks(module)
-    blocks.copy_(new.view(blocks.shape))
+    with in_rows(module, module.weight) as rows:
+        blocks = _blocks(module, rows)
+        blocks.copy_(new.view(blocks.shape))
 
 
 def lost_at(model: nn.Module, groups: Groups, norm: Norm) -> dict[str, Tensor]:
@@ -88,9 +90,9 @@ def _weight(model: nn.Module, layer: str) -> Tensor:
     return weight
 
 
-def _blocks(module: Any) -> Tensor:
-    """View a weight as (groups, channels of a group, rows of a group, *kernel)."""
-    blocks: Tensor = module.weight.unflatten(0, (getattr(module, "groups", 1), -1))
+def _blocks(module: Any, rows: Tensor) -> Tensor:
+    """View the rows of a weight as (groups, channels of a group, rows of a group, *kernel)."""
+    blocks = rows.unflatten(0, (getattr(module, "groups", 1), -1))
     return blocks.transpose(1, 2)
 
 

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from pliant.edits import Edit, Prune
 from pliant.families.prune.scores import Groups, Rows, rows_of
 from pliant.families.prune.soft import fade
+from pliant.nn.kinds import in_rows, to_rows
 from pliant.surgery.graph import Group
 
 Course = Literal["exponential", "linear"]
@@ -60,7 +61,8 @@ def add_gradients(model: nn.Module, layers: Iterable[str], sums: Any, criterion:
     for layer in layers:
         gradient = model.get_parameter(f"{layer}.weight").grad
         if gradient is not None and gradient.isfinite().all():
-            own = gradient.flatten(1).abs().sum(1) if criterion == "path" else gradient.flatten(1)
+            own = to_rows(model.get_submodule(layer), gradient).flatten(1)
+            own = own.abs().sum(1) if criterion == "path" else own
             sums[layer] = sums.get(layer, 0) + own.detach().float().cpu()
 
 
@@ -103,7 +105,7 @@ def reset(
         for name in names:
             tensor = getattr(model.get_submodule(layer), name, None)
             for each in () if tensor is None else (tensor, *_states(optimizers, tensor)):
-                fade(each, rows[list(units)], 0.0)
+                fade(model.get_submodule(layer), each, rows[list(units)], 0.0)
 
 
 def _states(optimizers: Sequence[Optimizer], tensor: Tensor) -> list[Tensor]:
@@ -126,12 +128,13 @@ def calm(model: nn.Module, rows: Mapping[str, Rows], fresh: Mapping[str, Sequenc
             if gradient is None or not units:
                 continue
             index = indices[list(units)].flatten().to(gradient.device)
-            norms = gradient.flatten(1).norm(dim=1)
-            others = torch.ones_like(norms, dtype=torch.bool)
-            others[index] = False
-            most = norms[others].median() if others.any() else norms.median()
-            factor = (most / norms[index].clamp_min(1e-30)).clamp_max(1)
-            gradient[index] = gradient[index] * factor.view(-1, *[1] * (gradient.dim() - 1))
+            with in_rows(model.get_submodule(layer), gradient) as own:
+                norms = own.flatten(1).norm(dim=1)
+                others = torch.ones_like(norms, dtype=torch.bool)
+                others[index] = False
+                most = norms[others].median() if others.any() else norms.median()
+                factor = (most / norms[index].clamp_min(1e-30)).clamp_max(1)
+                own[index] = own[index] * factor.view(-1, *[1] * (own.dim() - 1))
 
 
 def merged(edits: Iterable[Edit]) -> list[Edit]:

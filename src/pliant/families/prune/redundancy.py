@@ -12,6 +12,7 @@ from pliant.cost import Example
 from pliant.families.prune.columns import columns, set_columns
 from pliant.families.prune.scores import Groups
 from pliant.observe.rows import Rows
+from pliant.surgery.batchnorm import read_from_constants
 from pliant.surgery.graph import Group
 
 PIXELS = 8  # positions of each sample that are read
@@ -126,7 +127,7 @@ def _shift(module: Any, constants: Tensor, taken: Tensor, channels: Tensor) -> N
     groups = getattr(module, "groups", 1)
     bias = module.bias.view(groups, -1)
     width = (module.in_channels if groups > 1 else len(columns(module))) // groups
-    sums = taken.unflatten(1, (bias.shape[1], -1)).sum(2)  # over the positions of a patch
+    sums = read_from_constants(module, taken.unflatten(1, (bias.shape[1], -1)))
     for constant, given, channel in zip(constants, sums, channels.tolist(), strict=True):
         bias[channel // width] += (constant * given).to(bias.dtype)
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pliant.errors import ModelError, TrainingError
+from pliant.nn.kinds import to_rows
 from pliant.run import Run
 from pliant.surgery.graph import Group
 
@@ -56,7 +57,7 @@ def vectors(model: nn.Module, rows: Rows) -> Tensor:
     parts = []
     for layer, indices in rows.items():
         module: Any = model.get_submodule(layer)
-        weight = module.weight.detach()
+        weight = to_rows(module, module.weight.detach())
         taken = weight[indices.flatten().to(weight.device)]
         parts.append(taken.double().cpu().reshape(len(indices), -1))
     return torch.cat(parts, 1)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pliant.families.prune.scores import Groups, Rows, rows_of, weakest
+from pliant.nn.kinds import in_rows
 from pliant.nn.layers import Factorizable
 
 Decay = Literal["exponential", "linear", "constant"]
@@ -89,10 +90,11 @@ def alone(filters: Mapping[str, Rows], layers: Mapping[str, Factorizable]) -> di
 
 
 @torch.no_grad()
-def fade(tensor: Tensor, rows: Tensor, factor: float) -> None:
-    """Multiply rows of a tensor, in place, by a factor."""
+def fade(module: nn.Module, tensor: Tensor, rows: Tensor, factor: float) -> None:
+    """Multiply rows of a tensor of a layer, in place, by a factor."""
     index = rows.flatten().to(tensor.device)
-    tensor[index] = tensor[index] * factor
+    with in_rows(module, tensor) as own:
+        own[index] = own[index] * factor
 
 
 @torch.no_grad()
@@ -122,6 +124,7 @@ def fade_units(
     """
     for layer, indices in rows.items():
         for name in names:
-            tensor = getattr(model.get_submodule(layer), name)
+            module = model.get_submodule(layer)
+            tensor = getattr(module, name)
             if tensor is not None:
-                fade(tensor, indices[list(units)], factor)
+                fade(module, tensor, indices[list(units)], factor)

@@ -153,7 +153,7 @@ def unread(model: nn.Module, groups: Groups) -> dict[str, list[int]]:
 
 def drop_unread(run: Run, only: Sequence[str], exclude: Sequence[str]) -> None:
     """Take out the channels that nothing reads any more: the network computes what it did."""
-    chosen, _ = readable(run.model, only=only, exclude=exclude)
+    chosen, _ = readable(run.model, only=only, exclude=exclude, every=True)
     groups, _ = cuttable(run.model, run.example)
     mine = [g for g in groups if all(layer in chosen for layer, _ in g.makers)]
     edits = edits_of(run.model, mine, unread(run.model, mine))

@@ -1,0 +1,43 @@
+"""Marks of channels over the samples of a batch, and what they say belongs together."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class Union:
+    """Which things belong together, by the usual tree of parents."""
+
+    parent: list[int]
+
+    def find(self, item: int) -> int:
+        """Return what stands for all that an item belongs to."""
+        while self.parent[item] != item:
+            self.parent[item] = self.parent[self.parent[item]]
+            item = self.parent[item]
+        return item
+
+    def join(self, one: int, other: int) -> None:
+        """Let two items, and all that belongs to either, belong together."""
+        self.parent[self.find(one)] = self.find(other)
+
+
+def codes_of(channels: int) -> Tensor:
+    """Give every channel its number in binary, each digit as two samples: one is marked.
+
+    So the marks of two channels are never inside those of a third. The first sample has no marks.
+    """
+    digits = max(1, (channels - 1).bit_length())
+    numbers = torch.arange(channels)
+    bits = torch.stack([(numbers >> digit) & 1 for digit in range(digits)]).bool()
+    return torch.cat([torch.zeros(1, channels, dtype=torch.bool), bits, ~bits])
+
+
+def covered(codes: Tensor, pattern: Tensor) -> list[int]:
+    """Return the channels all of whose marks are in a pattern: one for a single channel."""
+    inside: Tensor = (codes <= pattern[:, None]).all(0)
+    return inside.nonzero().flatten().tolist()
