@@ -114,6 +114,11 @@ def the_furthest_are_kept_apart() -> None:
     run = start(net(), method, example=(INPUTS,), steps=10)
     loss = run.loss(torch.zeros(()), rows, (rows, labels))  # squares 9, 4, 9: one is too near
     assert torch.isclose(loss, torch.tensor(0.5 * (5 - 4) / 3))
+    method = OSKD(weight=0.0, repel=0.5, margin=5.0, neighbours=1, warmup=0.0, ramp=0.5)
+    run = start(net(), method, example=(INPUTS,), steps=10)
+    run.step = 1
+    loss = run.loss(torch.zeros(()), rows, (rows, labels))
+    assert torch.isclose(loss, torch.tensor(0.2 * 0.5 * (5 - 4) / 3))
 
 
 def divergences_are_those_of_the_targets() -> None:

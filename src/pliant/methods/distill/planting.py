@@ -125,7 +125,7 @@ class Planting(Method):
         edits: list[Widen] = from_json(run.state["edits"])  # type: ignore[assignment]
         found = growth.candidates(run, edits)
         best, loss = self._best(run, found)
-        cuts, before = found[best], list(run.edits)[: len(run.edits) - len(edits)]
+        cuts, before = found[best], run.edits[: len(run.edits) - len(edits)]
         new = {name: mask.float() for name, mask in run.state["new"].items()}
         new = {name: value > 0.5 for name, value in growth.carried(run.model, new, cuts).items()}
         run.apply(*cuts)
@@ -133,8 +133,7 @@ class Planting(Method):
         run.state["edits"] = []
         self._hold(run, new)
         run.recalibrate()
-        cost = run.planner.now()
-        run.note(planted=best, loss=loss, params=cost.params, macs=cost.macs)
+        run.note(planted=best, loss=loss, params=run.planner.now().params)
 
     def _best(self, run: Run, found: dict[str, list[Prune]]) -> tuple[str, float | None]:
         """The layer whose new channels stay, "" for none, and the loss with them."""
