@@ -142,14 +142,10 @@ def _path(layers: Sequence[Any], size: int) -> nn.Sequential:
         if isinstance(layer, nn.Conv2d):
             inputs, outputs = (layer.in_channels, size) if at == 0 else (size, size)
             outputs = layer.out_channels if at == last else outputs
-            geometry: Any = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+            names = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
+            geometry: Any = {name: getattr(layer, name) for name in names}
             groups, biased = (1 if layer.groups == 1 else size), layer.bias is not None
-            mode: Any = layer.padding_mode
-            made.append(
-                nn.Conv2d(
-                    *(inputs, outputs, *geometry), groups=groups, bias=biased, padding_mode=mode
-                )
-            )
+            made.append(nn.Conv2d(inputs, outputs, groups=groups, bias=biased, **geometry))
         elif isinstance(layer, nn.BatchNorm2d):
             width = layer.num_features if at > last else size
             made.append(nn.BatchNorm2d(width, layer.eps, layer.momentum))
