@@ -24,6 +24,7 @@ from pliant.nn.gates import (
 from pliant.nn.inserted import Conv, Copy, Linear, Residual
 from pliant.nn.meta_kernel import Cropped, MetaKernel
 from pliant.nn.morphological import BMConv2d, Rectified
+from pliant.nn.multipath import MultiPath, Routed
 from pliant.nn.quadratic import QuadraticConv2d, QuadraticFactors
 from pliant.nn.scatter import Gather, Scatter
 from pliant.nn.separable import Separable
@@ -110,6 +111,8 @@ SWAPS: dict[str, type[Kind]] = {
     "fixed_residual": FixedTrunk,
     "identity": Identity,
     "morphological": BMConv2d,
+    "multi_path": MultiPath,
+    "multi_path_routed": Routed,
     "orthogonal_basis": OrthogonalBasis,
     "quadratic": QuadraticConv2d,
     "quadratic_factors": QuadraticFactors,

@@ -149,7 +149,7 @@ class FixedResidualTrunk(nn.Module):
             x = block(found[-1])
             if wires:
                 own = self.weights[wires[0][1] : wires[-1][1] + 1]
-                x = x + self.mix([found[f] for f, _ in wires], own.expand(len(x), -1))
+                x = x + self.mix([found[f] for f, _ in wires], own.expand(x.shape[0], -1))
             found.append(x)
         return found[-1]
 

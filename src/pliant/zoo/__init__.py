@@ -12,8 +12,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from pliant.edits import Swap
 from pliant.errors import ModelError
 from pliant.nn.genotype import DARTS_V2
+from pliant.nn.paths import hidden_norms
 from pliant.nn.sequences import STDTNN
 from pliant.zoo import mobile
 from pliant.zoo.darts import evaluation, supernet
@@ -58,6 +60,16 @@ def _enlarging(scale: Literal[2, 3, 4], classes: int) -> DRAN:
     return DRAN(scale, classes)
 
 
+def _routed(classes: int) -> nn.Module:
+    """MobileNetV2 in two paths."""
+    model = mobile.supernet(mobile.MOBILENET_V2, classes=classes)
+    assert isinstance(model.blocks, nn.Sequential)
+    blocks = tuple(hidden_norms(block) for block in model.blocks)
+    spec = {"blocks": blocks, "paths": 2, "width": 64, "classes": 0}
+    Swap("blocks", "multi_path", spec).apply(model)
+    return model
+
+
 NETWORKS: dict[str, Network] = {
     "lenet5": Network(LeNet5, _DIGITS, 10),
     "lenet5-wide": Network(partial(LeNet5, wide=True), _DIGITS, 10),
@@ -82,6 +94,7 @@ NETWORKS: dict[str, Network] = {
     **{
         f"dran-x{scale}": Network(partial(_enlarging, scale), (3, 48, 48), 3) for scale in (2, 3, 4)
     },
+    "dmnn-mobilenet-v2-cifar": Network(_routed, _SMALL, 10),
     "stdtnn": Network(lambda classes: STDTNN(2, 3, classes), (2, 3, 100), 4),
     "darts-v2": Network(partial(evaluation, DARTS_V2), _SMALL, 10),
 }
