@@ -39,7 +39,7 @@ def measure(cell: Cell, watch: Watch) -> Values:
     """Train one network from random weights, and score it on clean digits."""
     plan, seed = cell.plan, cell.key["seed"]
     data = noisy(pooled_digits(plan["images"]), plan["noise"], seed)
-    model = seeded(seed, lambda: network(plan["widths"], plan["drop"]))
+    model: Any = seeded(seed, lambda: network(plan["widths"], plan["drop"]))
     method, train = method_of(plan["spec"]), Train(**plan["train"])
     steps = epochs_of(method, data, train, seed=seed).steps
     run = start(model, method, data=data, steps=steps, seed=seed)
