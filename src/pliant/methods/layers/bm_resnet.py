@@ -40,6 +40,12 @@ class BMResNet(Method):
     rectifier the terms of negative inputs are constant, and end in the bias. What the layers do
     for one sample is noted at the end, by kinds of operations.
 
+    *Measured* (bench ``layers-family``: a small CNN on 1,500 digits, four epochs from random
+    weights, three seeds): 63.4 ± 1.0 % beside 92.5 ± 1.0 % of convolutions, and 49.8 ± 4.5 %
+    where all are converted at once; conversions of a trained network, which are the paper's, were
+    not measured. A layer of 32 channels takes 14 times as long as the convolution in PyTorch and
+    74 times in onnxruntime.
+
     *Departs from the paper*: conversions share out the training evenly, and no best checkpoint is
     kept between them. The optimizer's weight decay is kept off the logarithms, which it would
     pull towards weights of one; ``decay`` lets it.

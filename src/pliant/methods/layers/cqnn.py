@@ -33,6 +33,11 @@ class CQNN(Method):
     and the same function. In low rank a form is a few squares of plain filters and their sum,
     which costs ``rank`` times the convolution; from two on it begins exactly as that.
 
+    *Measured* (bench ``layers-family``: a small CNN on 1,500 digits, four epochs, three seeds):
+    in low rank 94.9 ± 0.6 % beside 92.5 ± 1.0 % of convolutions of the same widths, and
+    94.9 ± 0.7 % of wider ones with as many parameters. A layer of 32 channels takes 5.1 times as
+    long as the convolution in PyTorch and 3.2 times in onnxruntime; in full over 1,000 times.
+
     *Departs from the paper*: it trains other networks than those made for it, which begin at
     random and have ELU in the place of ReLU; activations stay as they are. Matrices begin
     symmetric, since what is not never learns. The low rank is ours.

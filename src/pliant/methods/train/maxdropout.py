@@ -40,6 +40,9 @@ class MaxDropout(Method):
     ones some 0.04 % are dropped at 0.3, the fewer the more there are. The share is noted after
     every epoch. The layer itself is `pliant.nn.maxdropout.MaxDropout`.
 
+    *Measured* (bench ``train-family``: a small CNN on 3,500 digits, three seeds): 96.0 ± 0.6 %
+    beside 96.0 ± 0.2 % of plain training and 94.8 ± 0.4 % of dropout in the same places.
+
     *Departs from the paper*: the released layer works at test time too; this one does not.
 
     >>> MaxDropout(after=("layer1", "layer2")).drop

@@ -38,6 +38,9 @@ class NormLoss(Method):
     zero. Afterwards all filters are equally long, so pruning by filter norm has nothing to go by:
     use the scales of batch norms or activations.
 
+    *Measured* (bench ``train-family``: a small CNN on 3,500 digits, three seeds): 96.2 ± 0.2 %
+    beside 96.0 ± 0.2 % with weight decay, which is no lead beyond the spread.
+
     *Departs from the paper*: the constants are ours, as is the decoupled form.
 
     >>> NormLoss(weight=0.01, exclude=("linear",)).exclude

@@ -43,6 +43,10 @@ class OrthogonalLoss(Method):
     each class, its projection. A basis of blocks or of single features has no numbers to store
     and none to multiply by.
 
+    *Measured* (bench ``train-family``: a small CNN on 3,500 digits, five epochs, three seeds):
+    93.8 ± 0.6 % beside 96.0 ± 0.2 % of plain training, and 96.4 beside 98.8 % of the training
+    digits; the mean features of two classes have a cosine of 0.05 instead of 0.79.
+
     *Departs from the paper*: its abstract names predefined orthogonal directions and a set of
     losses; the four losses and the bases are our reading. Our default gives every class a block
     of features, since rectified features cannot reach random directions, which have signs.

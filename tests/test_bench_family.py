@@ -1,0 +1,48 @@
+"""What the benches of training methods and of layers build, label and measure."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from bench.data import pooled_digits
+from bench.experiments import train_family
+from bench.experiments.layers_family import FixedShifts
+from bench.small import cnn
+from pliant.data import Data
+from pliant.run import start
+
+
+def test_fixed_shifts_have_the_taps_in_turn_and_leave_the_first_convolution() -> None:
+    model = cnn(1, [4, 12])
+    start(model, FixedShifts(), example=(torch.randn(2, 1, 8, 8),)).finish()
+    kinds = [type(layer).__name__ for layer in model if hasattr(layer, "kernel_size")]
+    assert kinds[0] == "Conv2d" and kinds.count("ShiftConv2d") == 3
+    last: Any = [layer for layer in model if type(layer).__name__ == "ShiftConv2d"][-1]
+    assert last.taps().tolist() == [[0, 1, 2, 3, 4, 5, 6, 7, 8, 0, 1, 2]]
+
+
+def test_the_noise_is_in_the_training_labels_alone() -> None:
+    data = pooled_digits({"train": 1000, "test": 50})
+    assert data.train[0].shape == (1000, 1, 14, 14) and data.train[0].dtype == torch.uint8
+    wrong = train_family.noisy(data, {"rate": 0.4, "kind": "symmetric"}, seed=0)
+    assert float((wrong.train[1] != data.train[1]).float().mean()) == pytest.approx(0.4, abs=0.05)
+    assert torch.equal(wrong.test[1], data.test[1])
+
+
+def test_dropouts_stand_behind_both_poolings() -> None:
+    kinds = [type(layer) for layer in train_family.network([4, 8], 0.3)]
+    assert [kinds[n - 1] for n, kind in enumerate(kinds) if kind is nn.Dropout] == [
+        nn.MaxPool2d,
+        nn.MaxPool2d,
+    ]
+    assert nn.Dropout not in [type(layer) for layer in train_family.network([4, 8], 0.0)]
+
+
+def test_likeness_is_the_mean_cosine_between_classes() -> None:
+    rows = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0], [-1.0, 1.0]])
+    labels = torch.tensor([0, 0, 1, 2])
+    data = Data(train=(rows, labels), test=(rows, labels))
+    model = nn.Sequential(nn.Identity(), nn.Linear(2, 3))
+    assert train_family.likeness(model, data) == pytest.approx(2 * 0.5**0.5 / 3)
