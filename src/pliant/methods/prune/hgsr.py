@@ -123,7 +123,7 @@ class HGSR(ChannelPruning):
 
 def _criterion(run: Run) -> Callable[[Any, Any], Tensor]:
     """Return the loss of the task as a function of outputs and labels."""
-    return lambda output, labels: run.task_loss(output, batch_of((), labels))
+    return lambda output, labels: run.task_loss(output, batch_of({}, labels))
 
 
 def _penalized(layer: Any) -> bool:
