@@ -199,8 +199,8 @@ def _asked(settings: Settings, name: str, spec: str | None) -> dict[str, Any]:
 
 def _leads(cells: Cells, own: str, other: str) -> list[float]:
     """By how many points one rival is ahead of another, for each seed."""
-    pair = (by_seed(cells, "accuracy", rival=rival) for rival in (own, other))
-    return paired(*pair, scale=100)
+    mine, theirs = (by_seed(cells, "accuracy", rival=rival) for rival in (own, other))
+    return paired(mine, theirs, scale=100)
 
 
 def _accuracy(cells: Cells, rival: str) -> float:
