@@ -21,11 +21,15 @@ def flops(model: nn.Module, *inputs: Tensor) -> int:
     return counter.get_total_flops()
 
 
+# Each of 16 blocks weighs the maps of all before it, number by number: torch counts matrices only.
+WEIGHED = {f"dran-x{scale}": sum(range(1, 17)) * 64 * 48 * 48 for scale in (2, 3, 4)}
+
+
 @pytest.mark.parametrize("name", zoo.NETWORKS)
 def test_macs_are_half_of_the_flops_torch_counts(name: str) -> None:
     model, network = zoo.build(name), zoo.NETWORKS[name]
     found = cost(model, network.example(2))
-    assert 2 * found.macs == flops(model, *network.example())
+    assert 2 * (found.macs - WEIGHED.get(name, 0)) == flops(model, *network.example())
     assert found.uncounted == ()
 
 

@@ -62,8 +62,7 @@ def measure(cell: Cell, watch: Watch) -> dict[str, Any]:
 
     if rival == RIVAL:
         extra["whole_runs"] = _runs(_cut(copy.deepcopy(model), data, 0.5, whole=True), data)
-        model = _to_budget(model, data, plan["macs"])
-        recalibrate(model, data.calibration(SETTLING, batch=256, seed=seed))
+        model = torch_pruning(model, data, plan["macs"], seed=seed)
         extra["accuracy_before"] = evaluate(model, data, "test").accuracy
     elif plan["method"]:
         method = Looked(construct(**plan["method"]), Notes(data))
@@ -182,6 +181,13 @@ def _right(model: nn.Module, data: Data) -> float:
 
 
 # ---------------------------------------------------------------- Torch-Pruning
+
+
+def torch_pruning(model: nn.Module, data: Data, share: float, *, seed: int) -> nn.Module:
+    """Cut to a share of the multiply-accumulates, and let batch norms settle."""
+    smaller = _to_budget(model, data, share)
+    recalibrate(smaller, data.calibration(SETTLING, batch=256, seed=seed))
+    return smaller
 
 
 def _cut(model: nn.Module, data: Data, ratio: float, *, whole: bool = False) -> nn.Module:

@@ -130,7 +130,8 @@ def edits_of(model: nn.Module, groups: Iterable[Group], leaving: Leaving) -> lis
 
 
 def _grouped(module: nn.Module) -> bool:
-    return int(getattr(module, "groups", 1)) > 1
+    groups = getattr(module, "groups", 1)
+    return isinstance(groups, int) and groups > 1
 
 
 def reaching(model: nn.Module, example: Example, batches: Iterable[Example]) -> list[Example]:

@@ -118,8 +118,9 @@ def _look(model: nn.Module, example: Example) -> dict[str, list[_Call]]:
         seen.setdefault(name, []).append(_Call(given, output))
 
     names = [name for name, _ in model.named_modules() if name]
+    one = first_sample(example, model)  # asked beforehand: asking calls the model too
     with capture(model, names, see):
-        call(model, first_sample(example, model))
+        call(model, one)
     return seen
 
 

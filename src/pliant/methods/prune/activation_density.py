@@ -48,6 +48,10 @@ class ActivationDensity(ChannelPruning):
     met by density to a power that is the same for all groups, which is what resizing several
     times at constant densities comes to; the last resizing goes all the way there.
 
+    *Measured* (bench ``prune-family``): with 50 % of its multiply-accumulates, trained for 2 epochs
+    on 2,000 images, ResNet-20 was right on 55.8 % by ``activation_density(rounds=1, samples=256)``
+    and on 69.2 % by ``magnitude`` (means of 2 seeds).
+
     >>> ActivationDensity(weights="fresh").rounds
     5
     """

@@ -43,6 +43,10 @@ class ASRFP(ChannelPruning):
     lets every convolution fade by itself as in the paper. A hidden linear layer is treated as a
     convolution. The cut at the end is inferred, and re-estimates batch norms where there is data.
 
+    *Measured* (bench ``prune-family``): with 50 % of its multiply-accumulates, trained for 2 epochs
+    on 2,000 images, ResNet-20 was right on 25.7 % by ``asrfp(epochs=20, start=0.5)`` and on 69.2 %
+    by ``magnitude`` (means of 2 seeds).
+
     >>> ASRFP(alpha=0.0, ramp=0.0).ratio  # SFP
     0.4
     """

@@ -53,6 +53,10 @@ class ConstrainedProjection(ChannelPruning):
     reads the network's inputs is not, since its inputs cannot leave; ``"l21"`` is the Euclidean
     projection, and the nuclear ball is left out, as low rank alone removes no channel.
 
+    *Measured* (bench ``prune-family``): with 50 % of its multiply-accumulates, trained for 2 epochs
+    on 2,000 images, ResNet-20 was right on 12.2 % by ``constrained_projection`` and on 69.2 % by
+    ``magnitude`` (means of 2 seeds).
+
     >>> ConstrainedProjection(norm="l21").radius
     0.05
     """

@@ -45,6 +45,11 @@ class DiscriminantInformation(ChannelPruning):
     channels of each layer, and untrained since, three-layer networks for 8x8 digits were right on
     77.5 % by it, 77.5 % by lot and 83.3 % by l1 norms (means of 8 seeds).
 
+    *Measured* (bench ``prune-family``): with 50 % of its multiply-accumulates, trained for 2 epochs
+    on 2,000 images, ResNet-20 was right on 71.1 % by ``discriminant_information(search="none",
+    samples=512)`` and on 69.2 % by ``magnitude`` (means of 2 seeds; the difference is within the
+    spread).
+
     >>> DiscriminantInformation(search="greedy").steps
     50
     """

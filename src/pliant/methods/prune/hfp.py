@@ -42,6 +42,10 @@ class HFP(ChannelPruning):
     way (Opti-Cut), scores are taken anew in each, and none is undone; the table of milliseconds
     serves the ranking, while the budget is met by measuring networks and not by adding up layers.
 
+    *Measured* (bench ``prune-family``): with 50 % of its multiply-accumulates, trained for 2 epochs
+    on 2,000 images, ResNet-20 was right on 67.3 % by ``hfp(samples=256, rounds=2)`` and on 69.2 %
+    by ``magnitude`` (means of 2 seeds).
+
     >>> HFP(gain="exact").rounds
     5
     """

@@ -40,6 +40,10 @@ class MajorityVoting(ChannelPruning):
     no validation stops it. With ``majority`` above 0, and without a budget, those leave that get
     less than this part of their layer's median of votes, however many they are.
 
+    *Measured* (bench ``prune-family``): with 50 % of its multiply-accumulates, trained for 2 epochs
+    on 2,000 images, ResNet-20 was right on 63.2 % by ``majority_voting(samples=512, rounds=2)`` and
+    on 69.2 % by ``magnitude`` (means of 2 seeds).
+
     >>> MajorityVoting().scope
     'local'
     """

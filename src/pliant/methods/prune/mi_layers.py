@@ -43,6 +43,10 @@ class MILayers(ChannelPruning):
     at and the rounds are inferred. Layers of networks that concatenate stay (DenseNet). It does
     not stop by the error: ``ratio`` or the budget says how far it goes.
 
+    *Measured* (bench ``prune-family``): with 42 % of its multiply-accumulates, trained for 2 epochs
+    on 2,000 images, ResNet-20 was right on 46.2 % by ``mi_layers(samples=512)`` and on 69.2 % by
+    ``magnitude`` (means of 2 seeds).
+
     >>> MILayers(estimator="ksg").neighbours
     3
     """

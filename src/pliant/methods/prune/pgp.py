@@ -43,6 +43,10 @@ class PGP(ChannelPruning):
     rectifier, only those with a bias above zero do. The first gradients of zeroed filters are
     shortened to what is usual in their layer. Without training, filters of small norm leave.
 
+    *Measured* (bench ``prune-family``): with 50 % of its multiply-accumulates, trained for 2 epochs
+    on 2,000 images, ResNet-20 was right on 47.1 % by ``pgp(rounds=3)`` and on 69.2 % by
+    ``magnitude`` (means of 2 seeds).
+
     >>> PGP(hard=1.0).rounds
     10
     """

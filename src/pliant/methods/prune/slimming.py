@@ -29,6 +29,10 @@ class Slimming(ChannelPruning):
 
     With ``start`` below 1 the rest of the training is fine-tuning, without the penalty.
     *Departs from the paper*: channels that meet in a sum leave together, by their mean scale.
+
+    *Measured* (bench ``prune-family``): with 50 % of its multiply-accumulates, trained for 2 epochs
+    on 2,000 images, ResNet-20 was right on 56.8 % by ``slimming(start=0.5)`` and on 69.2 % by
+    ``magnitude`` (means of 2 seeds).
     """
 
     start: Share = 1.0  # share of the training before the first cut; 1 cuts when it is over

@@ -58,6 +58,10 @@ class SSPruning(ChannelPruning):
     are made at once. The first region of a network, which its stem makes, and the classifier keep
     their width.
 
+    *Measured* (bench ``prune-family``): with 50 % of its multiply-accumulates, trained for 2 epochs
+    on 2,000 images, ResNet-20 was right on 61.6 % by ``sspruning(samples=512)`` and on 69.2 % by
+    ``magnitude`` (means of 2 seeds).
+
     >>> SSPruning().rounds
     1
     """
