@@ -114,8 +114,8 @@ _VIT: Mapping[str, Any] = {**_BLOCKS, "image_size": 64, "patch_size": 8}
 
 # Networks of the zoo when it was measured; the next measurement takes in what came since.
 ZOO = (
-    "lenet5", "lenet5-wide", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110", "vgg16-bn",
-    "vgg16-bn-half", "vgg19-bn", "resnet18-cifar", "resnet18-cifar-half", "resnet18",
+    "lenet5", "lenet5-wide", "resnet20", "resnet32", "resnet44", "resnet56", "resnet110",
+    "vgg16-bn", "vgg16-bn-half", "vgg19-bn", "resnet18-cifar", "resnet18-cifar-half", "resnet18",
     "edarts-search", "darts-v2",
 )  # fmt: skip
 

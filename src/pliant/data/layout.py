@@ -108,6 +108,9 @@ def _alone(folder: Path) -> Found:
 def _folders(folder: Path) -> list[Path]:
     """The folders within one that may be classes, by name."""
     within = sorted(each for each in folder.iterdir() if each.is_dir())
+    named = [each for each in within if each.suffix.lower() in IMAGES]
+    if named:
+        raise DataError(f"{named[0]} is named as an image, but is a folder: rename or remove it.")
     return [each for each in within if not each.name.startswith(".") and each.name not in CLUTTER]
 
 

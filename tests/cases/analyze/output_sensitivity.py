@@ -83,7 +83,7 @@ def outputs_that_cannot_move_are_refused() -> None:
         (nn.Linear(12, 1), inputs, "at least 2 outputs"),
         (linear, inputs[:1], "at least 2 of them"),
         (nn.Unflatten(1, (3, 4)), inputs, "a row of logits"),
-        (nn.Embedding(9, 4), torch.arange(8), "real numbers"),
+        (nn.Embedding(9, 4), torch.arange(8), "a row of logits"),
         (nn.Linear(12, 4).bfloat16(), inputs.bfloat16(), "model.float()"),
         (linear, Data(), "give some"),
     ):

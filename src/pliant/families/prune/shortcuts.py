@@ -59,8 +59,9 @@ def regions(model: nn.Module, example: Example, groups: Sequence[Group]) -> list
         seen[name] = given, output  # in the order in which calls ended
 
     names = [name for name, _ in model.named_modules() if name]
+    one = first_sample(example, model)  # asked beforehand: asking calls the model too
     with capture(model, names, see):
-        call(model, first_sample(example, model))
+        call(model, one)
     blocks = [name for name in seen if _is_block(model, name)]
     found = []
     for block in blocks:
