@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import pliant
 from pliant import zoo
-from pliant.api.sweep import MissingExtraError
+from pliant.cli import app
 from pliant.data import Data
 from pliant.drivers import logs
-from pliant.errors import ArtifactError, OutputError
+from pliant.errors import ArtifactError, MissingExtraError, OutputError
 from pliant.result import Result
 
 
@@ -161,6 +162,20 @@ def test_a_log_that_is_none_is_refused() -> None:
         logs.logger("paper:here")
     with pytest.raises(OutputError, match="csv:FOLDER"):
         logs.logger("csv")
+
+
+def test_a_run_is_logged_by_one_option(tmp_path: Path) -> None:
+    asked = ["compress", "lenet5", "--weights", "mnist5k", "--data", "mnist5k", "--epochs", "0"]
+    asked += ["--method", "energy", "--budget", "params=0.8", "--no-onnx"]
+    wrong = CliRunner().invoke(app, [*asked, "--out", str(tmp_path / "a"), "--log-to", "paper"])
+    assert wrong.exit_code == 2 and "A log is one of csv" in wrong.output
+    assert not (tmp_path / "a").exists()
+    asked += ["--out", str(tmp_path / "run"), "--log-to", f"csv:{tmp_path / 'logs'}"]
+    done = CliRunner().invoke(app, asked)
+    assert done.exit_code == 0, done.output
+    head, last = (tmp_path / "logs" / "run" / "metrics.csv").read_text().splitlines()[:2]
+    row = dict(zip(head.split(","), last.split(","), strict=True))
+    assert float(row["after/accuracy"]) > 0.9 and float(row["after/params"]) < 50_000
 
 
 @pytest.mark.parametrize("kind", ["mlflow", "wandb"])

@@ -3,7 +3,7 @@
 import json
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -18,6 +18,7 @@ from pliant.cli.progress import Bars
 from pliant.compose import resolve
 from pliant.data import Data, Train, load
 from pliant.data.ready import task_of
+from pliant.drivers import logs
 from pliant.errors import AccuracyWarning, BudgetError, DataError
 from pliant.method import Method
 from pliant.registry import entry_of
@@ -141,6 +142,10 @@ def compress(
         Literal["hac", "ans", "auto"] | None,
         typer.Option(help="store tensors coded, without loss, where that is smaller"),
     ] = None,
+    log_to: Annotated[
+        str | None,
+        typer.Option(help="log too: csv:FOLDER, tensorboard:FOLDER, mlflow, wandb:PROJECT"),
+    ] = None,
     onnx: Annotated[bool, typer.Option("--onnx/--no-onnx", help="write ONNX too")] = True,
     as_json: Annotated[
         bool, typer.Option("--json", help="print the result as JSON, and nothing else")
@@ -171,6 +176,7 @@ def compress(
     place_of_time = measure.target_of(target, threads, None, asked=bool(bounds and bounds.latency))
     place = out or Path(DEMO.out if demo else f"runs/{_stem(str(model))}-{_name(built)}")
     task_of(task)  # refused before anything is loaded
+    logs.check(log_to)
     prepare: dict[str, Any] = {"size": _size(size), "normalize": normalize, "augment": augment}
     samples = load(data or DEMO.data, seed=seed, **prepare)
     found = source.find(
@@ -217,6 +223,9 @@ def compress(
         except KeyboardInterrupt:
             bars.progress.stop()
             raise _stopped(context, place) from None
+    if log_to:
+        log = logs.logger(log_to, place.name)
+        logs.write(log, written.report.history, asdict(written.report.after))
     end(written, as_json=as_json, allow_drop=allow_drop)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
+from importlib import import_module
 from typing import Any, Protocol
 
 from pliant.errors import MissingExtraError, OutputError
@@ -21,6 +22,27 @@ class Logger(Protocol):
         """End the log."""
 
 
+def check(where: str | None) -> None:
+    """Refuse a log that cannot be opened, before any work.
+
+    Raises:
+        OutputError: there is no log of that kind, or it names no folder.
+        MissingExtraError: its library is not installed.
+    """
+    if where is None:
+        return
+    kind, _, place = where.partition(":")
+    if kind not in KINDS:
+        raise OutputError(f"A log is one of {', '.join(KINDS)}, such as csv:logs, not {where!r}.")
+    if kind in ("csv", "tensorboard") and not place:
+        raise OutputError(f"Name the folder of the log: {kind}:FOLDER.")
+    needs = {"csv": "lightning_fabric"}.get(kind, kind)
+    try:
+        import_module(needs)
+    except ImportError as error:
+        raise MissingExtraError(f"A log of {kind} needs {needs}: pip install {needs}.") from error
+
+
 def logger(where: str, name: str = "pliant") -> Logger:
     """Open a log.
 
@@ -33,16 +55,9 @@ def logger(where: str, name: str = "pliant") -> Logger:
         OutputError: there is no log of that kind, or it names no folder.
         MissingExtraError: its library is not installed.
     """
+    check(where)
     kind, _, place = where.partition(":")
-    if kind not in KINDS:
-        raise OutputError(f"A log is one of {', '.join(KINDS)}, such as csv:logs, not {where!r}.")
-    if kind in ("csv", "tensorboard") and not place:
-        raise OutputError(f"Name the folder of the log: {kind}:FOLDER.")
-    try:
-        return _OPEN[kind](place, name)
-    except ImportError as error:
-        needs = {"csv": "lightning-fabric"}.get(kind, kind)
-        raise MissingExtraError(f"A log of {kind} needs {needs}: pip install {needs}.") from error
+    return _OPEN[kind](place, name)
 
 
 def _csv(place: str, name: str) -> Logger:
