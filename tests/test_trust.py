@@ -294,10 +294,12 @@ def test_a_refused_run_leaves_no_folder(tmp_path: Path) -> None:
 
 
 def test_compressions_in_threads_give_what_they_give_alone() -> None:
+    given = [(net(seed), pairs(seed)) for seed in range(3)]  # their own seeds are global ones
+
     def one(seed: int) -> list[Tensor]:
         plan = Train(epochs=1, batch=8, device="cpu")
         found = pliant.compress(
-            net(seed), pairs(seed), "nrmf", "params=0.7", train=plan, seed=seed, strict=False
+            *given[seed], "nrmf", "params=0.7", train=plan, seed=seed, strict=False
         )
         return tensors(found)
 

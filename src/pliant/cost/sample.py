@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from pliant.cost.call import Example, call, evaluating, fitted, mapped, tensors
+from pliant.math.alone import forked
 
 CLOSE = 1e-3  # largest difference between two answers that rounding makes, of the largest number
 TRIED = 12  # how many sizes of a sample of several rows are tried
@@ -157,7 +158,7 @@ def _candidates(example: Example) -> Iterator[Samples]:
 
 def _run(model: nn.Module, example: Example) -> list[Tensor]:
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
-    with evaluating(model), torch.random.fork_rng(devices=devices), torch.no_grad():
+    with evaluating(model), forked(devices), torch.no_grad():
         torch.manual_seed(0)
         return [t.detach() for t in tensors(call(model, example))]
 

@@ -29,6 +29,7 @@ from pliant.data.sources import (
     unpack,
 )
 from pliant.data.together import UnevenError, as_tensor, listed, together
+from pliant.math.alone import forked
 
 SPLITS = {"train": ("train",), "val": ("validation", "val", "valid", "dev"), "test": ("test",)}
 LOOKED = 64  # samples of a data set whose shapes are compared
@@ -102,7 +103,7 @@ def runs(model: nn.Module, example: Example) -> bool | None:
 
     try:
         with ExitStack() as hooks, evaluating(model), torch.no_grad():
-            hooks.enter_context(torch.random.fork_rng(devices=[]))
+            hooks.enter_context(forked())
             for module in model.modules():
                 if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
                     hooks.callback(module.register_forward_pre_hook(look).remove)

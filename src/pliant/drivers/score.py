@@ -20,6 +20,7 @@ from pliant.data.sources import moved
 from pliant.data.splits import Split
 from pliant.data.task import Task, main_output
 from pliant.errors import DataError, ModelError, PliantError
+from pliant.math.alone import forked
 from pliant.math.divergence import divergence
 from pliant.observe.outputs import answers
 from pliant.result import Fidelity
@@ -143,7 +144,7 @@ def scoring(model: nn.Module, task: Task | None) -> Iterator[None]:
             yield
         return
     device = device_of(model)
-    with evaluating(model), torch.random.fork_rng([device] if device.type == "cuda" else []):
+    with evaluating(model), forked([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         for module in model.modules():
             module.training = not isinstance(module, _NormBase | _DropoutNd)
