@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +14,7 @@ from pliant.cost import Example, call, evaluating, tensors
 from pliant.edits.plain import Plain, hidden
 from pliant.math.alone import forked
 from pliant.nn.layers import shared_weights
+from pliant.surgery.graph import slow_attention
 
 CLOSE = 1e-5  # largest difference that rounding may make, relative to the largest output
 
@@ -61,7 +60,7 @@ def _inputs(model: nn.Module, layers: dict[str, nn.Module], example: Example) ->
 
     handles = [m.register_forward_pre_hook(hook(n), with_kwargs=True) for n, m in layers.items()]
     try:
-        with evaluating(model), torch.no_grad(), _unfused():
+        with evaluating(model), torch.no_grad(), slow_attention():
             call(model, example)
     finally:
         for handle in handles:
@@ -71,7 +70,7 @@ def _inputs(model: nn.Module, layers: dict[str, nn.Module], example: Example) ->
 
 def _proven(name: str, module: nn.Module, args: Any, kwargs: Any) -> Plain | None:
     """The edit for one layer, None if it computes something else."""
-    with torch.no_grad(), forked(), _unfused(), evaluating(module):
+    with torch.no_grad(), forked(), slow_attention(), evaluating(module):
         edits = [Plain(name)]
         if not isinstance(module, nn.MultiheadAttention):
             weight = _weight_in_use(module, args, kwargs)
@@ -147,14 +146,3 @@ def _weight_in_use(
     except Exception:
         return None
     return used.found[0] if len(used.found) == 1 else None
-
-
-@contextmanager
-def _unfused() -> Iterator[None]:
-    """Turn off the fused path of attention: it calls no layers."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)

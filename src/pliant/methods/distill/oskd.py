@@ -1,4 +1,7 @@
-"""OSKD: samples of one class that look alike to the network teach one another while it trains."""
+"""OSKD: samples of one class that look alike to the network teach one another while it trains.
+
+The file is long because neighbours are found in four ways, each an option.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""DMNN: every input chooses which paths of which blocks run."""
+"""DMNN: every input chooses which paths of which blocks run.
+
+The file is long because blocks are put in, gated in training, and counted by what runs.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""AD pruning: a layer whose activations are non-zero to 0.4 keeps 0.4 of its channels."""
+"""AD pruning: a layer whose activations are non-zero to 0.4 keeps 0.4 of its channels.
+
+The file is long because densities are measured, averaged and acted on at moments of their own.
+"""
 
 from __future__ import annotations
 
