@@ -13,9 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from pliant.cost import LayerCost, cost, layer_costs
+from pliant.errors import MethodError
 from pliant.families.search.bilevel import choices
 from pliant.latency import LatencyTable
 from pliant.latency.table import input_shape
+from pliant.nn.mobile import MobileNetwork
 from pliant.run import Run
 
 Axis = Literal["params", "macs", "latency"]
@@ -64,6 +66,27 @@ def axis_of(run: Run, by: By) -> Axis:
     if by == "auto":
         return "latency" if run.clock is not None else "macs"
     return by
+
+
+def check_bottlenecks(run: Run, by: By, method: str, network: str) -> None:
+    """Refuse what a search of inverted bottlenecks cannot work on.
+
+    Args:
+        run: about to begin.
+        by: what is counted.
+        method: whose name the refusal gives.
+        network: of the zoo, to begin with.
+
+    Raises:
+        MethodError: the network has no such blocks, or milliseconds have no target.
+    """
+    if not isinstance(run.model, MobileNetwork):
+        raise MethodError(
+            f"{method} searches networks of inverted bottlenecks, not a "
+            f"{type(run.model).__name__}: begin with pliant.zoo.build('{network}')."
+        )
+    if by == "latency" and run.clock is None:
+        raise MethodError(f"{method} counts milliseconds on a target, but none was named.")
 
 
 def expect(run: Run, axis: Axis) -> Expected:

@@ -6,12 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pliant.errors import MethodError
 from pliant.families.search import bilevel as search
 from pliant.families.search import derive, objective, paths, rounding
-from pliant.families.search.expected import By, axis_of
+from pliant.families.search.expected import By, axis_of, check_bottlenecks
 from pliant.method import Method
-from pliant.nn.mobile import MobileNetwork
 from pliant.registry import In, Paper, register
 from pliant.run import Run
 
@@ -59,13 +57,7 @@ class KWSNAS(Method):
     rounding: Literal["during", "after"] = "during"  # the training, or at its end only
 
     def refuse(self, run: Run) -> None:
-        if not isinstance(run.model, MobileNetwork):
-            raise MethodError(
-                "kws_nas searches networks of inverted bottlenecks, not a "
-                f"{type(run.model).__name__}: begin with pliant.zoo.build('kws-search')."
-            )
-        if self.by == "latency" and run.clock is None:
-            raise MethodError("kws_nas counts milliseconds on a target, but none was named.")
+        check_bottlenecks(run, self.by, "kws_nas", "kws-search")
 
     def prepare(self, run: Run) -> None:
         if search.choices(run.model):

@@ -5,13 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pliant.errors import MethodError
 from pliant.families.search import bilevel as search
 from pliant.families.search import derive, objective, paths
-from pliant.families.search.expected import By, axis_of
+from pliant.families.search.expected import By, axis_of, check_bottlenecks
 from pliant.families.search.schedule import temper
 from pliant.method import Method
-from pliant.nn.mobile import MobileNetwork
 from pliant.registry import In, Paper, register
 from pliant.run import Run
 from pliant.surgery.redraw import redraw
@@ -61,13 +59,7 @@ class VPUNAS(Method):
     weights: Literal["kept", "fresh"] = "kept"
 
     def refuse(self, run: Run) -> None:
-        if not isinstance(run.model, MobileNetwork):
-            raise MethodError(
-                "vpu_nas searches networks of inverted bottlenecks, not a "
-                f"{type(run.model).__name__}: begin with pliant.zoo.build('vpu-search')."
-            )
-        if self.by == "latency" and run.clock is None:
-            raise MethodError("vpu_nas counts milliseconds on a target, but none was named.")
+        check_bottlenecks(run, self.by, "vpu_nas", "vpu-search")
 
     def prepare(self, run: Run) -> None:
         search.begin(run, self._plan(), "vpu_nas")
