@@ -41,10 +41,6 @@ class DiscriminantInformation(ChannelPruning):
     step; the ridge follows the scale of the features. Channels that meet in a sum leave together,
     by the sum of their scores. Distillation is left to other methods.
 
-    As a ranking alone it was no better than chance where it was measured: without half of the
-    channels of each layer, and untrained since, three-layer networks for 8x8 digits were right on
-    77.5 % by it, 77.5 % by lot and 83.3 % by l1 norms (means of 8 seeds).
-
     *Measured* (bench ``prune-family``): with 50 % of its multiply-accumulates, trained for 2 epochs
     on 2,000 images, ResNet-20 was right on 71.1 % by ``discriminant_information(search="none",
     samples=512)`` and on 69.2 % by ``magnitude`` (means of 2 seeds; the difference is within the
