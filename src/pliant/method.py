@@ -127,6 +127,6 @@ HOOKS = (
 """The names of the hooks, in the order in which a run calls them."""
 
 
-def uses(method: Hooks, hook: str) -> bool:
+def uses(method: Hooks[Run], hook: str) -> bool:
     """Say whether a method, or any part of a composed one, overrides a hook."""
     return method.uses(hook)

@@ -21,7 +21,7 @@ from pliant.api.report import cuts, layer_rows, side, timed, versions, where_tim
 from pliant.api.verdict import judge, said
 from pliant.budget import LOSE, Budget
 from pliant.compose import Stage, bounds, check_axes, resolve
-from pliant.cost import Example, as_example, bare, cost, counted
+from pliant.cost import Example, as_example, bare, cost, counted, device_of
 from pliant.data import Data, Train, unpack
 from pliant.data.ready import Metrics, task_of
 from pliant.data.splits import Split
@@ -31,7 +31,7 @@ from pliant.drivers.check import check_call, check_data
 from pliant.drivers.devices import own_randomness
 from pliant.drivers.lock import owned
 from pliant.drivers.loop import Watch, epochs_of, evaluate, fit
-from pliant.drivers.score import Score, device_of, fidelity
+from pliant.drivers.score import Score, fidelity
 from pliant.drivers.settle import settle
 from pliant.edits import from_json, to_json
 from pliant.edits import sizes as elastic

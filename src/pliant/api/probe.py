@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from pliant.api.solve import randomness
+from pliant.cost import device_of
 from pliant.data import Data, unpack
 from pliant.data.asking import in_memory
 from pliant.drivers.devices import own_randomness
-from pliant.drivers.score import device_of, evaluate
+from pliant.drivers.score import evaluate
 from pliant.errors import DataError, ModelError
 from pliant.families.analyze.inputs import shown as split_of
 from pliant.observe.finite import check_weights

@@ -21,7 +21,17 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pliant.cost.call import Example, as_example, bare, call, evaluating, fitted, mapped, tensors
+from pliant.cost.call import (
+    Example,
+    as_example,
+    bare,
+    call,
+    device_of,
+    evaluating,
+    fitted,
+    mapped,
+    tensors,
+)
 from pliant.cost.macs import OWN, Formula, Packed, formula_of, products
 from pliant.cost.owned import FLOAT, itemsize, numbers, own, stored_bytes, subtree
 from pliant.cost.sample import Samples, counted, one_sample, repeated, samples_of
@@ -39,6 +49,7 @@ __all__ = [
     "cost",
     "count",
     "counted",
+    "device_of",
     "evaluating",
     "fitted",
     "layer_costs",

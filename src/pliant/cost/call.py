@@ -10,6 +10,7 @@ from dataclasses import fields, is_dataclass
 from itertools import chain
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
@@ -30,13 +31,19 @@ def call(model: nn.Module, example: Example) -> Any:
     They are copied, since a model may write into what it reads. How the model takes them is asked
     of its `forward`: see `fitted`.
     """
-    device = next((t.device for t in chain(model.parameters(), model.buffers())), None)
+    device = device_of(model)
 
     def move(tensor: Tensor) -> Tensor:
         return tensor.to(device, copy=True)
 
     given = mapped(move, fitted(model, example), lambda thing: _moved_copy(thing, device))
     return model(**given) if isinstance(given, Mapping) else model(*given)
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Say where a model's tensors are; on the CPU if it has none."""
+    held = chain(model.parameters(), model.buffers())
+    return next((tensor.device for tensor in held), torch.device("cpu"))
 
 
 def mapped(

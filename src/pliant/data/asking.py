@@ -15,20 +15,25 @@ from torch.utils.data import DataLoader
 
 from pliant.cost import Example, call, evaluating, tensors
 from pliant.cost.call import is_named
+from pliant.data.sound import check_pair
 from pliant.data.sources import (
     Batches,
     Columns,
     Grouped,
+    Indexed,
     Items,
     Kept,
     Loose,
+    Source,
     Tensors,
     is_indexed,
     is_pair,
     seeded,
     unpack,
 )
+from pliant.data.streams import last_tenth
 from pliant.data.together import UnevenError, as_tensor, listed, together
+from pliant.errors import DataError
 from pliant.math.alone import forked
 
 SPLITS = {"train": ("train",), "val": ("validation", "val", "valid", "dev"), "test": ("test",)}
@@ -160,6 +165,61 @@ def named_splits(data: Any) -> dict[str, Any]:
         return {}
     found = {split: [n for n in known if n in data] for split, known in SPLITS.items()}
     return {split: data[known[0]] for split, known in found.items() if known}
+
+
+def splits_of(data: Any, seed: int) -> dict[str, Any]:
+    """Divide what users have into fields of `Data`: see `Data.of`.
+
+    Raises:
+        DataError: it is nothing that holds samples.
+    """
+    if data is None:
+        return {}
+    if parts := named_splits(data):
+        return parts
+    part = in_memory(data)
+    if isinstance(part, Tensors):
+        check_pair("train", part.inputs, part.labels)
+        return {**_divided(part, seed), "classes": classes_of(part.labels)}
+    if isinstance(part, Columns | Items):
+        return _divided(part, seed)
+    if isinstance(data, list | PackedSequence):
+        return {"train": Loose(data if isinstance(data, list) else [data], seed)}
+    if is_indexed(data) and not isinstance(data, tuple):
+        return _divided(Items(data), seed)
+    if isinstance(data, Iterable) and not isinstance(data, str | bytes | Tensor | Mapping):
+        return {"train": data}
+    raise DataError(
+        "Data must be a Data, a tensor of inputs, a pair of tensors (inputs, labels), a mapping or "
+        "tuple of tensors with a row for every sample, a list, a data set, a DataLoader or a "
+        f"generator, not {type(data).__name__}; pliant.data.load makes one from a name or a folder."
+    )
+
+
+def source_of(
+    part: Any, mean: tuple[float, ...] = (), std: tuple[float, ...] = (), *, crop_flip: bool = False
+) -> Source:
+    """Say what a split is: tensors, items with an index, or batches.
+
+    Args:
+        part: the split as the user gave it.
+        mean: of images in memory, to normalise them by.
+        std: likewise.
+        crop_flip: whether images in memory can be moved and mirrored.
+    """
+    if isinstance(part, Tensors | Columns | Items | Batches):
+        return part
+    inside = in_memory(part)
+    if isinstance(inside, Tensors):
+        return Tensors(inside.inputs, inside.labels, mean, std, crop_flip)
+    if inside is not None:
+        return inside
+    plain = isinstance(part, list | tuple | Loose | Grouped)
+    return Items(part) if is_indexed(part) and not plain else Batches(part)
+
+
+def _divided(source: Indexed, seed: int) -> dict[str, Any]:
+    return dict(zip(("train", "val"), last_tenth(source, seed), strict=True))
 
 
 def classes_of(labels: Tensor | None) -> int:

@@ -215,3 +215,17 @@ def planned(
             "pliant.start(..., data=data, epochs=..., batch=...)."
         )
     return Epochs(data, count, batch, seed, change, *ranks())
+
+
+def check_epoch(epochs: Epochs | None, number: int, method: str) -> None:
+    """See that a loop trains on the batches that a method chose for an epoch.
+
+    Raises:
+        MethodError: it trains on others.
+    """
+    if epochs is None or epochs.at != number:
+        raise MethodError(
+            f"{method} chooses samples, batch size and learning rate of every epoch, but epoch "
+            f"{number} trains on other batches: call pliant.start(..., data=data, epochs=..., "
+            "batch=...) and take the batches of each epoch from run.batches()."
+        )

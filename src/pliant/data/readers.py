@@ -24,7 +24,8 @@ from pliant.data.images import FREE, GROWTH, decode, inside
 from pliant.data.layout import layout
 from pliant.data.pixels import alike, check_size
 from pliant.data.sources import Tensors, generator
-from pliant.data.splits import Data, last_tenth
+from pliant.data.splits import Data
+from pliant.data.streams import last_tenth
 from pliant.errors import DataError, MissingExtraError, PliantError, require
 
 # What pretrained networks for colour images expect.

@@ -1,9 +1,13 @@
 """Whether data can be trained on: each refusal says what is wrong and what to do."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from pliant.data.sources import IGNORED
+from pliant.cost import tensors
+from pliant.data.sources import IGNORED, unpack
 from pliant.errors import DataError
 
 
@@ -58,3 +62,25 @@ def check_finite(split: str, inputs: list[Tensor]) -> None:
             f"Inputs of the {split} split must be finite, but {int(rows.sum())} samples hold NaN "
             f"or infinity, the first is number {int(rows.nonzero()[0])}; remove or mend them."
         )
+
+
+def first_batch(split: str, batches: Iterable[Any]) -> tuple[list[Tensor], Any]:
+    """Return inputs and labels of the first batch; refuse a split that gives no tensors."""
+    batch = next(iter(batches), None)
+    example, labels = unpack(batch)
+    inputs = list(tensors(example))
+    if not inputs:
+        raise DataError(
+            f"The {split} split must give batches of tensors, but its first batch is "
+            f"{'missing' if batch is None else type(batch).__name__}; check the loader."
+        )
+    return inputs, labels
+
+
+def check_split(split: str, inputs: list[Tensor], labels: Any, classes: int | None) -> None:
+    """Refuse what cannot be trained on; the range of classes is not looked at if they are None."""
+    check_finite(split, inputs)
+    if isinstance(labels, Tensor):
+        check_real(split, labels)
+        if classes is not None:
+            check_range(split, labels, classes)

@@ -1,37 +1,30 @@
 """`Data`: three splits of samples, and their batches as a pure function of (seed, epoch)."""
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
 
-from pliant.cost import Example, counted, one_sample, tensors
-from pliant.data.asking import classes_of, in_memory, named_splits, once_only, read, runs
-from pliant.data.sound import check_finite, check_pair, check_range, check_real
+from pliant.cost import Example, counted, one_sample
+from pliant.data.asking import once_only, read, runs, source_of, splits_of
+from pliant.data.sound import check_pair, check_split, first_batch
 from pliant.data.sources import (
     Batches,
-    Columns,
-    Grouped,
     Indexed,
     Items,
     Kept,
     Loose,
     Source,
     Tensors,
-    gather,
     generator,
-    is_indexed,
     key_of,
     rows_of_rank,
-    seeded,
-    under,
     unpack,
 )
+from pliant.data.streams import cut, drawn, last_tenth, made, most, prepared
 from pliant.errors import DataError
 
 Split = Literal["train", "val", "test"]
@@ -104,31 +97,7 @@ class Data:
         Raises:
             DataError: something else came, or inputs and labels do not fit.
         """
-        if isinstance(data, Data):
-            return data
-        if data is None:
-            return Data()
-        if parts := named_splits(data):
-            return Data(**parts)
-        part = in_memory(data)
-        if isinstance(part, Tensors):
-            check_pair("train", part.inputs, part.labels)
-            train, val = last_tenth(part, seed)
-            return Data(train, val, classes=classes_of(part.labels))
-        if isinstance(part, Columns | Items):
-            return Data(*last_tenth(part, seed))
-        if isinstance(data, list | PackedSequence):
-            return Data(Loose(data if isinstance(data, list) else [data], seed))
-        if is_indexed(data) and not isinstance(data, tuple):
-            return Data(*last_tenth(Items(data), seed))
-        if isinstance(data, Iterable) and not isinstance(data, str | bytes | Tensor | Mapping):
-            return Data(data)
-        raise DataError(
-            "Data must be a Data, a tensor of inputs, a pair of tensors (inputs, labels), a "
-            "mapping or tuple of tensors with a row for every sample, a list, a data set, a "
-            f"DataLoader or a generator, not {type(data).__name__}; pliant.data.load makes one "
-            "from a name or a folder."
-        )
+        return data if isinstance(data, Data) else Data(**splits_of(data, seed))
 
     @property
     def class_count(self) -> int:
@@ -147,18 +116,7 @@ class Data:
             what a data set does to its items nobody can tell.
         """
         source = self.source("train") if self.has("train") else None
-        if not isinstance(source, Tensors):
-            return {}
-        image = source.inputs.dtype == torch.uint8 and source.inputs.dim() == 4
-        scaled = "scaled to 0..1" if image else ""
-        if self.mean:
-            numbers = (", ".join(f"{v:.4g}" for v in row) for row in (self.mean, self.std))
-            scaled += "{}mean {}, deviation {}".format("; " if scaled else "", *numbers)
-        return {
-            "resized": "x".join(map(str, self.resized)) or "no",
-            "normalized": scaled or "no",
-            "augmented": self.augment if self.augment != "none" else "no",
-        }
+        return prepared(source, self.resized) if isinstance(source, Tensors) else {}
 
     def size(self, split: Split = "train") -> int | None:
         """Count the samples of a split; None where a loader cannot tell."""
@@ -192,9 +150,7 @@ class Data:
     def batch_size(self, asked: int) -> int:
         """Return the samples of a training batch: those asked for, or a loader's own."""
         source = self.source("train")
-        if isinstance(source, Items):
-            return min(asked, source.most or asked)
-        return (source.batch_size if isinstance(source, Batches) else None) or asked
+        return (source.batch_size if isinstance(source, Batches) else None) or most(source, asked)
 
     def steps(self, batch_size: int, world: int = 1, *, rows: Tensor | None = None) -> int:
         """Count the training batches that each of `world` processes gets in an epoch.
@@ -209,7 +165,7 @@ class Data:
         if isinstance(source, Batches) and rows is None:
             return source.steps(world)
         count = len(self.indexed("train")) if rows is None else len(rows)
-        return math.ceil(math.ceil(count / world) / self._at_most("train", batch_size))
+        return math.ceil(math.ceil(count / world) / most(source, batch_size))
 
     def batches(
         self,
@@ -261,11 +217,11 @@ class Data:
             if shuffle:
                 order = order[torch.randperm(len(order), generator=generator(key))]
             mine = rows_of_rank(order, rank, world, even=split == "train")
-            batch_size = self._at_most(split, batch_size)
-            return _batches(source, list(mine.split(batch_size)), moves, key, start)
+            batch_size = most(source, batch_size)
+            return made(source, list(mine.split(batch_size)), moves, key, start)
         batches = source.epoch(key, epoch, rank, world)
         stop = source.steps(world) if split == "train" and world > 1 else None
-        return _slice(batches, start, stop)
+        return cut(batches, start, stop)
 
     def sample(self, count: int, *, seed: int = 0) -> Any:
         """Draw training inputs at random, without labels and augmentation, for calibration.
@@ -282,7 +238,7 @@ class Data:
             A tensor (count, ...), a mapping of tensors where batches are mappings, or a tuple
             where there are several inputs.
         """
-        inputs = self._inputs(count, seed, shuffle=True)
+        inputs = drawn(self.source("train"), count, seed, shuffle=True)
         return inputs if isinstance(inputs, Mapping) or len(inputs) > 1 else inputs[0]
 
     def calibration(self, count: int, *, batch: int = 128, seed: int = 0) -> list[Example]:
@@ -322,7 +278,7 @@ class Data:
         Returns:
             A tuple, or a mapping of keyword arguments where batches are mappings.
         """
-        return self._inputs(batch, 0, shuffle=False)
+        return drawn(self.source("train"), batch, 0, shuffle=False)
 
     def example_for(self, model: nn.Module) -> Example:
         """Give the first training sample, or the first batch where the network takes no less.
@@ -366,13 +322,8 @@ class Data:
         Raises:
             DataError: a count below 1, or a split that is a loader.
         """
-        wanted: tuple[tuple[Split, int | None], ...] = (
-            ("train", train),
-            ("val", val),
-            ("test", test),
-        )
         parts: dict[str, Any] = {}
-        for split, count in wanted:
+        for split, count in zip(get_args(Split), (train, val, test), strict=True):
             if count is None:
                 continue
             source = self.source(split)
@@ -419,25 +370,10 @@ class Data:
             source = self.source(split)
             if isinstance(source, Tensors):
                 check_pair(split, source.inputs, source.labels)
-                inputs, labels = [source.inputs], source.labels
+                found = [source.inputs], source.labels
             else:
-                inputs, labels = self._first_batch(split)
-            check_finite(split, inputs)
-            if isinstance(labels, Tensor):
-                check_real(split, labels)
-                if labelled:
-                    check_range(split, labels, classes or self.class_count)
-
-    def _first_batch(self, split: Split) -> tuple[list[Tensor], Any]:
-        batch = next(iter(self.batches(split, 2)), None)
-        example, labels = unpack(batch)
-        inputs = list(tensors(example))
-        if not inputs:
-            raise DataError(
-                f"The {split} split must give batches of tensors, but its first batch is "
-                f"{'missing' if batch is None else type(batch).__name__}; check the loader."
-            )
-        return inputs, labels
+                found = first_batch(split, self.batches(split, 2))
+            check_split(split, *found, (classes or self.class_count) if labelled else None)
 
     def source(self, split: Split) -> Source:
         """Return what a split is: tensors, items with an index, or batches.
@@ -451,20 +387,7 @@ class Data:
                 f"This needs the split {split!r}, but data {self.name!r} has only "
                 f"{[s for s in get_args(Split) if self.has(s)]}; give it to Data."
             )
-        if isinstance(part, Tensors | Columns | Items | Batches):
-            return part
-        inside = in_memory(part)
-        if isinstance(inside, Tensors):
-            crop_flip = self.augment == "crop-flip"
-            return Tensors(inside.inputs, inside.labels, self.mean, self.std, crop_flip)
-        if inside is not None:
-            return inside
-        plain = isinstance(part, list | tuple | Loose | Grouped)
-        return Items(part) if is_indexed(part) and not plain else Batches(part)
-
-    def _at_most(self, split: Split, batch: int) -> int:
-        source = self.source(split)
-        return min(batch, (source.most if isinstance(source, Items) else None) or batch)
+        return source_of(part, self.mean, self.std, crop_flip=self.augment == "crop-flip")
 
     def _first(self) -> Example:
         """The inputs of the first batch, as it is."""
@@ -472,42 +395,3 @@ class Data:
         if batch is None:
             raise DataError("The train split must hold samples, but it is empty; add some.")
         return unpack(batch)[0]
-
-    def _inputs(self, count: int, seed: int, *, shuffle: bool) -> Example:
-        source: Source | None = self.source("train")
-        if isinstance(source, Batches):
-            stream = source.loader
-            source = source.items(seed)
-            if source is None:
-                return gather((unpack(batch)[0] for batch in seeded(stream, seed)), count)
-        assert source is not None and not isinstance(source, Batches)
-        order = torch.arange(len(source))
-        if shuffle:
-            order = order[torch.randperm(len(source), generator=generator(seed))]
-        order = order[: self._at_most("train", count)]
-        return unpack(next(_batches(source, [order], None, seed)))[0]
-
-
-def last_tenth(source: Indexed, seed: int) -> tuple[Any, Any]:
-    """Divide a source by a seeded permutation: nine tenths, and the last tenth or None."""
-    order = torch.randperm(len(source), generator=generator(seed))
-    first = len(order) - len(order) // 10
-    rest = source.take(order[first:]) if first < len(order) else None
-    return source.take(order[:first]), rest
-
-
-def _batches(
-    source: Indexed, chunks: list[Tensor], moves: Tensor | None, key: int, start: int = 0
-) -> Iterator[Any]:
-    """Make the batches from one on; each of a data set has a random state of its own."""
-    for number, rows in enumerate(chunks[start:], start):
-        batch = partial(source.batch, rows, None if moves is None else moves[rows])
-        yield batch() if isinstance(source, Tensors) else under(key_of(key, number), batch)
-
-
-def _slice(batches: Iterator[Any], start: int, stop: int | None) -> Iterator[Any]:
-    for number, batch in enumerate(batches):
-        if stop is not None and number >= stop:
-            return
-        if number >= start:
-            yield batch

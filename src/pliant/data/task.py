@@ -7,16 +7,16 @@ other is a loss and metrics of one's own.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pliant.cost import Example
+from pliant.cost import Example, counted
 from pliant.data.measures import Metric
-from pliant.data.sources import unpack
+from pliant.data.sources import moved, unpack
 from pliant.errors import DataError, MethodError, ModelError
 from pliant.observe.outputs import answers, logits
 
@@ -64,6 +64,11 @@ class Task:
         """Whether there is a loss for every sample or label."""
         return self.feeds is None and "reduction" in parameters(self.loss)
 
+    @property
+    def judges(self) -> bool:
+        """Whether its loss, and not only its outputs, tells what matters to the user."""
+        return self.name in ("custom", "own") and self.loss is not None and not self.trains
+
     def inputs(self, batch: Any) -> Example:
         """Return what the network is called with for a batch."""
         inputs, labels = unpack(batch)
@@ -96,6 +101,15 @@ class Task:
                 "take its mean."
             )
         return found if reduction != "mean" else found.reshape(())
+
+    def summed(self, items: Sequence[Any], device: torch.device) -> Callable[[int, Any], Tensor]:
+        """Return a function of a batch's number and its output: the loss summed over samples."""
+        sizes = [counted(unpack(item)[0]) for item in items]
+
+        def loss(number: int, output: Any) -> Tensor:
+            return self.total(output, moved(items[number], device)) * sizes[number]
+
+        return loss
 
 
 def main_output(output: Any) -> Tensor:

@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pliant.cost import evaluating
+from pliant.cost import device_of, evaluating
 from pliant.data import Data, unpack
-from pliant.drivers.score import device_of, forward, moved
+from pliant.drivers.score import forward, moved
 from pliant.errors import DataError, MethodError, PliantError, TrainingError
 from pliant.run import Run
 

@@ -125,7 +125,7 @@ def fit(
 
 
 def epochs_of(
-    method: Hooks, data: Data, train: Train, *, seed: int, rank: int = 0, world: int = 1
+    method: Hooks[Run], data: Data, train: Train, *, seed: int, rank: int = 0, world: int = 1
 ) -> Epochs:
     """Plan the epochs of a training with a method: what each trains on, and all its steps."""
     change = method.epoch if method.uses("epoch") else None

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from pliant.cost import Example, call, counted, evaluating
+from pliant.cost import Example, call, counted, device_of, evaluating
 from pliant.data import Data, unpack
 from pliant.data.guess import guess, squashed
 from pliant.data.measures import Metric
@@ -204,11 +204,6 @@ def distillation(output: Any, teacher: Any, temperature: float, task: Task | Non
         for one, other in zip(answers(output), answers(teacher), strict=True)
     ]
     return torch.stack(gaps).sum()
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Say where a model's parameters are."""
-    return next((p.device for p in model.parameters()), torch.device("cpu"))
 
 
 # ---------------------------------------------------------------- beside the dense network

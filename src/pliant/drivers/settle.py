@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pliant.cost import counted, evaluating
+from pliant.cost import counted, device_of, evaluating
 from pliant.data import Data, unpack
 from pliant.data.classes import binary_loss, binary_view, class_loss, class_view
 from pliant.data.guess import axis_of, guess, squashed
@@ -17,7 +17,7 @@ from pliant.data.ready import classification, fed
 from pliant.data.sources import Tensors, moved
 from pliant.data.splits import Split
 from pliant.data.task import Task, labels_of, main_output, own_loss
-from pliant.drivers.score import device_of, forward, scoring
+from pliant.drivers.score import forward, scoring
 from pliant.errors import DataError, MethodError, ModelError, PliantError
 from pliant.run import Run
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pliant.edits import Replaced
-from pliant.errors import TrainingError
+from pliant.errors import MethodError, TrainingError
 
 Optimizers = Optimizer | Sequence[Optimizer] | None
 """What a caller may have: one optimizer, several, or none."""
@@ -38,6 +38,19 @@ def check_holds(model: nn.Module, optimizers: Optimizers) -> None:
                 f"The {type(optimizer).__name__} holds no parameter of the network, a "
                 f"{type(model).__name__}; make it from this very network, after it was copied."
             )
+
+
+def check_rate(rate: float, optimizers: Optimizers, method: str) -> None:
+    """See that there is an optimizer whose learning rate a method can multiply.
+
+    Raises:
+        MethodError: there is none, and the factor is not 1.
+    """
+    if rate != 1 and not several(optimizers):
+        raise MethodError(
+            f"{method} multiplies the learning rate, but the run has no optimizer: hand it over, "
+            "pliant.start(..., optimizer=optimizer) or run.optimizer = optimizer."
+        )
 
 
 def carry(optimizers: Optimizers, replaced: Replaced, names: Names | None = None) -> None:

@@ -1,4 +1,7 @@
-"""One compression in progress: everything that changes, and the calls of a training loop."""
+"""The run itself.
+
+Longer than other files: a loop and a method find all that they may call in one place.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,83 +17,33 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from pliant.budget import Budget
-from pliant.cost import Cost, Example, LayerCost, as_example, bare, count, counted, fitted
-from pliant.data import Data, Epoch, unpack
+from pliant.cost import Cost, Example, LayerCost, device_of
+from pliant.data import Data, unpack
 from pliant.data.criterion import Reduction, weighted
-from pliant.data.digest import digest_of
 from pliant.data.draws import Draws, ranks
-from pliant.data.epochs import Epochs, planned
+from pliant.data.epochs import Epochs, check_epoch
 from pliant.data.guess import guess, task_loss
-from pliant.data.ready import Metrics, task_of
 from pliant.data.sources import moved
 from pliant.data.task import Task
 from pliant.edits import Edit, Replaced, from_json, made, note, to_json
-from pliant.errors import (
-    BudgetError,
-    DataError,
-    MethodError,
-    ModelError,
-    PliantError,
-    TrainingError,
-)
-from pliant.latency import Where
+from pliant.errors import BudgetError, DataError, PliantError, TrainingError
 from pliant.latency.clock import Clock
 from pliant.nn.layers import Factorizable
 from pliant.observe.aside import Aside, Removable
-from pliant.observe.finite import check_example, check_weights
 from pliant.observe.order import called_by
 from pliant.observe.outputs import logits
 from pliant.plan.planner import Planner
-from pliant.registry import check_options
+from pliant.run.ended import unended
+from pliant.run.hooks import Hooks
 from pliant.surgery.batchnorm import recalibrate
 from pliant.surgery.followers import Followers
-from pliant.surgery.optim import Optimizers, add_gradient, cancel_decay, check_holds
+from pliant.surgery.optim import Optimizers, add_gradient, cancel_decay, check_rate
 from pliant.surgery.plain import plain
 from pliant.surgery.select import factorizable, leave_unused, readable
 
 ROUTED = 256  # samples that may call layers to which one sample is not routed
 Loss = Callable[[int, Any], Tensor]
 RECALIBRATED = 2048  # samples from which batch norms are re-estimated
-
-
-class Hooks(Protocol):
-    """What a run calls: see `pliant.method.Method`, which does nothing at each of these moments."""
-
-    def uses(self, hook: str, /) -> bool:
-        """Whether it does something at one of them."""
-
-    def refuse(self, run: Run, /) -> None:
-        """Before any work."""
-
-    def epoch(self, epoch: Epoch, data: Data, /) -> Epoch:
-        """Before an epoch, and before all of them."""
-
-    def weigh(self, run: Run, losses: Tensor, output: Any, batch: Any, /) -> Tensor | None:
-        """When a batch has gone through the network, before its loss is one number."""
-
-    def resume(self, run: Run, state: Mapping[str, Any], edits: Sequence[Edit], /) -> None:
-        """Before a saved state is loaded."""
-
-    def prepare(self, run: Run, /) -> None:
-        """Before training."""
-
-    def loss(self, run: Run, loss: Tensor, output: Any, batch: Any, /) -> Tensor:
-        """When a batch has gone through the network."""
-
-    def penalty(self, run: Run, /) -> Tensor | None:
-        """Before the step."""
-
-    def before_step(self, run: Run, /) -> None:
-        """When gradients are complete."""
-
-    def after_step(self, run: Run, /) -> None:
-        """When weights have moved."""
-
-    def after_epoch(self, run: Run, /) -> None:
-        """When one pass over the data is over."""
-
-    def finalize(self, run: Run, /) -> None:
-        """At the end."""
 
 
 @dataclass
@@ -127,7 +80,7 @@ class Run:
     """
 
     model: nn.Module
-    method: Hooks
+    method: Hooks[Run]
     planner: Planner
     data: Data | None
     steps: int
@@ -292,7 +245,8 @@ class Run:
         """
         self.begun, whole = True, not self.aside.path  # not a view of a part
         if whole and self.method.uses("epoch"):
-            self._check_epoch()
+            check_epoch(self.epochs, self.epoch, type(self.method).__name__)
+            check_rate(self._rate(), self.optimizers, type(self.method).__name__)
         with torch.enable_grad():
             penalty = self.method.penalty(self)
         if isinstance(penalty, Tensor) and penalty.requires_grad:  # a sum over nothing is a 0
@@ -339,7 +293,11 @@ class Run:
             finally:
                 self.close()
             self.finished = True
-            self._check_end(done, strict=strict)
+            late = [edit.layer for edit in self.edits[done:]]
+            if said := self._unended(late):
+                if strict:
+                    raise TrainingError(said)
+                warnings.warn(said, stacklevel=2)
         after = self.planner.measured()
         if strict and (misses := self.misses(after)):
             raise BudgetError(f"The result misses the budget: {'; '.join(misses)}.")
@@ -392,7 +350,7 @@ class Run:
             self.method.resume(self, saved["state"], edits)
         self.replay(edits)
         self.step, self.epoch, self.finished = saved["step"], saved["epoch"], saved["finished"]
-        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        device = device_of(self.model)
         self.state.clear()
         self.state.update(_copied(saved["state"], device))
         self.log[:] = list(saved["log"])
@@ -432,17 +390,10 @@ class Run:
             the loss summed over samples.
         """
         task = self.task
-        given = task is not None and task.name in ("custom", "own") and not task.trains
-        if not given or task is None or task.loss is None or self.data is None:
+        if task is None or not task.judges or self.data is None:
             return self.inputs(samples, batch=batch, seed=seed), None
         items = self.data.calibration_batches(samples, batch=batch, seed=self.seed + seed)
-        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
-        sizes = [counted(unpack(item)[0]) for item in items]
-
-        def loss(number: int, output: Any) -> Tensor:
-            return task.total(output, moved(items[number], device)) * sizes[number]
-
-        return [task.inputs(item) for item in items], loss
+        return [task.inputs(item) for item in items], task.summed(items, device_of(self.model))
 
     @property
     def has_inputs(self) -> bool:
@@ -556,7 +507,7 @@ class Run:
         place = self.state.get("drawn", [])
         batch, self.state["drawn"] = known[0].take(place, count, epoch=number, rows=rows)
         inputs, labels = unpack(batch)
-        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        device = device_of(self.model)
         return moved(inputs, device), moved(labels, device)
 
     def limits(self) -> dict[str, float]:
@@ -629,158 +580,15 @@ class Run:
             return 1.0
         return self.epochs[min(self.began[1] + self.epoch, self.epochs.last)].rate
 
-    def _check_epoch(self) -> None:
-        """See that the loop trains on what the method chose."""
-        name = type(self.method).__name__
-        if self.epochs is None or self.epochs.at != self.epoch:
-            raise MethodError(
-                f"{name} chooses samples, batch size and learning rate of every epoch, but epoch "
-                f"{self.epoch} trains on other batches: call pliant.start(..., data=data, "
-                "epochs=..., batch=...) and take the batches of each epoch from run.batches()."
-            )
-        if self._rate() != 1 and not self.optimizers:
-            raise MethodError(
-                f"{name} multiplies the learning rate, but the run has no optimizer: hand it over, "
-                "pliant.start(..., optimizer=optimizer) or run.optimizer = optimizer."
-            )
-
     def _ahead(self) -> float:
         """By how much the next step multiplies the rates that the optimizers have now."""
         return 1.0 if self.followers.stepping else self._rate()
 
-    def _check_end(self, done: int, *, strict: bool) -> None:
-        """Say what was still to be done in the training when it ended too early."""
-        late = [edit.layer for edit in self.edits[done:]]
-        ended = self.step >= self.steps or not (self.begun or self.step)  # or was never trained
-        if ended or not (late or self.unended):
-            return
-        found = list(self.unended)
-        if late:
-            more = f" and {len(late) - 1} more layers were" if late[1:] else " was"
-            found.insert(0, f"{late[0]}{more} changed when it was over and never trained since")
-        said = (
-            f"The run was started for {self.steps} steps of the optimizer, but the training ended "
-            f"after {self.step}: {'; '.join(found)}. Gradients that accumulate over several "
-            "batches make one step: start the run for the steps that are taken, or, if it was "
-            "ended early on purpose, take the result by finish(strict=False)."
-        )
-        if strict:
-            raise TrainingError(said)
-        warnings.warn(said, stacklevel=3)
-
-
-def start(
-    model: nn.Module,
-    method: Hooks,
-    budget: Budget | None = None,
-    *,
-    data: Data | None = None,
-    example: Example = (),
-    optimizer: Optimizers = None,
-    steps: int = 0,
-    epochs: float = 0,
-    batch: int = 0,
-    criterion: Callable[..., Tensor] | None = None,
-    task: Task | str | None = None,
-    loss: Callable[..., Tensor] | None = None,
-    metrics: Metrics | None = None,
-    copies: Sequence[nn.Module] = (),
-    seed: int = 0,
-    target: Where | None = None,
-    saved: Mapping[str, Any] | None = None,
-) -> Run:
-    """Begin to compress ``model`` in place, and prepare the method.
-
-    Args:
-        model: any network.
-        method: a ``Method``; ``pliant.method("nrmf")`` builds one from its name.
-        budget: what the result may cost.
-        data: for methods that calibrate on data.
-        example: inputs of one forward call, (input,) or by name; taken from ``data`` if not given.
-        optimizer: hand it over, or all of several, and its state follows every edit.
-        steps: optimizer steps that your loop will take; methods schedule themselves by it. If it
-            is not given, the batches of all epochs.
-        epochs: of your loop, for methods that choose the data of each: see `Run.batches`.
-        batch: samples of a batch in your loop, unless the method says otherwise.
-        criterion: your loss, from outputs and labels, for methods that compute it on samples of
-            their own; cross-entropy or squared error, by the labels, if None.
-        task: what the network is for, such as ``"segmentation(void=255)"``; see `Task`. The first
-            batch of `Run.task_loss` tells it if None, where there is no doubt.
-        loss: in place of the task's: a function of (output, batch) to a number.
-        metrics: by name, each (function of (output, batch), "higher" or "lower") or a `Metric`.
-        copies: networks that follow every edit, such as an average of the weights.
-        seed: for everything random in the method.
-        target: where milliseconds are measured, text and functions included; a latency in the
-            budget needs one.
-        saved: the ``state_dict`` to be loaded next: plans are made of the times measured then.
-
-    Raises:
-        BudgetError: the budget is malformed, or bounds latency without a target.
-        MethodError: the target is none, the method refuses, an option of it is out of range, or
-            there is no such task.
-        TrainingError: an optimizer holds nothing of the network.
-        ModelError: there is neither data nor example, the model fails on it, or a weight is not
-            finite.
-        DataError: the example has no row, or is not finite.
-    """
-    check_options(method)
-    known = task_of(task, loss, metrics)
-    if known is not None and known.loss is not None and method.uses("weigh") and not known.weighs:
-        raise MethodError(
-            f"{type(method).__name__} weighs samples, so it needs a loss for each of them: write "
-            'the loss as a function of (output, batch, reduction="mean") that takes "none" too.'
-        )
-    model, given = bare(model), as_example(example)
-    if data is not None:
-        data = data.read_by(model)
-    if not given:
-        if data is None:
-            raise ModelError(
-                "Counting needs the inputs of one forward call: give example=(inputs,) or data."
-            )
-        given = data.example_for(model)
-    example = fitted(model, given)
-    check_weights(model)
-    check_example(example)
-    check_holds(model, optimizer)
-    change = method.epoch if method.uses("epoch") else None
-    plan = planned(data, epochs, batch, seed, change)
-    times = (saved or {}).get("clock")
-    clock = None if target is None else Clock.start(model, example, target, times)
-    dense, layers = count(model, example)
-    edits: list[Edit] = []
-    run = Run(
-        model=model,
-        method=method,
-        planner=Planner(
-            model=model,
-            example=example,
-            budget=budget,
-            dense=replace(dense, latency_ms=clock.timing.median_ms) if clock else dense,
-            layers=layers,
-            edits=edits,
-            clock=clock,
-        ),
-        data=data,
-        steps=steps or (plan.steps if plan else 0),
-        seed=seed,
-        generator=torch.Generator().manual_seed(seed),
-        edits=edits,
-        criterion=criterion or task_loss,
-        task=known,
-        epochs=plan,
-        followers=Followers(copies=tuple(copies)),
-        origin=digest_of(*model.state_dict().values()),
-    )
-    run.limits()  # a malformed budget is refused now
-    run.optimizer = optimizer
-    try:
-        method.refuse(run)
-        method.prepare(run)
-    except BaseException:
-        run.close()
-        raise
-    return run
+    def _unended(self, late: Sequence[str]) -> str:
+        """Say what was still to be done in a training that ended too early; "" if nothing was."""
+        if self.step >= self.steps or not (self.begun or self.step):  # or was never trained
+            return ""
+        return unended(self.unended, late, self.step, self.steps)
 
 
 def _copied(state: Any, device: torch.device | None = None) -> Any:
