@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from pliant._moved import MOVED
+from pliant.registry.moved import MOVED
 
 
 @pytest.mark.parametrize("old", [name for name in MOVED if name != "pliant.ops"])

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from pliant.render import table, words
+from pliant.render import table, tables
 from pliant.render.figures import plots
 from pliant.render.html import html
 from pliant.render.markdown import markdown
@@ -96,7 +96,7 @@ def test_without_accuracy_the_caption_says_so() -> None:
 @pytest.mark.parametrize("timed", [True, False])
 def test_tables_have_every_size(timed: bool) -> None:
     report = elastic(timed=timed)
-    rows = words.sizes(report)
+    rows = tables.sizes(report)
     assert len(rows) == 8 and rows[0][3] == "91.83 %" and rows[7][3] == "88.45 %"
     assert (rows[0][4], rows[7][4]) == (("2.12", "1.45") if timed else ("–", "–"))
     console = Console(width=60, record=True, file=open("/dev/null", "w"), color_system=None)  # noqa: SIM115

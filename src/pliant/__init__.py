@@ -7,7 +7,6 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from pliant import _moved
 from pliant.api import analyze, auto, cluster, compress, load, recover, smallest, sweep
 from pliant.budget import Budget
 from pliant.compose import Stage, chain, together
@@ -19,10 +18,11 @@ from pliant.files.onnx import to_onnx
 from pliant.method import Method
 from pliant.registry import Entry, Paper, entries, register
 from pliant.registry import build as method
+from pliant.registry.moved import install
 from pliant.result import Finding, Report, Result, Solution
 from pliant.run import Run, start
 
-_moved.install()
+install()
 
 try:
     __version__ = version("pliant")

@@ -17,33 +17,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pliant.api.asked import budget_of, copied, patterns, place_of, written_alone
+from pliant.api.measured import Control, first_inputs, known, phases, scored_split, short
 from pliant.api.report import cuts, layer_rows, side, timed, versions, where_timed
 from pliant.api.verdict import judge, said
 from pliant.budget import LOSE, Budget
 from pliant.compose import Stage, bounds, check_axes, resolve
-from pliant.cost import Example, as_example, bare, cost, counted, device_of
-from pliant.data import Data, Train, unpack
+from pliant.cost import Example, as_example, bare, cost, device_of
+from pliant.data import Data, Train
 from pliant.data.ready import Metrics, task_of
 from pliant.data.splits import Split
 from pliant.data.task import Task
 from pliant.drivers import checkpoint
 from pliant.drivers.check import check_call, check_data
 from pliant.drivers.devices import own_randomness
-from pliant.drivers.lock import owned
 from pliant.drivers.loop import Watch, epochs_of, evaluate, fit
 from pliant.drivers.score import Score, fidelity
 from pliant.drivers.settle import settle
 from pliant.edits import from_json, to_json
 from pliant.edits import sizes as elastic
-from pliant.errors import AccuracyWarning, BudgetError, DataError, ModelError
+from pliant.errors import AccuracyWarning, BudgetError, DataError
 from pliant.files import artifact
 from pliant.latency import Target, Where, as_target
 from pliant.method import Method
-from pliant.observe import spectra
 from pliant.result import Fidelity, Report, Result, Side
 from pliant.run import RECALIBRATED, Run, start
 from pliant.surgery.batchnorm import recalibrate
-from pliant.surgery.select import factorizable
 
 COMPARED = 1024  # samples whose outputs are compared with the dense network's
 CONTROL = checkpoint.CONTROL  # folder of the control run's checkpoint, its phase in the history
@@ -125,9 +124,9 @@ def once(
             to compress.
         TrainingError: loss or weights stopped being finite.
     """
-    asked = resolve(method), _budget(budget), train, seed
+    asked = resolve(method), budget_of(budget), train, seed
     place = Path(folder) if folder is not None else None
-    with own_randomness(seed, _place(model)), _written_alone(place, resume=resume):
+    with own_randomness(seed, place_of(model)), written_alone(place, resume=resume):
         read = Data.of(data, seed=seed).read_by(bare(model))
         job = _Job(bare(model), read, *asked, as_example(example), resume)
         job.folder = place
@@ -135,77 +134,6 @@ def once(
         job.target = None if target is None else as_target(target)
         job.task = task_of(task, loss, metrics)
         return job.go(control=control, strict=strict, name=name or type(bare(model)).__name__)
-
-
-@contextmanager
-def _written_alone(folder: Path | None, *, resume: bool) -> Iterator[None]:
-    """Keep others out of the folder of checkpoints, and clear it of those of earlier runs.
-
-    Of several processes that train together the first one does.
-    """
-    if folder is None or int(os.environ.get("RANK", 0)):
-        yield
-        return
-    with owned(folder):
-        if not resume:
-            checkpoint.forget(folder)
-        yield
-
-
-# ---------------------------------------------------------------- refusals
-
-
-def _budget(budget: Budget | str | None) -> Budget | None:
-    if budget is None or isinstance(budget, Budget | str):
-        return Budget.parse(budget) if isinstance(budget, str) else budget
-    raise BudgetError(
-        f"A budget must be a Budget, text such as 'params=0.3', or None, not {budget!r}."
-    )
-
-
-def _place(model: Any) -> torch.device:
-    """Say where a model is, after refusing what is no model."""
-    if not isinstance(model, nn.Module):
-        raise ModelError(
-            f"The model must be a torch.nn.Module, not {type(model).__name__}; "
-            "pliant.zoo.build makes one from a name."
-        )
-    return device_of(model)
-
-
-def _patterns(method: Method) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    return getattr(method, "only", ()), getattr(method, "exclude", ())
-
-
-def _copied(model: nn.Module) -> nn.Module:
-    try:
-        return copy.deepcopy(model)
-    except Exception as error:  # a model's own attributes may refuse in any way
-        raise ModelError(
-            f"{type(model).__name__} must be copied before it is compressed, and cannot "
-            f"({type(error).__name__}: {error}); remove what copy.deepcopy fails on."
-        ) from error
-
-
-# ---------------------------------------------------------------- the run
-
-
-@dataclass(frozen=True)
-class Control(Method):
-    """Only watches the spectra: the same training without any method."""
-
-    only: tuple[str, ...] = ()
-    exclude: tuple[str, ...] = ()
-
-    def prepare(self, run: Run) -> None:
-        """Look before the first step."""
-        self.after_epoch(run)
-
-    def after_epoch(self, run: Run) -> None:
-        """Note the singular values of every kernel."""
-        layers, _ = factorizable(run.model, only=self.only, exclude=self.exclude)
-        if layers:
-            run.note(**spectra.row(layers, 0.95))
 
 
 @dataclass
@@ -239,7 +167,7 @@ class _Job:
             else:
                 self.watch({"phase": "factorize"})
                 run.finish(strict=False)
-        self._split_time(run)
+        self.seconds |= phases(run.log, self.seconds.pop("finish"))
         run.finish(strict=strict)
         after, small = self._side(run.model, run)
         sides = before, after
@@ -262,7 +190,7 @@ class _Job:
         if train is not None and not isinstance(train, Train):
             raise DataError(f"train must be a Train or None, not {type(train).__name__}.")
         check_axes(self.method, self.budget)
-        network = _copied(self.model).to(self._device())
+        network = copied(self.model).to(self._device())
         if self.target and train and train.devices > 1:
             raise BudgetError(
                 f"Milliseconds are measured by one process, and {train.devices} would each find "
@@ -272,7 +200,7 @@ class _Job:
             check_data(network, data)
         elif data.has("train"):
             data.check(labelled=False)
-        self.split = _scored(data, self.task)
+        self.split = scored_split(data, self.task)
         self._settle(network)
         run = start(
             network,
@@ -296,12 +224,12 @@ class _Job:
 
     def _reference(self, *, control: bool) -> tuple[nn.Module, list[dict[str, Any]]]:
         """The dense network to compare with: as it came, or trained without the method."""
-        network = _copied(self.model).to(self._device())
+        network = copied(self.model).to(self._device())
         if not control or self.train is None or not self._epochs():
             return network, []
         plan = replace(self.train, epochs=self._epochs(), finetune=0, distill=0.0)
         with self._stage(CONTROL, show=False):
-            method = Control(*_patterns(self.method))
+            method = Control(*patterns(self.method))
             run = start(
                 network,
                 method,
@@ -354,8 +282,8 @@ class _Job:
         if self.split is None:
             return side(costs), None
         score = evaluate(network, self.data, self.split, task=self.task)
-        values = {name: _known(value) for name, value in score.values.items()}
-        found = {"accuracy": _known(score.accuracy), "loss": _known(score.loss)}
+        values = {name: known(value) for name, value in score.values.items()}
+        found = {"accuracy": known(score.accuracy), "loss": known(score.loss)}
         return replace(side(costs, **found), metrics=values), score
 
     def _metrics(self) -> dict[str, dict[str, str]]:
@@ -379,7 +307,7 @@ class _Job:
         where = next((split for split in splits if self.data.has(split)), None)
         with self._stage("measure"):
             if where is not None:
-                inputs = _first_inputs(self.data, where, COMPARED)
+                inputs = first_inputs(self.data, where, COMPARED)
                 return fidelity(dense, run.model, inputs, where, self.task)
             name = "train" if run.has_inputs else "example"
             seen = run.inputs(COMPARED) if run.has_inputs else [run.example]
@@ -420,7 +348,7 @@ class _Job:
             layers=layer_rows(run),
             met=not misses,
             misses=misses,
-            history=tuple(_short(row) for row in (*run.log, *rows)),
+            history=tuple(short(row) for row in (*run.log, *rows)),
             seconds={stage: round(took, 3) for stage, took in self.seconds.items()},
             seed=self.seed,
             device=str(device_of(run.model)),
@@ -434,16 +362,6 @@ class _Job:
         """Say how inputs were prepared, and what was counted as one sample where that was asked."""
         asked = run.planner.dense.sample
         return self.data.prepared() | ({"one sample": asked} if asked else {})
-
-    def _split_time(self, run: Run) -> None:
-        """Share the time of the training out to its phases, those before a resumption too."""
-        whole = self.seconds.pop("finish")
-        phases: dict[str, float] = {}
-        for row in run.log:
-            if "phase" in row and "seconds" in row:
-                phases[row["phase"]] = phases.get(row["phase"], 0.0) + row["seconds"]
-        rest = max(0.0, whole - sum(phases.values()))
-        self.seconds |= phases | {"validate and finish" if phases else "factorize": rest}
 
     @contextmanager
     def _stage(self, name: str, *, show: bool = True) -> Iterator[None]:
@@ -470,43 +388,3 @@ class _Job:
             return torch.device("cuda", 0)
         known = asked == "cpu" or (asked.startswith("cuda") and cuda)
         return torch.device(asked) if known else device_of(self.model)
-
-
-def _known(value: float) -> float | None:
-    return value if math.isfinite(value) else None
-
-
-def _first_inputs(data: Data, split: Split, most: int) -> Iterator[Example]:
-    """Give the inputs of a split, batch by batch, until there are enough."""
-    seen = 0
-    for batch in data.batches(split, 128):
-        if seen >= most:
-            return
-        inputs = unpack(batch)[0]
-        seen += counted(inputs)
-        yield inputs
-
-
-def _scored(data: Data, task: Task | None) -> Split | None:
-    """Name the split to measure scores on, None where nothing is labelled."""
-    if task is not None and task.name == "none":
-        return None
-    own = task is not None and task.name in ("custom", "own")
-    splits: tuple[Split, ...] = ("test", "val")
-    for split in splits:
-        if data.has(split):
-            batch = next(iter(data.batches(split, 1)), None)
-            there = batch is not None and (own or unpack(batch)[1] is not None)
-            return split if there else None
-    return None
-
-
-def _short(row: dict[str, Any]) -> dict[str, Any]:
-    """Write singular values with five digits: reports draw them, nothing computes with them."""
-    if "spectra" not in row:
-        return row
-    spectra = {
-        layer: {side: [float(f"{s:.5g}") for s in values] for side, values in sides.items()}
-        for layer, sides in row["spectra"].items()
-    }
-    return {**row, "spectra": spectra}

@@ -5,7 +5,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from pliant.render import canvas, words
+from pliant.render import canvas, tables, words
 from pliant.render.canvas import AFTER, BUDGET, DENSE, Plot
 from pliant.render.spectra import ranks, spectrum
 from pliant.render.tradeoff import has_tradeoff, tradeoff
@@ -31,7 +31,7 @@ def plots(report: Report) -> dict[str, Plot]:
     makers: tuple[Callable[[Report], Plot], ...] = (
         costs, spectrum, ranks, training, layers, stages,
     )  # fmt: skip
-    if words.stages(report):
+    if tables.stages(report):
         makers = (*makers, waterfall)
     if has_tradeoff(report):
         makers = (*makers, tradeoff)
@@ -236,7 +236,7 @@ def _bar_rows(rows: Sequence[LayerRow]) -> list[LayerRow]:
 
 def waterfall(report: Report) -> Plot:
     """Draw the size of the file and the accuracy after each stage of a chain."""
-    rows = words.stages(report)
+    rows = tables.stages(report)
     figure = canvas.blank(bargap=0.35)
     sizes = [float(row.bytes) for row in rows]
     labels = [f"{words.size(row.bytes)}{row.said}" for row in rows]

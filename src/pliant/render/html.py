@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from html import escape
 
 from pliant.nn.genotype import Genotype
-from pliant.render import words
+from pliant.render import tables, words
 from pliant.render.canvas import Plot
 from pliant.render.document import cell, document, facts, method, section, table
 from pliant.render.figures import plots
@@ -34,7 +34,7 @@ def html(report: Report) -> str:
 </noscript>
 {_costs(report, drawn["costs"])}
 {_tradeoff(report, drawn.get("tradeoff"))}
-{together(words.tried(report), "What was tried", "Every network that was tried", "tried")}
+{together(tables.tried(report), "What was tried", "Every network that was tried", "tried")}
 {_stages(report, drawn.get("waterfall"))}
 {section(drawn["spectrum"])}
 {section(drawn["ranks"])}
@@ -91,9 +91,9 @@ def _tradeoff(report: Report, plot: Plot | None) -> str:
         f'<tr><th scope="row" class="number">{escape(row[0])}</th>'
         + "".join(cell(text, "number") for text in row[1:])
         + "</tr>"
-        for row in words.sizes(report)
+        for row in tables.sizes(report)
     )
-    names = [(name, "number") for name in words.SIZE_COLUMNS]
+    names = [(name, "number") for name in tables.SIZE_COLUMNS]
     return section(plot, table("Every size in the file", names, body) if body else "")
 
 
@@ -106,7 +106,7 @@ def _stages(report: Report, plot: Plot | None) -> str:
         f'<tr><th scope="row">{escape(row.name)}</th>'
         + "".join(cell(text, "number") for text in row.cells())
         + "</tr>"
-        for row in words.stages(report)
+        for row in tables.stages(report)
     )
     return section(plot, table("The network after each stage", names, body))
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from pliant.render import words
+from pliant.render import tables, words
 from pliant.result import LayerRow, Report
 
 
@@ -58,21 +58,21 @@ def _costs(report: Report) -> str:
 
 def _sizes(report: Report) -> list[str]:
     """The table of the sizes of an elastic network; nothing where there is one size only."""
-    table = _table(words.SIZE_COLUMNS, words.sizes(report), align="rrrrr")
+    table = _table(tables.SIZE_COLUMNS, tables.sizes(report), align="rrrrr")
     return ["## Every size in the file", table] if report.sizes else []
 
 
 def _tried(report: Report) -> list[str]:
     """The table of what was tried where sizes or methods were searched; nothing otherwise."""
     table = _table(
-        ("network", *words.TRIED_COLUMNS, ""), words.tried_cells(report), align="lrrrrrrl"
+        ("network", *tables.TRIED_COLUMNS, ""), tables.tried_cells(report), align="lrrrrrrl"
     )
     return ["## What was tried", table] if report.tried else []
 
 
 def _stages(report: Report) -> list[str]:
     """The table of the stages of a chain; nothing where there is one stage only."""
-    rows = [(row.name, *row.cells()) for row in words.stages(report)]
+    rows = [(row.name, *row.cells()) for row in tables.stages(report)]
     table = _table(("after", "params", "file", "accuracy"), rows, align="lrrr")
     return ["## Stage by stage", table] if rows else []
 

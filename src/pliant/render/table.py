@@ -10,7 +10,7 @@ from rich.text import Text
 
 from pliant.errors import shown
 from pliant.registry import Entry
-from pliant.render import words
+from pliant.render import tables, words
 from pliant.result import LayerRow, Report
 
 BARS = "▁▂▃▄▅▆▇█"
@@ -97,26 +97,28 @@ def before_after(report: Report) -> Table:
 def sizes(report: Report) -> Table:
     """List the sizes of an elastic network, the largest first."""
     table = _table("Every size in the file")
-    for name in words.SIZE_COLUMNS:
+    for name in tables.SIZE_COLUMNS:
         table.add_column(name, justify="right", no_wrap=True)
-    for row in words.sizes(report):
+    for row in tables.sizes(report):
         table.add_row(*row)
     return table
 
 
 def tried(report: Report) -> Table:
     """List what was tried where sizes or methods were searched, the chosen one in bold."""
-    table, rows = _table("What was tried"), words.tried_cells(report)
+    table, rows = _table("What was tried"), tables.tried_cells(report)
     shown = [place for place in range(1, 7) if any(row[place] != words.NONE for row in rows)]
     table.add_column("network", overflow="fold", min_width=10)
     for place in shown:
-        table.add_column(words.TRIED_COLUMNS[place - 1], justify="right", no_wrap=place != 5)
+        table.add_column(tables.TRIED_COLUMNS[place - 1], justify="right", no_wrap=place != 5)
     table.add_column("", overflow="fold", ratio=1)
     for tried, cells in zip(report.tried, rows, strict=True):
         said = "chosen" if tried.get("chosen") else cells[-1]
         texts = (cells[0], *(cells[place] for place in shown), said)
         table.add_row(*map(Text, texts), style="bold" if tried.get("chosen") else "dim")
-    table.caption = Text("; ".join(row["note"] for row in words.tried(report) if row.get("chosen")))
+    table.caption = Text(
+        "; ".join(row["note"] for row in tables.tried(report) if row.get("chosen"))
+    )
     table.caption_justify = "left"
     return table
 

@@ -5,9 +5,9 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from pliant.render import canvas, words
+from pliant.render import canvas, tables, words
 from pliant.render.canvas import AFTER, DENSE, Plot
-from pliant.render.words import StageRow
+from pliant.render.tables import StageRow
 from pliant.result import Report, Side
 
 TITLE = "Size, accuracy and time"
@@ -22,7 +22,7 @@ Points = Sequence[Side | StageRow]
 
 def has_tradeoff(report: Report) -> bool:
     """Say whether there is more to show than two networks and their parameters."""
-    return bool(report.sizes or words.stages(report) or report.after.latency_ms is not None)
+    return bool(report.sizes or tables.stages(report) or report.after.latency_ms is not None)
 
 
 def tradeoff(report: Report) -> Plot:
@@ -50,7 +50,7 @@ def tradeoff(report: Report) -> Plot:
 def _all(report: Report) -> Iterator[tuple[str, Points, dict[str, Any]]]:
     """Yield what is drawn, the most important last: a name, networks, and how they look."""
     line = {"mode": "lines+markers", "marker": {"size": 7}}
-    yield "stages", words.stages(report), {**line, "line": {"color": DENSE, "dash": "dot"}}
+    yield "stages", tables.stages(report), {**line, "line": {"color": DENSE, "dash": "dot"}}
     yield "sizes", report.sizes, {**line, "line": {"color": AFTER, "width": 2}}
     yield "dense", [report.before], _named("dense", DENSE, "top center")
     yield "after", [report.after], _named("after", AFTER, "bottom right")
@@ -111,6 +111,6 @@ def _caption(report: Report) -> str:
     said = "The higher and the further left, the better."
     if report.sizes:
         said += f" The line is the one file at each of its {len(report.sizes)} sizes."
-    if any(words.known(row.accuracy) for row in words.stages(report)):
+    if any(words.known(row.accuracy) for row in tables.stages(report)):
         said += " Dotted: from stage to stage of the chain."
     return said

@@ -1,6 +1,5 @@
-"""The numbers and sentences that every renderer shares, so that all of them say the same."""
+"""The sentences that every renderer shares, so that all of them say the same."""
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -9,80 +8,50 @@ from pliant import registry
 from pliant.budget import share_of
 from pliant.errors import MethodError
 from pliant.registry import Entry
+from pliant.render.quantities import (
+    NONE as NONE,
+)
+from pliant.render.quantities import (
+    facts as facts,
+)
+from pliant.render.quantities import (
+    human as human,
+)
+from pliant.render.quantities import (
+    known as known,
+)
+from pliant.render.quantities import (
+    milliseconds as milliseconds,
+)
+from pliant.render.quantities import (
+    percent as percent,
+)
+from pliant.render.quantities import (
+    plain as plain,
+)
+from pliant.render.quantities import (
+    points as points,
+)
+from pliant.render.quantities import (
+    seconds as seconds,
+)
+from pliant.render.quantities import (
+    signed as signed,
+)
+from pliant.render.quantities import (
+    size as size,
+)
+from pliant.render.quantities import (
+    spread as spread,
+)
+from pliant.render.quantities import (
+    times as times,
+)
 from pliant.result import LayerRow, Report, Side
 
-NONE = "–"
 LEFT = "left alone"
 UNCHANGED = 0.005  # a ratio nearer to 1 than this is called unchanged
-CLOSE = 1.25  # below it a tenth is too coarse
 SPARE = 0.15  # share of the time allowed: to leave more is worth a word
-
-
-def human(value: float | None, unit: str = "") -> str:
-    """Write a number with three digits that matter: 999, 67.1k, 1.23M, 4.5G.
-
-    >>> human(269722), human(1_234_567), human(12.0), human(0.0123456)
-    ('270k', '1.23M', '12', '0.0123')
-    """
-    if value is None or not math.isfinite(value):
-        return NONE
-    tail = f" {unit}" if unit else ""
-    if abs(value) < 999.5:
-        text = str(int(value)) if value == int(value) else f"{value:.3g}"
-        return text + tail
-    rounded = float(f"{value:.3g}")
-    power = min(int(math.log10(abs(rounded)) // 3), 4)
-    short = rounded / 1000**power
-    places = max(0, 2 - int(math.log10(abs(short))))
-    return f"{short:.{places}f}{' ' if unit else ''}{'kMGT'[power - 1]}{unit}"
-
-
-def size(value: float | None) -> str:
-    """Write a number of bytes: 1.08 MB."""
-    return human(value, "B")
-
-
-def milliseconds(value: float | None) -> str:
-    """Write a latency."""
-    return NONE if value is None else f"{value:.3g} ms"
-
-
-def spread(value: float | None, around: float | None) -> str:
-    """Write a latency with its spread: 3.41 ± 0.05 ms."""
-    if value is None or not around:
-        return milliseconds(value)
-    return f"{value:.3g} ± {around:.1g} ms"
-
-
-def seconds(value: float | None) -> str:
-    """Write a duration: 0.42 s, 38 s, 2 min 05 s, 1 h 12 min."""
-    if value is None or not math.isfinite(value):
-        return NONE
-    if value < 10:
-        return f"{value:.2g} s"
-    whole = round(value)
-    if whole < 60:
-        return f"{whole} s"
-    minutes, rest = divmod(whole, 60)
-    if minutes < 60:
-        return f"{minutes} min {rest:02d} s"
-    return f"{minutes // 60} h {minutes % 60:02d} min"
-
-
-def percent(share: float | None, digits: int = 1) -> str:
-    """Write a share of one: 98.2 %."""
-    if share is None or not math.isfinite(share):
-        return NONE
-    return f"{100 * share:.{digits}f} %"
-
-
-def times(before: float | None, after: float | None) -> str:
-    """Write how often the new number fits into the old one: 4.2×, and 1.04× where it is close."""
-    if not before or not after:
-        return NONE
-    ratio = before / after
-    digits = 2 if ratio < CLOSE else 1 if ratio < 99.95 else 0
-    return f"{ratio:.{digits}f}×"
 
 
 @dataclass(frozen=True)
@@ -144,128 +113,14 @@ def _scored(report: Report, name: str) -> list[Comparison]:
     return [Comparison(label, written[0], written[1], change, change)]
 
 
-@dataclass(frozen=True)
-class StageRow:
-    """The network when one stage of a chain was over."""
-
-    name: str
-    params: int
-    bytes: int
-    accuracy: float | None
-
-    @property
-    def said(self) -> str:
-        """What stands beside its bar."""
-        return f", {percent(self.accuracy)}" if known(self.accuracy) else ""
-
-    def cells(self) -> tuple[str, str, str]:
-        """Parameters, bytes and accuracy as text."""
-        return human(self.params), size(self.bytes), percent(self.accuracy, 2)
-
-
-def stages(report: Report) -> list[StageRow]:
-    """Return the stages of a chain, the dense network first; nothing where there is one only.
-
-    The last row is the same network in a coded file, where coding makes it smaller.
-    """
-    seen = [row for row in report.history if "finished" in row]
-    if not seen:
-        return []
-    dense, last = report.before, seen[-1]
-    rows = [StageRow("dense", dense.params, dense.bytes, dense.accuracy)]
-    rows += [StageRow(r["finished"], r["params"], r["file"], r["accuracy"]) for r in seen]
-    if last["coded"] < last["file"]:
-        rows.append(StageRow("coded file", last["params"], last["coded"], last["accuracy"]))
-    return rows
-
-
-SIZE_COLUMNS = ("size", "params", "MACs", "accuracy", "ms")
-
-
-def sizes(report: Report) -> list[tuple[str, str, str, str, str]]:
-    """Return a row of cells for every size of an elastic network, from the largest.
-
-    The first is its share of the dense parameters, by which `pliant.load` finds it.
-    """
-    return [
-        (
-            percent(size.params / report.before.params if report.before.params else None),
-            human(size.params),
-            human(size.macs),
-            percent(size.accuracy, 2),
-            human(size.latency_ms),
-        )
-        for size in report.sizes
-    ]
-
-
-def tried(report: Report) -> list[dict[str, Any]]:
-    """Return a row for every network that was tried on the way, with a name and a note."""
-    return [{**row, "name": _tried_name(row), "note": _tried_note(row)} for row in report.tried]
-
-
-TRIED_COLUMNS = ("params", "bytes", "ms", "accuracy", "points lost", "took")
-
-
-def tried_cells(report: Report) -> list[tuple[str, ...]]:
-    """Return the cells of the table of what was tried: a name, `TRIED_COLUMNS`, a note."""
-    return [
-        (
-            row["name"],
-            human(row.get("params")),
-            size(row.get("bytes")),
-            human(row.get("latency_ms")),
-            percent(row.get("accuracy"), 2),
-            NONE if row.get("lost") is None else f"{row['lost']:.2f}",
-            seconds(row.get("seconds")),
-            row["note"],
-        )
-        for row in tried(report)
-    ]
-
-
-def _tried_name(row: Mapping[str, Any]) -> str:
-    share = row.get("share")
-    sized = "" if share is None else f"at {100 * share:.1f} %"
-    trained = "trained" if row.get("trained") else ""
-    return ", ".join(filter(None, (row.get("plan", ""), sized, trained)))
-
-
-def _tried_note(row: Mapping[str, Any]) -> str:
-    if row.get("chosen"):
-        return f"chosen: {row['why']}" if "why" in row else "chosen"
-    if "refused" in row:
-        return str(row["refused"])
-    if row.get("met") is False:
-        return "misses the limits"
-    return "" if row.get("within") else "too much"
-
-
 def _said(before: float | None, after: float | None) -> str:
     return NONE if not before or not after else _sized(before, after, "less", "more")
-
-
-def known(value: float | None) -> bool:
-    """Say whether a score is there: it is not a number where labels are not classes."""
-    return value is not None and math.isfinite(value)
-
-
-def points(before: float | None, after: float | None) -> str:
-    """Write a change of accuracy in points of a percent: −0.2 points."""
-    if before is None or after is None or not known(after - before):
-        return NONE
-    return f"{_signed(100 * (after - before), 2)} points"
 
 
 def _difference(before: float | None, after: float | None) -> str:
     if before is None or after is None or not known(after - before):
         return NONE
-    return _signed(after - before, 4)
-
-
-def _signed(value: float, digits: int) -> str:
-    text = f"{abs(value):.{digits}f}"
-    return text if float(text) == 0 else ("−" if value < 0 else "+") + text
+    return signed(after - before, 4)
 
 
 def headline(report: Report) -> str:
@@ -304,7 +159,7 @@ def lost(report: Report) -> str:
     change = "gained" if found.lost < 0 else "lost"
     said = f"{abs(found.lost):.1f} {unit} {change}"
     if found.low is not None and found.high is not None:
-        ends = f"{_signed(-found.high, 1)} to {_signed(-found.low, 1)}"
+        ends = f"{signed(-found.high, 1)} to {signed(-found.low, 1)}"
         said += f" ({ends} on all such samples, 95 %)"
     if found.holds:
         return f"{name} kept: {said}, {found.bound:g} may be lost."
@@ -470,30 +325,3 @@ def entry(name: str) -> Entry | None:
         return registry.get(name)
     except MethodError:
         return None
-
-
-def plain(value: Any) -> str:
-    """Write any plain value for people."""
-    if value is None:
-        return "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.4g}" if math.isfinite(value) else NONE
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, Mapping):
-        return ", ".join(f"{key} = {plain(item)}" for key, item in value.items())
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        return ", ".join(map(plain, value)) or NONE
-    return str(value) or NONE
-
-
-def facts(values: Mapping[str, Any], under: str = "") -> Iterator[tuple[str, str]]:
-    """Yield nested plain data as flat pairs of words: ("onnx: max difference", "1.2e-06")."""
-    for key, value in values.items():
-        name = under + str(key).replace("_", " ")
-        if isinstance(value, Mapping):
-            yield from facts(value, f"{name}: ")
-        else:
-            yield name, size(value) if name.endswith("bytes") else plain(value)
