@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pliant.cost import call, module_cost
 from pliant.errors import ModelError
 from pliant.nn.paths import hidden_norms
+from pliant.observe.aside import is_other_batch
 from pliant.observe.watch import capture
 from pliant.run import Run
 from pliant.surgery.select import check_names, matches
@@ -26,7 +27,7 @@ class Seen:
 
     def see(self, module: nn.Module, args: Any, output: tuple[Tensor, Tensor]) -> None:
         """Keep the gates and the state of a block, with their graph."""
-        if module.training and torch.is_grad_enabled():
+        if module.training and torch.is_grad_enabled() and not is_other_batch():
             self.given.append(output)
 
     def take(self) -> tuple[list[Tensor], list[Tensor]]:
