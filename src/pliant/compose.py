@@ -218,6 +218,7 @@ class Together(Method):
     def refuse(self, run: Run) -> None:
         """Check the budgets, and let every part refuse what no other part can mend."""
         check_axes(self, run.budget)
+        _check_losses(self.parts)
         alone = len(self.parts) == 1
         for part in self.parts:
             _let_refuse(part, run, run.budget if alone else None)
@@ -390,6 +391,37 @@ def _let_refuse(method: Method, run: Run, budget: Budget | None) -> None:
     method.refuse(
         replace(run, method=method, planner=replace(run.planner, budget=budget), state={})
     )
+
+
+def _check_losses(parts: Sequence[Method]) -> None:
+    """Refuse parts of which one would undo what another does to the loss."""
+    for number, part in enumerate(parts):
+        others = [other for other in parts if other is not part]
+        weighing = [other for other in others if other.uses("weigh")]
+        replaces = _any(part, "replaces_loss")
+        if weighing and (replaces or _any(part, "draws_batches")):
+            does = "replaces it" if replaces else "trains on batches of its own too"
+            raise ChainError(
+                f"{name_of(weighing[0])} weighs the loss of every sample of the loop, but "
+                f"{name_of(part)} {does}: use one of them."
+            )
+        if not replaces:
+            continue
+        if clash := [o for o in others if _any(o, "replaces_loss") or _any(o, "draws_batches")]:
+            raise ChainError(
+                f"{name_of(part)} replaces the loss, and {name_of(clash[0])} would go on with "
+                "another one: use one of them."
+            )
+        if lost := [other for other in parts[:number] if other.uses("loss")]:
+            raise ChainError(
+                f"{name_of(part)} replaces the loss, and what {name_of(lost[0])} adds to it would "
+                f"be lost: name {name_of(part)} first."
+            )
+
+
+def _any(method: Method, claim: str) -> bool:
+    """Say whether a method, or any part of it, makes a claim about the loss."""
+    return bool(getattr(method, claim)) or any(_any(part, claim) for part in method.parts)
 
 
 def _budgets(stages: Sequence[Stage], budget: Budget | None) -> list[Budget | None]:

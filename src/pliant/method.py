@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -21,6 +21,9 @@ class Method:
     Fields are hyper-parameters; hooks do nothing unless overridden. A method keeps no state of
     its own: all that changes while compressing lives in the ``Run``.
     """
+
+    replaces_loss: ClassVar[bool] = False  # `loss` drops the loss that it is given
+    draws_batches: ClassVar[bool] = False  # it trains on batches of its own too, by the task's loss
 
     def refuse(self, run: Run) -> None:
         """Before any work: raise a `PliantError` if network, data or budget are not fit for it.

@@ -339,13 +339,13 @@ class _Training:
             loss = self.run.loss(losses, output, batch)
         else:
             task = loss = self.run.task_loss(output, batch)
+            if self.hooks and self.run.method.uses("loss"):
+                loss = self.run.loss(loss, output, batch)
         if self.train.distill and self.teacher is not None:
             with torch.no_grad(), self.fabric.autocast():
                 target = forward(self.teacher, self.run.inputs_of(batch))
             gap = distillation(output, target, self.train.temperature, self.run.task)
             loss = (1 - self.train.distill) * loss + self.train.distill * gap
-        if self.hooks and not weighs and self.run.method.uses("loss"):
-            loss = self.run.loss(loss, output, batch)
         return task, loss
 
     def _wrapped(self) -> Any:

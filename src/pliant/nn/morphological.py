@@ -128,8 +128,7 @@ class BMConv2d(nn.Module):
     @classmethod
     def build(cls, layer: Any, spec: Mapping[str, Any]) -> BMConv2d:
         """Make it in the place of a convolution without groups, with a bias whatever that has."""
-        if type(layer) is not nn.Conv2d or layer.groups != 1:
-            raise EditError("must be a Conv2d without groups to become morphological.")
+        check_morphological(layer)
         if not 0 < spec["shift"] <= 1 or not 0 < spec["floor"] <= 1:
             raise EditError("takes a shift and a floor above 0 and at most 1.")
         new: Any = _like(layer, layer.in_channels, layer.out_channels, shift=spec["shift"])
@@ -183,6 +182,12 @@ class Rectified:
     def predict(cls, before: LayerCost, spec: Mapping[str, Any]) -> LayerCost:
         """As many numbers as before, and no products."""
         return before
+
+
+def check_morphological(layer: Any) -> None:
+    """Refuse what is no Conv2d without groups, by a sentence that begins with its name."""
+    if type(layer) is not nn.Conv2d or layer.groups != 1:
+        raise EditError("must be a Conv2d without groups to become morphological.")
 
 
 def _like(layer: Any, inputs: int, outputs: int, **more: Any) -> BMConv2d:

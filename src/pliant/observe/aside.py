@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -87,6 +90,24 @@ class Teacher:
         self.network = None
 
 
+_OTHER = ContextVar("other", default=False)
+
+
+@contextmanager
+def other_batch() -> Iterator[None]:
+    """Call the network with another batch than the loop's: what is watched of that one stays."""
+    token = _OTHER.set(True)
+    try:
+        yield
+    finally:
+        _OTHER.reset(token)
+
+
+def is_other_batch() -> bool:
+    """Say whether the network is called with another batch than the loop's."""
+    return _OTHER.get()
+
+
 class Tap:
     """Remembers what a layer read last, gradients included."""
 
@@ -114,5 +135,5 @@ class Tap:
         self.value = None
 
     def _see(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        if layer.training:
+        if layer.training and not is_other_batch():
             self.value = inputs[0]

@@ -13,7 +13,8 @@ from pliant.cost import cost, module_cost
 from pliant.data import Data
 from pliant.edits import Swap
 from pliant.errors import EditError, ModelError
-from pliant.methods.layers.dmnn import DMNN, _Seen, gates_of, rate_of
+from pliant.families.layers.routes import Seen, gates_of, rate_of
+from pliant.methods.layers.dmnn import DMNN
 from pliant.nn.mobile import MBConv
 from pliant.nn.multipath import MultiPathBlock, MultiPathStage, straight_through
 from pliant.nn.paths import PaddedShortcut, hidden_norms
@@ -184,7 +185,7 @@ def the_rate_is_held() -> None:
         torch.manual_seed(0)
         forced = walk(run, 80)
         assert forced == [1.0] * 4 + [0.0] * 76
-        seen = run.aside.get(_Seen)
+        seen = run.aside.get(Seen)
         seen.take()
         for _ in range(20):
             run.model.train()(x)

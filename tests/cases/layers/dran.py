@@ -12,8 +12,8 @@ from pliant.data import Data
 from pliant.data.ready import super_resolution
 from pliant.edits import Swap
 from pliant.errors import EditError, ModelError
+from pliant.families.layers.trunks import coefficients
 from pliant.methods.layers.dran import DRAN as Method
-from pliant.methods.layers.dran import coefficients
 from pliant.nn.dynamic import (
     DynamicResidualTrunk,
     FixedResidualTrunk,

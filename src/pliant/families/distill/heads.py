@@ -13,6 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pliant.edits.build import drawing
 from pliant.errors import ModelError
+from pliant.observe.aside import is_other_batch
 from pliant.observe.order import order
 from pliant.run import Run
 from pliant.surgery.select import weighted
@@ -129,7 +130,8 @@ class Reading:
 
     def _hook(self, name: str) -> Any:
         def see(module: nn.Module, args: Any, output: Any) -> None:
-            if (module.training or self._always) and isinstance(output, Tensor):
+            mine = (module.training and not is_other_batch()) or self._always
+            if mine and isinstance(output, Tensor):
                 conv = isinstance(module, nn.Conv1d) or output.dim() > 3
                 self.values[name] = output if conv else output.movedim(-1, 1)
 

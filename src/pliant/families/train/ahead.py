@@ -14,11 +14,50 @@ from pliant.cost import Example, call
 from pliant.data import batch_of
 from pliant.errors import ModelError
 from pliant.math.alone import forked
+from pliant.observe.aside import other_batch
 from pliant.observe.outputs import logits
 from pliant.run import Run
 
 Weights = Mapping[str, Tensor]
 REACH = 1e-2  # length of the step of the difference quotient
+
+
+def after_step(
+    run: Run,
+    loss: Tensor,
+    mine: tuple[Example, Any],
+    other: tuple[Example, Any],
+    inner: float,
+    order: str,
+) -> Tensor:
+    """Return the loss of another batch after a gradient step on this one.
+
+    Args:
+        run: of the network.
+        loss: of this batch, with its graph.
+        mine: inputs and labels of this batch.
+        other: those of the other one.
+        inner: length of the step.
+        order: "second" keeps the step's own gradient, "first" takes it for a constant, and
+            "difference" replaces it by a difference quotient of the task's loss.
+    """
+    names, weights = trained(run.model)
+
+    def at(values: Iterable[Tensor], batch: tuple[Example, Any]) -> Tensor:
+        return loss_at(run, dict(zip(names, values, strict=True)), *batch)
+
+    grads = gradient_of(loss, weights, twice=order == "second", again=True)
+    if order != "difference":
+        return at([w - inner * g for w, g in zip(weights, grads, strict=True)], other)
+    fixed = [w.detach() for w in weights]
+    moved = [(w - inner * g).requires_grad_() for w, g in zip(fixed, grads, strict=True)]
+    second = at(moved, other)
+    pulls = gradient_of(second, moved)
+    bent = curvature(lambda values: gradient_of(at(values, mine), values), fixed, pulls)
+    pulls = [pull - inner * bend for pull, bend in zip(pulls, bent, strict=True)]
+    # A number equal to the second loss, whose gradient is the one that was found.
+    moves = [((w - w.detach()) * p).sum() for w, p in zip(weights, pulls, strict=True)]
+    return second.detach() + torch.stack(moves).sum()
 
 
 def curvature(
@@ -44,7 +83,8 @@ def loss_at(run: Run, weights: Weights, inputs: Example, labels: Any) -> Tensor:
     """Return the task's loss with other weights; statistics of the network stay as they are."""
     apart = {name: buffer.clone() for name, buffer in run.model.named_buffers()}
     args, named = ((), dict(inputs)) if isinstance(inputs, Mapping) else (tuple(inputs), {})
-    output = functional_call(run.model, {**apart, **weights}, args, named)
+    with other_batch():
+        output = functional_call(run.model, {**apart, **weights}, args, named)
     return run.task_loss(output, batch_of(inputs, labels))
 
 

@@ -5,18 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from torch import nn
-
 from pliant.edits import Swap
-from pliant.errors import ModelError
+from pliant.families.layers.choose import behind_rectifiers, chosen, unless
 from pliant.families.layers.operations import operations
 from pliant.method import Method
-from pliant.nn.morphological import BMConv2d
+from pliant.nn.morphological import BMConv2d, check_morphological
 from pliant.observe.order import order
 from pliant.registry import In, Paper, register
 from pliant.run import Run
-
-NOT_NEGATIVE = (nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.Softplus, nn.Hardsigmoid)
 
 
 @register(
@@ -65,22 +61,14 @@ class BMResNet(Method):
 
     def prepare(self, run: Run) -> None:
         """Choose the convolutions, and convert those that come before the training."""
-        layers, reasons = run.readable(self.only, self.exclude)
-        for name, layer in layers.items():
-            if type(layer) is not nn.Conv2d or layer.groups != 1:
-                reasons[name] = "only 2-d convolutions without groups become morphological"
-        names = [name for name in layers if name not in reasons]
-        if not names:
-            raise ModelError(
-                "bm_resnet converts 2-d convolutions without groups, but the model has none that "
-                "it may convert: see only and exclude."
-            )
-        names = list(order(run.model, run.example, names).called)
-        chosen = names[: round(self.convert * len(names))]
-        reasons |= {name: "comes behind those to convert" for name in names[len(chosen) :]}
-        for name, reason in reasons.items():
-            run.keep(name, reason)
-        run.state.update(layers=chosen, done=0)
+        reason = "only 2-d convolutions without groups become morphological"
+        needs = "bm_resnet converts 2-d convolutions without groups"
+        layers = chosen(run, self.only, self.exclude, unless(check_morphological, reason), needs)
+        names = list(order(run.model, run.example, list(layers)).called)
+        count = round(self.convert * len(names))
+        for name in names[count:]:
+            run.keep(name, "comes behind those to convert")
+        run.state.update(layers=names[:count], done=0)
         self._convert(run)
 
     def before_step(self, run: Run) -> None:
@@ -97,7 +85,7 @@ class BMResNet(Method):
     def finalize(self, run: Run) -> None:
         """Convert what is left, and take the constant terms into biases."""
         self._convert(run, all_of_them=True)
-        run.apply(*(Swap(name, "rectified") for name in _behind_rectifiers(run)))
+        run.apply(*(Swap(name, "rectified") for name in behind_rectifiers(run, BMConv2d)))
         run.note(operations=operations(run.model, run.example))
 
     def _convert(self, run: Run, *, all_of_them: bool = False) -> None:
@@ -108,15 +96,3 @@ class BMResNet(Method):
         for name in layers[done:due]:
             run.apply(Swap(name, "morphological", spec))
         run.state["done"] = max(done, due)
-
-
-def _behind_rectifiers(run: Run) -> list[str]:
-    """Name the morphological layers that read the output of a rectifier at every call."""
-    known = {name: module for name, module in run.model.named_modules()}
-    kinds = (BMConv2d, *NOT_NEGATIVE)
-    seen = order(run.model, run.example, [n for n, m in known.items() if isinstance(m, kinds)])
-    return [
-        name
-        for name, source in seen.reads.items()
-        if isinstance(known[name], BMConv2d) and source and isinstance(known[source], NOT_NEGATIVE)
-    ]

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pliant.edits import Swap
-from pliant.errors import EditError, ModelError
+from pliant.errors import ModelError
+from pliant.families.layers.choose import chosen, unless
 from pliant.method import Method
 from pliant.nn.quadratic import check_quadratic, numbers_of
 from pliant.registry import In, Paper, register
@@ -57,23 +58,13 @@ class CQNN(Method):
 
     def prepare(self, run: Run) -> None:
         """Put the forms in."""
-        layers, reasons = run.readable(self.only, self.exclude)
-        chosen = []
+        reason = "only 2-d convolutions without groups become quadratic"
+        needs = "cqnn makes 2-d convolutions without groups quadratic"
+        layers = chosen(run, self.only, self.exclude, unless(check_quadratic, reason), needs)
         for name, layer in layers.items():
-            if reason := _obstacle(layer):
-                reasons[name] = reason
-            else:
-                self._check(name, layer)
-                chosen.append(name)
-        if not chosen:
-            raise ModelError(
-                "cqnn makes 2-d convolutions without groups quadratic, but the model has none "
-                "that it may take: see only and exclude."
-            )
-        for name, reason in reasons.items():
-            run.keep(name, reason)
-        run.apply(*(self._swap(name, layers[name], run.seed) for name in chosen))
-        run.state["layers"] = chosen
+            self._check(name, layer)
+        run.apply(*(self._swap(name, layer, run.seed) for name, layer in layers.items()))
+        run.state["layers"] = list(layers)
 
     def finalize(self, run: Run) -> None:
         """Keep the symmetric half of full matrices."""
@@ -96,12 +87,3 @@ class CQNN(Method):
                 f"{name} would have {count:,} weights as a quadratic layer, and {self.most:,} are "
                 f'allowed: use cqnn(form="lowrank", rank={self.rank}), exclude it, or raise most.'
             )
-
-
-def _obstacle(layer: Any) -> str:
-    """Say why a layer is left alone; nothing if it is not."""
-    try:
-        check_quadratic(layer)
-    except EditError:
-        return "only 2-d convolutions without groups become quadratic"
-    return ""

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from pliant.cost import call
 from pliant.edits import Swap
 from pliant.errors import ModelError
 from pliant.families.layers.rows import rows
+from pliant.families.layers.trunks import coefficients
 from pliant.method import Method
-from pliant.nn.dynamic import DynamicResidualTrunk
-from pliant.observe.watch import capture
 from pliant.registry import In, Paper, register
 from pliant.run import Run
 from pliant.surgery.fold import foldable
@@ -79,7 +77,8 @@ class DRAN(Method):
         """Note how much coefficients differ between inputs, freeze them, and fold batch norms."""
         told = coefficients(run, self.samples)
         for name, given in told.items():
-            run.note(trunk=name, mean=float(given.mean()), spread=float(_spread(given)))
+            spread = float(given.std(0, correction=0).mean())
+            run.note(trunk=name, mean=float(given.mean()), spread=spread)
         if self.freeze:
             run.apply(*(self._fixed(name, given.mean(0)) for name, given in told.items()))
         run.apply(*foldable(run.model, run.example))
@@ -88,30 +87,3 @@ class DRAN(Method):
         kept = [at for at, value in enumerate(means.tolist()) if abs(value) > self.small]
         spec = {"kept": tuple(kept), "weights": tuple(float(means[at]) for at in kept)}
         return Swap(name, "fixed_residual", spec)
-
-
-def coefficients(run: Run, samples: int) -> dict[str, Tensor]:
-    """Return the coefficients of every trunk for training inputs, (inputs, M (M + 1) / 2).
-
-    Args:
-        run: of a network with trunks; without data the example is looked at.
-        samples: how many inputs at least.
-    """
-    trunks: dict[str, Any] = {
-        f"{name}.coefficients": name
-        for name, module in run.model.named_modules()
-        if isinstance(module, DynamicResidualTrunk)
-    }
-    found: dict[str, list[Tensor]] = {name: [] for name in trunks.values()}
-
-    def see(name: str, given: Tensor, output: Tensor) -> None:
-        found[trunks[name]].append(output.detach().double())
-
-    with capture(run.model, trunks, see):
-        for batch in run.inputs(samples) if run.has_inputs else [run.example]:
-            call(run.model, batch)
-    return {name: torch.cat(given) for name, given in found.items() if given}
-
-
-def _spread(given: Tensor) -> Tensor:
-    return given.std(0, correction=0).mean()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pliant.edits import Edit, Insert, Swap
-from pliant.errors import EditError, MethodError, ModelError
+from pliant.families.layers.choose import channels_behind, chosen, refused
 from pliant.method import Method
 from pliant.nn.asymmetric import check_asymmetric, pair_weights
 from pliant.registry import In, Paper, register
@@ -56,23 +56,16 @@ class FASSDNet(Method):
 
     def prepare(self, run: Run) -> None:
         """Divide convolutions, and put the modules in."""
-        layers, reasons = run.readable(self.only, self.exclude)
         inserts = self._inserts(run)
-        swaps = []
-        for name, layer in layers.items():
-            width = max(1, round(self.width * len(layer.weight)))
-            if reason := _obstacle(layer, width):
-                reasons[name] = reason
-            else:
-                swaps.append(Swap(name, "asymmetric", {"width": width, "between": self.between}))
-        if not swaps and not inserts:
-            raise ModelError(
-                "fassd_net divides 2-d convolutions without groups that become smaller by it, but "
-                "the model has none that it may take: see width, only, exclude, refine and pyramid."
-            )
-        for name, reason in reasons.items():
-            run.keep(name, reason)
-        run.apply(*swaps, *inserts)
+        needs = "fassd_net divides 2-d convolutions without groups that become smaller by it"
+        see = "width, only, exclude, refine and pyramid"
+        needs = "" if inserts else needs
+        layers = chosen(run, self.only, self.exclude, self._obstacle, needs, see)
+        specs = {
+            name: {"width": self._between(layer), "between": self.between}
+            for name, layer in layers.items()
+        }
+        run.apply(*(Swap(name, "asymmetric", spec) for name, spec in specs.items()), *inserts)
 
     def finalize(self, run: Run) -> None:
         """Make batch norms a part of the convolutions before them."""
@@ -82,32 +75,23 @@ class FASSDNet(Method):
         found: list[Edit] = []
         for name in self.pyramid:
             far = (self.reach, 2 * self.reach, 3 * self.reach)
-            channels = _channels(run, name)
+            channels = channels_behind(run, name)
             spec = {"channels": channels, "alpha": min(self.alpha, channels), "dilations": far}
             found.append(Insert(name, "dapf", spec, seed=run.seed))
         for name in self.refine:
-            spec = {"channels": _channels(run, name), "dilation": self.dilation, "identity": True}
+            channels = channels_behind(run, name)
+            spec = {"channels": channels, "dilation": self.dilation, "identity": True}
             found.append(Insert(name, "mda", spec, seed=run.seed))
         return found
 
+    def _between(self, layer: Any) -> int:
+        """Count the channels between the halves of a kernel."""
+        return max(1, round(self.width * len(layer.weight)))
 
-def _channels(run: Run, name: str) -> int:
-    """Count the channels of the maps that a layer gives."""
-    row = run.planner.rows().get(name)
-    if row is None or len(row.output) != 3 or row.output[0] < 2:
-        raise MethodError(
-            "fassd_net puts modules behind layers that give maps (N, channels, H, W) of 2 channels "
-            f"or more, but {name!r} is none: see the names of model.named_modules()."
-        )
-    return row.output[0]
-
-
-def _obstacle(layer: Any, width: int) -> str:
-    """Say why a layer is left alone; nothing if it is not."""
-    try:
-        check_asymmetric(layer)
-    except EditError:
-        return "no 2-d convolution of more than one tap in both directions, without groups"
-    if pair_weights(layer, width) >= layer.weight.numel():
-        return "a column and a row would have as many weights"
-    return ""
+    def _obstacle(self, name: str, layer: Any) -> str:
+        """Say why a layer is left alone; nothing if it is not."""
+        if refused(check_asymmetric, layer):
+            return "no 2-d convolution of more than one tap in both directions, without groups"
+        if pair_weights(layer, self._between(layer)) >= layer.weight.numel():
+            return "a column and a row would have as many weights"
+        return ""

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
-from torch import nn
 
 from pliant.edits import Swap
-from pliant.errors import EditError, MethodError, ModelError
+from pliant.errors import MethodError
+from pliant.families.layers.choose import chosen
+from pliant.families.layers.shifts import attending, shiftable
 from pliant.method import Method
-from pliant.nn.shifted import ShiftAttentionConv2d, check_shiftable
-from pliant.observe.order import order
 from pliant.registry import In, Paper, register
 from pliant.run import Run
-from pliant.surgery.select import weighted
 
 
 @register(
@@ -73,60 +71,28 @@ class ShiftAttention(Method):
 
     def prepare(self, run: Run) -> None:
         """Let convolutions attend to their taps."""
-        layers, reasons = run.readable(self.only, self.exclude)
-        first = next(iter(order(run.model, run.example, list(weighted(run.model))).called), "")
-        spec = {
-            "shared": self.shared,
-            "temperature": float(self.start),
-            "magnitude": self.scores == "magnitude",
-        }
-        chosen = []
-        for name, layer in layers.items():
-            if name == first and not self.stem:
-                reasons[name] = "the first layer stays a convolution"
-            elif reason := _obstacle(layer):
-                reasons[name] = reason
-            else:
-                chosen.append(name)
-        if not chosen:
-            raise ModelError(
-                "shift_attention needs a Conv2d of an odd kernel larger than 1 x 1 behind the "
-                "first layer, without groups or dilation, but the model has none that it may take."
-            )
-        for name, reason in reasons.items():
-            run.keep(name, reason)
-        run.apply(*(Swap(name, "shift_attention", spec, run.seed) for name in chosen))
-        run.state["layers"] = chosen
+        needs = (
+            "shift_attention needs a Conv2d of an odd kernel larger than 1 x 1 behind the first "
+            "layer, without groups or dilation"
+        )
+        layers = list(chosen(run, self.only, self.exclude, shiftable(run, stem=self.stem), needs))
+        how = {"temperature": float(self.start), "magnitude": self.scores == "magnitude"}
+        spec = {"shared": self.shared, **how}
+        run.apply(*(Swap(name, "shift_attention", spec, run.seed) for name in layers))
+        run.state["layers"] = layers
 
-    @torch.no_grad()
     def after_step(self, run: Run) -> None:
         """Raise the temperature."""
         past = min(1.0, run.step / run.steps) if run.steps else 1.0
-        for layer in _attending(run):
+        for layer in attending(run):
             layer.temperature.fill_(self.start * (self.end / self.start) ** past)
 
     @torch.no_grad()
     def after_epoch(self, run: Run) -> None:
         """Note how sharp the attention is: its mean largest share, and how many are above 0.99."""
-        tops = torch.cat([layer.shares().amax(2).flatten() for layer in _attending(run)])
+        tops = torch.cat([layer.shares().amax(2).flatten() for layer in attending(run)])
         run.note(sharpness=float(tops.mean()), settled=float((tops > 0.99).double().mean()))
 
     def finalize(self, run: Run) -> None:
         """Keep one tap of each kernel."""
         run.apply(*(Swap(name, "shift", {"shared": self.shared}) for name in run.state["layers"]))
-
-
-def _attending(run: Run) -> list[ShiftAttentionConv2d]:
-    layers: list[Any] = [run.model.get_submodule(name) for name in run.state["layers"]]
-    return layers
-
-
-def _obstacle(layer: Any) -> str:
-    """Say why a layer is left alone; nothing if it is not."""
-    if type(layer) is not nn.Conv2d:
-        return "not a 2-d convolution"
-    try:
-        check_shiftable(layer)
-    except EditError:
-        return "a kernel of 1 x 1 or of even size, groups or dilation"
-    return ""

@@ -1,27 +1,18 @@
-"""WeightAlign: filters of one mean and spread keep activations in range, without batch norms.
-
-The file is long because it says of every layer and batch norm whether it can be aligned.
-"""
+"""WeightAlign: filters of one mean and spread keep activations in range, without batch norms."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.utils import parametrize
-
-from pliant.edits import Replaced, Swap
-from pliant.errors import ModelError
+from pliant.edits import Replaced
+from pliant.families.layers.alignable import alignable, calls, without_norms
 from pliant.math.filters import RECTIFIED
 from pliant.method import Method
 from pliant.nn.align import Align, Aligned
-from pliant.nn.filters import WEIGHTED, filter_size
-from pliant.observe.order import Order, order
 from pliant.registry import In, Paper, register
 from pliant.run import Run
-from pliant.surgery.select import check_patterns, matches, weighted
+from pliant.surgery.select import check_patterns, matches
 
 
 @register(
@@ -69,10 +60,10 @@ class WeightAlign(Method):
     def prepare(self, run: Run) -> None:
         """Take batch norms out, and let layers compute with aligned filters."""
         check_patterns(run.model, (*self.zero, *self.only, *self.exclude))
-        seen = _calls(run)
-        layers = self._chosen(run, seen)
+        seen = calls(run)
+        layers = alignable(run, seen, self.only, self.exclude, depthwise=self.depthwise)
         if self.norms == "remove":
-            run.apply(*_swaps(run, seen, layers))
+            run.apply(*without_norms(run, seen, layers))
         for name in layers:
             self._align(run, name)
         run.state["aligned"] = list(layers)
@@ -89,40 +80,6 @@ class WeightAlign(Method):
             run.carry("", Replaced((aligned.raw, aligned.align.gain), (aligned.raw,)))
             aligned.remove()
 
-    def _chosen(self, run: Run, seen: Order) -> list[str]:
-        """Name the layers to align, and say why the others are not."""
-        layers, chosen = weighted(run.model), []
-        last = next((name for name in reversed(seen.called) if name in layers), "")
-        for name, layer in layers.items():
-            reason = self._obstacle(run.model, name, layer, seen)
-            if not reason and name == last:
-                reason = "the last layer gives the scores"
-            run.keep(name, reason or "its filters were aligned and folded: the shape is the same")
-            chosen += [] if reason else [name]
-        if not chosen:
-            raise ModelError(
-                "weightalign needs a convolution or Linear before the last one, but the model has "
-                "none that it may align: see only and exclude."
-            )
-        return chosen
-
-    def _obstacle(self, model: nn.Module, name: str, layer: Any, seen: Order) -> str:
-        """Say why a layer is left alone; nothing if it is not."""
-        groups = getattr(layer, "groups", 1)
-        owners = [n for n, p in model.named_parameters(remove_duplicate=False) if p is layer.weight]
-        reasons = {
-            "not selected": bool(self.only) and not matches(name, self.only),
-            "excluded by name": matches(name, self.exclude),
-            "never called in a forward pass": name not in seen.called,
-            "its weight is parametrized: remove the parametrization first": len(owners) == 0
-            or parametrize.is_parametrized(layer),
-            "its weight is tied to another layer's": len(owners) > 1,
-            "a depthwise filter of mean zero cannot smooth": not self.depthwise
-            and groups == getattr(layer, "in_channels", 0) > 1,
-            "a filter of one weight has no spread": filter_size(layer) < 2,
-        }
-        return next((reason for reason, holds in reasons.items() if holds), "")
-
     def _align(self, run: Run, name: str) -> None:
         layer = run.model.get_submodule(name)
         gain = 0.0 if matches(name, self.zero) else 1.0
@@ -131,27 +88,6 @@ class WeightAlign(Method):
         run.hook(aligned)
         if self.affine:
             run.carry(name, Replaced((aligned.raw,), (aligned.raw, align.gain)))
-
-
-def _calls(run: Run) -> Order:
-    """Follow the network's layers and batch norms."""
-    kinds = (*WEIGHTED, _BatchNorm)
-    names = [name for name, module in run.model.named_modules() if isinstance(module, kinds)]
-    return order(run.model, run.example, names)
-
-
-def _swaps(run: Run, seen: Order, layers: list[str]) -> list[Swap]:
-    """Take out every batch norm but those right behind layers that are not aligned."""
-    swaps, plain = [], set(weighted(run.model)) - set(layers)
-    for name in seen.called:
-        if not isinstance(run.model.get_submodule(name), _BatchNorm):
-            continue
-        if seen.reads[name] in plain:
-            run.keep(name, "the layer before it is not aligned")
-        else:
-            swaps.append(Swap(name, "identity"))
-    without = [name for name in layers if run.model.get_submodule(name).bias is None]
-    return [*swaps, *(Swap(name, "biased") for name in without)]
 
 
 def _aligned(run: Run) -> list[Aligned]:

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-import torch
-from torch import Tensor, nn
 from torch.nn.modules.dropout import _DropoutNd
 
-from pliant.errors import ModelError
+from pliant.families.train.dropping import Masking, Resting, places
 from pliant.method import Method
-from pliant.nn.maxdropout import largest
 from pliant.registry import In, Paper, register
 from pliant.run import Run
-from pliant.surgery.select import check_names, matches
-
-RECTIFIERS = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.GELU, nn.SiLU, nn.Hardswish)
 
 
 @register(
@@ -59,19 +53,19 @@ class MaxDropout(Method):
 
     def prepare(self, run: Run) -> None:
         """Put the hooks in, and let dropouts rest."""
-        places = self._places(run.model)
+        names = places(run.model, self.after)
         for module in run.model.modules():
             if isinstance(module, _DropoutNd):
-                run.hook(_Rest(module))
-        for name in places:
-            masking = _Masking(self, run.generator)
+                run.hook(Resting(module))
+        for name in names:
+            masking = Masking(self.drop, self.mode, self.scope, run.generator)
             run.hook(masking)
             run.hook(run.model.get_submodule(name).register_forward_hook(masking))
         run.state.update(dropped=0, units=0)
 
     def after_step(self, run: Run) -> None:
         """Count what was dropped."""
-        for masking in run.aside.all(_Masking):
+        for masking in run.aside.all(Masking):
             run.state["dropped"] += int(masking.dropped)
             run.state["units"] += masking.units
             masking.remove()
@@ -81,51 +75,3 @@ class MaxDropout(Method):
         if run.state["units"]:
             run.note(dropped=run.state["dropped"] / run.state["units"])
         run.state.update(dropped=0, units=0)
-
-    def _places(self, model: nn.Module) -> list[str]:
-        """Name the modules behind which units are dropped."""
-        named = {name: module for name, module in model.named_modules() if name}
-        if self.after:
-            check_names(named, self.after)
-            return [name for name in named if matches(name, self.after)]
-        for kinds in ((_DropoutNd,), RECTIFIERS):
-            if found := [name for name, module in named.items() if isinstance(module, kinds)]:
-                return found
-        raise ModelError(
-            "maxdropout stands in the place of dropouts or behind rectifiers, but the model has "
-            'no module of either kind: name others, maxdropout(after=("layer1", "layer2")).'
-        )
-
-
-class _Masking:
-    """A forward hook that drops units in training, and counts them since the last step."""
-
-    def __init__(self, method: MaxDropout, generator: torch.Generator) -> None:
-        self.method, self.generator = method, generator
-        self.dropped, self.units = torch.zeros((), dtype=torch.int64), 0
-
-    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-        if not module.training:
-            return None
-        rate = self.method.drop
-        if self.method.mode == "l2-random":
-            rate *= float(torch.rand((), generator=self.generator))
-        mask = largest(output, rate, self.method.mode, self.method.scope)
-        self.dropped, self.units = self.dropped + mask.sum(), self.units + mask.numel()
-        return output.masked_fill(mask, 0.0)
-
-    def remove(self) -> None:
-        """Forget what was counted."""
-        self.dropped, self.units = torch.zeros((), dtype=torch.int64), 0
-
-
-class _Rest:
-    """A dropout that drops nothing, until it is asked to go on."""
-
-    def __init__(self, layer: Any) -> None:
-        self.layer, self.p = layer, layer.p
-        layer.p = 0.0
-
-    def remove(self) -> None:
-        """Give the dropout its rate again."""
-        self.layer.p = self.p

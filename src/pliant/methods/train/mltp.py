@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-import torch
 from torch import Tensor
 
 from pliant.data import unpack
 from pliant.errors import DataError, MethodError
-from pliant.families.train.ahead import check_twice, curvature, gradient_of, loss_at, trained
+from pliant.families.train import ahead
 from pliant.method import Method
 from pliant.observe.watch import samples
 from pliant.registry import In, Paper, register
@@ -53,6 +52,8 @@ class MLTP(Method):
     # difference quotient, for networks that cannot be differentiated twice
     order: Literal["second", "first", "difference"] = "second"
 
+    draws_batches = True
+
     def refuse(self, run: Run) -> None:
         """Refuse a run without data, and a network that cannot be differentiated twice."""
         if not run.has_inputs:
@@ -62,32 +63,14 @@ class MLTP(Method):
             )
         assert run.data is not None
         if self.order == "second":
-            check_twice(run.model, run.data.example(2))
+            ahead.check_twice(run.model, run.data.example(2))
 
     def loss(self, run: Run, loss: Tensor, output: Any, batch: Any) -> Tensor:
         """Add the loss of another batch after a step on this one."""
         mine = unpack(batch)
         other = run.draw(samples(mine[0]))
-        names, weights = trained(run.model)
         inner = self._inner(run)
-        grads = gradient_of(loss, weights, twice=self.order == "second", again=True)
-        if self.order != "difference":
-            ahead = [w - inner * g for w, g in zip(weights, grads, strict=True)]
-            return loss + self.beta * loss_at(run, dict(zip(names, ahead, strict=True)), *other)
-        ahead = [
-            (w.detach() - inner * g).requires_grad_() for w, g in zip(weights, grads, strict=True)
-        ]
-        second = loss_at(run, dict(zip(names, ahead, strict=True)), *other)
-        pulls = gradient_of(second, ahead)
-
-        def gradient(at: list[Tensor]) -> list[Tensor]:
-            return gradient_of(loss_at(run, dict(zip(names, at, strict=True)), *mine), at)
-
-        bent = curvature(gradient, [w.detach() for w in weights], pulls)
-        pulls = [pull - inner * bend for pull, bend in zip(pulls, bent, strict=True)]
-        # A number equal to the second loss, whose gradient is the one that was found.
-        moves = [((w - w.detach()) * p).sum() for w, p in zip(weights, pulls, strict=True)]
-        return loss + self.beta * (second.detach() + torch.stack(moves).sum())
+        return loss + self.beta * ahead.after_step(run, loss, mine, other, inner, self.order)
 
     def _inner(self, run: Run) -> float:
         """Return alpha, the length of the inner step."""

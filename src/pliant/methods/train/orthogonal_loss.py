@@ -6,21 +6,16 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pliant.cost import call
 from pliant.data import unpack
 from pliant.edits import Swap
-from pliant.errors import DataError, EditError, MethodError, ModelError
+from pliant.families.train.heads import basis_of, check_head, classified, head_of
 from pliant.math.placement import norm_gap, placement
 from pliant.method import Method
-from pliant.nn.basis import check_basis
 from pliant.observe.aside import Tap
-from pliant.observe.outputs import logits
-from pliant.observe.watch import capture
 from pliant.registry import In, Paper, register
 from pliant.run import Run
-from pliant.surgery.select import weighted
 
 
 @register(
@@ -66,18 +61,15 @@ class OrthogonalLoss(Method):
     # share of the training in which the loss of the task is kept, on the projections
     warmup: Annotated[float, In(0, 1)] = 0.0
 
+    replaces_loss = True
+
     def refuse(self, run: Run) -> None:
         """Refuse a network without a linear head, or with too few features before it."""
-        name = _head(run)
-        head: Any = run.model.get_submodule(name)
-        try:
-            check_basis(head.in_features, head.out_features, self.basis)
-        except EditError as error:
-            raise ModelError(f"The head {name} {error}") from None
+        check_head(run, self.basis)
 
     def prepare(self, run: Run) -> None:
         """Put the basis in the place of the head."""
-        name = _head(run)
+        name = head_of(run)
         if not run.steps:
             run.keep(name, "a fixed head needs features that are trained for it")
             return
@@ -87,19 +79,11 @@ class OrthogonalLoss(Method):
 
     def loss(self, run: Run, loss: Tensor, output: Any, batch: Any) -> Tensor:
         """Return how far the features are from where their classes lie."""
-        if "head" not in run.state:
-            raise MethodError(
-                "orthogonal_loss puts a fixed head in when a training begins, but the run was "
-                "started for no steps: call pliant.start(..., steps=...)."
-            )
+        basis = basis_of(run)
         features, labels = run.aside.get(Tap).take(), unpack(batch)[1]
         if run.step < self.warmup * run.steps:
             return loss
-        if not _classes(features, labels):
-            raise DataError("orthogonal_loss needs one class number for every feature vector.")
-        known = labels.flatten() >= 0
-        rows, labels = features.flatten(0, -2)[known].float(), labels.flatten()[known]
-        basis = run.model.get_submodule(run.state["head"])
+        rows, labels = classified(features, labels)
         with torch.autocast(rows.device.type, enabled=False):
             each = self._losses(rows, basis(rows), labels)
         return each.sum() / max(1, len(each))
@@ -110,28 +94,3 @@ class OrthogonalLoss(Method):
         options = {"gamma": self.gamma, "temperature": self.temperature, "margin": self.margin}
         found = placement(self.kind, features, projections, labels, radius=radius, **options)
         return found + self.norm * norm_gap(features, radius)
-
-
-def _head(run: Run) -> str:
-    """Name the last Linear, whose outputs are the scores.
-
-    Raises:
-        ModelError: there is none, or its weight serves elsewhere too.
-    """
-    seen: dict[str, Tensor] = {}
-    with capture(run.model, weighted(run.model), lambda name, x, y: seen.update({name: y})):
-        scores = logits(call(run.model, run.example))
-    name = next((n for n, y in reversed(seen.items()) if y is scores), "")
-    if not name or type(run.model.get_submodule(name)) is not nn.Linear:
-        raise ModelError(
-            "orthogonal_loss puts fixed directions in the place of a last Linear whose outputs "
-            f"are the class scores, but {type(run.model).__name__} ends in something else."
-        )
-    if name not in (readable := run.readable())[0]:
-        raise ModelError(f"orthogonal_loss cannot replace {name}: {readable[1][name]}.")
-    return name
-
-
-def _classes(features: Tensor, labels: Any) -> bool:
-    numbers = isinstance(labels, Tensor) and not labels.is_floating_point()
-    return numbers and labels.shape == features.shape[:-1]

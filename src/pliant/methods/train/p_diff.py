@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-import torch
 from torch import Tensor
 
 from pliant.data import unpack
-from pliant.data.criterion import classes_second
-from pliant.errors import DataError
-from pliant.math.margins import LOW, WIDTH, MarginHistogram, bins_of, margins
+from pliant.families.train.doubt import estimated, scores_of, seen, warn_unfilled, weights_of
+from pliant.math.margins import MarginHistogram, margins
 from pliant.method import Method
-from pliant.observe.outputs import logits
 from pliant.registry import In, Paper, register
 from pliant.run import Run
 
@@ -68,17 +64,15 @@ class PDiff(Method):
 
     def weigh(self, run: Run, losses: Tensor, output: Any, batch: Any) -> Tensor | None:
         """Return 0 for the samples that are left out, 1 for the others."""
-        scores, labels = _classes(output, unpack(batch)[1], losses)
+        scores, labels = scores_of(output, unpack(batch)[1], losses)
         known = (labels >= 0) & (labels < scores.shape[1])
         each = margins(scores, labels.where(known, 0))
-        histogram = self._seen(run, each[known])
+        histogram = seen(run, self.window, each[known])
         if not histogram.full or not known.any():
             return None
         run.state["rate"] = rate = self._rate(run, histogram)
-        weights = self._weights(each, histogram.threshold(rate)) if rate else known.double()
-        if not bool((weights[known] > 0).any()):
-            weights = (each == each[known].max()).to(weights)
-        weights = weights.where(known, 0)
+        threshold = histogram.threshold(rate) if rate else None
+        weights = weights_of(each, known, threshold, self.softness)
         run.state["kept"] += float(weights.sum())
         run.state["samples"] += int(known.sum())
         if self.normalize == "kept":
@@ -95,52 +89,11 @@ class PDiff(Method):
     def finalize(self, run: Run) -> None:
         """Warn where the training was too short for the histogram."""
         if 0 < run.state["batches"] < self.window:
-            warnings.warn(
-                f"p_diff left nothing out: its histogram was to hold {self.window} batches, but "
-                f"the training had {run.state['batches']}: set window to fewer.",
-                stacklevel=2,
-            )
-
-    def _seen(self, run: Run, values: Tensor) -> MarginHistogram:
-        """Return the histogram with the margins of a batch in it."""
-        counts = run.state["counts"].to(values.device)
-        histogram = MarginHistogram(self.window, counts, run.state["batches"])
-        histogram.update(values)
-        run.state.update(counts=counts, batches=histogram.seen)
-        return histogram
+            warn_unfilled(self.window, run.state["batches"])
 
     def _rate(self, run: Run, histogram: MarginHistogram) -> float:
         """Return R, the share of the samples to leave out now."""
-        past = run.step / (self.ramp * run.steps) if self.ramp and run.steps else 1.0
-        past = min(1.0, past)
+        past = min(1.0, run.step / (self.ramp * run.steps) if self.ramp and run.steps else 1.0)
         if self.noise is not None:
             return self.noise * past
-        if past == 1 and histogram.confidence() >= self.sure:
-            return float(run.state["rate"])
-        return float(histogram.cdf()[bins_of(torch.tensor(past - 1.0))])
-
-    def _weights(self, each: Tensor, threshold: int) -> Tensor:
-        if self.softness:
-            return torch.sigmoid((each - (LOW + threshold * WIDTH)) / self.softness)
-        return (bins_of(each) >= threshold).to(each)
-
-
-def _classes(output: Any, labels: Any, losses: Tensor) -> tuple[Tensor, Tensor]:
-    """Return scores (N, C, ...) and labels (N, ...).
-
-    Raises:
-        DataError: there is no class number for each loss, or only one class.
-    """
-    scores = logits(output)
-    if isinstance(labels, Tensor) and not labels.is_floating_point():
-        scores = classes_second(scores, labels)
-        if (
-            scores.dim() == labels.dim() + 1
-            and scores.shape[1] > 1
-            and losses.shape == labels.shape
-        ):
-            return scores, labels
-    raise DataError(
-        "p_diff compares the probability of a label with those of other classes: it needs scores "
-        f"of two classes or more and one class number for each loss, not {tuple(scores.shape)}."
-    )
+        return estimated(histogram, past, self.sure, run.state["rate"])

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from itertools import accumulate, pairwise
 from typing import Annotated, Literal
 
-import torch
 from torch import Tensor
 
 from pliant.data import Data, Epoch
-from pliant.errors import MethodError
+from pliant.families.train.steps import check_steps, coupled, seen_in, step_of
 from pliant.families.train.subsets import class_numbers, nested
 from pliant.method import Method
 from pliant.registry import In, Paper, register
@@ -58,22 +56,27 @@ class ProgressiveStepwise(Method):
     kappa: Annotated[float, In(0, 1, "low")] = 0.5  # of "anneal": factor of the noise at each step
     most: Annotated[int, In(1)] = 4096  # of "batch": its largest; the rate makes up for the rest
     batches: tuple[Annotated[int, In(1)], ...] = ()  # of "given": of each step
-    # of "given": factors of the learning rate of each step
-    rates: tuple[Annotated[float, In(0, open="low")], ...] = ()
+    rates: tuple[Annotated[float, In(0, open="low")], ...] = ()  # of "given": factors of the rate
     # root: for Adam, whose noise goes with the square root of the rate's factor
     scaling: Literal["linear", "root"] = "linear"
     seed: Annotated[int, In(0)] = 0  # of the parts, added to the training's own
 
     def refuse(self, run: Run) -> None:
         """Refuse steps that do not rise to all of the data."""
-        self._check()
+        check_steps(self)
 
     def epoch(self, epoch: Epoch, data: Data) -> Epoch:
         """Choose samples, batch and factor of the rate by the step to which an epoch belongs."""
-        self._check()
+        check_steps(self)
         at = self.step_of(epoch)
         first, rows = (self.part(data, step, epoch.seed) for step in (0, at))
-        batch, rate = self.coupled(at, len(first), len(rows), epoch.batch)
+        if self.rule == "given":
+            batch, rate = self.batches[at], self.rates[at]
+        else:
+            most = self.most if self.rule == "batch" else epoch.batch
+            noise = self.kappa**at if self.rule == "anneal" else 1.0
+            batch, rate = coupled(len(first), len(rows), epoch.batch, most=most, noise=noise)
+            rate = rate**0.5 if self.scaling == "root" else rate
         samples: Tensor | float = 1.0 if self.fractions[at] == 1 else rows
         return replace(epoch, samples=samples, batch=batch, rate=rate)
 
@@ -83,53 +86,14 @@ class ProgressiveStepwise(Method):
 
     def after_epoch(self, run: Run) -> None:
         """Note how many samples were seen so far, and batch and rate of this epoch."""
-        assert run.epochs is not None and run.data is not None
-        now = run.epochs[run.began[1] + run.epoch - 1]
-        whole = not isinstance(now.samples, Tensor)
-        run.state["samples"] += run.data.rows() if whole else len(torch.as_tensor(now.samples))
+        now, samples = seen_in(run)
+        run.state["samples"] += samples
         run.note(samples=run.state["samples"], batch=now.batch, rate=now.rate)
 
     def step_of(self, epoch: Epoch) -> int:
         """Return the step of an epoch; the last epoch is always of the last step."""
-        ends = list(accumulate(self.epochs or [1.0] * len(self.fractions)))
-        past = (epoch.number + 1) / epoch.of * ends[-1]
-        return next((i for i, end in enumerate(ends) if past <= end + 1e-9), len(ends) - 1)
+        return step_of(self.epochs or [1.0] * len(self.fractions), epoch)
 
     def part(self, data: Data, step: int, seed: int) -> Tensor:
         """Return the rows of a step."""
-        share = self.fractions[step]
-        return nested(class_numbers(data), data.rows(), share, self.seed + seed)
-
-    def coupled(self, step: int, first: int, size: int, batch: int) -> tuple[int, float]:
-        """Return batch and factor of the rate of a step.
-
-        The noise is g = rate samples / batch, but for what momentum adds to it at every step.
-
-        Args:
-            step: its number.
-            first: samples of the first step.
-            size: samples of this step.
-            batch: of the first step.
-        """
-        if self.rule == "given":
-            return self.batches[step], self.rates[step]
-        grown = batch
-        if self.rule == "batch":
-            grown = max(batch, min(round(batch * size / first), self.most))
-        noise = self.kappa**step if self.rule == "anneal" else 1.0
-        rate = noise * (grown / batch) * (first / size)
-        return grown, rate**0.5 if self.scaling == "root" else rate
-
-    def _check(self) -> None:
-        rising = all(one < next for one, next in pairwise(self.fractions))
-        wrong = ""
-        if not self.fractions or not rising or self.fractions[-1] != 1:
-            wrong = f"fractions that rise and end in 1, not {self.fractions}"
-        elif self.epochs and len(self.epochs) != len(self.fractions):
-            wrong = f"one number in epochs for each of {len(self.fractions)} fractions, or none"
-        elif self.rule == "given" and not len(self.batches) == len(self.rates) == len(
-            self.fractions
-        ):
-            wrong = "one number in batches and in rates for each fraction"
-        if wrong:
-            raise MethodError(f"progressive_stepwise needs {wrong}.")
+        return nested(class_numbers(data), data.rows(), self.fractions[step], self.seed + seed)
