@@ -13,10 +13,10 @@ from pliant.cost import cost
 from pliant.data import Data
 from pliant.edits import Prune, from_json, replay
 from pliant.errors import BudgetError, MethodError
+from pliant.families.distill import growth, rounds
 from pliant.families.distill.growth import candidates, joined, judged, planted, plants
 from pliant.math.divergence import divergence
 from pliant.method import Method
-from pliant.methods.distill import planting as module
 from pliant.methods.distill.planting import Planting
 from pliant.run import Run, start
 from pliant.testing import Case
@@ -141,21 +141,21 @@ def the_layer_that_gains_most_keeps_its_channels() -> None:
     run = start(net(), Planting(width=1.0), data=TOY.data(), example=TOY.inputs(1), steps=50)
     found: dict[str, list[Prune]] = {"": [], "0": [], "3": []}
     values = {"": (1.0, 100), "0": (0.8, 110), "3": (0.5, 200)}
-    kept, module.judged = module.judged, lambda run, cuts, samples: values[cuts]  # type: ignore
+    kept, growth.judged = growth.judged, lambda run, cuts, samples: values[cuts]  # type: ignore
     told: Any = {name: name for name in found}
     try:
-        assert Planting()._best(run, told) == ("3", 0.5)
-        assert Planting(choice="gain")._best(run, told) == ("0", 0.8)
+        assert rounds.best(run, told, "validation", 64) == ("3", 0.5)
+        assert rounds.best(run, told, "gain", 64) == ("0", 0.8)
         values |= {"0": (1.0, 110), "3": (1.2, 200)}
-        assert Planting()._best(run, told) == ("", 1.0)
+        assert rounds.best(run, told, "validation", 64) == ("", 1.0)
     finally:
-        module.judged = kept
+        growth.judged = kept
 
 
 def candidates_are_judged_alone() -> None:
     """New channels of another layer that do harm have no part in the loss of a candidate."""
     run = start(net(), Planting(width=1.0), data=TOY.data(), example=TOY.inputs(1), steps=50)
-    run.method._plant(run)  # type: ignore[attr-defined]
+    rounds.plant(run, 4)
     edits: Any = from_json(run.state["edits"])
     base = judged(run, candidates(run, edits)[""], 64)[0]
     with torch.no_grad():
@@ -170,8 +170,8 @@ def a_round_that_gains_nothing_keeps_nothing() -> None:
     """New channels that are not trained change no output, so no loss falls."""
     run = start(net(), Planting(width=1.0), data=TOY.data(), example=TOY.inputs(1), steps=50)
     before = copy.deepcopy(run.model.state_dict())
-    run.method._plant(run)  # type: ignore[attr-defined]
-    run.method._choose(run)  # type: ignore[attr-defined]
+    rounds.plant(run, 4)
+    rounds.choose(run, "validation", 64)
     assert not run.edits and run.log[-1]["planted"] == ""
     after = run.model.state_dict()
     same = [n for n in before if "running" not in n and "tracked" not in n]

@@ -13,10 +13,62 @@ from pliant.cost import call, evaluating
 from pliant.data import unpack
 from pliant.data.sources import moved
 from pliant.data.splits import Split
-from pliant.errors import DataError
-from pliant.families.distill.grouping import joint
+from pliant.errors import DataError, MethodError
+from pliant.families.distill.grouping import Kind, confusion_groups, joint
 from pliant.families.distill.heads import Head, Reading, answer, drawn
 from pliant.run import Run
+
+
+def refuse(run: Run, weights: Sequence[float], groups: Sequence[int], at: Sequence[str]) -> None:
+    """Refuse a run on which heads can learn nothing, and options that do not fit one another.
+
+    Raises:
+        DataError: the answers of the task are no classes.
+        MethodError: there are no data, numbers do not match, or a layer is unknown.
+    """
+    if run.task is not None and run.task.scores is None:
+        raise DataError("ssal groups classes, but the answers of this task are no classes.")
+    if not run.has_inputs:
+        raise MethodError("ssal groups classes by mistakes on data, but the run has none.")
+    counts = {len(weights), len(groups or weights), len(at or weights)}
+    if len(counts) > 1 or not weights:
+        raise MethodError(
+            "ssal has one number in weights for each head, and as many in groups and names in "
+            f"at, not {len(weights)}, {len(groups)} and {len(at)}."
+        )
+    if min(weights) < 0 or min(groups, default=2) < 2:
+        raise MethodError("ssal: weights are 0 or more, and groups are 2 or more.")
+    known = dict(run.model.named_modules())
+    if unknown := [name for name in at if name not in known]:
+        raise MethodError(f"ssal: the network has no layer {unknown[0]!r} for a head to read.")
+
+
+def regroup(
+    run: Run, groups: Sequence[int], kind: Kind, *, heads: int, margin: float, samples: int
+) -> None:
+    """Count mistakes, and give every head its groups.
+
+    Args:
+        run: whose state gets them.
+        groups: of each head; those of `shares` if none.
+        kind: see `confusion_groups`.
+        heads: how many there are.
+        margin: see `confusion_groups`.
+        samples: on which mistakes are counted.
+
+    Raises:
+        MethodError: there are fewer classes than groups.
+    """
+    mistakes = confusion(run, samples)
+    classes = len(mistakes)
+    counts = groups or shares(classes, heads)
+    if max(counts) > classes:
+        raise MethodError(f"ssal: {classes} classes make at most {classes} groups.")
+    run.state["groups"] = [
+        confusion_groups(mistakes, count, kind, margin=margin, generator=run.generator)
+        for count in counts
+    ]
+    run.note(groups=[list(known) for known in run.state["groups"]])
 
 
 def shares(classes: int, heads: int) -> list[int]:

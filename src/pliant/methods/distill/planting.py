@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-import torch
 from torch import Tensor
 
-from pliant.edits import Prune, Widen, from_json, to_json
 from pliant.errors import BudgetError, MethodError
-from pliant.families.distill import growth
-from pliant.families.distill.growth import joined, judged, most_gained, narrow, planted, plants
+from pliant.families.distill import rounds as growing
+from pliant.families.distill.growth import narrow
 from pliant.families.distill.teaching import refuse_fractions, taught
 from pliant.method import Method
 from pliant.observe.aside import Teacher
@@ -60,7 +58,7 @@ class Planting(Method):
     # T, by which scores are divided before they become probabilities
     temperature: Annotated[float, In(0, open="low")] = 4.0
     # which layer keeps its channels: the one of the least loss, of most gained per parameter, any
-    choice: Literal["validation", "gain", "random"] = "validation"
+    choice: growing.Choice = "validation"
     samples: Annotated[int, In(1)] = 2048  # validation samples on which layers are compared
 
     def refuse(self, run: Run) -> None:
@@ -84,67 +82,19 @@ class Planting(Method):
     def loss(self, run: Run, loss: Tensor, output: Any, batch: Any) -> Tensor:
         return taught(run, loss, output, batch, self.weight, self.temperature)
 
-    @torch.no_grad()
     def before_step(self, run: Run) -> None:
-        for name, new in run.state["new"].items():
-            if (gradient := run.model.get_parameter(name).grad) is not None:
-                gradient.mul_(new)
+        growing.mask(run)
 
-    @torch.no_grad()
     def after_step(self, run: Run) -> None:
-        for name, old in run.state["kept"].items():  # decay and momentum have moved them too
-            parameter = run.model.get_parameter(name)
-            parameter.copy_(torch.where(run.state["new"][name], parameter, old))
-        first = max(1, round(self.first * run.steps))
-        rounds = min(self.rounds, (run.steps - first) // 2)
-        if run.step < first or rounds < 1:
-            return
-        number, place = divmod(run.step - first, length := (run.steps - first) // rounds)
-        if number < rounds and not place:
-            self._plant(run)
-        elif place == length // 2 and run.state["edits"]:
-            self._choose(run)
+        growing.hold(run)
+        due = growing.due(run, self.first, self.rounds)
+        if due == "plant":
+            growing.plant(run, self.channels)
+        elif due == "choose":
+            growing.choose(run, self.choice, self.samples)
 
     def finalize(self, run: Run) -> None:
         if run.state["edits"]:
-            self._choose(run)
+            growing.choose(run, self.choice, self.samples)
         for layer in run.layers.keys() - {edit.layer for edit in run.edits} - run.reasons.keys():
             run.keep(layer, "its channels are as many as before")
-
-    def _plant(self, run: Run) -> None:
-        """Let every layer have new channels that it may, and hold all else fast."""
-        run.state["round"] += 1
-        edits = plants(run, self.channels, run.seed + run.state["round"])
-        new = planted(run.model, edits) if edits else run.state["new"]
-        run.apply(*edits)
-        run.state["edits"] = to_json(edits)
-        self._hold(run, new)
-
-    def _choose(self, run: Run) -> None:
-        """Leave new channels in the layer in which they are worth most only."""
-        edits: list[Widen] = from_json(run.state["edits"])  # type: ignore[assignment]
-        found = growth.candidates(run, edits)
-        best, loss = self._best(run, found)
-        cuts, before = found[best], run.edits[: len(run.edits) - len(edits)]
-        new = {name: mask.float() for name, mask in run.state["new"].items()}
-        new = {name: value > 0.5 for name, value in growth.carried(run.model, new, cuts).items()}
-        run.apply(*cuts)
-        run.restate([*before, *joined(edits, cuts)])
-        run.state["edits"] = []
-        self._hold(run, new)
-        run.recalibrate()
-        run.note(planted=best, loss=loss, params=run.planner.now().params)
-
-    def _best(self, run: Run, found: dict[str, list[Prune]]) -> tuple[str, float | None]:
-        """The layer whose new channels stay, "" for none, and the loss with them."""
-        names = [name for name in found if name] or [""]
-        if self.choice == "random" or not names[0]:
-            return names[int(torch.randint(len(names), (1,), generator=run.generator))], None
-        known = {name: judged(run, cuts, self.samples) for name, cuts in found.items()}
-        best = most_gained(known, per_parameter=self.choice == "gain")
-        return best, known[best][0]
-
-    def _hold(self, run: Run, new: dict[str, Tensor]) -> None:
-        """Remember which numbers are new, and what the others are."""
-        kept = {name: run.model.get_parameter(name).detach().clone() for name in new}
-        run.state.update(new=new, kept=kept)

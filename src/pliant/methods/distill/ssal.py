@@ -8,9 +8,8 @@ from typing import Annotated, Any
 from torch import Tensor
 
 from pliant.data import unpack
-from pliant.errors import DataError, MethodError
 from pliant.families.distill import branches
-from pliant.families.distill.grouping import Kind, confusion_groups
+from pliant.families.distill.grouping import Kind
 from pliant.families.distill.heads import Reading, places
 from pliant.method import Method
 from pliant.registry import In, Paper, register
@@ -60,21 +59,7 @@ class SSAL(Method):
     samples: Annotated[int, In(1)] = 5000  # validation samples on which mistakes are counted
 
     def refuse(self, run: Run) -> None:
-        if run.task is not None and run.task.scores is None:
-            raise DataError("ssal groups classes, but the answers of this task are no classes.")
-        if not run.has_inputs:
-            raise MethodError("ssal groups classes by mistakes on data, but the run has none.")
-        counts = {len(self.weights), len(self.groups or self.weights), len(self.at or self.weights)}
-        if len(counts) > 1 or not self.weights:
-            raise MethodError(
-                "ssal has one number in weights for each head, and as many in groups and names in "
-                f"at, not {len(self.weights)}, {len(self.groups)} and {len(self.at)}."
-            )
-        if min(self.weights) < 0 or min(self.groups, default=2) < 2:
-            raise MethodError("ssal: weights are 0 or more, and groups are 2 or more.")
-        known = dict(run.model.named_modules())
-        if unknown := [name for name in self.at if name not in known]:
-            raise MethodError(f"ssal: the network has no layer {unknown[0]!r} for a head to read.")
+        branches.refuse(run, self.weights, self.groups, self.at)
 
     def prepare(self, run: Run) -> None:
         names = list(self.at) or places(run, len(self.weights))
@@ -103,16 +88,7 @@ class SSAL(Method):
             run.note(**branches.read(run, self.power, self.samples))
 
     def _group(self, run: Run) -> None:
-        """Count mistakes, and give every head its groups."""
-        mistakes = branches.confusion(run, self.samples)
-        classes = len(mistakes)
-        counts = self.groups or branches.shares(classes, len(self.weights))
-        if max(counts) > classes:
-            raise MethodError(f"ssal: {classes} classes make at most {classes} groups.")
-        run.state["groups"] = [
-            confusion_groups(
-                mistakes, count, self.kind, margin=self.margin, generator=run.generator
-            )
-            for count in counts
-        ]
-        run.note(groups=[list(known) for known in run.state["groups"]])
+        branches.regroup(
+            run, self.groups, self.kind, heads=len(self.weights), margin=self.margin,
+            samples=self.samples,
+        )  # fmt: skip
