@@ -157,6 +157,47 @@ def test_rows_go_to_tensorboard(tmp_path: Path) -> None:
     assert events.Scalars("after/params")[0].value == 3
 
 
+@pytest.mark.slow  # MLflow is imported, and makes a store
+@pytest.mark.filterwarnings("ignore")  # what MLflow says about itself
+@pytest.mark.parametrize("store", ["sqlite:///{}/mlflow.db", "file:{}/mlruns"])
+def test_rows_go_to_mlflow(store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="mlflow-skinny is not installed")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")  # which it asks for since version 3
+    monkeypatch.chdir(tmp_path)
+    place = store.format(tmp_path)
+    logs.write(logs.logger(f"mlflow:{place}", "run"), rows(), {"params": 3, "name": "net"})
+    client = mlflow.MlflowClient(tracking_uri=place)
+    (run,) = client.search_runs([client.get_experiment_by_name("pliant").experiment_id])
+    assert (run.info.run_name, run.info.status) == ("run", "FINISHED")
+    seen = client.get_metric_history(run.info.run_id, "accuracy")
+    assert [(row.step, row.value) for row in seen] == [(5, 0.9), (10, 0.95)]
+    assert run.data.metrics["control/loss"] == 0.4 and run.data.metrics["after/params"] == 3
+
+
+def test_a_log_that_cannot_be_opened_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(place: str, name: str) -> logs.Logger:
+        raise RuntimeError("no route to host")
+
+    monkeypatch.setitem(logs._OPEN, "csv", closed)
+    with pytest.raises(OutputError, match="The log csv:x cannot be opened: no route to host"):
+        logs.logger("csv:x")
+
+
+@pytest.mark.slow  # W&B starts a process of its own
+def test_rows_go_to_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = pytest.importorskip("wandb", reason="wandb is not installed")
+    for name, value in (("MODE", "offline"), ("SILENT", "true"), ("DIR", str(tmp_path))):
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    monkeypatch.chdir(tmp_path)
+    logs.write(logs.logger("wandb:project", "run"), rows(), {"params": 3})
+    wandb.teardown()  # which waits until its process has written all
+    (written,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
+    held = written.read_bytes()
+    # The control's rows begin at an earlier step again, and must not be dropped for it.
+    for name in (b"accuracy", b"control/loss", b"after/params", b"project"):
+        assert name in held, f"{name!r} was not written"
+
+
 def test_a_log_that_is_none_is_refused() -> None:
     with pytest.raises(OutputError, match="A log is one of csv"):
         logs.logger("paper:here")

@@ -25,6 +25,7 @@ EXTRAS = {
     "search": (("sklearn",), "growing stages"),
     "sweep": (("optuna",), "pliant sweep"),
     "hub": (("huggingface_hub",), "sharing on a hub"),
+    "log": (("tensorboard", "mlflow", "wandb"), "logs beside the report"),
 }
 
 

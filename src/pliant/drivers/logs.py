@@ -47,17 +47,20 @@ def logger(where: str, name: str = "pliant") -> Logger:
     """Open a log.
 
     Args:
-        where: ``csv:FOLDER``, ``tensorboard:FOLDER``, ``mlflow`` or ``mlflow:URI``, ``wandb`` or
-            ``wandb:PROJECT``.
+        where: ``csv:FOLDER``, ``tensorboard:FOLDER``, ``mlflow`` or ``mlflow:URI`` (such as
+            ``mlflow:sqlite:///mlflow.db``), ``wandb`` or ``wandb:PROJECT``.
         name: of the run.
 
     Raises:
-        OutputError: there is no log of that kind, or it names no folder.
+        OutputError: there is no log of that kind, it names no folder, or it cannot be opened.
         MissingExtraError: its library is not installed.
     """
     check(where)
     kind, _, place = where.partition(":")
-    return _OPEN[kind](place, name)
+    try:
+        return _OPEN[kind](place, name)
+    except Exception as error:  # each library has its own
+        raise OutputError(f"The log {where} cannot be opened: {error}") from error
 
 
 def _csv(place: str, name: str) -> Logger:
@@ -79,9 +82,11 @@ class _Wandb:
         import wandb
 
         self.run = wandb.init(project=place or "pliant", name=name)
+        self.run.define_metric("*", step_metric="step")
 
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
-        self.run.log(metrics, step=step)
+        # Not as W&B's own step: that may only grow, and a control run begins at 0 again.
+        self.run.log({**metrics, "step": step})
 
     def finalize(self, status: str) -> None:
         self.run.finish(exit_code=int(status != "success"))

@@ -151,6 +151,10 @@ class Report:
     metrics: dict[str, dict[str, str]] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """Say in a line what came out; the whole report is in `to_json`."""
+        return f"Report({self.model}: {self.before.params:,} -> {self.after.params:,} parameters)"
+
     def to_json(self) -> str:
         """Return the report as JSON; numbers that are not finite become null."""
         return json.dumps(_finite(asdict(self)), indent=1)
@@ -251,6 +255,10 @@ class Result:
             OutputError: the folder cannot be written, or the hub refuses.
         """
         return shown("push_to_hub")(self, repo, folder, **asked)
+
+    def __repr__(self) -> str:
+        """Say in a line what came out; the network is in ``model``."""
+        return f"Result({len(self.edits)} edits, {self.report!r})"
 
     def _repr_html_(self) -> str:
         """Show the report in a notebook."""
