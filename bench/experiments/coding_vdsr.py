@@ -4,21 +4,20 @@ Ours is fitted to a few patches without sharp originals, nncodec's to nothing. E
 again before it is scored.
 """
 
-import importlib
-import importlib.util
-import sys
+import json
+import os
+import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
-from unittest.mock import MagicMock
 
 import numpy as np
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+import bench
 from bench.claim import claim
 from bench.data import part
 from bench.experiments import Cell, Cells, Table, pick
@@ -29,7 +28,7 @@ from pliant.registry import build
 from pliant.run import start
 
 Settings = Mapping[str, Any]
-LIBRARIES = ("numba", "pillow", "nncodec")
+LIBRARIES = ("numba", "pillow")
 OURS, THEIRS, DENSE = "groupwise_ptq and ANS", "nncodec", "float32"
 DEPTH, WIDTH = 18, 64  # convolutions between the first and the last, and their channels
 LUMA = (65.481, 128.553, 24.966)  # ITU-R BT.601, from 0..1 to 16..235
@@ -49,12 +48,12 @@ def cells(settings: Settings) -> list[Cell]:
 def measure(cell: Cell, watch: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Write one file, read it, and score what was read."""
     plan, model = cell.plan, network()
-    size = sum(p.numel() * 4 for p in model.parameters())
+    found: dict[str, Any] = {"bytes": sum(p.numel() * 4 for p in model.parameters())}
     if "spec" in plan:
-        model, size = _coded(model, plan)
+        model, found["bytes"] = _coded(model, plan)
     elif "qp" in plan:
-        size = _nncodec(model, plan["qp"])
-    return {"bytes": size, "psnr": psnr(model, plan["scale"], plan["images"])}
+        found = _nncodec(model, plan["qp"])
+    return {**found, "psnr": psnr(model, plan["scale"], plan["images"])}
 
 
 class VDSR(nn.Module):
@@ -109,38 +108,28 @@ def patches(photographs: list[str], count: int, size: int, scale: int) -> Tensor
     return torch.from_numpy(np.stack(found))[:, None]
 
 
-def _nncodec(model: nn.Module, qp: int) -> int:
+def _nncodec(model: nn.Module, qp: int) -> dict[str, Any]:
     """Let nncodec write the weights, and take what it reads; it has no other tools switched on."""
-    with _without_its_datasets():
-        try:
-            codec = importlib.import_module("nncodec.nnc")
-        except ImportError as error:
-            raise PliantError(
-                "nncodec is compared with and is not installed: pip install --no-deps nncodec."
-            ) from error
-        weights = {name: value.numpy() for name, value in model.state_dict().items()}
-        with tempfile.TemporaryDirectory() as folder:
-            path = str(Path(folder) / "vdsr.nnc")
-            stream = codec.compress(
-                weights, bitstream_path=path, qp=qp, use_dq=True, return_bitstream=True
-            )
-            back = codec.decompress(path, verbose=False)
-    model.load_state_dict({name: torch.as_tensor(np.asarray(v)) for name, v in back.items()})
-    return len(stream)
-
-
-@contextmanager
-def _without_its_datasets() -> Iterator[None]:
-    """Let nncodec be imported without what only its examples use, torchvision among it."""
-    wanted = ("torchvision", "cv2", "ptflops", "h5py", "pandas")
-    absent = [name for name in wanted if importlib.util.find_spec(name) is None]
-    for name in absent:
-        sys.modules[name] = MagicMock(__name__=name, __path__=[], __spec__=None)
-    try:
-        yield
-    finally:
-        for name in absent:
-            del sys.modules[name]
+    python = os.environ.get("NNCODEC_PYTHON")
+    if not python:
+        raise PliantError(
+            "nncodec is compared with and needs an environment of its own: make one, "
+            "pip install nncodec there, and name its interpreter in NNCODEC_PYTHON."
+        )
+    weights = {name: value.numpy() for name, value in model.state_dict().items()}
+    with tempfile.TemporaryDirectory() as folder:
+        given, stream, back = (str(Path(folder) / name) for name in ("in.npz", "nnc", "out.npz"))
+        np.savez(given, **weights)
+        command = [python, str(Path(bench.__file__).parent / "code_by_nncodec.py")]
+        done = subprocess.run(
+            [*command, given, stream, back, str(qp)], capture_output=True, text=True
+        )
+        if done.returncode:
+            raise PliantError(f"nncodec failed: {done.stderr.strip().splitlines()[-1]}")
+        with np.load(back) as file:
+            model.load_state_dict({name: torch.as_tensor(file[name]) for name in file.files})
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
 
 
 # ---------------------------------------------------------------- quality
