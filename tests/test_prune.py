@@ -18,6 +18,7 @@ from pliant.budget import Budget
 from pliant.cost import cost
 from pliant.edits import Prune, replay
 from pliant.errors import BudgetError, MethodError
+from pliant.families.prune import channels
 from pliant.families.prune.allocate import Goal, allocate, by_ratios, check_reachable
 from pliant.families.prune.pruner import ChannelPruning
 from pliant.families.prune.ranking import by_group, floors_of, ranking
@@ -338,3 +339,43 @@ def test_rates_go_on_over_cuts_in_mid_training(kind: Any) -> None:
         rates.append(seen)
         assert bool(run.edits) == bool(ratio)
     assert rates[0] == rates[1] and len(set(rates[0])) == 8
+
+
+@pytest.mark.parametrize("name", ["plain", "residual", "grouped", "bare", "transformer"])
+def test_groups_after_a_cut_are_those_that_would_be_found(name: str) -> None:
+    """A cut need not look for them anew, and a run that resumes finds the same."""
+    toy = TOYS[name]
+    model = toy.model()
+    groups, _ = cuttable(model, toy.inputs(2))
+    leaving = {group.name: list(range(len(group.units)))[1::3] for group in groups}
+    edits = edits_of(model, groups, leaving)
+    replay(model, edits)
+    assert channels.after_cut(groups, edits) == cuttable(model, toy.inputs(2))[0]
+
+
+def test_groups_with_one_unit_left_are_found_anew() -> None:
+    toy = TOYS["grouped"]
+    model = toy.model()
+    groups, _ = cuttable(model, toy.inputs(2))
+    edits = edits_of(model, groups, {groups[0].name: list(range(1, len(groups[0].units)))})
+    assert channels.after_cut(groups, edits) == []
+
+
+def test_groups_are_found_once_until_something_else_changes_the_network(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls = []
+
+    def counted(*args: Any) -> Any:
+        calls.append(1)
+        return cuttable(*args)
+
+    monkeypatch.setattr(channels, "cuttable", counted)
+    run = begun(First(ratio=0.0))
+    for _ in range(2):
+        groups = channels.removable(run)
+        channels.remove(run, edits_of(run.model, groups, {group.name: [0] for group in groups}))
+    assert len(calls) == 1
+    edits = edits_of(run.model, groups := channels.removable(run), {groups[0].name: [0]})
+    run.apply(*edits)  # by another method
+    assert len(channels.removable(run)[0].units) + 1 == len(groups[0].units) and len(calls) == 2

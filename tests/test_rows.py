@@ -1,17 +1,14 @@
 """Rows of layers: they belong together, nothing is left behind, and memory stays where it is."""
 
-from typing import Any
-from weakref import finalize
 
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from pliant.errors import DataError, ModelError
 from pliant.observe.rows import Grams, Rows
 from pliant.testing import TOYS
+from pliant.testing.memory import Peak
 
 
 class Numbered(nn.Module):
@@ -159,26 +156,6 @@ def test_hooks_come_off_after_exceptions_and_between_batches():
     with pytest.raises(KeyboardInterrupt):
         Rows(model, ("0",), form=fails).grams([toy.inputs(4)])
     assert not hooks() and model.training
-
-
-class Peak(TorchDispatchMode):
-    """Counts the bytes of tensors made inside that live at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[int, int] = {}
-        self.bytes = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                if storage._cdata not in self.live:
-                    self.live[storage._cdata] = storage.nbytes()
-                    finalize(storage, self.live.pop, storage._cdata, None)
-        self.bytes = max(self.bytes, sum(self.live.values()))
-        return out
 
 
 def peak_of(work: str, form: str, count: int) -> int:

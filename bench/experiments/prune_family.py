@@ -1,4 +1,4 @@
-"""The methods that remove channels or blocks, at equal multiply-accumulates and equal epochs."""
+"""The methods that remove channels or blocks, at one size and equal epochs."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from bench import tasks
 from bench.claim import claim, judged
@@ -19,6 +19,8 @@ from pliant.compose import resolve
 from pliant.data import Data, Epoch, Train
 from pliant.drivers.loop import fit
 from pliant.edits import Edit
+from pliant.latency import Target
+from pliant.latency import measure as measured
 from pliant.method import Method
 from pliant.registry import construct, plain
 from pliant.run import Run, start
@@ -27,6 +29,8 @@ Settings = Mapping[str, Any]
 Watch = Callable[[dict[str, Any]], None]
 DENSE, BASELINE = "dense", "magnitude"
 MEASURED = ("accuracy", "params", "macs", "method_seconds", "seconds")
+SIZES = {"macs": "MACs", "params": "parameters"}
+RUNTIMES = {"ms_torch": "torch", "ms_onnxruntime": "onnxruntime"}
 
 
 def cells(settings: Settings) -> list[Cell]:
@@ -46,9 +50,10 @@ def measure(cell: Cell, watch: Watch) -> dict[str, Any]:
     train, began = Train(**plan["train"]), time.process_time()
     if cell.key["rival"] == RIVAL:
         model = torch_pruning(model, data, plan["macs"], seed=seed)
+    axis = _axis(plan)
     cutting = time.process_time() - began
     method = Timed(construct(**plan["method"]) if plan["method"] else Method())
-    budget = Budget(macs=plan["macs"]) if plan["method"] else None
+    budget = Budget(**{axis: plan[axis]}) if plan["method"] else None
     steps = train.steps(data.steps(train.batch))
     run = start(model, method, budget, data=data, steps=steps, seed=seed)
     fit(run, data, train, watch=watch)
@@ -59,6 +64,7 @@ def measure(cell: Cell, watch: Watch) -> dict[str, Any]:
         "misses": run.misses(after),
         "method_seconds": round(cutting + method.clock.seconds, 2),
         "seconds": round(taken, 2),
+        **(_milliseconds(model, data) if plan.get("runtimes") else {}),
     }
 
 
@@ -77,8 +83,12 @@ def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
     behind = _leads(cells, DENSE, best) if best else []
     text = f"The dense control is more accurate than the best rival ({best or 'none yet'}) by"
     rows.append(judged(text, behind, "<=", most, "points"))
-    text = "No rival has more MACs than the budget: the largest share of it"
-    return [*rows, claim(text, _largest_share(settings, cells), "<=", 1, "x")]
+    text = f"No rival has more {SIZES[_axis(settings)]} than the budget: the largest share of it"
+    rows.append(claim(text, _largest_share(settings, cells), "<=", 1, "x"))
+    for own, other in settings["claims"].get("no_worse", ()):
+        text = f"{own} is no worse than {other}"
+        rows.append(judged(text, _leads(cells, own, other), ">=", 0, "points"))
+    return rows
 
 
 def summary(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
@@ -86,7 +96,7 @@ def summary(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
     rows = []
     for rival in (DENSE, *settings["rivals"]):
         row: dict[str, Any] = {"rival": rival}
-        for name in MEASURED:
+        for name in (*MEASURED, *RUNTIMES):
             if found := values(cells, name, rival=rival):
                 row[name] = {"mean": mean(found), "seeds": len(found)}
         rows.append(row)
@@ -97,6 +107,8 @@ def tables(settings: Settings, cells: Cells) -> list[Table]:
     """Give one table, the most accurate first."""
     head = ["rival", "method", "at the end, %", "over magnitude, points", "parameters", "MACs"]
     head += ["seconds in the method", "seconds in all"]
+    timed = [name for name in RUNTIMES if values(cells, name)]
+    head += [f"ms, {RUNTIMES[name]}" for name in timed]
     order = sorted(settings["rivals"], key=lambda name: -_accuracy(cells, name))
     rows = []
     for rival in (DENSE, *order):
@@ -111,6 +123,7 @@ def tables(settings: Settings, cells: Cells) -> list[Table]:
             row.append("" if found is None else f"{found:,.0f}")
         for name in ("method_seconds", "seconds"):
             row.append(plus_minus(values(cells, name, rival=rival), digits=1))
+        row += [plus_minus(values(cells, name, rival=rival)) for name in timed]
         rows.append(row)
     return [Table(f"{settings['task']}, {settings['train']['epochs']:g} epochs in all", head, rows)]
 
@@ -191,10 +204,28 @@ class Timed(Method):
 # ---------------------------------------------------------------- figures
 
 
+def _axis(settings: Settings) -> str:
+    """What the budget counts."""
+    return next(axis for axis in SIZES if axis in settings)
+
+
 def _asked(settings: Settings, name: str, spec: str | None) -> dict[str, Any]:
     """What one rival is asked for."""
-    macs = None if name == DENSE else settings["macs"]
-    return {"macs": macs, "method": plain(resolve(spec)) if spec else None}
+    axis = _axis(settings)
+    asked = {
+        axis: None if name == DENSE else settings[axis],
+        "method": plain(resolve(spec)) if spec else None,
+    }
+    return asked | ({"runtimes": True} if settings.get("runtimes") else {})
+
+
+def _milliseconds(model: nn.Module, data: Data) -> dict[str, float]:
+    """How long one image takes on one thread, in each runtime: the median."""
+    example = data.example(1)
+    return {
+        name: round(measured(model, example, Target(runtime, threads=1)).median_ms, 3)
+        for name, runtime in RUNTIMES.items()
+    }
 
 
 def _leads(cells: Cells, own: str, other: str) -> list[float]:
@@ -214,6 +245,7 @@ def _best(settings: Settings, cells: Cells) -> str | None:
 
 
 def _largest_share(settings: Settings, cells: Cells) -> float | None:
-    dense = values(cells, "macs", rival=DENSE)
-    found = [macs for name in settings["rivals"] for macs in values(cells, "macs", rival=name)]
-    return max(found) / (settings["macs"] * dense[0]) if found and dense else None
+    axis = _axis(settings)
+    dense = values(cells, axis, rival=DENSE)
+    found = [size for name in settings["rivals"] for size in values(cells, axis, rival=name)]
+    return max(found) / (settings[axis] * dense[0]) if found and dense else None

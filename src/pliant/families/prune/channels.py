@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -31,7 +33,7 @@ def removable(run: Run, only: Sequence[str] = (), exclude: Sequence[str] = ()) -
     """
     run.unwrap()
     chosen, unwanted = readable(run.model, only=only, exclude=exclude, every=True)
-    groups, reasons = cuttable(run.model, run.example, routed(run))
+    groups, reasons = _found(run)
     good = []
     for group in groups:
         barred = [unwanted[layer] for layer, _ in group.makers if layer not in chosen]
@@ -53,6 +55,71 @@ def removable(run: Run, only: Sequence[str] = (), exclude: Sequence[str] = ()) -
     return good
 
 
+@dataclass
+class Found:
+    """The groups that were found last, so that not every cut has to find and prove them anew.
+
+    Args:
+        groups: of the network.
+        reasons: why others are none.
+        shapes: of the network they were found in; another one has other groups.
+    """
+
+    groups: list[Group]
+    reasons: dict[str, str]
+    shapes: tuple[Any, ...]
+
+    def of(self, model: nn.Module) -> bool:
+        """Say whether a network is still the one they were found in."""
+        return self.shapes == _shapes(model)
+
+    def remove(self) -> None:
+        """Forget them."""
+        self.groups, self.shapes = [], ()
+
+
+def _found(run: Run) -> tuple[list[Group], dict[str, str]]:
+    """The groups of the network as it is, and why others are none."""
+    known = run.aside.all(Found)
+    found = known[0] if known else run.aside.put(Found([], {}, ()))
+    if not found.of(run.model):
+        found.groups, found.reasons = cuttable(run.model, run.example, routed(run))
+        found.shapes = _shapes(run.model)
+    return list(found.groups), dict(found.reasons)
+
+
+def _shapes(model: nn.Module) -> tuple[Any, ...]:
+    return tuple(
+        (name, type(module), *(tuple(p.shape) for p in module.parameters(recurse=False)))
+        for name, module in model.named_modules()
+    )
+
+
+def after_cut(groups: Sequence[Group], edits: Sequence[Prune]) -> list[Group]:
+    """Return what a cut leaves of groups, at its new places.
+
+    Returns:
+        The groups that would be found in the cut network, or nothing where they must be: with a
+        single unit left, channels may come together anew.
+    """
+    places = {(e.layer, e.side): {old: new for new, old in enumerate(e.keep)} for e in edits}
+    left = []
+    for group in groups:
+        maps = [places.get(slot) for slot in group.slots]
+        units = [
+            tuple(
+                tuple(channels) if new is None else tuple(new[c] for c in channels if c in new)
+                for channels, new in zip(unit, maps, strict=True)
+            )
+            for unit in group.units
+        ]
+        stay = tuple(unit for unit in units if all(unit))
+        if len(stay) < 2:
+            return []
+        left.append(replace(group, units=stay))
+    return left
+
+
 def routed(run: Run) -> Iterator[Example]:
     """Yield inputs that may call layers which the example does not reach, if they are asked for."""
     if run.has_inputs:
@@ -72,7 +139,11 @@ def remove(run: Run, edits: Sequence[Prune], *, recalibrate: bool = True) -> Non
         return
     if recalibrate and run.has_inputs:
         absorb(run.model, _unread(edits), run.inputs(ABSORBED))
+    known = run.aside.all(Found)
+    left = after_cut(known[0].groups, edits) if known and known[0].of(run.model) else []
     run.apply(*edits)
+    for found in known:
+        found.groups, found.shapes = left, _shapes(run.model) if left else ()
     if recalibrate:
         run.recalibrate()
 
