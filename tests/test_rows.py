@@ -1,6 +1,5 @@
 """Rows of layers: they belong together, nothing is left behind, and memory stays where it is."""
 
-
 import pytest
 import torch
 from torch import Tensor, nn

@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from pliant.budget import AXES, Budget
+from pliant.budget import Budget
+from pliant.compose.stage import Stage, budgets_of, check_losses, let_refuse, name_of
 from pliant.data import Data, Epoch
 from pliant.data.criterion import beside
 from pliant.edits import Edit
@@ -17,22 +18,6 @@ from pliant.errors import BudgetError, ChainError, MethodError
 from pliant.method import Method
 from pliant.registry import build, check_options, entry_of, other_verb, plain
 from pliant.run import Run
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One method of a chain.
-
-    Args:
-        method: what is done.
-        budget: its own budget, checked when the stage is over; without one it gets the axes of
-            the chain's that only it claims.
-        share: its part of the training steps, relative to the other stages; 0 for none.
-    """
-
-    method: Method
-    budget: Budget | None = None
-    share: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -53,9 +38,9 @@ class Chain(Method):
         see their budgets here.
         """
         check_axes(self, run.budget)
-        budgets = [_budgets(self.stages, run.budget)[0]] + [None] * (len(self.stages) - 1)
+        budgets = [budgets_of(self.stages, run.budget)[0]] + [None] * (len(self.stages) - 1)
         for stage, budget in zip(self.stages, budgets, strict=True):
-            _let_refuse(stage.method, run, budget)
+            let_refuse(stage.method, run, budget)
 
     def prepare(self, run: Run) -> None:
         """Prepare the first stage."""
@@ -73,8 +58,8 @@ class Chain(Method):
             if stage.method.uses("epoch"):
                 if sum(other.share > 0 for other in self.stages) > 1 or not stage.share:
                     raise ChainError(
-                        f"{_name(stage.method)} chooses the data of every epoch, and so the number "
-                        "of steps that the stages share out: give it all of the training, "
+                        f"{name_of(stage.method)} chooses the data of every epoch, and so the "
+                        "number of steps that the stages share out: give it all of the training, "
                         "Stage(..., share=0) for every other stage, or use together(...)."
                     )
                 epoch = stage.method.epoch(epoch, data)
@@ -111,7 +96,7 @@ class Chain(Method):
         while run.state["stage"] + 1 < len(self.stages):
             stage = run.state["stage"] + 1
             if self._end(run, stage) > self._end(run, stage - 1):
-                run.unended.append(f"{_name(self.stages[stage].method)} was not trained at all")
+                run.unended.append(f"{name_of(self.stages[stage].method)} was not trained at all")
             self._enter(run, stage, run.step)
             self._leave(run)
         run.state.pop("entered", None)
@@ -182,7 +167,7 @@ class Chain(Method):
         # A clock of its own: the run's measures the finished network, and only once.
         clock = replace(part.clock, final=None) if part.clock and budget.latency else None
         own = replace(part.planner, budget=budget, clock=clock)
-        name = _name(part.method)
+        name = name_of(part.method)
         run.missed.extend(f"after {name}, {miss}" for miss in own.misses(own.measured()))
 
     def _end(self, run: Run, stage: int) -> int:
@@ -196,7 +181,7 @@ class Chain(Method):
         return run.scope(
             f"stage{index}",
             method=self.stages[index].method,
-            budget=_budgets(self.stages, run.budget)[index],
+            budget=budgets_of(self.stages, run.budget)[index],
             steps=run.state["steps"],
             step=run.step - step,
             epoch=run.epoch - epoch,
@@ -218,10 +203,10 @@ class Together(Method):
     def refuse(self, run: Run) -> None:
         """Check the budgets, and let every part refuse what no other part can mend."""
         check_axes(self, run.budget)
-        _check_losses(self.parts)
+        check_losses(self.parts)
         alone = len(self.parts) == 1
         for part in self.parts:
-            _let_refuse(part, run, run.budget if alone else None)
+            let_refuse(part, run, run.budget if alone else None)
 
     def prepare(self, run: Run) -> None:
         """Prepare every part, in order."""
@@ -282,7 +267,7 @@ class Together(Method):
         return {"name": "together", "methods": [plain(part) for part in self.parts]}
 
     def _views(self, run: Run) -> list[Run]:
-        budgets = _budgets([Stage(part) for part in self.parts], run.budget)
+        budgets = budgets_of([Stage(part) for part in self.parts], run.budget)
         return [
             run.scope(f"part{i}", method=part, budget=budget)
             for i, (part, budget) in enumerate(zip(self.parts, budgets, strict=True))
@@ -354,7 +339,7 @@ def check_axes(method: Method, budget: Budget | None) -> None:
     """
     if method.parts:
         stages = _stages(method)
-        for stage, given in zip(stages, _budgets(stages, budget), strict=True):
+        for stage, given in zip(stages, budgets_of(stages, budget), strict=True):
             check_axes(stage.method, given)
         return
     entry = entry_of(method)
@@ -375,99 +360,6 @@ def bounds(method: Method, budget: Budget | None) -> dict[str, Any]:
     return found | (budget.given() if budget else {})
 
 
-def saved_by(method: Method) -> tuple[str, ...]:
-    """Return the axes of a budget that a method, or a stage of it, can meet."""
-    entry = entry_of(method)
-    return entry.saves if entry else tuple(axis for axis in AXES if _claims(method, axis))
-
-
 def _stages(method: Method) -> Sequence[Stage]:
     """Return what a composed method is made of, as stages."""
     return method.stages if isinstance(method, Chain) else [Stage(part) for part in method.parts]
-
-
-def _let_refuse(method: Method, run: Run, budget: Budget | None) -> None:
-    """Let a part refuse, on the network as it is and with a state that is thrown away."""
-    method.refuse(
-        replace(run, method=method, planner=replace(run.planner, budget=budget), state={})
-    )
-
-
-def _check_losses(parts: Sequence[Method]) -> None:
-    """Refuse parts of which one would undo what another does to the loss."""
-    for number, part in enumerate(parts):
-        others = [other for other in parts if other is not part]
-        weighing = [other for other in others if other.uses("weigh")]
-        replaces = _any(part, "replaces_loss")
-        if weighing and (replaces or _any(part, "draws_batches")):
-            does = "replaces it" if replaces else "trains on batches of its own too"
-            raise ChainError(
-                f"{name_of(weighing[0])} weighs the loss of every sample of the loop, but "
-                f"{name_of(part)} {does}: use one of them."
-            )
-        if not replaces:
-            continue
-        if clash := [o for o in others if _any(o, "replaces_loss") or _any(o, "draws_batches")]:
-            raise ChainError(
-                f"{name_of(part)} replaces the loss, and {name_of(clash[0])} would go on with "
-                "another one: use one of them."
-            )
-        if lost := [other for other in parts[:number] if other.uses("loss")]:
-            raise ChainError(
-                f"{name_of(part)} replaces the loss, and what {name_of(lost[0])} adds to it would "
-                f"be lost: name {name_of(part)} first."
-            )
-
-
-def _any(method: Method, claim: str) -> bool:
-    """Say whether a method, or any part of it, makes a claim about the loss."""
-    return bool(getattr(method, claim)) or any(_any(part, claim) for part in method.parts)
-
-
-def _budgets(stages: Sequence[Stage], budget: Budget | None) -> list[Budget | None]:
-    """Give each axis to the one stage whose ``saves`` claims it."""
-    given: list[dict[str, Any]] = [stage.budget.given() if stage.budget else {} for stage in stages]
-    for axis, value in (budget.given() if budget else {}).items():
-        claims = [i for i, stage in enumerate(stages) if _claims(stage.method, axis)]
-        free = [i for i in claims if not stages[i].budget]
-        if len(free) > 1:
-            names = " and ".join(_name(stages[i].method) for i in free)
-            raise ChainError(
-                f"{names} both save {axis}: give each its own with Stage(method, Budget(...))."
-            )
-        if free:
-            given[free[0]][axis] = value
-        elif not any(axis in axes for axes in given):
-            raise ChainError(_unclaimed([stages[i] for i in claims], stages, axis))
-    return [Budget(**axes) if axes else None for axes in given]
-
-
-def _unclaimed(claims: Sequence[Stage], stages: Sequence[Stage], axis: str) -> str:
-    if claims:
-        names = " and ".join(_name(stage.method) for stage in claims)
-        return f"{names} could save {axis} but has a budget of its own: name {axis} there."
-    names = ", ".join(_name(stage.method) for stage in stages)
-    return (
-        f"None of {names} says that it saves {axis}: drop it from the budget, or give it to one "
-        "of them with Stage(method, Budget(...))."
-    )
-
-
-def _claims(method: Method, axis: str) -> bool:
-    if method.parts:
-        return any(_claims(part, axis) for part in method.parts)
-    entry = entry_of(method)
-    return entry is not None and axis in entry.saves
-
-
-def name_of(method: Method) -> str:
-    """Return the registered name of a method; of a composed one those of its parts."""
-    if entry := entry_of(method):
-        return entry.name
-    named = " -> ".join(name_of(part) for part in method.parts)
-    return named or type(method).__name__.lower()
-
-
-def _name(method: object) -> str:
-    entry = entry_of(method)
-    return entry.name if entry else type(method).__name__.lower()
