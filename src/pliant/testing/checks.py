@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import copy
-import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pliant.budget import Budget
 from pliant.data import Data
@@ -24,6 +22,7 @@ from pliant.method import Method
 from pliant.registry import build, entry_of, plain
 from pliant.run import start
 from pliant.testing import described, solved
+from pliant.testing.broken import failing, must_fail, spoilt
 from pliant.testing.case import Case, usual_budget
 from pliant.testing.compressed import (
     OF_A_TRIAL,
@@ -309,14 +308,14 @@ class Suite:
         """Data that turn bad and an exception in forward leave the model clean."""
         data = self.first.data()
         good = list(data.batches("train", PLAN.batch))
-        bad = [(_spoilt(inputs), labels) for inputs, labels in good[1:]]
+        bad = [(spoilt(inputs), labels) for inputs, labels in good[1:]]
         run = begin(self.method, self.first, self.budget).run
         stale = Data([good[0], *bad], classes=data.classes)
-        _must_fail(lambda: fit(run, stale, PLAN), "training on data that are not finite")
+        must_fail(lambda: fit(run, stale, PLAN), "training on data that are not finite")
         must(not (left := put_in(run.model)), f"after bad data this was left: {'; '.join(left)}")
         run = begin(self.method, self.first, self.budget).run
-        with _failing(run.model):
-            _must_fail(lambda: fit(run, data, PLAN), "a model that fails in forward")
+        with failing(run.model):
+            must_fail(lambda: fit(run, data, PLAN), "a model that fails in forward")
         must(not (left := put_in(run.model)), f"after an exception this was left: {left}")
 
     def works_without_training(self) -> None:
@@ -379,37 +378,3 @@ class Suite:
 
 
 _EXPORTED: set[str] = set()
-
-
-def _must_fail(action: Callable[[], object], what: str) -> None:
-    try:
-        action()
-    except Exception:  # which one is the loop's affair
-        return
-    raise AssertionError(f"{what} went through without an error")
-
-
-def _spoilt(inputs: Any) -> Any:
-    if isinstance(inputs, Tensor):
-        return inputs * math.nan if inputs.is_floating_point() else inputs
-    if isinstance(inputs, Mapping):
-        return {name: _spoilt(value) for name, value in inputs.items()}
-    return type(inputs)(_spoilt(value) for value in inputs)
-
-
-@contextmanager
-def _failing(model: nn.Module) -> Iterator[None]:
-    """Let the third training step of a model raise, as running out of memory would."""
-    forward, calls = model.forward, [0]
-
-    def raising(*args: Any, **kwargs: Any) -> Any:
-        calls[0] += model.training
-        if calls[0] == 3:
-            raise RuntimeError("out of memory")
-        return forward(*args, **kwargs)
-
-    model.forward = raising
-    try:
-        yield
-    finally:
-        del model.forward
