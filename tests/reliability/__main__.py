@@ -12,13 +12,13 @@ from pathlib import Path
 
 import torch
 
-from tests.reliability import files, flips, images, kills
+from tests.reliability import files, flips, images, kills, numerics
 
 
 def main() -> int:
     """Run one campaign and print its figures; the exit code is 1 if there was a surprise."""
     parser = argparse.ArgumentParser(prog="python -m tests.reliability", description=__doc__)
-    parser.add_argument("what", choices=("files", "images", "flips", "kills"))
+    parser.add_argument("what", choices=("files", "images", "flips", "kills", "numerics"))
     parser.add_argument("--cases", type=int, default=0, help="how many; of kills for each method")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--method", action="append", help="kills: only these")
@@ -48,6 +48,11 @@ def _run(asked: argparse.Namespace, folder: Path) -> bool:
         counts = images.run(asked.cases or 1000, folder, asked.seed)
         print(json.dumps(counts))
         return bool(counts["raw"] or counts["opened"])
+    if asked.what == "numerics":
+        drawn = numerics.drawn(asked.cases or 800, asked.seed)
+        counts = numerics.run(drawn, folder, asked.seed, progress=200)
+        print(json.dumps(counts))
+        return bool(counts["raw"] or counts["untrue"])
     counts = flips.run(asked.cases or 1000, folder, asked.seed)
     print(json.dumps(counts))
     return bool(counts["taken"])
