@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from pliant.drivers.lock import NAME, owned
 from pliant.edits import Insert, Nest, Rerank, Settle, replay
 from pliant.errors import ArtifactError, OutputError, PliantError, TrainingError, shown
 from pliant.files import artifact
+from tests.counts import calls
 from tests.reliability import files, flips
 
 PLAN = Train(epochs=2, batch=8, device="cpu", checkpoint_every=1)
@@ -72,22 +72,6 @@ def test_two_thousand_changed_files_hold_no_surprise(tmp_path: Path) -> None:
     assert found["raw"] == found["slow"] == 0
     assert found["loaded"] > 100 and found["refused"] > 1000
     assert found["more bytes than honest files"] < 64 * 2**20
-
-
-def calls(work: Callable[[], object]) -> int:
-    """Count the calls of functions that some work takes: a measure of time without a clock."""
-    count = 0
-
-    def see(frame: object, event: str, argument: object) -> None:
-        nonlocal count
-        count += event in ("call", "c_call")
-
-    sys.setprofile(see)
-    try:
-        work()
-    finally:
-        sys.setprofile(None)
-    return count
 
 
 @pytest.mark.parametrize(

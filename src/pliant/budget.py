@@ -19,7 +19,7 @@ AXES = ("params", "macs", "bytes", "latency")
 
 LOSE = 2.0  # points of the score that a result may lose where nothing else is said
 
-_SUFFIX = {"k": 1e3, "m": 1e6, "g": 1e9}
+_UNITS = {"k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
 
 
 @dataclass(frozen=True)
@@ -73,8 +73,8 @@ class Budget:
     def parse(cls, text: str) -> Budget:
         """Read ``"params=0.3,macs=12M"``: fractions, percentages, counts with k, M or G.
 
-        Bytes may be written as ``500kB``. A latency is in milliseconds, with or without ``ms``,
-        or a percentage; ``drop`` in points.
+        Bytes may be written as ``500kB`` (500,000) or ``1MiB`` (1,048,576). A latency is in
+        milliseconds, with or without ``ms``, or a percentage; ``drop`` in points.
 
         Raises:
             BudgetError: an axis is unknown or a value is not a number.
@@ -142,27 +142,42 @@ def shown(axis: str, value: float) -> str:
 def _number(axis: str, text: str) -> int | float | str:
     if axis == "latency" and text.endswith("%"):
         return text
-    if axis == "bytes":
-        text = re.sub(r"(?<=[\dkKmMgG])i?B$", "", text)
     try:
         if axis == "drop":
             return float(text)
         if text.endswith("%"):
             return float(text[:-1]) / 100
-        scale = _SUFFIX.get(text[-1].lower(), 1)
-        digits = text.removesuffix("ms") if axis == "latency" else text
-        number = float(digits[:-1] if scale != 1 else digits) * scale
+        digits, scale = _unit(axis, text)
+        number = float(digits) * scale
     except ValueError:
-        wanted = (
-            "milliseconds such as 5 or 5ms, or a share of the dense network's such as 50%"
-            if axis == "latency"
-            else "a fraction such as 0.3 or 30%, or a count such as 60000 or 1.2M"
+        wanted = _WANTED.get(
+            axis, "a fraction such as 0.3 or 30%, or a count such as 60000 or 1.2M"
         )
         raise BudgetError(f"Cannot read {axis}={text}: expected {wanted}.") from None
     if scale != 1 and math.isfinite(number):
         return round(number)
     whole = number.is_integer() and ("." not in text or number > 1)
     return int(number) if whole and axis != "latency" else number
+
+
+_WANTED = {
+    "latency": "milliseconds such as 5 or 5ms, or a share of the dense network's such as 50%",
+    "bytes": (
+        "a fraction such as 0.3 or 30%, or a count such as 60000, 500kB, 1.2MB (1,000,000 each) or "
+        "1MiB (1,048,576)"
+    ),
+}
+
+
+def _unit(axis: str, text: str) -> tuple[str, int]:
+    """Split a number from its unit: k, M, G, and of bytes kB, MB, GB, KiB, MiB, GiB."""
+    if axis == "latency":
+        return text.removesuffix("ms"), 1
+    pattern = r"(.*?)(?:([kmgKMG]i)B|([kmgKMG]?)B?)" if axis == "bytes" else r"(.*?)([kmgKMG]?)"
+    found = re.fullmatch(pattern, text)
+    digits, *units = found.groups() if found else (text,)
+    unit = next(filter(None, units), "")
+    return digits, _UNITS.get(unit.lower(), 1)
 
 
 @dataclass(frozen=True)

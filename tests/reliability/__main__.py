@@ -8,49 +8,90 @@ import os
 import tempfile
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from tests.reliability import files, flips, images, kills
+from tests.reliability import files, flips, images, kills, numerics, record
+
+CHUNK = 2500  # files of one entry
+USUAL = {"files": CHUNK, "flips": 1000, "images": 1000, "kills": 5, "numerics": 800}
+BAD = ("raw", "slow", "opened", "taken", "untrue", "different", "failed")
 
 
 def main() -> int:
     """Run one campaign and print its figures; the exit code is 1 if there was a surprise."""
     parser = argparse.ArgumentParser(prog="python -m tests.reliability", description=__doc__)
-    parser.add_argument("what", choices=("files", "images", "flips", "kills"))
+    parser.add_argument("what", choices=tuple(USUAL))
     parser.add_argument("--cases", type=int, default=0, help="how many; of kills for each method")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--method", action="append", help="kills: only these")
+    parser.add_argument(
+        "--record", action="store_true", help=f"into {record.RESULTS.name}; goes on where it ended"
+    )
     asked = parser.parse_args()
+    asked.cases = asked.cases or USUAL[asked.what]
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     began, used = time.monotonic(), time.process_time()
     with tempfile.TemporaryDirectory(prefix="pliant-") as folder:
         os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
-        bad = _run(asked, Path(folder))
+        found = _run(asked, Path(folder))
+    bad = any(row.get(key) for row in found for key in BAD)
     took = f"{time.monotonic() - began:.0f} s, {time.process_time() - used:.0f} s of CPU"
     print(f"{'surprises' if bad else 'no surprises'} in {took}")
     return int(bad)
 
 
-def _run(asked: argparse.Namespace, folder: Path) -> bool:
+def _run(asked: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Run what was asked for, in parts that are recorded one by one."""
     if asked.what == "kills":
-        rows = kills.run(asked.cases or 3, folder, asked.method or kills.methods(), asked.seed)
-        total = {key: sum(row[key] for row in rows.values()) for key in ("equal", "different")}
-        print(json.dumps(total | {"methods": len(rows)}))
-        return any(row["different"] or row["failed"] for row in rows.values())
+        return _kills(asked, folder)
+    parts = [(asked.seed, asked.cases)]
     if asked.what == "files":
-        found = files.run(asked.cases or 2000, folder, asked.seed, progress=5000)
-        print(json.dumps(found))
-        return bool(found["raw"] or found["slow"])
-    if asked.what == "images":
-        counts = images.run(asked.cases or 1000, folder, asked.seed)
-        print(json.dumps(counts))
-        return bool(counts["raw"] or counts["opened"])
-    counts = flips.run(asked.cases or 1000, folder, asked.seed)
-    print(json.dumps(counts))
-    return bool(counts["taken"])
+        starts = range(0, asked.cases, CHUNK)
+        parts = [(asked.seed + i, min(CHUNK, asked.cases - at)) for i, at in enumerate(starts)]
+    rows = []
+    for seed, cases in parts:
+        known = record.find(asked.what, seed, cases) if asked.record else None
+        if known is None:
+            place = folder / str(seed)
+            place.mkdir()
+            used = time.process_time()
+            found = ONE[asked.what](cases, place, seed)
+            if asked.record:
+                record.write(asked.what, seed, cases, found, time.process_time() - used)
+        rows.append(known["found"] if known else found)
+        print(json.dumps(rows[-1]), flush=True)
+    return rows
+
+
+def _numerics(cases: int, folder: Path, seed: int) -> dict[str, Any]:
+    return numerics.run(numerics.drawn(cases, seed), folder, seed, progress=200)
+
+
+def _kills(asked: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Kill trainings of one method after the other; each is recorded when it is over."""
+    known = record.find("kills", asked.seed, asked.cases) if asked.record else None
+    rows: dict[str, dict[str, int]] = dict(known["found"]) if known else {}
+    used = sum(os.times()[:4]) - (known["cpu_seconds"] if known else 0)
+    for name in asked.method or kills.methods():
+        if name not in rows:
+            rows |= kills.run(asked.cases, folder, [name], asked.seed)
+            if asked.record:
+                record.write("kills", asked.seed, asked.cases, rows, sum(os.times()[:4]) - used)
+    print(json.dumps(record.total(rows.values()) | {"methods": len(rows)}))
+    return list(rows.values())
+
+
+ONE: dict[str, Callable[[int, Path, int], dict[str, Any]]] = {
+    "files": files.run,
+    "flips": flips.run,
+    "images": images.run,
+    "numerics": _numerics,
+}
 
 
 if __name__ == "__main__":

@@ -47,9 +47,9 @@ def run(kills: int, folder: Path, names: list[str], seed: int = 0) -> dict[str, 
         For each method how many were equal, differed, failed, or could not be trained.
     """
     fabric_of(PLAN)  # imports what every child would import anew
-    choose, found = random.Random(seed), {}
+    found = {}
     for name in names:
-        found[name] = _method(name, kills, folder / name, choose)
+        found[name] = _method(name, kills, folder / name, random.Random(f"{seed} {name}"))
         print(f"{name}: {found[name]}", flush=True)
     return found
 

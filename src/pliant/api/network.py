@@ -40,6 +40,7 @@ from pliant.errors import AccuracyWarning, BudgetError, DataError
 from pliant.files import artifact
 from pliant.latency import Target, Where, as_target
 from pliant.method import Method
+from pliant.observe.finite import check_left
 from pliant.result import Fidelity, Report, Result, Side
 from pliant.run import RECALIBRATED, Run, start
 from pliant.surgery.batchnorm import recalibrate
@@ -169,6 +170,7 @@ class _Job:
                 run.finish(strict=False)
         self.seconds |= phases(run.log, self.seconds.pop("finish"))
         run.finish(strict=strict)
+        check_left(run.model, type(self.method).__name__)  # what the fine-tuning leaves
         after, small = self._side(run.model, run)
         sides = before, after
         with self._stage("measure"):

@@ -20,7 +20,7 @@ from pliant.drivers.devices import own_randomness
 from pliant.drivers.score import evaluate
 from pliant.errors import DataError, ModelError
 from pliant.families.analyze.inputs import shown as split_of
-from pliant.observe.finite import check_weights
+from pliant.observe.finite import check_weights, in_words
 from pliant.registry import of_verb, plain
 from pliant.result import Finding
 
@@ -57,7 +57,7 @@ def analyze(model: nn.Module, data: Any, method: Any, *, seed: int = 0) -> Findi
     shown.check()
     check_weights(model)
     began = time.monotonic()
-    with own_randomness(seed, device_of(model)):
+    with own_randomness(seed, device_of(model)), in_words(type(probe).__name__):
         found = probe.analyze(model, shown, randomness(seed))
     seconds = round(time.monotonic() - began, 4)
     return replace(found, seconds=seconds, seed=seed, method=plain(probe))

@@ -14,6 +14,7 @@ from torch import Tensor
 from pliant.data.sources import generator, key_of
 from pliant.drivers.devices import own_randomness
 from pliant.errors import DataError, MethodError
+from pliant.observe.finite import in_words
 from pliant.registry import of_verb, plain
 from pliant.result import Solution, Views
 
@@ -161,7 +162,8 @@ def _solve(
     solver: Any, solve: Callable[[torch.Generator], Solution], given: Any, like: Tensor, seed: int
 ) -> Solution:
     began = time.monotonic()
-    with own_randomness(seed, like.device), torch.no_grad():
+    who = in_words(type(solver).__name__)
+    with own_randomness(seed, like.device), torch.no_grad(), who:
         found = solve(randomness(seed))
     for name, value in found.values.items():
         if not torch.isfinite(value).all():

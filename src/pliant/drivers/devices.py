@@ -83,6 +83,21 @@ def take_step(fabric: "Fabric", optimizers: Sequence[Optimizer]) -> None:
         scaler.update()
 
 
+@contextmanager
+def differentiable() -> Iterator[None]:
+    """Let a method take gradients of its own, which Fabric forbids with mixed precision.
+
+    Fabric fears gradients that nobody scales; those that a method takes are not meant for a step.
+    """
+    from lightning_fabric import wrappers
+
+    wrappers._in_fabric_backward = True
+    try:
+        yield
+    finally:
+        wrappers._in_fabric_backward = False
+
+
 def agree(model: nn.Module, world: int, *, weights: bool = True) -> None:
     """Give all processes the statistics of process 0 and, unless told not to, its weights.
 

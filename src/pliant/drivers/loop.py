@@ -24,6 +24,7 @@ from pliant.drivers import checkpoint
 from pliant.drivers.check import check_data, check_steps, not_finite, trains
 from pliant.drivers.devices import (
     agree,
+    differentiable,
     fabric_of,
     fast_layout,
     mean,
@@ -336,11 +337,13 @@ class _Training:
         if weighs:
             losses = self.run.task_loss(output, batch, "none")
             task = weighted(losses.detach(), None, output, labels)
-            loss = self.run.loss(losses, output, batch)
+            with differentiable():
+                loss = self.run.loss(losses, output, batch)
         else:
             task = loss = self.run.task_loss(output, batch)
             if self.hooks and self.run.method.uses("loss"):
-                loss = self.run.loss(loss, output, batch)
+                with differentiable():
+                    loss = self.run.loss(loss, output, batch)
         if self.train.distill and self.teacher is not None:
             with torch.no_grad(), self.fabric.autocast():
                 target = forward(self.teacher, self.run.inputs_of(batch))

@@ -19,7 +19,7 @@ from pliant.data.measures import Metric
 from pliant.data.sources import moved
 from pliant.data.splits import Split
 from pliant.data.task import Task, main_output
-from pliant.errors import DataError, ModelError, PliantError
+from pliant.errors import DataError, ModelError, PliantError, TrainingError
 from pliant.math.alone import forked
 from pliant.math.divergence import divergence
 from pliant.observe.outputs import answers
@@ -225,6 +225,9 @@ def fidelity(
         inputs: of forward calls.
         where: which samples these are.
         task: says which outputs are classes; a row of scores for each sample is if None.
+
+    Raises:
+        TrainingError: it gives NaN or infinity where the dense one gives a number.
     """
     sums: list[Tensor] = []
     cosines: list[Tensor] = []
@@ -255,6 +258,12 @@ def fidelity(
 def _finite(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
     """Two outputs in float64, 0 where the dense one holds a mask of minus infinity."""
     there = one.isfinite()
+    if not bool(other.isfinite()[there].all()):
+        raise TrainingError(
+            "The smaller network gives NaN or infinity where the dense one gives numbers: it was "
+            "trained too hard, or its weights are too large to compute with; lower the learning "
+            "rate or the weight decay, or choose milder options."
+        )
     return tuple(torch.where(there, each.double(), 0.0).cpu() for each in (one, other))  # type: ignore[return-value]
 
 

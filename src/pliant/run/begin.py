@@ -19,7 +19,7 @@ from pliant.edits import Edit
 from pliant.errors import MethodError, ModelError
 from pliant.latency import Where
 from pliant.latency.clock import Clock
-from pliant.observe.finite import check_example, check_weights
+from pliant.observe.finite import check_example, check_weights, in_words
 from pliant.plan.planner import Planner
 from pliant.registry import check_options
 from pliant.run.hooks import Hooks
@@ -134,8 +134,9 @@ def start(
     run.limits()  # a malformed budget is refused now
     run.optimizer = optimizer
     try:
-        method.refuse(run)
-        method.prepare(run)
+        with in_words(type(method).__name__):
+            method.refuse(run)
+            method.prepare(run)
     except BaseException:
         run.close()
         raise

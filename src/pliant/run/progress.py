@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -30,6 +31,7 @@ from pliant.errors import BudgetError, DataError, PliantError, TrainingError
 from pliant.latency.clock import Clock
 from pliant.nn.layers import Factorizable
 from pliant.observe.aside import Aside, Removable
+from pliant.observe.finite import check_left, in_words
 from pliant.observe.order import called_by
 from pliant.observe.outputs import logits
 from pliant.plan.planner import Planner
@@ -229,10 +231,11 @@ class Run:
             MethodError: the method weighs samples, and the loss is one number.
         """
         self.heard = True
-        if self.method.uses("weigh"):
-            weights = self.method.weigh(self, loss.detach(), output, batch)
-            loss = weighted(loss, weights, output, unpack(batch)[1])
-        return self.method.loss(self, loss, output, batch)
+        with self._in_words():
+            if self.method.uses("weigh"):
+                weights = self.method.weigh(self, loss.detach(), output, batch)
+                loss = weighted(loss, weights, output, unpack(batch)[1])
+            return self.method.loss(self, loss, output, batch)
 
     def before_step(self) -> None:
         """Call when all gradients are there, before the optimizer's step.
@@ -247,11 +250,12 @@ class Run:
         if whole and self.method.uses("epoch"):
             check_epoch(self.epochs, self.epoch, type(self.method).__name__)
             check_rate(self._rate(), self.optimizers, type(self.method).__name__)
-        with torch.enable_grad():
-            penalty = self.method.penalty(self)
-        if isinstance(penalty, Tensor) and penalty.requires_grad:  # a sum over nothing is a 0
-            add_gradient(self.model, penalty)
-        self.method.before_step(self)
+        with self._in_words():
+            with torch.enable_grad():
+                penalty = self.method.penalty(self)
+            if isinstance(penalty, Tensor) and penalty.requires_grad:  # a sum over nothing is a 0
+                add_gradient(self.model, penalty)
+            self.method.before_step(self)
         if whole:
             self.followers.stale.listen()
 
@@ -265,12 +269,14 @@ class Run:
         self.followers.stale.check()
         self.heard = False
         self.step += 1
-        self.method.after_step(self)
+        with self._in_words():
+            self.method.after_step(self)
 
     def after_epoch(self) -> None:
         """Call at the end of every epoch."""
         self.epoch += 1
-        self.method.after_epoch(self)
+        with self._in_words():
+            self.method.after_epoch(self)
 
     def finish(self, *, strict: bool = True) -> Cost:
         """Make the compression permanent and return what the network costs now.
@@ -283,16 +289,18 @@ class Run:
 
         Raises:
             TrainingError: fewer steps were taken than the run was started for, and the network was
-                changed only when they were over.
+                changed only when they were over; or what is left is not finite.
             BudgetError: the result misses the budget, or a stage missed its own.
         """
         if not self.finished:
             done = len(self.edits)
             try:
-                self.method.finalize(self)
+                with self._in_words():
+                    self.method.finalize(self)
             finally:
                 self.close()
             self.finished = True
+            check_left(self.model, type(self.method).__name__)
             late = [edit.layer for edit in self.edits[done:]]
             if said := self._unended(late):
                 if strict:
@@ -574,9 +582,12 @@ class Run:
         self.edits.append(edit)
         self.planner.counted.clear()
 
+    def _in_words(self) -> AbstractContextManager[None]:
+        return in_words(type(self.method).__name__)
+
     def _rate(self) -> float:
-        """The factor of the learning rate in the present epoch."""
-        if self.epochs is None or self.epochs.change is None:
+        """The factor of the learning rate in the present epoch, 1 when the method has ended."""
+        if self.finished or self.epochs is None or self.epochs.change is None:
             return 1.0
         return self.epochs[min(self.began[1] + self.epoch, self.epochs.last)].rate
 
