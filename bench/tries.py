@@ -29,8 +29,9 @@ from pliant.errors import BudgetError, MissingExtraError, PliantError
 from pliant.files import artifact
 from pliant.files.onnx import to_onnx
 from pliant.math.forms import forms_for, max_ranks
+from pliant.nn.kinds import kernel
 from pliant.result import Result
-from pliant.surgery.select import factorizable
+from pliant.surgery.prove import ignore
 
 Values = dict[str, Any]
 Tries = Mapping[str, Any]
@@ -54,7 +55,9 @@ def apart(name: str, tries: Tries, seconds: float) -> Values:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     ours, theirs = context.Pipe(duplex=False)
-    process = context.Process(target=_work, args=(name, dict(tries), int(seconds), theirs), daemon=True)
+    process = context.Process(
+        target=_work, args=(name, dict(tries), int(seconds), theirs), daemon=True
+    )
     process.start()
     theirs.close()
     values: Values = {"wrong": []}
@@ -130,7 +133,6 @@ class _Work:
 
     def ranks(self) -> Values:
         """Lower ranks to a share of the parameters, or to the next that can be reached."""
-        self._equal_at_full_rank()
         for share in self.tries["shares"]:
             try:
                 result = self._compress("ranks", f"params={share}")
@@ -139,6 +141,7 @@ class _Work:
                     raise
                 continue
             break
+        self._equal_at_full_rank(result)
         report = result.report
         left = [row for row in report.layers if row.form == "dense"]
         return {
@@ -222,21 +225,22 @@ class _Work:
         after = _outputs(result.model, self.two)
         if [a.shape for a in after] != [b.shape for b in self.before]:
             self._wrong(f"{name}: the outputs have other shapes")
-        elif not all(bool(a.isfinite().all()) for a in after if a.is_floating_point()):
-            if all(bool(b.isfinite().all()) for b in self.before if b.is_floating_point()):
-                self._wrong(f"{name}: the outputs are not finite")
+        elif _finite(self.before) and not _finite(after):
+            self._wrong(f"{name}: the outputs are not finite")
         if _size(result.model) > result.report.after.params and name != "bits":
             self._wrong(f"{name}: the report counts fewer parameters than there are")
         return result
 
-    def _equal_at_full_rank(self) -> None:
-        """Factorize everything at full ranks, the forms in turn, and compare outputs."""
-        model, edits = copy.deepcopy(self.dense), []
-        for number, (name, module) in enumerate(factorizable(model, every=True)[0].items()):
-            forms = forms_for(module.weight.shape)
-            form = forms[number % len(forms)]
-            edits.append(Factor(name, form, max_ranks(module.weight.shape, form)))
-        replay(model, edits)
+    def _equal_at_full_rank(self, result: Result) -> None:
+        """Factorize the same layers at full ranks, the forms in turn, and compare outputs."""
+        model = copy.deepcopy(self.dense)
+        for number, edit in enumerate(result.edits):
+            if isinstance(edit, Factor):
+                shape = kernel(model.get_submodule(edit.layer)).shape
+                forms = forms_for(shape)
+                form = edit.form if edit.source else forms[number % len(forms)]
+                edit = Factor(edit.layer, form, max_ranks(shape, form), source=edit.source)
+            replay(model, [edit])
         change = _change(self.before, _outputs(model, self.two))
         if not change <= self.tries["equal"]:
             self._wrong(f"at full ranks the outputs change by {change:.1e} of the largest")
@@ -244,7 +248,7 @@ class _Work:
     def _equal_without(self, edits: list[Prune]) -> None:
         """Compare the cut network with the whole one, which does not read what was cut."""
         whole, cut = copy.deepcopy(self.dense), copy.deepcopy(self.dense)
-        pliant.surgery.prove.ignore(whole, edits)
+        ignore(whole, edits)
         replay(cut, edits)
         change = _change(_outputs(whole, self.two), _outputs(cut, self.two))
         if not change <= self.tries["equal"]:
@@ -269,6 +273,10 @@ def _outputs(model: nn.Module, inputs: Mapping[str, Any]) -> list[Tensor]:
     if isinstance(made, Mapping):  # keys and values for a next call are no answers
         made = {name: value for name, value in made.items() if name != "past_key_values"}
     return [leaf for leaf in tree_leaves(made) if isinstance(leaf, Tensor)]
+
+
+def _finite(outputs: list[Tensor]) -> bool:
+    return all(bool(each.isfinite().all()) for each in outputs if each.is_floating_point())
 
 
 def _change(before: list[Tensor], after: list[Tensor]) -> float:

@@ -42,9 +42,7 @@ def _resnext() -> nn.Module:
 def _convnext() -> nn.Module:
     convnext = importlib.import_module(f"{_MODELS}.convnext")
     widths = [(32, 64), (64, 96), (96, 128), (128, None)]
-    return convnext.ConvNeXt(
-        [convnext.CNBlockConfig(a, b, 1) for a, b in widths], num_classes=10
-    )
+    return convnext.ConvNeXt([convnext.CNBlockConfig(a, b, 1) for a, b in widths], num_classes=10)
 
 
 def _maxvit() -> nn.Module:

@@ -12,9 +12,7 @@ from torch import nn
 from bench.networks.network import Network, image, named
 
 
-def _segmenter(
-    kind: str, encoder: str = "resnet18", pixels: int = 64, **options: Any
-) -> Network:
+def _segmenter(kind: str, encoder: str = "resnet18", pixels: int = 64, **options: Any) -> Network:
     make = named(
         f"segmentation_models_pytorch.{kind}", encoder, encoder_weights=None, classes=3, **options
     )

@@ -23,13 +23,16 @@ def _class(path: str, pixels: int = 64, **options: Any) -> Network:
 
 def _mixer(block: str) -> nn.Module:
     mixers = importlib.import_module("timm.models.mlp_mixer")
-    return mixers.MlpMixer(
-        num_classes=10, mlp_ratio=4, block_layer=getattr(mixers, block), **_FLAT
-    )
+    return mixers.MlpMixer(num_classes=10, mlp_ratio=4, block_layer=getattr(mixers, block), **_FLAT)
 
 
 _TESTS = """byobnet coatnet convnext convnext2 convnext3 efficientnet efficientnet_evos
 efficientnet_gn efficientnet_ln mambaout maxvit nfnet resnet vit vit2 vit3 vit4 vit_relpos"""
+_MODERN = """mobilenetv4_conv_small_035 mobileone_s0 repvgg_a0 repghostnet_050 ghostnetv3_050
+edgenext_xx_small efficientvit_b0 mobilevit_xxs mobilevitv2_050 dla46_c regnetz_005 gernet_s
+ese_vovnet19b_slim_dw inception_next_atto starnet_s1 lcnet_035 tinynet_e hgnetv2_b0
+pvt_v2_b0 resnest14d mixnet_s hardcorenas_a convnextv2_atto nf_regnet_b0 rexnet_100
+fastvit_t8 repvit_m0_9 shvit_s1"""
 _FLAT = {"img_size": 64, "patch_size": 8, "num_blocks": 2, "embed_dim": 64}
 _TINY = {"embed_dim": 64, "depth": 2, "num_heads": 4}
 
@@ -37,11 +40,7 @@ NETWORKS: dict[str, Network] = {
     **{f"timm test_{name}": _of(f"test_{name}", 160) for name in _TESTS.split()},
     **{
         f"timm {name}": _of(name)
-        for name in """mobilenetv4_conv_small_035 mobileone_s0 repvgg_a0 repghostnet_050
-        ghostnetv3_050 edgenext_xx_small efficientvit_b0 mobilevit_xxs mobilevitv2_050 dla46_c
-        regnetz_005 gernet_s ese_vovnet19b_slim_dw inception_next_atto starnet_s1 lcnet_035
-        tinynet_e hgnetv2_b0 pvt_v2_b0 resnest14d mixnet_s hardcorenas_a
-        convnextv2_atto nf_regnet_b0 rexnet_100 fastvit_t8 repvit_m0_9 shvit_s1""".split()
+        for name in _MODERN.split()
     },
     "timm deit_tiny": _of("deit_tiny_patch16_224", img_size=64, depth=3),
     "timm eva02_tiny": _of("eva02_tiny_patch14_224", 56, img_size=56, depth=3),
