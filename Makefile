@@ -12,12 +12,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.t
 WORKERS ?= 2
 BENCHES ?= $(basename $(notdir $(wildcard bench/experiments/*.json)))
 
-.PHONY: help demo test lint types layers tests bench-quick clean
+.PHONY: help demo test lint types layers tests bench-quick coverage clean
 
 help:
 	@echo "make demo         set up, then compress the paper's own example (results in runs/demo)"
 	@echo "make test         set up, then lint, types, import rules and all tests"
 	@echo "make bench-quick  set up, then every bench in its short form; BENCHES=name for one"
+	@echo "make coverage     set up .venv-coverage (6 GB), then try the networks of other packages"
 	@echo "make clean        remove what was built or cached; .venv, runs and results stay"
 
 # A missing interpreter, an old one and one without venv each get a sentence.
@@ -86,6 +87,19 @@ bench-quick: $(VENV)/.installed-dev
 	  echo "== python -m bench $$bench --quick"; \
 	  $(BIN)/python -m bench "$$bench" --quick || exit 1; \
 	done
+
+# Another environment, since torchvision asks for another torch than the tested one.
+.venv-coverage/.installed: pyproject.toml constraints.txt bench/coverage.txt | $(VENV)/pyvenv.cfg
+	@echo "== Installing other people's networks into .venv-coverage (6 GB)"
+	@test -d .venv-coverage || $(BIN)/python -m venv .venv-coverage
+	@grep -v '^torch==' constraints.txt > .venv-coverage/constraints.txt
+	@.venv-coverage/bin/python -m pip --disable-pip-version-check install \
+	  -c .venv-coverage/constraints.txt -r bench/coverage.txt \
+	  -e ".[data,onnx,transformers]" torch-pruning
+	@touch $@
+
+coverage: .venv-coverage/.installed
+	@OMP_NUM_THREADS=1 .venv-coverage/bin/python -m bench architectures
 
 clean:
 	@echo "== Removing build folders and caches (.venv, runs/ and bench/results/ stay)"

@@ -442,3 +442,58 @@ def test_reasons_say_what_lies_in_layers_left_alone(method: str) -> None:
     assert reasons["experts"] == (
         "its parameter mixing (2 x 8 x 12) lies in no layer of a kind that can be replaced"
     )
+
+
+class ActiveNorm(nn.BatchNorm2d):
+    """A batch norm that also activates, by layers that it holds."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.drop, self.act = nn.Identity(), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
+class Words(nn.Module):
+    """Lays all words of all samples side by side for its first layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(6, 16), nn.LayerNorm(5), nn.Linear(16, 5)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.norm(self.second(self.first(x.reshape(-1, 6)).relu()))
+        return self.head(hidden.view(*x.shape[:2], -1))
+
+
+class Series(nn.Module):
+    """Treats every series of a sample as a sample of its own, and halves its channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv1d(1, 16, 1), nn.Conv1d(8, 5, 1)
+        self.head = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        samples, series, steps = x.shape
+        a, b = self.first(x.reshape(samples * series, 1, steps)).chunk(2, 1)
+        return self.head(self.second(a * b.sigmoid()).mean(-1)).view(samples, series, 3)
+
+
+def test_channels_leave_through_a_batch_norm_that_holds_its_activation() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), ActiveNorm(8), nn.Flatten(), nn.Linear(8 * 36, 4))
+    groups, _ = cuttable(model, (torch.randn(2, 3, 8, 8),))
+    assert [len(group.units) for group in groups] == [8]
+
+
+def test_channels_leave_where_a_sample_is_several_rows() -> None:
+    groups, reasons = cuttable(Words(), (torch.randn(2, 7, 6),))
+    assert [(group.name, len(group.units)) for group in groups] == [("first", 16)]
+    assert "LayerNorm norm takes its statistics over all of its channels" in reasons["second"]
+
+
+def test_halves_leave_together_where_a_sample_is_several_rows() -> None:
+    groups, _ = cuttable(Series(), (torch.randn(2, 7, 6),))
+    assert [(group.name, len(group.units)) for group in groups] == [("first", 8), ("second", 5)]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from pliant.cost import LayerCost
-from pliant.edits.edit import Replaced, layer_of
+from pliant.edits.edit import OPTIONAL, Replaced, layer_of
 from pliant.errors import EditError
 from pliant.math import forms
 from pliant.nn import factorized, kinds, layers
@@ -30,6 +30,8 @@ class Factor:
         ranks: ``(r_in, r_out)`` for ``tucker2``, one rank for the others.
         kernels: weights of the new layers; computed from the dense weight if None. They are
             tensors, not part of the plan: not compared and not written to JSON.
+        source: of a Linear, the name of a table to whose weight its own is tied and which was
+            factorized before, by the same ranks: its factors are shared. Empty for own ones.
 
     Raises:
         EditError: the layer cannot be read, or form or ranks do not fit it.
@@ -39,10 +41,13 @@ class Factor:
     form: str
     ranks: tuple[int, ...]
     kernels: tuple[Tensor, ...] | None = field(default=None, compare=False, repr=False)
+    source: str = field(default="", metadata=OPTIONAL)
 
     def apply(self, model: nn.Module, *, weights: bool = True) -> Replaced:
         """Put the smaller layers in the place of the dense one."""
         module = self._read(model)
+        if self.source:
+            return self._share(model, module)
         kernels = None
         if weights:
             dense = kinds.kernel(module).detach()
@@ -65,7 +70,7 @@ class Factor:
         first = sum(w * p for w, p in zip(weights, positions, strict=True))
         dense = math.prod(before.weight) * positions[0 if _turned(before) else -1]
         bias = before.params - math.prod(before.weight)
-        params = sum(weights) + bias
+        params = (0 if self.source else sum(weights)) + bias
         return LayerCost(
             kind=self.form,
             params=params,
@@ -79,6 +84,21 @@ class Factor:
             output=before.output,
             calls=before.calls,
         )
+
+    def _share(self, model: nn.Module, head: Any) -> Replaced:
+        table = layer_of(model, self.source)
+        fits = isinstance(table, nn.Sequential) and [type(part) for part in table] == [
+            nn.Embedding,
+            nn.Linear,
+        ]
+        shapes = fits and (table[1].out_features, table[0].num_embeddings, table[0].embedding_dim)
+        if shapes != (head.in_features, head.out_features, self.ranks[0]):
+            raise EditError(
+                f"{self.layer} shares the factors of {self.source}, which must be factorized "
+                "before, by the same ranks."
+            )
+        layers.replace(model, self.layer, factorized.tied(head, table))
+        return Replaced((head.weight,))
 
     def _read(self, model: nn.Module) -> layers.Factorizable:
         module: layers.Factorizable = layer_of(model, self.layer)

@@ -184,15 +184,18 @@ def sides(module: nn.Module) -> dict[str, int]:
 def _apart(module: Any) -> tuple[dict[str, int], int]:
     """The tensors of a layer of another class that treats every channel apart, if it is one.
 
-    A batch norm that also activates, a frozen one, a scale: each tensor has one number for every
-    channel, along one axis. That the layer does nothing else is for the proof to say.
+    A batch norm that also activates, by a layer in it or not, a frozen one, a scale: each tensor
+    has one number for every channel, along one axis. That the layer does nothing else is for the
+    proof to say.
 
     Returns:
         The axis of each tensor by name, and how many channels there are; nothing where it is none.
     """
     own = type(module).__module__.startswith(("torch.", "pliant.nn"))
     other = isinstance(module, (*_NORMS, nn.GroupNorm, nn.PReLU)) or not own
-    if not other or list(module.children()) or parametrize.is_parametrized(module):
+    parts = [part for child in module.children() for part in child.modules()]
+    holding = any(any(part._parameters) or any(part._buffers) for part in parts)
+    if not other or holding or parametrize.is_parametrized(module):
         return {}, 0
     held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
     wide = {name: tensor for name, tensor in held.items() if tensor.numel() > 1}

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pliant.math import forms
 from pliant.math.moments import dampen
-from pliant.math.reads import Gram, Reads
+from pliant.math.reads import Diagonal, Gram, Reads
 from pliant.math.svd import norm_shares
 
 SENSITIVITY_DAMPING = 0.1
@@ -110,3 +110,37 @@ def _mix(kernel: Tensor, matrix: Tensor) -> Tensor:
     if matrix.dim() == 1:
         return (matrix.view(-1, *[1] * (kernel.dim() - 1)) * kernel.double()).to(kernel.dtype)
     return torch.einsum("ab,b...->a...", matrix, kernel.double()).to(kernel.dtype)
+
+
+def together(table: Metric, heads: Sequence[Metric]) -> Metric:
+    """Return one metric of a table for all that its weight does, for layers tied to it too.
+
+    What a table looks up is what a tied Linear gives, and the other way round. A sum of Kronecker
+    products is none; it is taken for that of its parts, each by its share of the whole.
+
+    Args:
+        table: of the table.
+        heads: of the layers whose weight is its own; those that say nothing of outputs are left.
+    """
+    known = [head for head in heads if head.outputs is not None]
+    if table.outputs is None or not isinstance(table.seen, Diagonal) or not known:
+        return table
+    sides = [(table.seen.shares, _whole(table.outputs))]
+    sides += [(_each(head.outputs), head.inputs.double()) for head in known]
+    parts = [(rows / rows.mean(), columns, float(rows.mean())) for rows, columns in sides]
+    whole = sum(float(columns.trace()) * mean for _, columns, mean in parts)
+    if not 0 < whole < float("inf"):
+        return table
+    total = sum(columns * mean for _, columns, mean in parts)
+    rows = sum(rows * (float(columns.trace()) * mean / whole) for rows, columns, mean in parts)
+    return Metric(Diagonal(rows - 1), torch.as_tensor(total).float())
+
+
+def _whole(outputs: Tensor | None) -> Tensor:
+    assert outputs is not None
+    return (torch.diag(outputs) if outputs.dim() == 1 else outputs).double()
+
+
+def _each(outputs: Tensor | None) -> Tensor:
+    assert outputs is not None
+    return (outputs if outputs.dim() == 1 else outputs.diagonal()).double()

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pliant.errors import EditError
@@ -71,6 +72,51 @@ def factorized(
         parts[-1].bias = module.bias
     answer_for(new, module, parts[0].weight)
     return new.train(module.training)
+
+
+def tied(head: nn.Linear, table: nn.Sequential) -> nn.Sequential:
+    """Build the layers that replace a Linear whose weight was tied to that of a table.
+
+    They hold the parameters of the factorized table and none of their own but the bias, so that
+    both stay tied.
+
+    Args:
+        head: the dense layer.
+        table: what took the place of the table, in the form ``svd``.
+    """
+    rows, columns = table
+    expand: Any = nn.utils.skip_init(
+        nn.Linear, head.out_features, 1, head.bias is not None, device="meta"
+    )
+    expand.in_features, expand.out_features = columns.in_features, head.out_features
+    expand.weight, expand.bias = rows.weight, head.bias
+    new = nn.Sequential(OrderedDict(reduce=Turned(columns), expand=expand))
+    answer_for(new, head, expand.weight)
+    return new.train(head.training)
+
+
+class Turned(nn.Module):
+    """Multiplies by the transposed weight of a Linear, which it shares.
+
+    Args:
+        source: has the weight (S, T).
+    """
+
+    def __init__(self, source: Any) -> None:
+        super().__init__()
+        self.in_features, self.out_features = source.out_features, source.in_features
+        self.weight = source.weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map (..., S) to (..., T)."""
+        return F.linear(input, self.weight.t())
+
+    numbers = 0
+    """How many parameters it stands for besides those that it has."""
+
+    def macs(self, inputs: list[Tensor], outputs: list[Tensor]) -> int:
+        """Count the multiply-accumulates of one call."""
+        return outputs[0].numel() * self.in_features
 
 
 class TransposedRow(nn.Sequential):

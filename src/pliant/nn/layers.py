@@ -50,7 +50,9 @@ def obstacle(
     """
     module: Any = model.get_submodule(name)
     if name and type(module) in _REVERSED and not parametrize.is_parametrized(module):
-        reason = _reversed_obstacle(module, every=every) or _own(model, name, shared)
+        reason = _reversed_obstacle(module, every=every)
+        if not reason and not heads_of(model, name, shared):
+            reason = _own(model, name, shared)
     else:
         reason = unreadable(model, name, shared)
     if reason and isinstance(module, nn.RNNBase):
@@ -62,6 +64,24 @@ def obstacle(
     if min(module.weight.shape[:2]) < 2:
         return "a single channel has no rank to lower"
     return None
+
+
+def heads_of(model: nn.Module, name: str, shared: Shared | None = None) -> list[str]:
+    """Return the plain Linear layers whose weight is that of a table, if nothing else has it.
+
+    Args:
+        model: holds the layers.
+        name: of the table.
+        shared: what `shared_weights` gives, where many layers are asked about.
+    """
+    table: Any = model.get_submodule(name)
+    if type(table) is not nn.Embedding:
+        return []
+    tied = shared_weights(model) if shared is None else shared
+    owners = tied.get(id(table.weight), ())
+    others = [other.rpartition(".")[0] for other in owners if other != f"{name}.weight"]
+    plain = all(type(model.get_submodule(other)) is nn.Linear for other in others)
+    return others if plain else []
 
 
 def _reversed_obstacle(module: Any, *, every: bool) -> str | None:

@@ -211,9 +211,11 @@ class _Probe:
 
     def _tie_parts(self, parts: Sequence[Tensor], axis: int) -> None:
         """Tie what lies at one place of equal parts of a tensor: its middle moves with them."""
-        if len(parts[0]) != len(self.codes):
+        samples = [self._by_samples(part) for part in parts]
+        if samples[0] is None:
             return
-        marked = [self._marks(part).movedim(axis, 1) for part in parts]
+        axis += samples[0].dim() - parts[0].dim()
+        marked = [self._marks(part).movedim(axis, 1) for part in samples if part is not None]
         each = torch.stack([marks.reshape(*marks.shape[:2], -1).any(2) for marks in marked])
         for place in each.any(0).any(0).nonzero().flatten().tolist():
             found = [c for marks in each for c in covered(self.codes, marks[:, place].cpu())]
@@ -222,9 +224,17 @@ class _Probe:
                 self.union.join(first + found[0], first + channel)
 
     def _by_sample(self, tensor: Tensor) -> Tensor:
-        if len(tensor) != len(self.codes):
+        samples = self._by_samples(tensor)
+        if samples is None:
             return torch.full((len(self.codes),), bool(tensor.isnan().any()))
-        return self._marks(tensor).flatten(1).any(1).cpu()
+        return self._marks(samples).flatten(1).any(1).cpu()
+
+    def _by_samples(self, tensor: Tensor) -> Tensor | None:
+        """Put the rows of a sample, such as words side by side, behind an axis of samples."""
+        count = len(self.codes)
+        if not tensor.dim() or not len(tensor) or len(tensor) % count:
+            return None
+        return tensor if len(tensor) == count else tensor.unflatten(0, (count, -1))
 
     def _marks(self, tensor: Tensor) -> Tensor:
         """Say which numbers are marked: the first sample never is."""
@@ -245,8 +255,11 @@ class _Probe:
             given = args[0] if args else None
             if first in self.mixed or not isinstance(given, Tensor):
                 return
-            known = isinstance(output, Tensor) and len(output) == len(self.codes) == len(given)
-            if known and self._marks(output).sum() > self._marks(given).sum():
+            samples = self._by_samples(given)
+            if samples is None or not isinstance(output, Tensor) or output.shape != given.shape:
+                return
+            after = self._marks(output.reshape(samples.shape))
+            if after.sum() > self._marks(samples).sum():
                 self.mixed[first] = name
 
         return hook
@@ -257,20 +270,21 @@ class _Probe:
         features = isinstance(module, nn.Linear)
 
         def forward(input: Tensor, output_size: Any = None) -> Tensor:
-            count, place = len(self.codes), (name, input.shape[1:], str(output_size))
+            count, place = len(self.codes), (name, input.shape, str(output_size))
             more = () if output_size is None else (output_size,)  # of a transposed convolution
             self._read((name, "in"), input, input.dim() - 1 if features else 1)
-            if len(input) != count:
+            rows = len(input) // count
+            if len(input) != count * rows or not rows:
                 return compute(input.nan_to_num(), *more)
             if place not in kept:
-                kept[place] = compute(input[:1].nan_to_num(), *more)
-            output = kept[place].expand(count, *kept[place].shape[1:]).clone()
+                kept[place] = compute(input[:rows].nan_to_num(), *more)
+            output = kept[place].repeat(count, *[1] * (kept[place].dim() - 1))
             if self.source != (name, "out"):
                 return output
             self.marked.add(self.source)
             axis = output.dim() - 1 if features else 1
             shape = [size if dim in (0, axis) else 1 for dim, size in enumerate(output.shape)]
-            marked = self.codes.to(output.device).view(shape)
+            marked = self.codes.to(output.device).repeat_interleave(rows, 0).view(shape)
             if math.isnan(self.mark):
                 return output.masked_fill(marked, math.nan)
             return output + self.mark * marked
@@ -279,11 +293,14 @@ class _Probe:
 
     def _read(self, slot: Slot, given: Tensor, axis: int) -> None:
         """Tie what arrives at the channels of a layer to them."""
-        if len(given) != len(self.codes) or given.dim() < 2:
+        samples = self._by_samples(given) if given.dim() > 1 else None
+        if samples is None:
             if given.isnan().any() or not math.isnan(self.mark):
                 everything = range(self.sizes[self.source])
                 self.pin(self.source, everything, f"{slot[0]} does not read it sample by sample")
             return
+        axis += samples.dim() - given.dim()
+        given = samples
         others = [dim for dim in range(1, given.dim()) if dim != axis]
         if math.isnan(self.mark):
             marks = (given.sum(others) if others else given).isnan().cpu()  # one mark spoils a sum

@@ -14,9 +14,9 @@ from pliant.errors import ModelError
 from pliant.families.lowrank.options import forms_of, options, with_kernels
 from pliant.families.lowrank.refit import reconstruct as refit
 from pliant.math.forms import FORMS, max_ranks
-from pliant.math.metric import Metric
+from pliant.math.metric import Metric, together
 from pliant.nn.kinds import kernel
-from pliant.nn.layers import Factorizable
+from pliant.nn.layers import Factorizable, heads_of
 from pliant.observe.moments import metrics
 from pliant.observe.spectra import row
 from pliant.plan.allocate import cheapest
@@ -73,7 +73,14 @@ def look(run: Run, layers: Layers, samples: int, *, seed: int = 0) -> dict[str, 
     if not run.has_inputs or not samples:
         return {}
     batches, loss = run.looks(samples, batch=BATCH, seed=seed)
-    return metrics(run.model, layers, batches, run.generator, loss)
+    heads = {name: heads_of(run.model, name) for name in layers}
+    every = {**layers, **named(run, (head for found in heads.values() for head in found))}
+    found = metrics(run.model, every, batches, run.generator, loss)
+    return {
+        name: together(found[name], [found[head] for head in heads[name] if head in found])
+        for name in layers
+        if name in found
+    }
 
 
 def check_reachable(
@@ -197,7 +204,15 @@ def factorize(
             other, to what the dense network says; 0 for none.
     """
     dense = copy.deepcopy(run.model) if run.has_inputs and reconstruct else None
-    run.apply(*with_kernels(edits, layers, seen))
+    heads = {edit.layer: heads_of(run.model, edit.layer) for edit in edits}
+    run.apply(
+        *with_kernels(edits, layers, seen),
+        *(
+            replace(edit, layer=head, kernels=None, source=edit.layer)
+            for edit in edits
+            for head in heads[edit.layer]
+        ),
+    )
     changed = {edit.layer for edit in edits}
     for name in layers:
         if name not in changed:
@@ -207,7 +222,7 @@ def factorize(
     if dense is not None:
         batch = max(1, min(reconstruct, HELD // _largest(run)))
         batches = run.inputs(reconstruct, batch=batch, seed=2)
-        refit(dense, run.model, [edit.layer for edit in edits], batches)
+        refit(dense, run.model, [name for name, tied in heads.items() if not tied], batches)
 
 
 def _largest(run: Run) -> int:
