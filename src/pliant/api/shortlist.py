@@ -28,6 +28,7 @@ from pliant.cost import Cost, bare
 from pliant.data import Data, Train
 from pliant.errors import AccuracyWarning, BudgetError, MethodError, ModelError
 from pliant.method import Method
+from pliant.plan.remember import remembering, trial
 from pliant.result import Result
 
 PROBES = 5  # sizes of each method: every further one costs as much and halves the step
@@ -112,13 +113,13 @@ def auto(
     seed = asked.get("seed", 0)
     decide, check = divided(Data.of(data, seed=seed).read_by(bare(model)), seed)
     search = _Search(model, decide, limits, wanted, probes, watch, asked)
-    for plan in plans:
-        search.add(plan)
-    if train is not None:
-        for found in search.ranked()[:FINALISTS]:
-            search.add(found.plan, train, most=found.row["share"] or 1.0)
-    winner = search.winner()
-    with silent():
+    with remembering(), silent():
+        for plan in plans:
+            search.add(plan)
+        if train is not None:
+            for found in search.ranked()[:FINALISTS]:
+                search.add(found.plan, train, most=found.row["share"] or 1.0)
+        winner = search.winner()
         told = {**asked, **_training(winner.plan, train if winner.row["trained"] else None)}
         last = once(model, check, winner.method, Budget(drop=search.drop), **told)
     given, misses = limits.given(), search.misses(last)
@@ -199,7 +200,7 @@ class _Search:
         self.watch({"phase": f"trying {plan}" + (f" at {100 * share:.0f} %" if share else "")})
         method = self._method(plan, share)
         try:
-            with silent():
+            with trial():
                 told = {**self.asked, **_training(plan, train)}
                 made = once(self.model, self.data, method, Budget(drop=self.drop), **told)
         except (BudgetError, ModelError, MethodError) as error:

@@ -24,6 +24,7 @@ from pliant.data.sources import Batches
 from pliant.data.splits import Split
 from pliant.errors import AccuracyWarning, BudgetError, DataError
 from pliant.method import Method
+from pliant.plan.remember import remembering, trial
 from pliant.result import Result, Verdict
 
 LEAST = 0.02  # share of the dense network below which nothing is tried
@@ -94,10 +95,10 @@ def smallest(
     seed = asked.get("seed", 0)
     decide, check = divided(Data.of(data, seed=seed).read_by(bare(model)), seed)
     probe = _Probe(model, decide, built, where, drop, asked)
-    best = bisect(probe, probes)
-    if best is None:
-        raise BudgetError(_nothing(probe, drop))
-    with silent():
+    with remembering(), silent():
+        best = bisect(probe, probes)
+        if best is None:
+            raise BudgetError(_nothing(probe, drop))
         last = once(model, check, built, budget(where, best, drop), **{**asked, "strict": False})
     report = replace(last.report, tried=probe.chosen(best))
     if report.verdict is not None and report.verdict.holds is False:
@@ -151,7 +152,7 @@ class _Probe:
         began, row = time.monotonic(), {"share": round(share, 5)}
         wanted = {**self.asked, "strict": False, "control": False, "folder": None, "resume": False}
         try:
-            with silent():
+            with trial():
                 found = once(
                     self.model,
                     self.data,
