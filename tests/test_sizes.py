@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import pliant
 import pliant.api.within as within_room
 from pliant.api.shortlist import Plan
-from pliant.api.within import bisect, divided, within
+from pliant.api.within import bisect, caution, divided, within
 from pliant.budget import Budget
 from pliant.data import Data
 from pliant.errors import BudgetError, DataError
@@ -107,6 +107,17 @@ def test_nine_in_ten_shall_lose_less() -> None:
     assert within(unknown, 0.2) and not within(unknown, 0.19)
     few = replace(verdict, samples=40)  # equal answers of 40 samples would not show it
     assert within(few, 0.3) and not within(few, 0.1)
+
+
+def test_what_is_not_seen_yet_has_a_spread_of_its_own() -> None:
+    verdict = Verdict(1.0, lost=0.2, low=-0.8, high=1.2, samples=2000)
+    margin = math.sqrt(2) * 1.2816 / 1.96
+    assert within(verdict, 0.2 + margin + 1e-6, math.sqrt(2))
+    assert not within(verdict, 0.2 + margin - 1e-6, math.sqrt(2))
+    parts = Data(samples(0), samples(1, 300), samples(2, 100))
+    assert caution(*divided(parts, 0)) == 2
+    halves = Data(samples(0), samples(1, 300))
+    assert caution(*divided(halves, 0)) == pytest.approx(math.sqrt(2))
 
 
 def test_bisection_halves_the_logarithm() -> None:
