@@ -1,5 +1,6 @@
 # make demo   set up, then compress the paper's own example
 # make test   set up, then every check: lint, types, import rules, tests
+# make docs   set up, then build the site of the documentation into site/
 
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -12,11 +13,12 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install -c constraints.t
 WORKERS ?= 2
 BENCHES ?= $(basename $(notdir $(wildcard bench/experiments/*.json)))
 
-.PHONY: help demo test lint types layers tests bench-quick coverage clean
+.PHONY: help demo test docs lint types layers tests bench-quick coverage clean
 
 help:
 	@echo "make demo         set up, then compress the paper's own example (results in runs/demo)"
 	@echo "make test         set up, then lint, types, import rules and all tests"
+	@echo "make docs         set up, then build the documentation as a site (open site/index.html)"
 	@echo "make bench-quick  set up, then every bench in its short form; BENCHES=name for one"
 	@echo "make coverage     set up .venv-coverage (6 GB), then try the networks of other packages"
 	@echo "make clean        remove what was built or cached; .venv, runs and results stay"
@@ -47,11 +49,22 @@ $(VENV)/.installed-demo: pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
 $(VENV)/.installed-dev: pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
 	@echo "== Installing Pliant and its development tools into $(VENV) (some minutes the first time)"
 	@$(PIP) -e ".[dev]"
-	@touch $@ $(VENV)/.installed-demo
+	@touch $@ $(VENV)/.installed-demo $(VENV)/.installed-docs
+
+$(VENV)/.installed-docs: pyproject.toml constraints.txt | $(VENV)/pyvenv.cfg
+	@echo "== Installing Pliant and what builds its site into $(VENV) (some minutes the first time)"
+	@$(PIP) -e ".[docs]"
+	@touch $@
 
 demo: $(VENV)/.installed-demo
 	@echo "== pliant compress"
 	@$(BIN)/pliant compress
+
+# Strict: a warning, such as a link that leads nowhere, is an error.
+docs: $(VENV)/.installed-docs
+	@echo "== Site: mkdocs build"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "== Open site/index.html"
 
 # One recipe, so that the order holds under make -j too.
 test: $(VENV)/.installed-dev
@@ -103,6 +116,6 @@ coverage: .venv-coverage/.installed
 
 clean:
 	@echo "== Removing build folders and caches (.venv, runs/ and bench/results/ stay)"
-	@rm -rf build dist src/*.egg-info
+	@rm -rf build dist site src/*.egg-info
 	@rm -rf .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	@find src tests bench -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,20 +1,25 @@
 """Sizes and methods are searched by what is lost, and checked on samples that had no part in it."""
 
+import contextlib
+import copy
 import math
 import warnings
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import pliant
+import pliant.api.within as within_room
 from pliant.api.shortlist import Plan
-from pliant.api.within import bisect, divided, within
+from pliant.api.within import bisect, caution, divided, within
 from pliant.budget import Budget
 from pliant.data import Data
 from pliant.errors import BudgetError, DataError
+from pliant.plan.remember import remembered, remembering
 from pliant.result import Verdict
 
 
@@ -104,6 +109,17 @@ def test_nine_in_ten_shall_lose_less() -> None:
     assert within(few, 0.3) and not within(few, 0.1)
 
 
+def test_what_is_not_seen_yet_has_a_spread_of_its_own() -> None:
+    verdict = Verdict(1.0, lost=0.2, low=-0.8, high=1.2, samples=2000)
+    margin = math.sqrt(2) * 1.2816 / 1.96
+    assert within(verdict, 0.2 + margin + 1e-6, math.sqrt(2))
+    assert not within(verdict, 0.2 + margin - 1e-6, math.sqrt(2))
+    parts = Data(samples(0), samples(1, 300), samples(2, 100))
+    assert caution(*divided(parts, 0)) == 2
+    halves = Data(samples(0), samples(1, 300))
+    assert caution(*divided(halves, 0)) == pytest.approx(math.sqrt(2))
+
+
 def test_bisection_halves_the_logarithm() -> None:
     asked: list[float] = []
 
@@ -186,3 +202,106 @@ def test_a_budget_of_nothing_but_a_drop_asks_for_the_smallest(net: nn.Module, da
         warnings.simplefilter("ignore")
         judged = pliant.compress(net, data, "kd", budget=Budget(drop=1.0))  # it saves no size
     assert not judged.report.tried and judged.report.verdict is not None
+
+
+# ---------------------------------------------------------------- shared between sizes
+
+
+class Counting(nn.Sequential):
+    """Counts the samples that went through it and its copies."""
+
+    seen = [0]
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        self.seen[0] += len(inputs)
+        return super().forward(inputs)
+
+
+def searched(net: nn.Module, data: Data, method: str, **asked: Any) -> tuple[Any, int]:
+    counting = Counting(*copy.deepcopy(net)).eval()
+    Counting.seen[0] = 0
+    found = pliant.smallest(counting, data, method, 12.0, probes=4, **asked)
+    return found, Counting.seen[0]
+
+
+def plain_rows(found: Any) -> list[dict[str, Any]]:
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in found.report.tried]
+
+
+@pytest.mark.parametrize(
+    "method",
+    ["nrmf", "energy(samples=256)", "evbmf", "group_fisher(samples=256)", "magnitude", "random",
+     "hfp", "majority_voting"],
+)  # fmt: skip
+def test_sizes_share_what_they_look_at(
+    method: str, net: nn.Module, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same networks and rows, bit for bit, from fewer samples through the network."""
+    shared, fewer = searched(net, data, method)
+    monkeypatch.setattr(within_room, "remembering", contextlib.nullcontext)
+    monkeypatch.setattr(within_room, "trial", contextlib.nullcontext)
+    alone, more = searched(net, data, method)
+    assert plain_rows(shared) == plain_rows(alone)
+    weights, others = shared.model.state_dict(), alone.model.state_dict()
+    assert weights.keys() == others.keys()
+    assert all(torch.equal(weights[name], others[name]) for name in weights)
+    assert replace(shared.report, seconds={}, tried=()) == replace(
+        alone.report, seconds={}, tried=()
+    )
+    assert fewer < 0.75 * more, (fewer, more)
+
+
+def test_what_is_kept_depends_on_weights_and_random_numbers() -> None:
+    model, made = nn.Linear(3, 2), list[int]()
+    run = SimpleNamespace(
+        model=model, seed=0, generator=torch.Generator().manual_seed(1), state={}, log=[],
+        reasons={},
+    )  # fmt: skip
+
+    def make() -> float:
+        made.append(1)
+        return float(torch.rand((), generator=run.generator))
+
+    def again(key: str = "a") -> tuple[float, float]:
+        run.generator.manual_seed(1)
+        found = remembered(run, key, make)
+        return found, float(torch.rand((), generator=run.generator))
+
+    alone = again()
+    with remembering():
+        assert [again(), again()] == [alone, alone] and len(made) == 2
+        again("b")
+        assert len(made) == 3
+        with torch.no_grad():
+            model.weight.add_(1)
+        assert again() == alone and len(made) == 4
+        run.seed = 1
+        assert again() == alone and len(made) == 5
+    again()
+    assert len(made) == 6
+
+
+def test_what_writes_into_the_run_is_made_every_time() -> None:
+    run = SimpleNamespace(
+        model=nn.Linear(1, 1), seed=0, generator=torch.Generator(), state={}, log=[], reasons={}
+    )
+    with remembering():
+        for _ in range(2):
+            remembered(run, "a", lambda: run.log.append({}))
+            remembered(run, "b", lambda: run.state.update(step=len(run.log)))
+    assert len(run.log) == 2 and run.state == {"step": 2}
+
+
+def test_a_teacher_is_the_dense_network_as_it_is_judged(
+    net: nn.Module, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its stale batch norms are re-estimated once, and are so at every size that is tried."""
+    first, *rest = copy.deepcopy(net)
+    stale = nn.BatchNorm1d(64)
+    stale.running_mean.fill_(3.0)
+    model = nn.Sequential(first, stale, *rest)
+    asked = {"train": pliant.Train(epochs=1, lr=0.01, distill=0.9)}
+    shared, _ = searched(model, data, "energy", **asked)
+    monkeypatch.setattr(within_room, "remembering", contextlib.nullcontext)
+    alone, _ = searched(model, data, "energy", **asked)
+    assert plain_rows(shared) == plain_rows(alone)

@@ -41,6 +41,7 @@ from pliant.files import artifact
 from pliant.latency import Target, Where, as_target
 from pliant.method import Method
 from pliant.observe.finite import check_left
+from pliant.plan.remember import fingerprint, kept, trying
 from pliant.result import Fidelity, Report, Result, Side
 from pliant.run import RECALIBRATED, Run, start
 from pliant.surgery.batchnorm import recalibrate
@@ -161,7 +162,7 @@ class _Job:
         with self._stage("prepare"):
             run = self._begin()
         reference, rows = self._reference(control=control)
-        before, dense = self._fair(reference, run)
+        before, dense = self._before(reference, run, own=bool(rows))
         with self._stage("finish", show=False):
             if self.train is not None and self._epochs():
                 self._fit(run, self.train, self.folder, self.watch, reference)
@@ -175,7 +176,7 @@ class _Job:
         sides = before, after
         with self._stage("measure"):
             sides = timed(run, *sides)
-        near = self._fidelity(reference, run)
+        near = None if trying() else self._fidelity(reference, run)
         found = self._sizes(run)
         bound = LOSE if self.budget is None or self.budget.drop is None else self.budget.drop
         verdict = judge(dense, small, bound)
@@ -255,6 +256,19 @@ class _Job:
     ) -> None:
         asked: dict[str, Any] = {"folder": folder, "resume": self.resume, "watch": watch}
         fit(run, self.data, plan, teacher=teacher if plan.distill else None, **asked)
+
+    def _before(self, network: nn.Module, run: Run, *, own: bool) -> tuple[Side, Score | None]:
+        """Measure the dense network, once for all sizes of it that are tried."""
+        mark = fingerprint(network)
+        if own or not mark:  # a control has weights of its own
+            return self._fair(network, run)
+
+        def make() -> tuple[Side, Score | None, dict[str, Tensor]]:
+            return *self._fair(network, run), copy.deepcopy(network.state_dict())
+
+        found, score, state = kept(("before", mark, self.split), make)
+        network.load_state_dict(state)
+        return found, score
 
     def _fair(self, network: nn.Module, run: Run) -> tuple[Side, Score | None]:
         """Measure the dense network with what any network gets: batch norms of these inputs.

@@ -24,6 +24,7 @@ from pliant.data.sources import Batches
 from pliant.data.splits import Split
 from pliant.errors import AccuracyWarning, BudgetError, DataError
 from pliant.method import Method
+from pliant.plan.remember import remembering, trial
 from pliant.result import Result, Verdict
 
 LEAST = 0.02  # share of the dense network below which nothing is tried
@@ -64,10 +65,10 @@ def smallest(
     """Return the smallest network that a method makes within a drop of the score.
 
     Sizes are tried by bisection on a log scale, each compressed and scored on the validation
-    split; a size counts as within the drop where nine in ten such networks would lose less, by
-    the paired interval of what was lost. The smallest one is made once more and scored on the
-    test split, which had no part in the choice. Without a test split half of the validation
-    samples is kept for that.
+    split; a size counts as within the drop where nine in ten such networks would lose less on the
+    test split, by the paired interval of what was lost and the sizes of both splits. The smallest
+    one is made once more and scored on the test split, which had no part in the choice. Without a
+    test split half of the validation samples is kept for that.
 
     Args:
         model: any network; it stays as it is.
@@ -93,11 +94,11 @@ def smallest(
     drop = Budget(drop=drop).drop or 0.0
     seed = asked.get("seed", 0)
     decide, check = divided(Data.of(data, seed=seed).read_by(bare(model)), seed)
-    probe = _Probe(model, decide, built, where, drop, asked)
-    best = bisect(probe, probes)
-    if best is None:
-        raise BudgetError(_nothing(probe, drop))
-    with silent():
+    probe = _Probe(model, decide, built, where, drop, asked, caution(decide, check))
+    with remembering(), silent():
+        best = bisect(probe, probes)
+        if best is None:
+            raise BudgetError(_nothing(probe, drop))
         last = once(model, check, built, budget(where, best, drop), **{**asked, "strict": False})
     report = replace(last.report, tried=probe.chosen(best))
     if report.verdict is not None and report.verdict.holds is False:
@@ -143,6 +144,7 @@ class _Probe:
     axis: str
     drop: float
     asked: dict[str, Any]
+    caution: float = 1.0
 
     def __post_init__(self) -> None:
         self.rows: Rows = []
@@ -151,7 +153,7 @@ class _Probe:
         began, row = time.monotonic(), {"share": round(share, 5)}
         wanted = {**self.asked, "strict": False, "control": False, "folder": None, "resume": False}
         try:
-            with silent():
+            with trial():
                 found = once(
                     self.model,
                     self.data,
@@ -168,7 +170,7 @@ class _Probe:
                 "What is lost can only be searched where there are labels to score: give a "
                 "validation or test split with classes."
             )
-        self.rows[-1]["within"] = within(found.report.verdict, self.drop)
+        self.rows[-1]["within"] = within(found.report.verdict, self.drop, self.caution)
         return bool(self.rows[-1]["within"] and found.report.met)
 
     def chosen(self, best: float) -> tuple[dict[str, Any], ...]:
@@ -189,19 +191,35 @@ def measured(result: Result) -> dict[str, Any]:
     return {**costs, "accuracy": after.accuracy, **lost}
 
 
-def within(verdict: Verdict | None, drop: float) -> bool:
+def caution(decide: Data, check: Data) -> float:
+    """Return how much wider the interval of a loss is on samples that had no part in the choice.
+
+    What is lost there has a spread of its own, the larger the fewer they are.
+    """
+    if not check.has("test") or not decide.has("val"):
+        return 1.0
+    seen, unseen = decide.size("val"), check.size("test")
+    return math.sqrt(1 + seen / unseen) if seen and unseen else 1.0
+
+
+def within(verdict: Verdict | None, drop: float, caution: float = 1.0) -> bool:
     """Say whether nine in ten networks with such answers lose no more than a drop.
 
     Where so few samples were scored that even equal answers would not show it, what was lost on
     them decides.
+
+    Args:
+        verdict: on the samples that decide.
+        drop: what may be lost.
+        caution: factor of the interval: see `caution`; at 1 the loss over all such samples counts.
     """
     if verdict is None or verdict.lost is None:
         return False
     surely = verdict.lost
     if verdict.high is not None:
-        surely += ONE_SIDED * (verdict.high - verdict.lost)
+        surely += caution * ONE_SIDED * (verdict.high - verdict.lost)
     paired = verdict.metric == "accuracy"
-    blind = paired and 128.16 * math.sqrt(2) / max(1, verdict.samples) > drop
+    blind = paired and caution * 128.16 * math.sqrt(2) / max(1, verdict.samples) > drop
     return (verdict.lost if blind else surely) <= drop
 
 

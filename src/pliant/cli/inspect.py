@@ -1,12 +1,14 @@
 """`pliant inspect`: how much rank every layer has, before anything is trained."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from torch import nn
 
 from pliant.cli import console, source
+from pliant.cli import sensitivity as layerwise
 from pliant.cost import Example, LayerCost, cost, layer_costs
 from pliant.data import load
 from pliant.edits import Factor
@@ -35,6 +37,13 @@ def inspect(
     shape: Annotated[
         str | None, typer.Option("--input", help="shape of one input, such as 3,32,32")
     ] = None,
+    sensitivity: Annotated[
+        str | None,
+        typer.Option(help="rank or width: what each layer costs when it shrinks alone; needs data"),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="page (.html) or numbers (.json) of the sensitivity")
+    ] = None,
     seed: Annotated[int, typer.Option(help="of random weights")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
@@ -42,7 +51,11 @@ def inspect(
 
     Ranks are those of Tucker-2 (input/output channels), or the one of a matrix; behind them
     stands what they would save of the layer's parameters. Below break-even a layer shrinks.
+
+    With --sensitivity every layer is made smaller alone, at several sizes, and scored; the page
+    lets sizes be chosen and predicts what they cost together.
     """
+    layerwise.check(sensitivity, data, out)
     samples = load(data) if data else None
     classes = samples.class_count or None if samples else None
     found = source.find(
@@ -51,6 +64,9 @@ def inspect(
     example = samples.example() if samples else source.example(found, shape, data=True)
     check_weights(found.model)
     check_example(example)
+    if sensitivity is not None and samples is not None:
+        layerwise.run(sensitivity, found, samples, out, as_json=as_json)
+        return
     rows = look(found.model, example)
     whole = cost(found.model, example)
     if as_json:

@@ -84,6 +84,76 @@
 
   document.querySelectorAll("table[data-sort]").forEach(sortable);
 
+  // What if: the shares that are chosen, and the sum of what each cost alone.
+  function whatIf(holder) {
+    const known = JSON.parse(holder.textContent);
+    const rows = new Map(
+      [...document.querySelectorAll("tr[data-layer]")].map((row) => [row.dataset.layer, row])
+    );
+    const sizes = (name) => known.layers[name];
+    const choice = (row) => row.querySelector("select");
+    const at = (name) => sizes(name).find((size) => size[0] === Number(choice(rows.get(name)).value));
+    const compact = new Intl.NumberFormat("en", {
+      notation: "compact", maximumSignificantDigits: 3,
+    });
+    const short = (count) => compact.format(count).replace("K", "k");
+    const show = (key, text, from) => {
+      document.querySelector(`[data-sum=${key}]`).textContent = text;
+      document.querySelector(`[data-from=${key}]`).textContent = from;
+    };
+    const most = document.querySelector("[data-most]");
+    // Squares: half of the slider is for losses up to a quarter of the largest.
+    const largest = Math.max(...Object.values(known.layers).flat().map((size) => size[3] || 0), 0.1);
+    const allowed = () => largest * (Number(most.value) / 100) ** 2;
+
+    function add() {
+      let [params, macs, lost, loss, whole] = [known.params, known.macs, 0, known.loss, []];
+      for (const [name, row] of rows) {
+        const size = at(name);
+        row.querySelector("[data-became]").textContent = size ? size[5] : "as it is";
+        choice(row).closest("td").dataset.value = size ? size[0] : 1;
+        if (!size) whole.push(name);
+        if (!size) continue;
+        params -= known.params - size[1];
+        macs -= known.macs - size[2];
+        lost = size[3] === null || lost === null ? null : lost + size[3];
+        loss = size[4] === null || loss == null ? null : loss + size[4] - known.loss;
+      }
+      const share = (now, then) => `${((100 * now) / then).toFixed(1)} % of ${short(then)}`;
+      show("params", short(Math.max(0, params)), share(Math.max(0, params), known.params));
+      show("macs", short(Math.max(0, macs)), share(Math.max(0, macs), known.macs));
+      show("lost", lost === null ? "all" : lost.toFixed(1), "sum over layers");
+      const from = known.loss == null ? "" : `from ${known.loss.toPrecision(3)}`;
+      show("loss", loss == null ? "–" : loss.toPrecision(3), from);
+      const some = whole.length && whole.length < rows.size;
+      const names = whole.map((name) => JSON.stringify(name)).join(", ");
+      const spec = some ? `To leave the others alone: exclude=(${names},)` : "";
+      document.querySelector("[data-spec]").textContent = spec;
+    }
+
+    // The smallest size that is no smaller than asked, or 100 % where there is none.
+    function choose(pickOne) {
+      for (const [name, row] of rows) {
+        const size = sizes(name).filter(pickOne).pop();
+        choice(row).value = size ? String(size[0]) : "1";
+      }
+      add();
+    }
+
+    const every = document.querySelector("[data-all]");
+    every.addEventListener("change", () => choose((size) => size[0] >= Number(every.value)));
+    most.addEventListener("input", function () {
+      document.querySelector("[data-most-said]").textContent = allowed().toFixed(2);
+      choose((size) => size[3] !== null && size[3] <= allowed());
+    });
+    rows.forEach((row) => choice(row).addEventListener("change", add));
+    document.querySelector("[data-most-said]").textContent = "0.00";
+    add();
+  }
+
+  const wondering = document.getElementById("what-if");
+  if (wondering) whatIf(wondering);
+
   const graphs = [];
   document.querySelectorAll(".graph").forEach(function (graph) {
     try {

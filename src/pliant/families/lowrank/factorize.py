@@ -20,6 +20,7 @@ from pliant.nn.layers import Factorizable, heads_of
 from pliant.observe.moments import metrics
 from pliant.observe.spectra import row
 from pliant.plan.allocate import cheapest
+from pliant.plan.remember import remembered
 from pliant.run import Run
 from pliant.surgery.plain import plain
 from pliant.surgery.select import factorizable
@@ -72,15 +73,19 @@ def look(run: Run, layers: Layers, samples: int, *, seed: int = 0) -> dict[str, 
     """
     if not run.has_inputs or not samples:
         return {}
-    batches, loss = run.looks(samples, batch=BATCH, seed=seed)
-    heads = {name: heads_of(run.model, name) for name in layers}
-    every = {**layers, **named(run, (head for found in heads.values() for head in found))}
-    found = metrics(run.model, every, batches, run.generator, loss)
-    return {
-        name: together(found[name], [found[head] for head in heads[name] if head in found])
-        for name in layers
-        if name in found
-    }
+
+    def make() -> dict[str, Metric]:
+        batches, loss = run.looks(samples, batch=BATCH, seed=seed)
+        heads = {name: heads_of(run.model, name) for name in layers}
+        every = {**layers, **named(run, (head for found in heads.values() for head in found))}
+        found = metrics(run.model, every, batches, run.generator, loss)
+        return {
+            name: together(found[name], [found[head] for head in heads[name] if head in found])
+            for name in layers
+            if name in found
+        }
+
+    return remembered(run, ("metrics", *layers, samples, seed), make)
 
 
 def check_reachable(
@@ -156,11 +161,26 @@ def choices(
     level asks for. A layer that no calibration input reached (an expert to which no sample was
     routed) counts as the others do on average.
     """
+    timed = run.clock is not None and "latency" in run.limits()
+    if timed:
+        return _choices(run, layers, form, seen, level, timed=True)
+    key = ("choices", *layers, form, level, *seen.items())
+    return dict(remembered(run, key, lambda: _choices(run, layers, form, seen, level)))
+
+
+def _choices(
+    run: Run,
+    layers: Layers,
+    form: Form,
+    seen: Mapping[str, Metric],
+    level: float | None,
+    *,
+    timed: bool = False,
+) -> dict[str, list[Option]]:
     costs = run.planner.rows()
     worth = {n: seen[n].energy(kernel(m).detach()) for n, m in layers.items() if n in seen}
     usual = sum(worth.values()) / max(1, len(worth))
     allowed = FORMS[:4] if form == "auto" else (form,)
-    timed = run.clock is not None and "latency" in run.limits()
     found = {}
     for name, module in layers.items():
         metric, steps = seen.get(name), {}

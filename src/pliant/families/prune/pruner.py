@@ -11,6 +11,7 @@ from pliant.families.prune.ranking import Scope, floors_of, ranking
 from pliant.families.prune.schedule import MOST_ROUNDS, Schedule
 from pliant.families.prune.scores import Groups, Scores
 from pliant.method import Method
+from pliant.plan.remember import remembered
 from pliant.registry import In
 from pliant.run import Run
 from pliant.surgery.prove import Leaving, edits_of, prove
@@ -60,13 +61,18 @@ class ChannelPruning(Method):
 
         ``run.state["floors"]`` says how many of each group stay in any case.
         """
-        ranked = ranking(self.scores(run, groups), self.scope, run.state["floors"])
+        ranked = ranking(self._scores(run, groups), self.scope, run.state["floors"])
         return allocate(run, groups, ranked, goal)
 
     def adjust(self, run: Run, groups: Groups, leaving: Leaving) -> None:
         """Change weights before units leave, so that the rest does without them."""
 
     # What is the same for all.
+
+    def _scores(self, run: Run, groups: Groups) -> Scores:
+        """Return scores that were asked for before, of the same network for the same axes."""
+        key = ("scores", self, *(group.name for group in groups), *sorted(run.limits()))
+        return remembered(run, key, lambda: self.scores(run, groups))
 
     def prepare(self, run: Run) -> None:
         """Refuse what cannot work, and make the first cut if it is due."""

@@ -14,6 +14,7 @@ from pliant.method import Method
 from pliant.nn.factorized import Factorizable
 from pliant.nn.kinds import kernel
 from pliant.observe.spectra import spectra
+from pliant.plan.remember import remembered
 from pliant.registry import Paper, register
 from pliant.run import Run
 
@@ -61,7 +62,8 @@ class EVBMF(Method):
     def prepare(self, run: Run) -> None:
         """Factorize at once."""
         layers = subjects(run, self.only, self.exclude, every=True)
-        estimates = {name: _estimate(module) for name, module in layers.items()}
+        key = ("evbmf", *layers)
+        estimates = remembered(run, key, lambda: {n: _estimate(m) for n, m in layers.items()})
         run.note(evbmf={name: list(ranks) for name, ranks in estimates.items()})
         ranks = {name: tuple(max(1, rank) for rank in each) for name, each in estimates.items()}
         edits = weakened(run, layers, ranks)

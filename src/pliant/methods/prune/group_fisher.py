@@ -13,6 +13,7 @@ from pliant.families.prune.fisher import group_fisher
 from pliant.families.prune.pruner import RENAMED, ChannelPruning
 from pliant.families.prune.ranking import Unit, by_group, ranking
 from pliant.families.prune.scores import Groups, Scores
+from pliant.plan.remember import remembered
 from pliant.registry import In, Paper, register
 from pliant.run import Run
 from pliant.surgery.prove import Leaving, edits_of
@@ -81,8 +82,13 @@ class GroupFisher(ChannelPruning):
     def _without(self, run: Run, groups: Groups, gone: Sequence[Unit], number: int) -> Scores:
         """Return what each unit is worth beside those that are left, for what leaves with it."""
         model = silenced(run, edits_of(run.model, groups, by_group(gone)))
-        inputs, loss = run.looks(self.samples, batch=BATCH, seed=10 * number)
-        damages = group_fisher(model, groups, inputs, run.generator, loss)
+
+        def make() -> Scores:
+            inputs, loss = run.looks(self.samples, batch=BATCH, seed=10 * number)
+            return group_fisher(model, groups, inputs, run.generator, loss)
+
+        key = ("fisher", self.samples, number, *gone, *(group.name for group in groups))
+        damages = remembered(run, key, make)
         saved = savings(run, groups, gone, tuple(counted_limits(run)))
         scores = {name: damage / saved[name] for name, damage in damages.items()}
         for place, unit in enumerate(gone):  # in their order, before those that are worth nothing
