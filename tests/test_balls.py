@@ -64,6 +64,28 @@ def test_equals_a_root_of_the_optimality_condition(kind: str) -> None:
         assert float(norm(found)) == pytest.approx(min(radius, float(norm(x))))
 
 
+@pytest.mark.slow  # cvxpy takes its time to load
+@pytest.mark.parametrize("kind", BALLS)
+def test_equals_what_a_solver_of_convex_problems_finds(kind: str) -> None:
+    import cvxpy
+
+    norms = {
+        "l1": lambda v: cvxpy.norm1(cvxpy.vec(v, order="C")),
+        "l21": lambda v: cvxpy.sum(cvxpy.norm(v, 2, axis=1)),
+        "nuclear": cvxpy.normNuc,
+    }
+    project, norm = BALLS[kind]
+    point, radius = cvxpy.Parameter((6, 9)), cvxpy.Parameter(nonneg=True)
+    nearest = cvxpy.Variable((6, 9))
+    distance = cvxpy.Minimize(cvxpy.sum_squares(nearest - point))
+    problem = cvxpy.Problem(distance, [norms[kind](nearest) <= radius])
+    for x in matrices(20):
+        point.value, radius.value = x.numpy(), 0.4 * float(norm(x))
+        problem.solve(solver=cvxpy.CLARABEL)
+        found = project(x, float(radius.value)).numpy()
+        assert np.allclose(found, nearest.value, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", BALLS)
 def test_no_point_of_the_ball_is_nearer(kind: str) -> None:
     """x - P(x) makes an obtuse angle with every way from P(x) into the ball."""

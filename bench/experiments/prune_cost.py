@@ -24,7 +24,7 @@ from pliant.compose import resolve
 from pliant.cost import Cost
 from pliant.data import Data
 from pliant.families.prune.allocate import by_ratios
-from pliant.families.prune.channels import removable
+from pliant.families.prune.channels import removable, remove
 from pliant.families.prune.scores import importance
 from pliant.method import Method
 from pliant.observe.rows import Rows
@@ -137,7 +137,7 @@ def _planned(run: Run) -> float:
     leaving = by_ratios(scores, dict.fromkeys(scores, 0.3), least=0.1)
     edits = edits_of(run.model, groups, leaving)
     prove(run.model, run.example, edits)
-    return _seconds(lambda: run.apply(*edits))
+    return _seconds(lambda: remove(run, edits, recalibrate=False))
 
 
 def _seconds(work: Callable[[], Any]) -> float:

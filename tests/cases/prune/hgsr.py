@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
-from pliant.data import Data, load
+from pliant.api import compress
+from pliant.data import Data, Train, load
+from pliant.edits import Prune
 from pliant.errors import DataError
 from pliant.families.prune.allocate import Goal
 from pliant.families.prune.judge import accuracy
@@ -232,6 +234,27 @@ def what_the_loss_misses_stays() -> None:
     assert {0, 3} & {*left} and not {1, 2, 4} & {*left}
 
 
+def a_training_keeps_what_its_labels_need() -> None:
+    """Labels that only one of two halves of the channels can tell; the other half is louder."""
+    torch.manual_seed(0)
+    images = torch.randn(256, 2)
+    data = Data((images, (images[:, 0] > 0).long()), (images, (images[:, 0] > 0).long()), classes=2)
+    first, last = nn.Linear(2, 8, bias=False), nn.Linear(8, 2)
+    with torch.no_grad():
+        first.weight.zero_()
+        first.weight[:4, 0] = torch.tensor([1.0, -1.0, 1.0, -1.0])  # they tell the classes
+        first.weight[4:, 1] = 9.0
+        last.weight.zero_()
+        last.weight[0, [1, 3]], last.weight[1, [0, 2]] = 1.0, 1.0
+        last.weight[:, 4:] = 0.1  # the same for both
+        last.bias.zero_()
+    model = nn.Sequential(first, nn.ReLU(), last)
+    spec = "hgsr(ratio=0.5, least=0, start=0.5, strength=0.0)"
+    result = compress(model, data, spec, train=Train(epochs=2, batch=64, lr=1e-3))
+    (cut,) = [e for e in result.edits if isinstance(e, Prune) and e.layer == "0"]
+    assert set(cut.keep) <= {0, 1, 2, 3} and result.report.after.accuracy == 1
+
+
 def labels_are_needed() -> None:
     with pytest.raises(DataError, match="labelled training samples"):
         run_of(pair(1.0, 2.0), HGSR())
@@ -254,6 +277,7 @@ CASES = (
             the_penalty_begins_at_its_strength_and_ends_with_the_cut,
             a_shortcut_is_not_penalized,
             what_the_loss_misses_stays,
+            a_training_keeps_what_its_labels_need,
             labels_are_needed,
         ),
     ),

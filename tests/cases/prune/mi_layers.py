@@ -72,7 +72,7 @@ def a_covariance_is_shrunk_as_elsewhere() -> None:
 
 
 def distances_correlate_as_by_their_definition() -> None:
-    """By loops; and as the package dcor says, where it is there."""
+    """By loops, and as the package dcor says."""
     draws = torch.Generator().manual_seed(0)
     one, other = (torch.randn(9, size, generator=draws).double() for size in (3, 2))
 
@@ -90,10 +90,7 @@ def distances_correlate_as_by_their_definition() -> None:
     a, b = centred(one), centred(other)
     wanted = inner(a, b) / math.sqrt(inner(a, a) * inner(b, b))
     assert distance_correlation(one, other) == pytest.approx(wanted, abs=1e-10)
-    try:
-        import dcor  # type: ignore[import-not-found]
-    except ImportError:
-        return
+    dcor = pytest.importorskip("dcor")
     theirs = dcor.distance_correlation_sqr(one.numpy(), other.numpy())
     assert distance_correlation(one, other) == pytest.approx(theirs, abs=1e-10)
 
