@@ -75,3 +75,12 @@ def pooled_digits(images: Mapping[str, int]) -> Data:
 def some(data: Data, images: Mapping[str, int]) -> Data:
     """Keep as many images of each split as asked; all of those not named."""
     return data.subset(train=images.get("train"), test=images.get("test")) if images else data
+
+
+def shrunk(data: Data, side: int) -> Data:
+    """Reduce the sides of all images by averaging pixels."""
+
+    def smaller(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        return F.adaptive_avg_pool2d(pair[0].float(), side).round().to(torch.uint8), pair[1]
+
+    return replace(data, train=smaller(data.train), test=smaller(data.test))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pliant.errors import ModelError
 from pliant.nn.genotype import Genotype, Layout, Nodes
-from pliant.nn.mixed import MixedOp
+from pliant.nn.mixed import MixedOp, Partial
 from pliant.nn.operations import NONE, SKIP, FactorizedReduction, mix_channels, operation
 
 
@@ -30,6 +30,10 @@ class Cell(nn.Module):
         after_reduction: whether the cell before did, so that the two inputs differ in size.
         affine: whether batch norms scale and shift; of candidates they never do, since that
             would blur the logits.
+        share: one of so many channels goes through the candidates, see `Partial`.
+
+    Raises:
+        ModelError: the channels cannot be divided so.
     """
 
     def __init__(
@@ -41,14 +45,17 @@ class Cell(nn.Module):
         reduction: bool,
         after_reduction: bool,
         affine: bool,
+        share: int = 1,
     ) -> None:
         super().__init__()
+        if share < 1 or channels % share:
+            raise ModelError(f"{channels} channels cannot be divided into {share} equal parts.")
         self.layout, self.reduction = layout, reduction
         fit = FactorizedReduction if after_reduction else mix_channels
         self.first = fit(inputs[0], channels, affine=affine)
         self.second = mix_channels(inputs[1], channels, affine=affine)
         self.edges = nn.ModuleList(
-            _edge(names, channels, 2 if reduction and state < 2 else 1, affine=affine)
+            _edge(names, channels, 2 if reduction and state < 2 else 1, affine=affine, share=share)
             for names, (_, state) in zip(layout.ops, layout.edges, strict=True)
         )
         self.nodes = nn.ModuleList(nn.Sequential() for _ in layout.wiring)
@@ -64,10 +71,19 @@ class Cell(nn.Module):
         return out
 
 
-def _edge(names: tuple[str, ...], channels: int, stride: int, *, affine: bool) -> nn.Module:
+def _edge(
+    names: tuple[str, ...], channels: int, stride: int, *, affine: bool, share: int
+) -> nn.Module:
     if len(names) == 1:
         return operation(names[0], channels, stride, affine=affine)
-    return MixedOp({name: operation(name, channels, stride, affine=False) for name in names})
+    seen = channels // share
+    found = MixedOp({name: operation(name, seen, stride, affine=False) for name in names})
+    return Partial(found, share, stride) if share > 1 else found
+
+
+def core(edge: nn.Module) -> nn.Module:
+    """Return what stands on an edge, without what leads some channels round it."""
+    return edge.op if isinstance(edge, Partial) else edge
 
 
 class CellNetwork(nn.Module):
@@ -84,9 +100,10 @@ class CellNetwork(nn.Module):
         classes: number of logits.
         inputs: channels of the images.
         affine: whether the cells' batch norms scale and shift; not in a network to search in.
+        share: one of so many channels goes through the candidates, see `Partial`.
 
     Raises:
-        ModelError: fewer than 3 cells.
+        ModelError: fewer than 3 cells, or channels that cannot be divided.
     """
 
     def __init__(
@@ -99,6 +116,7 @@ class CellNetwork(nn.Module):
         classes: int = 10,
         inputs: int = 3,
         affine: bool,
+        share: int = 1,
     ) -> None:
         super().__init__()
         if cells < 3:
@@ -115,7 +133,7 @@ class CellNetwork(nn.Module):
             layout = reduce if small else normal
             cell = Cell(
                 *(layout, (before, last), channels),
-                reduction=small, after_reduction=after, affine=affine,
+                reduction=small, after_reduction=after, affine=affine, share=share,
             )  # fmt: skip
             self.cells.append(cell)
             before, last, after = last, channels * len(layout.wiring), small
@@ -142,7 +160,8 @@ class CellNetwork(nn.Module):
         kinds = self.kinds()
         for cell in self.cells:
             assert isinstance(cell, Cell)
-            for own, first in zip(cell.edges, kinds[cell.reduction].edges, strict=True):
+            for edges in zip(cell.edges, kinds[cell.reduction].edges, strict=True):
+                own, first = map(core, edges)
                 if isinstance(own, MixedOp) and isinstance(first, MixedOp):
                     own.logits = first.logits
 
@@ -191,7 +210,7 @@ def _nodes(cell: Cell, keep: int, most_skips: int | None) -> Nodes:
 
 def _scores(cell: Cell, place: int) -> dict[str, float]:
     """The logits of an edge by the names of its candidates."""
-    edge, names = cell.edges[place], cell.layout.ops[place]
+    edge, names = core(cell.edges[place]), cell.layout.ops[place]
     if isinstance(edge, MixedOp):
         return dict(zip(names, edge.logits.tolist(), strict=True))
     if len(names) > 1:
@@ -223,6 +242,7 @@ def placed(network: CellNetwork, genotype: Genotype) -> dict[str, str]:
         nodes = genotype.reduce if cell.reduction else genotype.normal
         ops = {(node, state): op for node, edges in enumerate(nodes) for op, state in edges}
         for place, edge in enumerate(cell.layout.edges):
-            if isinstance(cell.edges[place], MixedOp):
-                found[f"cells.{number}.edges.{place}"] = ops.get(edge, NONE)
+            if isinstance(core(cell.edges[place]), MixedOp):
+                inner = ".op" if isinstance(cell.edges[place], Partial) else ""
+                found[f"cells.{number}.edges.{place}{inner}"] = ops.get(edge, NONE)
     return found

@@ -47,6 +47,32 @@ class Mixed(nn.Module):
         raise NotImplementedError
 
 
+class Partial(nn.Module):
+    """Shows an operation some of the channels only; the others go round it, and all are shuffled.
+
+    Source: Xu et al., "PC-DARTS: Partial channel connections for memory-efficient architecture
+    search", ICLR 2020; weights of edges, which its dense wiring needs, are left out.
+
+    Args:
+        op: maps a share of the channels.
+        share: K, one of so many channels is seen, counted from the first.
+        stride: of the operation; what goes round it is pooled by as much.
+    """
+
+    def __init__(self, op: nn.Module, share: int, stride: int) -> None:
+        super().__init__()
+        self.op, self.share, self.stride = op, share, stride
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, C, H, W) to (N, C, H / stride, W / stride), rounded up."""
+        seen = x.shape[1] // self.share
+        rest = x[:, seen:]
+        if self.stride > 1:
+            rest = F.max_pool2d(rest, self.stride, self.stride, ceil_mode=True)
+        out = torch.cat((self.op(x[:, :seen]), rest), dim=1)
+        return out.unflatten(1, (self.share, seen)).transpose(1, 2).flatten(1, 2)
+
+
 class MixedOp(Mixed):
     """Runs several operations, and adds up what they give or takes one of them.
 

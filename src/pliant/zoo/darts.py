@@ -1,7 +1,8 @@
 """Networks of cells for 32x32 images: to search in, and to train what a search has found.
 
 Source: Liu et al., "DARTS: Differentiable architecture search", ICLR 2019. The evaluation network
-has neither its auxiliary head nor its drop path: it is the network as it is deployed.
+has neither its auxiliary head nor its drop path: it is the network as it is deployed. The method
+``edarts`` adds both while it trains.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ def supernet(
     channels: int = 16,
     classes: int = 10,
     inputs: int = 3,
+    share: int = 1,
 ) -> CellNetwork:
     """Make a network whose edges hold all operations at once; as it is, that of eDARTS.
 
@@ -35,14 +37,17 @@ def supernet(
         channels: of a node in the first cells.
         classes: number of logits.
         inputs: channels of the images.
+        share: one of so many channels goes through the candidates, as in PC-DARTS; 4 there. A
+            network that was derived keeps the detour: train its genotype anew.
 
     Raises:
-        ModelError: fewer than 3 cells, or wiring or operations that cannot be.
+        ModelError: fewer than 3 cells, channels that cannot be divided, or wiring or operations
+            that cannot be.
     """
     layout = Layout.of(wiring, ops)
     return CellNetwork(
         *(layout, layout), cells=cells, channels=channels,
-        classes=classes, inputs=inputs, affine=False,
+        classes=classes, inputs=inputs, affine=False, share=share,
     )  # fmt: skip
 
 

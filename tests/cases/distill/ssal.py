@@ -15,9 +15,9 @@ from pliant.data import Data
 from pliant.errors import DataError, MethodError
 from pliant.families.distill import branches
 from pliant.families.distill.grouping import confusion_groups, joint
-from pliant.families.distill.heads import Reading, answer
 from pliant.method import Method
 from pliant.methods.distill.ssal import SSAL
+from pliant.observe.heads import Reading, answer
 from pliant.run import Run, start
 from pliant.testing import Case
 

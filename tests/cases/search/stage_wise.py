@@ -127,13 +127,11 @@ def a_stage_stays_deeper_where_its_importance_rose() -> None:
     def told(run: Run, names: Any, **rest: Any) -> dict[str, float]:
         return dict(zip(names, next(values), strict=True))
 
-    import pliant.methods.search.stage_wise as module
-
-    kept, module.importance = module.importance, told
+    kept, growing.importance = growing.importance, told  # type: ignore[assignment]
     try:
         run = searched(StageWise(growth=1, iterations=1), 3)
     finally:
-        module.importance = kept
+        growing.importance = kept
     assert growing.depths(run, ["stages.0", "stages.1"]) == [2, 2]
     assert [edit.layer for edit in run.edits] == ["stages.0"]
 

@@ -13,10 +13,13 @@ from pliant.cost import call, evaluating
 from pliant.data import unpack
 from pliant.data.sources import moved
 from pliant.data.splits import Split
-from pliant.errors import DataError, MethodError
+from pliant.errors import DataError, MethodError, ModelError
 from pliant.families.distill.grouping import Kind, confusion_groups, joint
-from pliant.families.distill.heads import Head, Reading, answer, drawn
+from pliant.observe import heads
+from pliant.observe.heads import Reading, answer
+from pliant.observe.order import order
 from pliant.run import Run
+from pliant.surgery.select import weighted
 
 
 def refuse(run: Run, weights: Sequence[float], groups: Sequence[int], at: Sequence[str]) -> None:
@@ -69,6 +72,24 @@ def regroup(
         for count in counts
     ]
     run.note(groups=[list(known) for known in run.state["groups"]])
+
+
+def places(run: Run, count: int) -> list[str]:
+    """Name so many layers with weights, at equal distances in the order in which they are called.
+
+    The last layer, whose outputs are the classes, is none of them.
+
+    Raises:
+        ModelError: the network has no layer before its last one.
+    """
+    called = order(run.model, run.example, list(weighted(run.model))).called[:-1]
+    if not called:
+        raise ModelError(
+            "Heads read layers within the network, but it has none with weights before its last "
+            "one: train it without them."
+        )
+    at = [len(called) * (n + 1) // (count + 1) for n in range(count)]
+    return [called[min(place, len(called) - 1)] for place in at]
 
 
 def shares(classes: int, heads: int) -> list[int]:
@@ -151,45 +172,27 @@ def losses(
     A head of weight 0 trains all the same: the network does not feel it. One whose layer has
     another number of channels than before begins anew, and one whose layer was not called rests.
     """
-    total = labels.new_zeros((), dtype=torch.float32)
+    total, reading = labels.new_zeros((), dtype=torch.float32), run.aside.get(Reading)
     for number, (name, weight) in enumerate(zip(run.state["names"], weights, strict=True)):
         if name not in features or features[name].dim() < 2:
             continue
         given, groups = features[name], run.state["groups"][number]
         if len(given) != len(labels):
             continue
-        head = _leaves(run, str(number), given, max(groups) + 1, width)
+        head = heads.leaves(
+            run.state, reading, str(number), given, max(groups) + 1, width=width, seed=run.seed
+        )
         index = torch.tensor(groups, device=labels.device)
         known = (labels >= 0) & (labels < len(groups))
         target = torch.where(known, index[labels.clamp(0, len(groups) - 1)], -100)
         if not known.any():
             continue
         loss = F.cross_entropy(answer(head, given), target)
-        _collect(run, str(number), head, loss)
+        heads.collect(reading, str(number), head, loss)
         if weight:
             total = total + weight * loss
-    run.aside.get(Reading).batches += 1
+    reading.batches += 1
     return total
-
-
-def _leaves(run: Run, number: str, given: Tensor, answers: int, width: int) -> Head:
-    """The weights of a head as leaves of a graph of this batch."""
-    heads = run.state["heads"]
-    if number not in heads or heads[number]["first"].shape[1] != given.shape[1]:
-        heads[number] = drawn(given, width, answers, run.seed, f"head {number}")
-        run.state["momentum"].pop(number, None)
-        run.aside.get(Reading).gradients.pop(number, None)
-    return {key: value.detach().requires_grad_() for key, value in heads[number].items()}
-
-
-def _collect(run: Run, number: str, head: Head, loss: Tensor) -> None:
-    """Add the gradients of a head, which no scaling of the loss reaches."""
-    if not torch.is_grad_enabled():
-        return
-    found = torch.autograd.grad(loss, list(head.values()), retain_graph=True)
-    sums = run.aside.get(Reading).gradients.setdefault(number, {})
-    for key, gradient in zip(head, found, strict=True):
-        sums[key] = sums[key] + gradient if key in sums else gradient
 
 
 @torch.no_grad()
@@ -200,27 +203,8 @@ def step(run: Run, decay: float) -> None:
         run: its first optimizer tells learning rate and momentum.
         decay: weight decay.
     """
-    reading = run.aside.get(Reading)
-    group = run.optimizer.param_groups[0] if run.optimizer is not None else {}
-    rate, momentum = (run.lr if group else 0.01), float(group.get("momentum", 0.9))
-    for number, gradients in reading.gradients.items():
-        head = run.state["heads"][number]
-        past = run.state["momentum"].setdefault(
-            number, {key: torch.zeros_like(value) for key, value in head.items()}
-        )
-        for key, gradient in gradients.items():
-            mean = _shared(gradient / max(1, reading.batches))
-            past[key].mul_(momentum).add_(mean + decay * head[key])
-            head[key].sub_(past[key], alpha=rate)
-    reading.gradients, reading.batches = {}, 0
-
-
-def _shared(gradient: Tensor) -> Tensor:
-    """The mean over all processes."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.all_reduce(gradient)
-        gradient = gradient / torch.distributed.get_world_size()
-    return gradient
+    rate = run.lr if run.optimizer is not None else 0.01
+    heads.step(run.state, run.aside.get(Reading), run.optimizer, rate, decay)
 
 
 def read(run: Run, power: float, samples: int) -> dict[str, float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any, Literal
 
 import torch
@@ -12,6 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pliant.cost import LayerCost
 from pliant.edits.prune import CONVS, sides
+from pliant.errors import MethodError
+from pliant.run import Run
 from pliant.surgery.graph import Group
 
 Axis = Literal["macs", "params"]
@@ -189,3 +192,112 @@ def scales(model: nn.Module, groups: Sequence[Group]) -> list[Tensor]:
     layers = [model.get_submodule(slot[0]) for group in groups for slot in group.slots]
     norms = {id(m): m for m in layers if isinstance(m, _BatchNorm) and m.affine}
     return [norm.weight for norm in norms.values()]
+
+
+def scores(model: nn.Module, groups: Sequence[Group]) -> dict[str, Tensor]:
+    """Return how strong every unit is, in float64 without gradients."""
+    found = strengths(model, groups)
+    return {name: gate.detach().double().cpu() for name, gate in found.items()}
+
+
+# ------------------------------------------------------------------ in a run
+
+
+def check(blocks: Sequence[str], strengths: Sequence[float]) -> None:
+    """Refuse blocks without a strength of their own.
+
+    Raises:
+        MethodError: there are more or fewer strengths, or one is below 0.
+    """
+    if len(blocks) != len(strengths) or min(strengths, default=0) < 0:
+        raise MethodError(
+            "kd_structure has one strength of 0 or more for each pattern in blocks, not "
+            f"{strengths} for {blocks}."
+        )
+
+
+def movable(run: Run, groups: Sequence[Group], strengths: Mapping[str, float]) -> list[Group]:
+    """Leave out groups of blocks that cost nothing, and say so of their layers.
+
+    Args:
+        run: about to start.
+        groups: of channels.
+        strengths: by the name patterns of blocks.
+
+    Raises:
+        MethodError: no group is left.
+    """
+    still = [pattern for pattern, strength in strengths.items() if not strength]
+    chosen = []
+    for group in groups:
+        held = any(fnmatchcase(layer, p) for layer, _ in group.makers for p in still)
+        for layer, side in group.slots if held else ():
+            if side != "in":
+                run.keep(layer, "its block has a strength of 0")
+        if not held:
+            chosen.append(group)
+    if not chosen:
+        raise MethodError("kd_structure: every block that could be narrower has a strength 0.")
+    return chosen
+
+
+def begin(
+    run: Run, groups: Sequence[Group], by: Axis, patterns: Sequence[str], threshold: float
+) -> None:
+    """Put the cost of a run's network beside it, with a price that is not raised yet.
+
+    Args:
+        run: about to start.
+        groups: of channels that may leave.
+        by: what is priced.
+        patterns: of names, each a block; all other layers of one resolution are one.
+        threshold: see `Resource`.
+    """
+
+    def block(name: str, row: LayerCost) -> str:
+        named = next((p for p in patterns if fnmatchcase(name, p)), None)
+        return named if named is not None else "x".join(map(str, row.output[1:])) or "features"
+
+    run.state["factor"] = 1.0
+    found = terms(run.model, run.planner.rows(), groups, by, block)
+    run.aside.put(Resource(groups, found, threshold))
+
+
+def price(run: Run, known: Mapping[str, float], strength: float) -> Tensor:
+    """Return the price of all channels.
+
+    Args:
+        run: that began.
+        known: strengths of some blocks, by name.
+        strength: of all others.
+    """
+    costs, factor = run.aside.get(Resource), run.state["factor"]
+    gates = strengths(run.model, costs.groups)
+    return costs.surrogate(gates, lambda block: factor * known.get(block, strength))
+
+
+def raise_price(run: Run, by: Axis, growth: float) -> None:
+    """Note what lives, and raise the price where that costs more than the budget."""
+    costs = run.aside.get(Resource)
+    now = costs.cost(strengths(run.model, costs.groups))
+    bound = run.limits().get(by)
+    run.note(alive=now / sum(costs.whole.values()), factor=run.state["factor"])
+    if bound is not None and now > bound:
+        run.state["factor"] *= growth
+
+
+def dead(
+    scores: Mapping[str, Tensor], floors: Mapping[str, int], threshold: float
+) -> dict[str, list[int]]:
+    """Return the weakest units of every group whose strength is not above a threshold.
+
+    Args:
+        scores: strength of every unit, by group.
+        floors: units that stay at least.
+        threshold: below or at which a unit is dead.
+    """
+    leaving = {}
+    for name, score in scores.items():
+        order = score.argsort(stable=True).tolist()[: len(score) - floors[name]]
+        leaving[name] = [unit for unit in order if float(score[unit]) <= threshold]
+    return leaving

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
 from torch import Tensor
 
@@ -10,8 +10,10 @@ from pliant.data import unpack
 from pliant.errors import DataError
 from pliant.math.divergence import divergence
 from pliant.observe.aside import Teacher
+from pliant.registry.options import In
 from pliant.run import Run
 
+Temperature = Annotated[float, In(0, open="low")]
 FRACTIONS = (
     "{} compares probabilities of classes, but the answers of this task are no classes: leave it "
     "out of a regression."

@@ -24,7 +24,10 @@ from pliant.observe.watch import samples
 from pliant.registry.options import In, fault
 from pliant.run import Run
 from pliant.surgery.batchnorm import recalibrate
+from pliant.surgery.redraw import redraw
 
+Rate = Annotated[float, In(0, open="low")]
+Share = Annotated[float, In(0, 1, "high")]
 NUDGE = 0.01  # length of the step of the finite difference, as in DARTS
 Objective = Callable[[Tensor], Tensor]
 """Makes the loss of the architecture from that of the task, for example by adding a cost."""
@@ -48,11 +51,11 @@ class Bilevel:
             own: a search of one level.
     """
 
-    lr: Annotated[float, In(0, open="low")] = 6e-4
+    lr: Rate = 6e-4
     betas: tuple[float, float] = (0.5, 0.999)
     decay: Annotated[float, In(0)] = 1e-3
     every: Annotated[int, In(1)] = 1
-    warmup: Annotated[float, In(0, 1, "high")] = 0.0
+    warmup: Share = 0.0
     batch: Annotated[int, In(2)] = 64  # for batch norms
     order: Literal[1, 2] = 1
     single: bool = False
@@ -307,8 +310,16 @@ def _adam(
         logit.sub_(plan.lr * (first / (1 - fast**count)) / size)
 
 
-def mend(run: Run, count: int = 512) -> None:
-    """Re-estimate batch norms, which saw mixtures of operations, for what is left of them."""
+def mend(run: Run, count: int = 512, *, fresh: bool = False) -> None:
+    """Re-estimate batch norms, which saw mixtures of operations, for what is left of them.
+
+    Args:
+        run: whose network has no candidates any more.
+        count: training samples to look at.
+        fresh: draw all weights anew before.
+    """
+    if fresh:
+        redraw(run.model, run.generator, run.optimizers)
     if run.has_inputs:
         recalibrate(run.model, run.inputs(count, batch=128, seed=0))
 

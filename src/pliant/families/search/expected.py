@@ -85,6 +85,15 @@ def check_bottlenecks(run: Run, by: By, method: str, network: str) -> None:
             f"{method} searches networks of inverted bottlenecks, not a "
             f"{type(run.model).__name__}: begin with pliant.zoo.build('{network}')."
         )
+    check_clock(run, by, method)
+
+
+def check_clock(run: Run, by: By, method: str) -> None:
+    """Refuse to count milliseconds where no target was named.
+
+    Raises:
+        MethodError: there is none.
+    """
     if by == "latency" and run.clock is None:
         raise MethodError(f"{method} counts milliseconds on a target, but none was named.")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
+from pliant.edits import Swap
 from pliant.errors import MethodError
 from pliant.families.search.bilevel import choices
 from pliant.nn.layers import shared_weights
@@ -60,3 +61,10 @@ def report(run: Run) -> dict[str, int]:
         margins[name] = round(first - second, 4)
     run.note(sizes=sizes, margins=margins)
     return sizes
+
+
+def crop(run: Run) -> None:
+    """Leave every kernel its best size, and note the sizes."""
+    for name, size in report(run).items():
+        bias = run.model.get_submodule(name).bias is not None
+        run.apply(Swap(name, "cropped", {"size": size, "bias": bias}))

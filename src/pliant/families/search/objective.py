@@ -8,10 +8,13 @@ from typing import Literal
 from torch import Tensor
 
 from pliant.errors import MethodError
+from pliant.families.search.bilevel import Bilevel, Gates
+from pliant.families.search.bilevel import step as bilevel_step
 from pliant.families.search.expected import Axis, Expected, expect
 from pliant.run import Run
 
 Form = Literal["sum", "product"]
+AnyForm = Literal["sum", "product", "log"]
 
 
 def price(run: Run, axis: Axis, form: Form, reference: float | None, method: str) -> None:
@@ -40,18 +43,36 @@ def price(run: Run, axis: Axis, form: Form, reference: float | None, method: str
     run.note(counted=axis, cost=mean, least=least)
 
 
-def objective(run: Run, loss: Tensor, form: Form, strength: float) -> Tensor:
+def step(
+    run: Run, plan: Bilevel, form: AnyForm, strength: float, gates: Gates | None = None
+) -> None:
+    """Move the architecture by the loss of the task and the expected cost, if a step is due.
+
+    Args:
+        run: with prices.
+        plan: when and how.
+        form: see `objective`.
+        strength: of the cost.
+        gates: see `bilevel.Gates`.
+    """
+    bilevel_step(run, plan, lambda loss: objective(run, loss, form, strength), gates)
+
+
+def objective(run: Run, loss: Tensor, form: AnyForm, strength: float) -> Tensor:
     """Return the loss of an architecture.
 
     Args:
         run: with prices.
         loss: of the task.
         form: "sum": loss + strength * (cost - reference) / reference; "product": loss *
-            (log cost / log reference) ** strength.
+            (log cost / log reference) ** strength; "log": loss + strength * log cost.
         strength: of the cost.
     """
     state = run.state["expected"]
-    cost, reference = Expected.from_plain(state).of(run.model), state["reference"]
+    cost = Expected.from_plain(state).of(run.model)
+    if form == "log":
+        return loss + strength * cost.log().to(loss.dtype)
+    reference = state["reference"]
     if form == "sum":
         return loss + (strength * (cost - reference) / reference).to(loss.dtype)
     return loss * (cost.log() / math.log(reference)).pow(strength).to(loss.dtype)

@@ -53,6 +53,20 @@ def after(model: nn.Module, bits: int) -> None:
             module.weight.copy_(span_grid(module.weight, bits))
 
 
+def end(run: Run, bits: int, *, now: bool) -> None:
+    """Forget what weights were rounded from, and note how many bytes they take.
+
+    Args:
+        run: whose training is over.
+        bits: of a weight, 0 if none was rounded.
+        now: round at this moment, by `after`.
+    """
+    if bits and now:
+        after(run.model, bits)
+    run.state.pop(KEY, None)
+    run.note(memory=memory(run.model, bits or 32), bits=bits)
+
+
 def memory(model: nn.Module, bits: int) -> float:
     """Return the bytes of all weights at so many bits each."""
     return sum(weight.numel() for weight in weights(model).values()) * bits / 8

@@ -117,6 +117,41 @@ def importance(run: Run, names: Sequence[str], *, parts: int, samples: int) -> d
     }
 
 
+def weighed(run: Run, names: Sequence[str], *, parts: int, samples: int) -> list[float]:
+    """Return the importance of all stages, which is noted with what the network costs.
+
+    Args and errors are those of `importance`.
+    """
+    found = importance(run, names, parts=parts, samples=samples)
+    cost = run.planner.now()
+    run.note(
+        depths=depths(run, names),
+        importance=[round(value, 6) for value in found.values()],
+        params=cost.params,
+        macs=cost.macs,
+    )
+    return list(found.values())
+
+
+def rising(
+    run: Run, now: Sequence[float], before: Sequence[float], gain: float, *, any_of_them: bool
+) -> list[bool]:
+    """Say for every stage whether it became more important.
+
+    Args:
+        run: its generator draws.
+        now: importance of all stages.
+        before: the same.
+        gain: by which it must rise, and more.
+        any_of_them: draw as many stages at random, for comparison.
+    """
+    rose = [new > old + gain for new, old in zip(now, before, strict=True)]
+    if any_of_them:
+        order = torch.randperm(len(rose), generator=run.generator)[: sum(rose)].tolist()
+        rose = [place in order for place in range(len(rose))]
+    return rose
+
+
 def _end(model: nn.Module, stage: str) -> tuple[str, str]:
     """The layer whose input or output is the sum of a stage's last block."""
     row = model.get_submodule(stage)

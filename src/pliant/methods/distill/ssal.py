@@ -10,8 +10,8 @@ from torch import Tensor
 from pliant.data import unpack
 from pliant.families.distill import branches
 from pliant.families.distill.grouping import Kind
-from pliant.families.distill.heads import Reading, places
 from pliant.method import Method
+from pliant.observe.heads import Reading
 from pliant.registry import In, Paper, register
 from pliant.run import Run
 
@@ -62,7 +62,7 @@ class SSAL(Method):
         branches.refuse(run, self.weights, self.groups, self.at)
 
     def prepare(self, run: Run) -> None:
-        names = list(self.at) or places(run, len(self.weights))
+        names = list(self.at) or branches.places(run, len(self.weights))
         run.hook(Reading(run.model, names))
         run.state.update(names=names, groups=[], heads={}, momentum={})
         if not self.start:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-import torch
+from torch import Tensor
 
-from pliant.errors import MethodError
 from pliant.families.search import bilevel as search
-from pliant.families.search.derive import choose
+from pliant.families.search import cells, evaluation
+from pliant.families.search.schedule import fade
 from pliant.method import Method
-from pliant.nn.cells import CellNetwork, derive, placed
-from pliant.nn.operations import SKIP
 from pliant.registry import In, Paper, register
 from pliant.run import Run
 
@@ -38,7 +36,11 @@ class EDARTS(Method):
     few steps the logits of the candidates learn on the validation split (`search.halves` makes
     both). A prior helps the most useful operation and dropout holds skip connections back; both
     fade while the search goes on. At the end every edge keeps its best operation, with its
-    weights: the result is a plain network, and its history holds the genotype.
+    weights: the result is a plain network, and its history holds the genotype. A network of cells
+    that has nothing to choose, such as ``zoo.darts.evaluation(genotype)``, is trained as DARTS
+    does: paths are dropped more and more often, and a head at two thirds of the depth learns the
+    classes too, until the training is over. ``supernet(share=4)`` searches on a quarter of the
+    channels, as PC-DARTS does.
 
     *Departs from the paper*: only its abstract was at hand. What it says is here: the wiring is
     fixed, important operations get more attention, the supernet is shallow, the optimisation is
@@ -47,63 +49,47 @@ class EDARTS(Method):
     first-order DARTS, for ``zoo.darts.supernet(DENSE, DARTS_OPS, cells=8)``.
     """
 
-    alpha_lr: Annotated[float, In(0, open="low")] = 6e-4  # of Adam on the logits alpha
+    alpha_lr: search.Rate = 6e-4  # of Adam on the logits alpha
     alpha_decay: Annotated[float, In(0)] = 1e-3  # weight decay of the logits
     every: Annotated[int, In(1)] = 2  # m, weight steps between two architecture steps
-    # share of the training in which only weights learn
-    warmup: Annotated[float, In(0, 1, "high")] = 0.3
+    warmup: search.Share = 0.3  # share of the training in which only weights learn
     batch: Annotated[int, In(2)] = 256  # validation samples of an architecture step
     order: Literal[1, 2] = 1  # 2 looks one weight step ahead, at more than twice the cost
     prior: Annotated[float, In(0)] = 1.0  # beta, added at first to the logits of sep_conv_3x3
     anneal: Annotated[float, In(0, 1)] = 0.5  # share of the training after which the prior is gone
-    # of the outputs of skip connections at first; falls to 0
-    skip_dropout: Annotated[float, In(0, 1, "high")] = 0.3
+    skip_dropout: search.Share = 0.3  # of the outputs of skip connections at first; falls to 0
     most_skips: Annotated[int, In(0)] | None = 2  # in a derived cell
+    # weight of the loss of a head within a network that has nothing to choose
+    auxiliary: Annotated[float, In(0)] = 0.4
+    drop_path: search.Share = 0.2  # of the paths of such a network, at the end; rises from 0
 
     def prepare(self, run: Run) -> None:
-        if not isinstance(run.model, CellNetwork):
-            raise MethodError(
-                "edarts searches the mixed operations of a network of cells, not of a "
-                f"{type(run.model).__name__}: begin with pliant.zoo.build('edarts-search')."
-            )
+        if not search.choices(cells.network(run, "edarts")):
+            return evaluation.begin(run, self.drop_path, self.auxiliary)
         search.begin(run, self._plan(), "edarts")
-        self._fade(run)
+        fade(run, FAVOURED, self.prior, self.anneal, self.skip_dropout)
+
+    def loss(self, run: Run, loss: Tensor, output: Any, batch: Any) -> Tensor:
+        return evaluation.loss(run, loss, output, batch, self.auxiliary)
 
     def after_step(self, run: Run) -> None:
-        if run.steps:
+        if not search.choices(run.model):
+            evaluation.step(run)
+        elif run.steps:
             search.step(run, self._plan())
-            self._fade(run)
+            fade(run, FAVOURED, self.prior, self.anneal, self.skip_dropout)
 
     def after_epoch(self, run: Run) -> None:
-        genotype = derive(_network(run), most_skips=None)
-        run.note(genotype=genotype.plain(), skips=genotype.count(SKIP))
+        cells.noted(run, "edarts")
 
     def finalize(self, run: Run) -> None:
-        network = _network(run)
-        genotype = derive(network, most_skips=self.most_skips)
-        run.note(genotype=genotype.plain(), skips=genotype.count(SKIP))
-        choose(run, placed(network, genotype))
-        search.mend(run)
+        cells.settle(run, "edarts", self.most_skips)
 
     def _plan(self) -> search.Bilevel:
         return search.Bilevel(
-            lr=self.alpha_lr,
-            decay=self.alpha_decay,
-            every=self.every,
-            warmup=self.warmup,
-            batch=self.batch,
-            order=self.order,
+            *(self.alpha_lr, (0.5, 0.999), self.alpha_decay),
+            *(self.every, self.warmup, self.batch, self.order),
         )
-
-    @torch.no_grad()
-    def _fade(self, run: Run) -> None:
-        """Set prior and dropout for the next step; without training there are none."""
-        done = run.step / run.steps if run.steps else 1.0
-        prior = self.prior * max(0.0, 1 - done / self.anneal) if self.anneal else 0.0
-        for part in search.mixed(run.model).values():
-            part.drop.fill_(self.skip_dropout * (1 - done))
-            for place, name in enumerate(part.ops):
-                part.prior[place] = prior if name == FAVOURED else 0.0
 
 
 DARTS = (
@@ -111,8 +97,3 @@ DARTS = (
     "most_skips=None)"
 )
 """First-order DARTS (Liu et al., ICLR 2019), as options."""
-
-
-def _network(run: Run) -> CellNetwork:
-    assert isinstance(run.model, CellNetwork)
-    return run.model

@@ -5,19 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from torch import Tensor
-
 from pliant.edits import Swap
 from pliant.errors import MethodError
 from pliant.families.search import bilevel as search
-from pliant.families.search.expected import By, Expected, axis_of, expect
-from pliant.families.search.kernels import report, searchable
+from pliant.families.search import objective
+from pliant.families.search.expected import By, axis_of, check_clock, expect
+from pliant.families.search.kernels import crop, report, searchable
 from pliant.families.search.schedule import anneal
 from pliant.method import Method
 from pliant.nn.meta_kernel import wrong
 from pliant.registry import In, Paper, register
 from pliant.run import Run
-from pliant.surgery.redraw import redraw
 
 
 @register(
@@ -52,12 +50,11 @@ class EDNAS(Method):
     scope: Literal["depthwise", "all"] = "depthwise"  # which convolutions
     by: By = "auto"  # the cost: milliseconds with a target, else multiply-accumulates
     strength: Annotated[float, In(0)] = 0.1  # lambda, weight of the logarithm of the cost
-    alpha_lr: Annotated[float, In(0, open="low")] = 3e-3  # of Adam on the logits
+    alpha_lr: search.Rate = 3e-3  # of Adam on the logits
     alpha_decay: Annotated[float, In(0)] = 1e-3  # weight decay of the logits
     every: Annotated[int, In(1)] = 1  # weight steps between two architecture steps
     batch: Annotated[int, In(2)] = 128  # validation samples of an architecture step
-    # share of the training in which only weights learn
-    warmup: Annotated[float, In(0, 1, "high")] = 0.2
+    warmup: search.Share = 0.2  # share of the training in which only weights learn
     start: Annotated[float, In(0.01, 100)] = 5.0  # temperature of the shares, first
     end: Annotated[float, In(0.01, 100)] = 0.5  # and last
     # of the result: the centres of the merged kernels, or drawn anew to train from scratch
@@ -66,8 +63,7 @@ class EDNAS(Method):
     def refuse(self, run: Run) -> None:
         if reason := wrong(self.sizes):
             raise MethodError(f"ednas: sizes must be {reason}.")
-        if self.by == "latency" and run.clock is None:
-            raise MethodError("ednas counts milliseconds on a target, but none was named.")
+        check_clock(run, self.by, "ednas")
 
     def prepare(self, run: Run) -> None:
         layers = searchable(run, everything=self.scope == "all")
@@ -81,24 +77,15 @@ class EDNAS(Method):
 
     def after_step(self, run: Run) -> None:
         if run.steps:
-            search.step(run, self._plan(), lambda loss: self._objective(run, loss))
+            objective.step(run, self._plan(), "log", self.strength)
             anneal(run, self.start, self.end, after=self.warmup)
 
     def after_epoch(self, run: Run) -> None:
         report(run)
 
     def finalize(self, run: Run) -> None:
-        found = report(run)
-        for name, size in found.items():
-            bias = run.model.get_submodule(name).bias is not None
-            run.apply(Swap(name, "cropped", {"size": size, "bias": bias}))
-        if self.weights == "fresh":
-            redraw(run.model, run.generator, run.optimizers)
-        search.mend(run)
-
-    def _objective(self, run: Run, loss: Tensor) -> Tensor:
-        cost = Expected.from_plain(run.state["expected"]).of(run.model)
-        return loss + self.strength * cost.log().to(loss.dtype)
+        crop(run)
+        search.mend(run, fresh=self.weights == "fresh")
 
     def _plan(self) -> search.Bilevel:
         return search.Bilevel(

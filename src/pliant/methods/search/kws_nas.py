@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from pliant.families.search import bilevel as search
 from pliant.families.search import derive, objective, paths, rounding
 from pliant.families.search.expected import By, axis_of, check_bottlenecks
+from pliant.families.search.schedule import rising
 from pliant.method import Method
 from pliant.registry import In, Paper, register
 from pliant.run import Run
@@ -45,13 +45,12 @@ class KWSNAS(Method):
 
     strength: Annotated[float, In(0, 100)] = 1.0  # beta, power of the cost; 0 ignores it
     form: objective.Form = "product"  # or the sum of the loss and strength times the cost
-    reference: Annotated[float, In(0, open="low")] | None = None  # F_ref, in units of the cost
+    reference: search.Rate | None = None  # F_ref, in units of the cost
     by: By = "macs"  # the cost; "params" for memory
-    alpha_lr: Annotated[float, In(0, open="low")] = 4e-3  # of Adam, to which it rises
+    alpha_lr: search.Rate = 4e-3  # of Adam, to which it rises
     every: Annotated[int, In(1)] = 5  # weight steps between two architecture steps
     batch: Annotated[int, In(2)] = 100  # validation samples of an architecture step
-    # share of the training in which only weights learn
-    warmup: Annotated[float, In(0, 1, "high")] = 0.25
+    warmup: search.Share = 0.25  # share of the training in which only weights learn
     skips_learn: bool = False  # whether a sampled skip connection moves its logits
     bits: Literal[0] | Annotated[int, In(1, 8)] = 8  # of a weight; 0 rounds none
     rounding: Literal["during", "after"] = "during"  # the training, or at its end only
@@ -77,39 +76,21 @@ class KWSNAS(Method):
         if search.due(run, plan):
             paths.draw(run)
             gates = paths.full(run, skips_learn=self.skips_learn)
-            search.step(
-                run,
-                plan,
-                lambda loss: objective.objective(run, loss, self.form, self.strength),
-                gates,
-            )
+            objective.step(run, plan, self.form, self.strength, gates)
         paths.draw(run)
 
     def after_epoch(self, run: Run) -> None:
-        if search.choices(run.model):
-            found = derive.best(run)
-            run.note(ops=list(found.values()), cost=objective.now(run, found))
+        derive.noted(run)
 
     def finalize(self, run: Run) -> None:
-        if search.choices(run.model):
-            found = derive.best(run)
-            run.note(ops=list(found.values()), cost=objective.now(run, found))
-            derive.choose(run, found)
-        if self.bits and self.rounding == "after":
-            rounding.after(run.model, self.bits)
-        run.state.pop(rounding.KEY, None)
-        run.note(memory=rounding.memory(run.model, self.bits or 32), bits=self.bits)
-        for layer in run.layers.keys() - run.reasons.keys():
-            run.keep(layer, "there was nothing to choose")
+        derive.settle(run)
+        rounding.end(run, self.bits, now=self.rounding == "after")
         search.mend(run)
 
     def _plan(self, run: Run) -> search.Bilevel:
         """Adam without momentum or decay, at a rate that rises along half a cosine."""
-        done = run.step / run.steps if run.steps else 0.0
-        share = max(0.0, done - self.warmup) / (1 - self.warmup)
-        rise = 1 + math.cos(math.pi * (1 + 0.5 * share))
         return search.Bilevel(
-            lr=max(self.alpha_lr * rise, 1e-12),
+            lr=rising(run, self.alpha_lr, after=self.warmup),
             betas=(0.0, 0.999),
             decay=0.0,
             every=self.every,

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import torch
-
 from pliant.errors import MethodError
-from pliant.families.search.stages import deepen, depths, importance, shorten, stages
+from pliant.families.search.stages import deepen, rising, shorten, stages, weighed
 from pliant.method import Method
 from pliant.registry import In, Paper, register
 from pliant.run import Run
@@ -38,9 +36,8 @@ class StageWise(Method):
     than what came.
 
     *Departs from the paper*: weights are drawn as PyTorch's layers draw them. All trainings are
-    parts of one, so their learning rates are alike only where the schedule is constant,
-    ``Train(schedule="constant")``. The search stops where it has converged; the released program
-    goes on.
+    parts of one, so rates are alike only where they are constant, ``Train(schedule="constant")``.
+    The search stops where it has converged; the released program goes on.
     """
 
     growth: Annotated[int, In(1, 4)] = 2  # g, blocks by which a stage grows
@@ -91,26 +88,13 @@ class StageWise(Method):
             self._weighed(run)
 
     def _weighed(self, run: Run) -> list[float]:
-        """The importance of all stages, which is noted with what the network costs."""
         names = run.state["search"]["stages"]
-        found = importance(run, names, parts=self.components, samples=self.samples)
-        cost = run.planner.now()
-        run.note(
-            depths=depths(run, names),
-            importance=[round(value, 6) for value in found.values()],
-            params=cost.params,
-            macs=cost.macs,
-        )
-        return list(found.values())
+        return weighed(run, names, parts=self.components, samples=self.samples)
 
     def _keep(self, run: Run, found: list[float]) -> None:
         """Leave deeper only the stages that became more important."""
         state = run.state["search"]
-        pairs = zip(found, state["known"], strict=True)
-        rose = [now > before + self.gain for now, before in pairs]
-        if self.choice == "random":
-            order = torch.randperm(len(rose), generator=run.generator)[: sum(rose)].tolist()
-            rose = [place in order for place in range(len(rose))]
+        rose = rising(run, found, state["known"], self.gain, any_of_them=self.choice == "random")
         others = [n for n, kept in zip(state["stages"], rose, strict=True) if not kept]
         shorten(run, others, self.growth)
         state["over"] = not any(rose)

@@ -12,7 +12,6 @@ from pliant.families.search.schedule import temper
 from pliant.method import Method
 from pliant.registry import In, Paper, register
 from pliant.run import Run
-from pliant.surgery.redraw import redraw
 
 
 @register(
@@ -45,14 +44,13 @@ class VPUNAS(Method):
     estimator: Literal["gumbel", "gates"] = "gumbel"  # noisy mixtures, or two sampled paths
     strength: Annotated[float, In(0)] = 0.1  # lambda, or beta of the product
     form: objective.Form = "sum"  # or the product of the loss and a power of the cost's logarithm
-    reference: Annotated[float, In(0, open="low")] | None = None  # LAT_ref, in units of the cost
+    reference: search.Rate | None = None  # LAT_ref, in units of the cost
     by: By = "auto"  # the cost: milliseconds with a target, else multiply-accumulates
-    alpha_lr: Annotated[float, In(0, open="low")] = 0.01  # of Adam on the logits
+    alpha_lr: search.Rate = 0.01  # of Adam on the logits
     alpha_decay: Annotated[float, In(0)] = 5e-4  # weight decay of the logits, of mixtures only
     every: Annotated[int, In(1)] = 4  # weight steps between two architecture steps
     batch: Annotated[int, In(2)] = 64  # validation samples of an architecture step
-    # share of the training in which only weights learn
-    warmup: Annotated[float, In(0, 1, "high")] = 0.1
+    warmup: search.Share = 0.1  # share of the training in which only weights learn
     temperature: Annotated[float, In(0.01, 100)] = 5.0  # tau, of the first epoch's mixtures
     cooling: Annotated[float, In(0.5, 1)] = 0.956  # factor of tau after each epoch
     # of the result: those of the search, or drawn anew to train from scratch
@@ -74,27 +72,15 @@ class VPUNAS(Method):
         if search.due(run, self._plan()):
             self._sample(run)
             gates = paths.pairs(run) if self.estimator == "gates" else None
-            search.step(
-                run,
-                self._plan(),
-                lambda loss: objective.objective(run, loss, self.form, self.strength),
-                gates,
-            )
+            objective.step(run, self._plan(), self.form, self.strength, gates)
         self._sample(run)
 
     def after_epoch(self, run: Run) -> None:
-        found = derive.best(run)
-        run.note(ops=list(found.values()), cost=objective.now(run, found))
+        derive.noted(run)
 
     def finalize(self, run: Run) -> None:
-        found = derive.best(run)
-        run.note(ops=list(found.values()), cost=objective.now(run, found))
-        derive.choose(run, found)
-        for layer in run.layers.keys() - run.reasons.keys():
-            run.keep(layer, "there was nothing to choose")
-        if self.weights == "fresh":
-            redraw(run.model, run.generator, run.optimizers)
-        search.mend(run)
+        derive.settle(run)
+        search.mend(run, fresh=self.weights == "fresh")
 
     def _sample(self, run: Run) -> None:
         if self.estimator == "gumbel":

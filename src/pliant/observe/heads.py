@@ -1,4 +1,8 @@
-"""Heads that read layers of a network while it trains, and leave with the end of the training."""
+"""Heads that read layers of a network while it trains, and leave with the end of the training.
+
+Their weights and momentum are plain tensors in a state, ``{"heads": {}, "momentum": {}}``; what a
+batch gave, and the gradients since the last step, lie in a `Reading`.
+"""
 
 from __future__ import annotations
 
@@ -12,32 +16,10 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pliant.edits.build import drawing
-from pliant.errors import ModelError
 from pliant.observe.aside import is_other_batch
-from pliant.observe.order import order
-from pliant.run import Run
-from pliant.surgery.select import weighted
 
 Head = dict[str, Tensor]
 _CONVS = (F.conv1d, F.conv2d, F.conv3d)
-
-
-def places(run: Run, count: int) -> list[str]:
-    """Name so many layers with weights, at equal distances in the order in which they are called.
-
-    The last layer, whose outputs are the classes, is none of them.
-
-    Raises:
-        ModelError: the network has no layer before its last one.
-    """
-    called = order(run.model, run.example, list(weighted(run.model))).called[:-1]
-    if not called:
-        raise ModelError(
-            "Heads read layers within the network, but it has none with weights before its last "
-            "one: train it without them."
-        )
-    at = [len(called) * (n + 1) // (count + 1) for n in range(count)]
-    return [called[min(place, len(called) - 1)] for place in at]
 
 
 def drawn(features: Tensor, width: int, answers: int, seed: int, name: str) -> Head:
@@ -136,3 +118,83 @@ class Reading:
                 self.values[name] = output if conv else output.movedim(-1, 1)
 
         return see
+
+
+def leaves(
+    state: dict[str, Any],
+    reading: Reading,
+    number: str,
+    given: Tensor,
+    answers: int,
+    *,
+    width: int,
+    seed: int,
+) -> Head:
+    """Return the weights of a head as leaves of a graph of this batch.
+
+    One that reads another number of channels than before begins anew.
+
+    Args:
+        state: see above.
+        reading: holds its gradients.
+        number: its name.
+        given: what it reads, (N, channels, ...).
+        answers: how many numbers it gives.
+        width: of its hidden layer.
+        seed: of its first weights.
+    """
+    heads = state["heads"]
+    if number not in heads or heads[number]["first"].shape[1] != given.shape[1]:
+        heads[number] = drawn(given, width, answers, seed, f"head {number}")
+        state["momentum"].pop(number, None)
+        reading.gradients.pop(number, None)
+    return {key: value.detach().requires_grad_() for key, value in heads[number].items()}
+
+
+def collect(reading: Reading, number: str, head: Head, loss: Tensor) -> None:
+    """Add the gradients of a head, which no scaling of the loss reaches."""
+    if not torch.is_grad_enabled():
+        return
+    found = torch.autograd.grad(loss, list(head.values()), retain_graph=True)
+    sums = reading.gradients.setdefault(number, {})
+    for key, gradient in zip(head, found, strict=True):
+        sums[key] = sums[key] + gradient if key in sums else gradient
+
+
+@torch.no_grad()
+def step(
+    state: dict[str, Any],
+    reading: Reading,
+    optimizer: torch.optim.Optimizer | None,
+    rate: float,
+    decay: float,
+) -> None:
+    """Move the weights of all heads, by the mean gradient of the batches since the last step.
+
+    Args:
+        state: see above.
+        reading: forgets the gradients.
+        optimizer: of the network; the momentum of its first group is theirs, or 0.9.
+        rate: learning rate.
+        decay: weight decay.
+    """
+    group = optimizer.param_groups[0] if optimizer is not None else {}
+    momentum = float(group.get("momentum", 0.9))
+    for number, gradients in reading.gradients.items():
+        head = state["heads"][number]
+        past = state["momentum"].setdefault(
+            number, {key: torch.zeros_like(value) for key, value in head.items()}
+        )
+        for key, gradient in gradients.items():
+            mean = _shared(gradient / max(1, reading.batches))
+            past[key].mul_(momentum).add_(mean + decay * head[key])
+            head[key].sub_(past[key], alpha=rate)
+    reading.gradients, reading.batches = {}, 0
+
+
+def _shared(gradient: Tensor) -> Tensor:
+    """The mean over all processes."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.all_reduce(gradient)
+        gradient = gradient / torch.distributed.get_world_size()
+    return gradient
