@@ -1,8 +1,8 @@
 """Where the data of the benches lies, and how it is divided."""
 
 import os
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -84,3 +84,24 @@ def pooled(data: Data) -> Data:
 def some(data: Data, images: Mapping[str, int]) -> Data:
     """Keep as many images of each split as asked; all of those not named."""
     return data.subset(train=images.get("train"), test=images.get("test")) if images else data
+
+
+@dataclass(frozen=True)
+class Small:
+    """Small images to train on.
+
+    Args:
+        load: gives as many of each split as asked.
+        channels: of an image.
+        title: of the table.
+    """
+
+    load: Callable[[Mapping[str, int]], Data]
+    channels: int
+    title: str
+
+
+SMALL = {
+    "digits": Small(pooled_digits, 1, "Digits of 14 x 14 pixels"),
+    "cifar10": Small(pooled_cifar10, 3, "CIFAR-10 of 16 x 16 pixels"),
+}

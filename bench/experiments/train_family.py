@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from bench.claim import judged
 from bench.compress import Values, scored
-from bench.data import pooled_cifar10, pooled_digits
+from bench.data import SMALL
 from bench.experiments import Cell, Cells, Table, by_seed, paired, values
 from bench.small import cnn, method_of, seeded
 from bench.stats import mean, plus_minus, spread
@@ -32,27 +32,6 @@ MORE = {  # of some plans only
 SMALL_LOSS = "small losses, "
 
 
-@dataclass(frozen=True)
-class Source:
-    """Images to train on.
-
-    Args:
-        load: gives as many of each split as asked.
-        channels: of an image.
-        title: of the table.
-    """
-
-    load: Callable[[Mapping[str, int]], Data]
-    channels: int
-    title: str
-
-
-SOURCES = {
-    "digits": Source(pooled_digits, 1, "Digits of 14 x 14 pixels"),
-    "cifar10": Source(pooled_cifar10, 3, "CIFAR-10 of 16 x 16 pixels"),
-}
-
-
 def cells(settings: Settings) -> list[Cell]:
     """List all trainings, all of the first seed first."""
     shared = {name: settings[name] for name in ("widths", "images")}
@@ -69,7 +48,7 @@ def cells(settings: Settings) -> list[Cell]:
 def measure(cell: Cell, watch: Watch) -> Values:
     """Train one network from random weights, and score it on clean digits."""
     plan, seed = cell.plan, cell.key["seed"]
-    source = SOURCES[plan.get("data", "digits")]
+    source = SMALL[plan.get("data", "digits")]
     clean = source.load(plan["images"])
     data = noisy(clean, plan["noise"], seed)
     model: Any = seeded(seed, lambda: network(plan["widths"], plan["drop"], source.channels))
@@ -130,7 +109,7 @@ def tables(settings: Settings, cells: Cells) -> list[Table]:
         points = [plus_minus([100 * v for v in found[value]]) for value in titles]
         steps = f"{mean(found['steps']) or 0:.0f}"
         rows.append([name, spec, f"{epochs:g}", steps, *points, plus_minus(found["cosine"], 3)])
-    return [Table(SOURCES[settings.get("data", "digits")].title, head, rows)]
+    return [Table(SMALL[settings.get("data", "digits")].title, head, rows)]
 
 
 # ---------------------------------------------------------------- what is trained, and on what
