@@ -1,8 +1,8 @@
 """Where the data of the benches lies, and how it is divided."""
 
 import os
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 
@@ -64,12 +64,21 @@ def mnist() -> Data:
 
 def pooled_digits(images: Mapping[str, int]) -> Data:
     """Give MNIST digits of 14 x 14 pixels, the means of four each; as many as asked."""
-    data = some(mnist(), images)
+    return pooled(some(mnist(), images))
 
-    def pooled(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+
+def pooled_cifar10(images: Mapping[str, int]) -> Data:
+    """Give CIFAR-10 of 16 x 16 pixels, the means of four each; as many as asked."""
+    return pooled(some(cifar10(), images))
+
+
+def pooled(data: Data) -> Data:
+    """Halve the sides of all images, by the means of four pixels each."""
+
+    def halved(pair: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return F.avg_pool2d(pair[0].float(), 2).round().to(torch.uint8), pair[1]
 
-    return replace(data, train=pooled(data.train), test=pooled(data.test))
+    return replace(data, train=halved(data.train), test=halved(data.test))
 
 
 def some(data: Data, images: Mapping[str, int]) -> Data:
@@ -84,3 +93,24 @@ def shrunk(data: Data, side: int) -> Data:
         return F.adaptive_avg_pool2d(pair[0].float(), side).round().to(torch.uint8), pair[1]
 
     return replace(data, train=smaller(data.train), test=smaller(data.test))
+
+
+@dataclass(frozen=True)
+class Small:
+    """Small images to train on.
+
+    Args:
+        load: gives as many of each split as asked.
+        channels: of an image.
+        title: of the table.
+    """
+
+    load: Callable[[Mapping[str, int]], Data]
+    channels: int
+    title: str
+
+
+SMALL = {
+    "digits": Small(pooled_digits, 1, "Digits of 14 x 14 pixels"),
+    "cifar10": Small(pooled_cifar10, 3, "CIFAR-10 of 16 x 16 pixels"),
+}

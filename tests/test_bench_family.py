@@ -1,5 +1,6 @@
 """What the benches of training methods and of layers build, label and measure."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,3 +47,36 @@ def test_likeness_is_the_mean_cosine_between_classes() -> None:
     data = Data(train=(rows, labels), test=(rows, labels))
     model = nn.Sequential(nn.Identity(), nn.Linear(2, 3))
     assert train_family.likeness(model, data) == pytest.approx(2 * 0.5**0.5 / 3)
+
+
+def test_channels_out_are_those_of_the_smallest_norms() -> None:
+    """Three of four filters give nothing: without them nothing changes, by chance it does."""
+    torch.manual_seed(0)
+    model = train_family.network([4], 0.0)
+    conv = model[3]
+    with torch.no_grad():
+        conv.weight[:3] *= 1e-3
+        model[4].weight[:3] = 0.0
+        model[0].weight[:3] = 0.0
+        model[1].weight[:3] = 0.0
+    images = torch.randn(64, 1, 8, 8)
+    labels = model.eval()(images).argmax(1)
+    data = Data(train=(images, labels), test=(images, labels))
+    found = train_family.pruned(model, data, 0.75)
+    assert found["by_norm"] == 1.0 > found["by_chance"]
+
+
+def test_small_losses_are_kept() -> None:
+    losses = torch.tensor([3.0, 1.0, 2.0, 4.0])
+    method = train_family._method("small losses, 0.5")
+    run = SimpleNamespace(step=50, steps=100)
+    assert method.weigh(run, losses, None, None).tolist() == [0, 1, 1, 0]  # type: ignore[arg-type,union-attr]
+    run.step = 5  # half of the ramp
+    assert method.weigh(run, losses, None, None).tolist() == [1, 1, 1, 0]  # type: ignore[arg-type,union-attr]
+
+
+def test_right_labels_are_counted_among_the_surest() -> None:
+    model = nn.Identity()
+    scores = torch.tensor([[4.0, 0.0], [0.0, 3.0], [2.0, 0.0], [0.0, 1.0]])
+    data = Data(train=(scores, torch.tensor([0, 1, 1, 0])))
+    assert train_family.right(model, data, torch.tensor([0, 0, 1, 0]), 0.5) == 0.5

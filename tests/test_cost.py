@@ -25,7 +25,11 @@ def flops(model: nn.Module, *inputs: Tensor) -> int:
 WEIGHED = {f"dran-x{scale}": sum(range(1, 17)) * 64 * 48 * 48 for scale in (2, 3, 4)}
 
 
-@pytest.mark.parametrize("name", zoo.NETWORKS)
+# The second product of a quadratic form is none of matrices either, and there are billions.
+COUNTED = [name for name in zoo.NETWORKS if not name.startswith("cqnn")]
+
+
+@pytest.mark.parametrize("name", COUNTED)
 def test_macs_are_half_of_the_flops_torch_counts(name: str) -> None:
     model, network = zoo.build(name), zoo.NETWORKS[name]
     found = cost(model, network.example(2))

@@ -9,7 +9,17 @@ from torch import nn
 
 from pliant import zoo
 from pliant.errors import ModelError
+from pliant.zoo.quadratic import QuadraticBlock
 
+BOTTLENECKS = [  # inputs, outputs and side of the 22 kernels
+    *((3, 16, 3), (16, 16, 1), (16, 16, 3), (16, 64, 1), (16, 64, 1)),
+    *((64, 16, 1), (16, 16, 3), (16, 64, 1)),
+    *((64, 64, 1), (64, 64, 3), (64, 128, 1), (64, 128, 1)),
+    *((128, 64, 1), (64, 64, 3), (64, 128, 1)),
+    *((128, 128, 1), (128, 128, 3), (128, 256, 1), (128, 256, 1)),
+    *((256, 128, 1), (128, 128, 3), (128, 256, 1)),
+]
+LARGE = ("cqnn-alexnet", "cqnn-resnet20")  # tens of billions of products for one image
 PARAMETERS = {
     "lenet5": 61_706,
     "lenet5-wide": 602_266,
@@ -25,13 +35,18 @@ PARAMETERS = {
     "dran-x3": 1_661_845,
     "dran-x4": 1_624_917,
     "stdtnn": 16 * (5 + 5) + 4 * 16 + 4 + 2 * 3 * 3,
+    "alexnet-cifar": 65_568 + 2_102_794,
+    "cqnn-alexnet": 29_350_560 + 2_102_794,
+    "cqnn-resnet20": 128_028_672 + 2 * 688 + 650,
+    "resnet20-v2": 570_602,
+    "bm-resnet20": 570_602 + sum(i * o * k * k for i, o, k in BOTTLENECKS),
     "fassd-net": 2_845_351,
     "fassd-net-l1": 2_845_351,
     "fassd-net-l2": 2_289_454,
 }
 
 
-@pytest.mark.parametrize("name", zoo.NETWORKS)
+@pytest.mark.parametrize("name", [name for name in zoo.NETWORKS if name not in LARGE])
 def test_builds_and_runs(name: str) -> None:
     network, model = zoo.NETWORKS[name], zoo.build(name, classes=7).eval()
     with torch.no_grad():
@@ -45,6 +60,27 @@ def test_parameters_are_the_published_ones(name: str, count: int) -> None:
     with torch.device("meta"):
         model = zoo.NETWORKS[name].build(zoo.NETWORKS[name].classes)
     assert sum(p.numel() for p in model.parameters()) == count
+
+
+def test_quadratic_networks_compute_what_their_layers_do() -> None:
+    """Those of one block: the sign, ELU behind it, and a quadratic shortcut without a norm."""
+    torch.manual_seed(0)
+    block, x = QuadraticBlock(2, 3, 2).eval(), torch.rand(2, 2, 6, 6)
+    middle = nn.functional.elu(block.bn1(block.conv1(x)))
+    wanted = nn.functional.elu(block.bn2(block.conv2(middle)) + block.shortcut(x))  # type: ignore[operator]
+    assert torch.equal(block(x), wanted)
+    assert block.shortcut.kernel_size == (1, 1) and block.shortcut.stride == (2, 2)  # type: ignore[union-attr]
+    assert isinstance(QuadraticBlock(3, 3, 1).shortcut, nn.Identity)
+
+
+def test_the_bottlenecks_are_those_of_the_list() -> None:
+    model = zoo.build("resnet20-v2")
+    found = [m.weight.shape for m in model.modules() if isinstance(m, nn.Conv2d)]
+    listed = [(o, i, k, k) for i, o, k in BOTTLENECKS]
+    assert sorted(map(tuple, found)) == sorted(listed) and len(found) == 22
+    assert all(m.bias is not None for m in model.modules() if isinstance(m, nn.Conv2d))
+    kinds = [type(m).__name__ for m in zoo.build("bm-resnet20").modules()]
+    assert kinds.count("BMConv2d") == 22 and "Conv2d" not in kinds
 
 
 def test_wide_lenet_holds_the_kernel_of_the_paper() -> None:

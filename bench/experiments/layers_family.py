@@ -9,12 +9,12 @@ from torch import nn
 
 from bench.claim import claim, judged
 from bench.compress import Values, scored
-from bench.data import pooled_digits
+from bench.data import SMALL
 from bench.experiments import Cell, Cells, Table, by_seed, paired, pick, values
 from bench.small import cnn, method_of, seeded
 from bench.stats import mean, median, plus_minus, spread
 from pliant.cost import cost
-from pliant.data import Train
+from pliant.data import Data, Train
 from pliant.drivers.loop import epochs_of, fit
 from pliant.edits import Swap
 from pliant.families.layers.operations import of_convolution, operations
@@ -36,14 +36,17 @@ def cells(settings: Settings) -> list[Cell]:
     for seed in settings["seeds"]:
         for name, rival in settings["rivals"].items():
             key = {"study": "trained", "rival": name, "seed": seed}
-            rows.append(Cell(key, {**shared, "widths": settings["widths"], **rival}))
+            plan = {**shared, "widths": settings["widths"], **rival}
+            plan["train"] = {**settings["train"], **rival.get("train", {})}
+            rows.append(Cell(key, plan))
     layer = settings["layer"]
     plan = {name: layer[name] for name in ("channels", "size", "seconds")}
     for repetition in range(layer["repetitions"]):
         for name, spec in layer["specs"].items():
             for runtime in layer["runtimes"]:
                 key = {"study": "layer", "rival": name, "runtime": runtime}
-                rows.append(Cell(key | {"repetition": repetition}, {**plan, "spec": spec}))
+                more = {"linear": True} if name in layer.get("linear", ()) else {}
+                rows.append(Cell(key | {"repetition": repetition}, {**plan, "spec": spec, **more}))
     return rows
 
 
@@ -104,7 +107,7 @@ def tables(settings: Settings, cells: Cells) -> list[Table]:
     runtimes = settings["layer"]["runtimes"]
     heads = [f"{runtime}: {what}" for runtime in runtimes for what in ("ms, convolution", "x")]
     return [
-        Table("Networks, on digits of 14 x 14 pixels", head, rows),
+        Table(settings.get("networks", "Networks, on digits of 14 x 14 pixels"), head, rows),
         Table("One layer, counted", ["layer", "bytes", "parameters", "MACs", *KINDS], counted),
         Table("One layer, timed beside the convolution", ["layer", *heads], timed),
     ]
@@ -136,22 +139,37 @@ def _times(settings: Settings, cells: Cells, name: str) -> list[str]:
 
 def _trained(cell: Cell, watch: Watch) -> Values:
     plan, seed = cell.plan, cell.key["seed"]
-    data, train = pooled_digits(plan["images"]), Train(**plan["train"])
-    model = seeded(seed, lambda: cnn(1, plan["widths"]))
+    source, train = SMALL[plan.get("data", "digits")], Train(**plan["train"])
+    data = source.load(plan["images"])
+    model = seeded(seed, lambda: cnn(source.channels, plan["widths"]))
+    if "before" in plan:
+        _train(model, Method(), data, Train(**{**plan["train"], **plan["before"]}), seed)
     method = FixedShifts() if plan["spec"] == FIXED else method_of(plan["spec"])
+    run = _train(model, method, data, train, seed, watch)
+    took = sum(row.get("seconds", 0.0) for row in run.log)
+    return scored(model, data) | {"training_seconds": round(took, 2)}
+
+
+def _train(
+    model: nn.Module,
+    method: Method,
+    data: Data,
+    train: Train,
+    seed: int,
+    watch: Watch | None = None,
+) -> Run:
     steps = epochs_of(method, data, train, seed=seed).steps
     run = start(model, method, data=data, steps=steps, seed=seed)
     fit(run, data, train, watch=watch)
     run.finish()
-    took = sum(row.get("seconds", 0.0) for row in run.log)
-    return scored(model, data) | {"training_seconds": round(took, 2)}
+    return run
 
 
 def _layer(cell: Cell) -> Values:
     """Fold one convolution behind a rectifier, count it, and time it beside the convolution."""
     plan, size = cell.plan, cell.plan["size"]
-    dense = seeded(0, lambda: _one(plan["channels"]))
-    folded = seeded(0, lambda: _one(plan["channels"]))
+    build = _flat if plan.get("linear") else _one
+    dense, folded = (seeded(0, lambda: build(plan["channels"], size)) for _ in range(2))
     example = (torch.randn(1, plan["channels"], size, size, generator=torch.Generator()),)
     start(folded, method_of(plan["spec"]), example=example).finish()
     target = Target(cell.key["runtime"], threads=1, seconds=plan["seconds"])
@@ -178,8 +196,12 @@ def _products(macs: int) -> dict[str, int]:
     return of_convolution(macs, 1)
 
 
-def _one(channels: int) -> nn.Sequential:
+def _one(channels: int, size: int) -> nn.Sequential:
     return nn.Sequential(nn.ReLU(), nn.Conv2d(channels, channels, 3, padding=1))
+
+
+def _flat(channels: int, size: int) -> nn.Sequential:
+    return nn.Sequential(nn.Flatten(), nn.Linear(channels * size**2, channels))
 
 
 @dataclass(frozen=True)

@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from pliant.cost import LayerCost
 from pliant.errors import EditError
+from pliant.nn.patches import Around, Patches
 
 AT_ONCE = 1 << 22  # sums held at a time; all of them would be n times the output
 
 
-class BMConv2d(nn.Module):
+class BMConv2d(Patches):
     """Takes the largest product of each sign in the place of their sum, without multiplying.
 
     A product is a sum of logarithms, and of a sum of exponentials only the largest term is kept:
@@ -57,18 +57,13 @@ class BMConv2d(nn.Module):
         padding: tuple[int, int] | str = (0, 0),
         dilation: tuple[int, int] = (1, 1),
         *,
-        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        padding_mode: Around = "zeros",
         shift: float = 0.1,
         rectified: bool = False,
     ) -> None:
-        super().__init__()
-        like = nn.Conv2d(
-            *(inputs, outputs, kernel_size, stride, padding, dilation),
-            padding_mode=padding_mode,
-        )
-        self.kernel_size, self.stride, self.dilation = like.kernel_size, like.stride, like.dilation
-        self.padding = padding
-        self.padding_mode, self.around = padding_mode, like._reversed_padding_repeated_twice
+        geometry = kernel_size, stride, padding, dilation
+        like = nn.Conv2d(inputs, outputs, *geometry, padding_mode=padding_mode)
+        super().__init__(like, outputs, padding)
         self.shift, self.floor, self.rectified = shift, 1e-6, rectified
         shape = (outputs, inputs, *like.kernel_size)
         self.positive = nn.Parameter(torch.zeros(shape))
@@ -85,28 +80,15 @@ class BMConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, inputs, H, W) to (N, outputs, H', W')."""
-        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        x = F.pad(x, self.around, mode=mode)
-        size = self._size(x)
+        x = self.padded(x)
         total = self._branch(x, self.positive) - self._branch(x, self.negative)
         if not self.rectified:
             total = total - self._branch(-x, self.positive) + self._branch(-x, self.negative)
-        return total.unflatten(2, size) + self.bias[:, None, None]
+        return total.unflatten(2, self.size(x)) + self.bias[:, None, None]
 
     def _branch(self, x: Tensor, kernel: Tensor) -> Tensor:
         logs = x.clamp_min(self.shift).log()
-        patches = F.unfold(logs, self.kernel_size, self.dilation, 0, self.stride)
-        return max_plus(patches, kernel.flatten(1)).exp()
-
-    def _size(self, x: Tensor) -> tuple[int, int]:
-        """Height and width of what is given for a padded input."""
-        high, wide = (
-            (x.shape[2 + axis] - self.dilation[axis] * (self.kernel_size[axis] - 1) - 1)
-            // self.stride[axis]
-            + 1
-            for axis in (0, 1)
-        )
-        return high, wide
+        return max_plus(self.patches(logs), kernel.flatten(1)).exp()
 
     def operations(self, outputs: int, inputs: int) -> dict[str, int]:
         """Count what it does, by kinds of operations.

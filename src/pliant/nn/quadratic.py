@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +14,14 @@ from torch import Tensor, nn
 
 from pliant.cost import LayerCost
 from pliant.errors import EditError
+from pliant.nn.patches import Around, Patches
 
 AT_ONCE = 1 << 22  # numbers held at a time, of all outputs of the products of a patch
 FORMS = ("full", "symmetric")
 MOST = 1 << 30  # weights of one layer, whoever asks for more
 
 
-class QuadraticConv2d(nn.Module):
+class QuadraticConv2d(Patches):
     """Gives -z^T Q z for every patch, with z = (patch, 1): quadratic, linear and constant at once.
 
     Only the symmetric part of Q counts. The form "symmetric" holds no more than that, each pair
@@ -56,28 +57,24 @@ class QuadraticConv2d(nn.Module):
         padding: tuple[int, int] | str = (0, 0),
         dilation: tuple[int, int] = (1, 1),
         *,
-        padding_mode: Literal["zeros", "reflect", "replicate", "circular"] = "zeros",
+        padding_mode: Around = "zeros",
         form: str = "full",
         negative: bool = True,
     ) -> None:
-        super().__init__()
-        like = nn.Conv2d(
-            *(inputs, 1, kernel_size, stride, padding, dilation), padding_mode=padding_mode
-        )
-        self.inputs, self.outputs, self.padding = inputs, outputs, padding
-        self.kernel_size, self.stride, self.dilation = like.kernel_size, like.stride, like.dilation
-        self.padding_mode, self.around = padding_mode, like._reversed_padding_repeated_twice
+        geometry = kernel_size, stride, padding, dilation
+        like = nn.Conv2d(inputs, 1, *geometry, padding_mode=padding_mode)
+        super().__init__(like, outputs, padding)
         self.form, self.negative, self.random = form, negative, True
-        self.size = like.weight.numel() + 1
-        shape = (self.size, self.size) if form == "full" else (_pairs(self.size),)
+        self.taps = like.weight.numel() + 1
+        shape = (self.taps, self.taps) if form == "full" else (_pairs(self.taps),)
         self.weight = nn.Parameter(torch.zeros(outputs, *shape))
         self.reset()
 
     @torch.no_grad()
     def reset(self) -> None:
         """Draw Q as Glorot's rule has it for the whole array, and keep what is symmetric of it."""
-        most = math.sqrt(3 / (self.size * self.outputs))
-        drawn = torch.empty(self.outputs, self.size, self.size).uniform_(-most, most)
+        most = math.sqrt(3 / (self.taps * self.outputs))
+        drawn = torch.empty(self.outputs, self.taps, self.taps).uniform_(-most, most)
         self.set_matrices((drawn + drawn.mT) / 2)
 
     @torch.no_grad()
@@ -87,15 +84,15 @@ class QuadraticConv2d(nn.Module):
             self.weight.copy_(matrices)
             return
         doubled = matrices + matrices.mT - torch.diag_embed(matrices.diagonal(dim1=1, dim2=2))
-        rows, columns = _upper(self.size)
+        rows, columns = _upper(self.taps)
         self.weight.copy_(doubled[:, rows, columns])
 
     def matrices(self) -> Tensor:
         """Return Q, symmetric: (outputs, n + 1, n + 1)."""
         if self.form == "full":
             return (self.weight + self.weight.mT) / 2
-        rows, columns = _upper(self.size)
-        found = self.weight.new_zeros(self.outputs, self.size, self.size)
+        rows, columns = _upper(self.taps)
+        found = self.weight.new_zeros(self.outputs, self.taps, self.taps)
         found[:, rows, columns] = self.weight / 2
         return found + found.mT
 
@@ -106,12 +103,10 @@ class QuadraticConv2d(nn.Module):
             return self._quadratic(x.to(self.weight.dtype))
 
     def _quadratic(self, x: Tensor) -> Tensor:
-        mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-        x = F.pad(x, self.around, mode=mode)
-        patches = F.unfold(x, self.kernel_size, self.dilation, 0, self.stride)
-        z = F.pad(patches, (0, 0, 0, 1), value=1.0)
+        x = self.padded(x)
+        z = F.pad(self.patches(x), (0, 0, 0, 1), value=1.0)
         found = self._full(z) if self.form == "full" else self._symmetric(z)
-        found = found.unflatten(2, self._size(x))
+        found = found.unflatten(2, self.size(x))
         return -found if self.negative else found
 
     def _full(self, z: Tensor) -> Tensor:
@@ -124,18 +119,8 @@ class QuadraticConv2d(nn.Module):
         return torch.cat(parts, 1)
 
     def _symmetric(self, z: Tensor) -> Tensor:
-        rows, columns = (place.to(z.device) for place in _upper(self.size))
+        rows, columns = (place.to(z.device) for place in _upper(self.taps))
         return self.weight @ (z[:, rows] * z[:, columns])
-
-    def _size(self, x: Tensor) -> tuple[int, int]:
-        """Height and width of what is given for a padded input."""
-        high, wide = (
-            (x.shape[2 + axis] - self.dilation[axis] * (self.kernel_size[axis] - 1) - 1)
-            // self.stride[axis]
-            + 1
-            for axis in (0, 1)
-        )
-        return high, wide
 
     @property
     def numbers(self) -> int:
@@ -145,7 +130,7 @@ class QuadraticConv2d(nn.Module):
     def macs(self, inputs: list[Tensor], outputs: list[Tensor]) -> int:
         """Count the products of one call."""
         places = outputs[0].numel() // self.outputs
-        return places * _products(self.outputs, self.size, self.form)
+        return places * _products(self.outputs, self.taps, self.form)
 
     @classmethod
     def build(cls, layer: Any, spec: Mapping[str, Any]) -> QuadraticConv2d:
@@ -229,7 +214,7 @@ class QuadraticFactors(nn.Module):
         """Make it in the place of a convolution or a quadratic one."""
         if not isinstance(layer, QuadraticConv2d):
             check_quadratic(layer)
-        taps = layer.size if isinstance(layer, QuadraticConv2d) else layer.weight[0].numel() + 1
+        taps = layer.taps if isinstance(layer, QuadraticConv2d) else layer.weight[0].numel() + 1
         if not 1 <= spec["rank"] <= taps:
             raise EditError(f"takes a rank of 1 to {taps}, not {spec['rank']}.")
         new = cls(layer, spec["rank"])

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from pliant.codecs.packing import pack, packed_bytes
 from pliant.cost import LayerCost
 from pliant.errors import EditError
+from pliant.nn.kept import Keeps
 
 EPS = 1e-12  # under the spread of scores that are all alike
 HEAT = 4  # bytes of a temperature
 HALF = 4  # bits of a tap, of 9 or less; else a byte
 
 
-class _Geometry(nn.Module):
+class _Geometry(Keeps):
     """What both layers share: where the patches of a convolution lie."""
 
     def __init__(self, layer: Any) -> None:
@@ -33,6 +34,13 @@ class _Geometry(nn.Module):
         """Return an input with what lies around it."""
         mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
         return F.pad(x, self.around, mode=mode)
+
+    def convolved(self, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+        """Convolve an input; zeros around it need no copy of it."""
+        left, right, top, bottom = self.around
+        if self.padding_mode == "zeros" and left == right and top == bottom:
+            return F.conv2d(x, kernel, bias, self.stride, (top, left))
+        return F.conv2d(self.padded(x), kernel, bias, self.stride)
 
     def extra_repr(self) -> str:
         """Return the settings."""
@@ -62,7 +70,7 @@ class ShiftAttentionConv2d(_Geometry):
 
     def __init__(self, layer: Any, *, shared: bool = False, temperature: float = 20.0) -> None:
         check_shiftable(layer)
-        nn.Module.__init__(self)
+        Keeps.__init__(self)
         self.inputs, self.outputs = layer.in_channels, layer.out_channels
         self.kernel_size, self.stride = layer.kernel_size, layer.stride
         self.padding_mode, self.around = layer.padding_mode, layer._reversed_padding_repeated_twice
@@ -89,7 +97,8 @@ class ShiftAttentionConv2d(_Geometry):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, inputs, H, W) to (N, outputs, H', W')."""
-        return F.conv2d(self.padded(x), self.kernel(), self.bias, self.stride)
+        kernel = self.kept(self.kernel, self.weight, self.attention)
+        return self.convolved(x, kernel, self.bias)
 
     @classmethod
     def build(cls, layer: Any, spec: Mapping[str, Any]) -> ShiftAttentionConv2d:
@@ -121,7 +130,8 @@ class ShiftConv2d(_Geometry):
     That is a shift of the input and a product, k^2 times fewer than those of the convolution.
     Where all outputs share the taps of an input, it computes so: a shift of each channel, then a
     1 x 1 convolution. Else PyTorch has no kernel for it, and it computes by a convolution with
-    zeros: what it saves are weights and arithmetic, not time.
+    zeros, whose kernel is kept between calls in evaluation: what it saves are weights in a file
+    and arithmetic, not time.
 
     Args:
         layer: the attending layer to stand for.
@@ -157,23 +167,31 @@ class ShiftConv2d(_Geometry):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, inputs, H, W) to (N, outputs, H', W')."""
-        x = self.padded(x)
         if not self.shared:
-            return F.conv2d(x, self.kernel(), self.bias, self.stride)
-        return F.conv2d(self.shifted(x), self.weight[:, :, None, None], self.bias)
+            kernel = self.kept(self.kernel, self.weight, self.index)
+            return self.convolved(x, kernel, self.bias)
+        return F.conv2d(self.shifted(self.padded(x)), self.weight[:, :, None, None], self.bias)
 
     def shifted(self, x: Tensor) -> Tensor:
         """Return each channel of a padded input shifted by its tap, at the strides: no product."""
-        high, wide = x.shape[2:]
+        sides = tuple(x.shape[2:])
+        high, wide = (
+            (size - kernel) // stride + 1
+            for size, kernel, stride in zip(sides, self.kernel_size, self.stride, strict=True)
+        )
+        places = self.kept(lambda: self._places(sides, high, wide), self.index, key=sides)
+        found = x.flatten(2).gather(2, places.expand(x.shape[0], -1, -1))
+        return found.unflatten(2, (high, wide))
+
+    def _places(self, sides: tuple[int, ...], high: int, wide: int) -> Tensor:
+        """Say where in a padded channel each number of a shifted one stands, (inputs, numbers)."""
         rows, columns = (
-            torch.arange((size - kernel) // stride + 1, device=x.device) * stride
-            for size, kernel, stride in zip(x.shape[2:], self.kernel_size, self.stride, strict=True)
+            torch.arange(count, device=self.index.device) * stride
+            for count, stride in zip((high, wide), self.stride, strict=True)
         )
         taps, across = self.taps()[0], self.kernel_size[1]
-        start = taps // across * wide + taps % across
-        places = start[:, None, None] + rows[:, None] * wide + columns
-        found = x.flatten(2).gather(2, places.flatten(1).expand(x.shape[0], -1, -1))
-        return found.unflatten(2, (len(rows), len(columns)))
+        start = taps // across * sides[1] + taps % across
+        return (start[:, None, None] + rows[:, None] * sides[1] + columns).flatten(1)
 
     @property
     def numbers(self) -> int:

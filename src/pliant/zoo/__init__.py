@@ -22,6 +22,8 @@ from pliant.zoo.darts import evaluation, supernet
 from pliant.zoo.dran import DRAN
 from pliant.zoo.fassd import FASSDNet
 from pliant.zoo.lenet import LeNet5
+from pliant.zoo.morphological import BMResNet
+from pliant.zoo.quadratic import QuadraticAlexNet, QuadraticResNet
 from pliant.zoo.resnet import ResNet18
 from pliant.zoo.resnet_cifar import CifarResNet
 from pliant.zoo.staged import StagedResNet
@@ -95,6 +97,11 @@ NETWORKS: dict[str, Network] = {
         f"dran-x{scale}": Network(partial(_enlarging, scale), (3, 48, 48), 3) for scale in (2, 3, 4)
     },
     "dmnn-mobilenet-v2-cifar": Network(_routed, _SMALL, 10),
+    "resnet20-v2": Network(BMResNet, _SMALL, 10),
+    "bm-resnet20": Network(partial(BMResNet, morphological=True), _SMALL, 10),
+    "alexnet-cifar": Network(partial(QuadraticAlexNet, quadratic=False), _SMALL, 10),
+    "cqnn-alexnet": Network(QuadraticAlexNet, _SMALL, 10),
+    "cqnn-resnet20": Network(QuadraticResNet, _SMALL, 10),
     "stdtnn": Network(lambda classes: STDTNN(2, 3, classes), (2, 3, 100), 4),
     "darts-v2": Network(partial(evaluation, DARTS_V2), _SMALL, 10),
 }

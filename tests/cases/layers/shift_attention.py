@@ -77,9 +77,36 @@ def one_tap_is_left_and_shifts_compute_it() -> None:
                 x = noise(2, 3, *size)
                 wanted = F.conv2d(soft.padded(x), kernel, layer.bias, layer.stride)
                 assert torch.allclose(model(x), wanted, atol=1e-5)
-                assert torch.equal(
+                assert torch.allclose(
                     soft.eval()(x), F.conv2d(soft.padded(x), kernel, layer.bias, layer.stride)
                 )
+
+
+def what_is_kept_follows_its_tensors() -> None:
+    """Made once in evaluation without gradients; changes of weights, size and type are seen."""
+    for shared, hard in ((False, False), (False, True), (True, True)):
+        model: Any = attending(shared, bias=False)
+        if hard:
+            Swap("0", "shift", {"shared": shared}).apply(model)
+        layer, x, made = model[0].eval(), noise(2, 3, 6, 7), list[int]()
+        taps = layer.taps
+        layer.taps = lambda taps=taps, made=made: made.append(1) or taps()
+        with torch.no_grad():
+            first = model(x)
+            assert torch.equal(first, model(x)) and len(made) == 1
+            assert model(noise(1, 3, 9, 5)).shape == (1, 5, 9, 5)
+            assert torch.equal(first, model(x))
+            layer.weight.mul_(2)
+            assert torch.allclose(model(x), 2 * first)
+            assert torch.allclose(model.double()(x.double()).float(), 2 * first, atol=1e-5)
+            model.float()
+        model(x).sum().backward()
+        assert layer.weight.grad is not None and layer.weight.grad.any()
+        with torch.no_grad():
+            model(x)
+        del layer.taps
+        assert layer._kept is not None and copy.deepcopy(layer)._kept is None
+        assert layer.train()._kept is None
 
 
 def shifted_by_hand(x: Tensor, layer: ShiftConv2d) -> Tensor:
@@ -215,6 +242,7 @@ CASES = [
             the_attention_is_that_of_the_definition,
             one_tap_is_left_and_shifts_compute_it,
             a_shift_has_zeros_outside,
+            what_is_kept_follows_its_tensors,
             shared_shifts_are_shifts_and_a_pointwise_convolution,
             costs_are_a_ninth_and_four_bits,
             the_temperature_grows_by_a_factor_at_every_step,

@@ -135,6 +135,11 @@ def changes(
     return found
 
 
+def forms_of(found: Sequence[Edit]) -> dict[str, str]:
+    """Return the forms of the rows of factors that edits make or change."""
+    return {edit.layer: edit.form for edit in found if isinstance(edit, Factor | Rerank)}
+
+
 def gradients(run: Run, layers: Layers, count: int, *, seed: int) -> dict[str, Tensor]:
     """Return the mean gradient of the loss by each kernel, over labelled training samples.
 

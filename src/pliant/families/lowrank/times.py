@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
+
+from pliant.cost import Cost
 from pliant.errors import BudgetError, MethodError
 from pliant.run import Run
+from pliant.surgery.batchnorm import recalibrate
+
+SETTLING = 2048  # samples from which batch norms are re-estimated at the end of a search
 
 
 def due(step: int, pace: int, search: int, times: int) -> bool:
@@ -32,3 +38,25 @@ def check_schedule(method: str, run: Run, start: float, search: float) -> None:
         raise BudgetError(
             f"{method} plans ranks for a budget, and there is none: bound params, macs or bytes."
         )
+
+
+def falling(dense: Cost, bounds: Mapping[str, float], left: float) -> dict[str, float]:
+    """Return what a network may cost while a share of the way to its bounds is left.
+
+    Args:
+        dense: what it cost at first.
+        bounds: what it may cost at the end.
+        left: the share, 1 at first and 0 at the end.
+    """
+    return {
+        axis: bound + left * max(0.0, getattr(dense, axis) - bound)
+        for axis, bound in bounds.items()
+    }
+
+
+def end_search(run: Run, dense: Iterable[str]) -> None:
+    """Say of the layers that stay dense why, and estimate batch norms anew."""
+    for name in dense:
+        run.keep(name, "no factorized form at the rank it needs is smaller")
+    if run.has_inputs:
+        recalibrate(run.model, run.inputs(SETTLING))

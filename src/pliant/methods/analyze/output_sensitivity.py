@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from pliant.cost import Example
-from pliant.data import Data, unpack
+from pliant.data import Data
 from pliant.errors import DataError, ModelError
-from pliant.families.analyze.inputs import check_logits, logits, shown
+from pliant.families.analyze.noise import moved
 from pliant.observe.watch import capture
 from pliant.registry import In, Paper, register
 from pliant.result import Finding
 
-BATCH, MOST_DRAWS = 256, 1000
+MOST_DRAWS = 1000
 NULL = 1e-9  # of the outputs' own variance: a mean that moves less does not move at all
 
 
@@ -66,7 +64,7 @@ class OutputSensitivity:
     def analyze(self, model: nn.Module, data: Data, generator: torch.Generator) -> Finding:
         """Compare outputs with and without noise, in eval mode and in the same batches."""
         with capture(model, (), lambda *_: None):  # eval mode, no gradients, flags put back
-            changes = torch.cat(list(self._changes(model, data, generator)))
+            changes = torch.cat(list(moved(model, data, self.noise, self.draws, generator)))
         samples, outputs = len(changes) // self.draws, changes.shape[1]
         if samples < 2:
             raise DataError("A variance over inputs needs at least 2 of them, but 1 came.")
@@ -85,31 +83,3 @@ class OutputSensitivity:
             f"the mean of {outputs} outputs with variance {sensitivity:.4g}."
         )
         return Finding(values, rows, text)
-
-    def _changes(
-        self, model: nn.Module, data: Data, generator: torch.Generator
-    ) -> Iterator[Tensor]:
-        """Yield the changes of all outputs (inputs of a batch, outputs), in float64."""
-        for batch in data.batches(shown(data), BATCH):
-            inputs = unpack(batch)[0]
-            clean = logits(model, inputs)
-            check_logits(clean)
-            for _ in range(self.draws):
-                moved = logits(model, _over(inputs, lambda x: self._moved(x, generator)))
-                yield (moved - clean).double()
-
-    def _moved(self, inputs: Tensor, generator: torch.Generator) -> Tensor:
-        if not inputs.is_floating_point():
-            raise DataError(
-                f"Noise needs inputs of real numbers, but {inputs.dtype} came: convert and "
-                "normalise them as in training."
-            )
-        drawn = torch.randn(inputs.shape, generator=generator, dtype=torch.float32)
-        return inputs + self.noise * drawn.to(inputs)
-
-
-def _over(inputs: Example, change: Callable[[Tensor], Tensor]) -> Example:
-    """Change every tensor of a forward call's inputs."""
-    if isinstance(inputs, Mapping):
-        return {k: change(v) if isinstance(v, Tensor) else v for k, v in inputs.items()}
-    return tuple(change(value) if isinstance(value, Tensor) else value for value in inputs)

@@ -3,24 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from torch import nn
 
 from pliant.data import Data
 from pliant.families.analyze import kernels, shuffle
-from pliant.families.analyze.decisions import (
-    ORDERS,
-    WAYS,
-    Decisions,
-    better,
-    decisions,
-    figures,
-)
-from pliant.families.analyze.evidence import area
+from pliant.families.analyze.decisions import decisions, figures
 from pliant.families.analyze.heads import find_head
 from pliant.families.analyze.inputs import first
+from pliant.families.analyze.words import said, summed
 from pliant.registry import In, Paper, register
 from pliant.result import Finding
 
@@ -83,41 +76,9 @@ class PointwiseActivation:
         tiles = [shuffle.shuffled(model, samples, g, self.permutations, generator) for g in grids]
         layers = shuffle.profile(model, samples, self.layers, self.permutations, generator)
         sides = {s for layer in kernels.wide(model).values() for s in layer.kernel_size}
-        values = self._values(found, tiles[-1], head.positions)
+        values = summed(found, tiles[-1], head.positions)
         rows = (*tiles, *layers, *shuffle.designed(sorted(sides)))
-        text = _text(values, tiles[-1], len(samples.inputs))
+        text = said(values, tiles[-1], len(samples.inputs))
         names = () if isinstance(data.classes, int) else data.classes
         drawn = figures(samples, found, self.pictures, names)
         return Finding(values, rows, text, figures=(*drawn, shuffle.figure(tiles, grids)))
-
-    def _values(self, found: Decisions, finest: dict[str, Any], positions: int) -> dict[str, Any]:
-        areas = {key: area(curve) for key, curve in found.curves.items()}
-        means = {
-            way if order == "evidence" else f"{way}_{order}": float(areas[way, order].mean())
-            for way in WAYS
-            for order in ORDERS
-        }
-        best = areas["deletion", "evidence"]
-        return {
-            **{name: finest[name] for name in ("agreement", "chance", "p")},
-            "points": float(found.points.double().median()) / positions,
-            **means,
-            "p_random": better(best, areas["deletion", "random"]),
-            "p_saliency": better(best, areas["deletion", "saliency"]),
-            "exactness": found.exactness,
-            "permuted": found.permuted,
-            "decisions": found.classes,
-            "evidence": found.evidence,
-            "minimal_points": found.points,
-        }
-
-
-def _text(values: dict[str, Any], finest: dict[str, Any], count: int) -> str:
-    ordered = "does not change" if values["permuted"] < 1e-5 else "changes"
-    return (
-        f"Operationalized: of {count} decisions {100 * finest['agreement']:.0f} % "
-        f"({100 * finest['low']:.0f} to {100 * finest['high']:.0f}) stay with the "
-        f"{finest['what']} and shuffled, {100 * finest['chance']:.0f} % would by chance; half of "
-        f"them need {100 * values['points']:.3g} % of the positions or fewer, and the order of the "
-        f"last map {ordered} scores."
-    )

@@ -25,7 +25,7 @@ from pliant.surgery.fold import foldable
         "K. Park, J. W. Soh, N. I. Cho",
         "ICPR",
         2020,
-        "https://doi.org/10.1109/ICPR48806.2021.9413165",
+        "https://github.com/saturnian77/DRAN",
     ),
 )
 @dataclass(frozen=True)

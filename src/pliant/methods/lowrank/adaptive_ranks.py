@@ -5,17 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from pliant.edits import Factor, Rerank
 from pliant.edits.rerank import merged
 from pliant.families.lowrank.factorize import Form, look, note_spectra, subjects
-from pliant.families.lowrank.ranks import changes, dense_again, gradients, plan_ranks
-from pliant.families.lowrank.times import check_schedule, due
+from pliant.families.lowrank.ranks import changes, dense_again, forms_of, gradients, plan_ranks
+from pliant.families.lowrank.times import check_schedule, due, end_search, falling
 from pliant.method import Method
 from pliant.registry import In, Paper, register
 from pliant.run import Run
-from pliant.surgery.batchnorm import recalibrate
-
-SETTLING = 2048  # samples from which batch norms are re-estimated at the end of the search
 
 
 @register(
@@ -55,14 +51,10 @@ class AdaptiveRanks(Method):
     """
 
     search: Annotated[float, In(0, 1)] = 0.5  # share of the training by which the budget is reached
-    # share before ranks begin to fall: a warm-up, from scratch
-    start: Annotated[float, In(0, 1)] = 0.0
-    # times at which ranks are planned, the one that meets the budget included
-    plans: Annotated[int, In(1)] = 8
-    # how fast the cost falls to the budget: 1 is a straight line
-    power: Annotated[float, In(0, open="low")] = 3.0
-    # share of its ranks that a row of factors gets to try, between plans
-    grow: Annotated[float, In(0, 1)] = 0.1
+    start: Annotated[float, In(0, 1)] = 0.0  # share before ranks begin to fall: a warm-up
+    plans: Annotated[int, In(1)] = 8  # times at which ranks are planned, the last for the budget
+    power: Annotated[float, In(0, open="low")] = 3.0  # how fast the cost falls; 1: a straight line
+    grow: Annotated[float, In(0, 1)] = 0.1  # share of its ranks that a row of factors gets to try
     form: Form = "auto"  # of the factors; "auto" takes the best per layer
     samples: Annotated[int, In(0)] = 1024  # training inputs to look at; 0 looks at weights only
     only: tuple[str, ...] = ()  # name patterns of the layers to consider
@@ -79,10 +71,9 @@ class AdaptiveRanks(Method):
         """Plan anew when it is time."""
         begin, end = round(self.start * run.steps), round(self.search * run.steps)
         step, times = run.step - begin, min(self.plans, max(1, end - begin))
-        if run.state["made"] < self.plans and (
-            run.step >= end or (step > 0 and due(step, 1, end - begin, times))
-        ):
-            self._plan(run, 1.0 if run.step >= end else step / (end - begin))
+        over, now = run.step >= end, step > 0 and due(step, 1, end - begin, times)
+        if run.state["made"] < self.plans and (over or now):
+            self._plan(run, 1.0 if over else step / (end - begin))
 
     def finalize(self, run: Run) -> None:
         """Meet the budget, if the training has not come to it."""
@@ -96,23 +87,14 @@ class AdaptiveRanks(Method):
         state["made"] = self.plans if last else state["made"] + 1
         whole, layers = dense_again(run, state["split"], state["layers"])
         seen = look(whole, layers, self.samples, seed=run.step)
-        bounds = run.limits()
-        left = 0.0 if last else (1 - part) ** self.power
-        limits = {
-            axis: bound + left * max(0.0, getattr(run.cost, axis) - bound)
-            for axis, bound in bounds.items()
-        }
-        edits = plan_ranks(whole, layers, seen, self.form, state["split"], limits, bounds)
+        bounds, left = run.limits(), 0.0 if last else (1 - part) ** self.power
+        limits = falling(run.cost, bounds, left), bounds
+        edits = plan_ranks(whole, layers, seen, self.form, state["split"], *limits)
         wanted = {} if last else gradients(whole, layers, self.samples, seed=run.step)
-        found = changes(
-            edits, run, layers, seen, state["split"], grow=0.0 if last else self.grow, wanted=wanted
-        )
+        grow = 0.0 if last else self.grow
+        found = changes(edits, run, layers, seen, state["split"], grow=grow, wanted=wanted)
         run.apply(*found)
-        rows = [edit for edit in found if isinstance(edit, Factor | Rerank)]
-        state["split"] = state["split"] | {edit.layer: edit.form for edit in rows}
+        state["split"] = state["split"] | forms_of(found)
         run.note(planned={edit.layer: [edit.form, *edit.ranks] for edit in edits})
         if last:
-            for name in layers.keys() - state["split"].keys():
-                run.keep(name, "no factorized form at the rank it needs is smaller")
-            if run.has_inputs:
-                recalibrate(run.model, run.inputs(SETTLING))
+            end_search(run, layers.keys() - state["split"].keys())

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pliant.families.lowrank.factorize import Layers, factorize, named, note_spectra, subjects
+from pliant.families.lowrank.estimates import stable_estimates, stable_ranks
+from pliant.families.lowrank.factorize import factorize, named, note_spectra, subjects
 from pliant.families.lowrank.times import due
-from pliant.families.lowrank.weaken import form_of, weakened
-from pliant.math.forms import max_ranks
-from pliant.math.rank import stable_rank
-from pliant.math.svd import spectrum
+from pliant.families.lowrank.weaken import weakened
 from pliant.method import Method
 from pliant.registry import In, Paper, register
 from pliant.run import Run
@@ -61,7 +59,7 @@ class Cuttlefish(Method):
     def prepare(self, run: Run) -> None:
         """Choose the layers, and measure their stable ranks."""
         layers = subjects(run, self.only, self.exclude)
-        ranks = _stable_ranks(layers)
+        ranks = stable_ranks(layers)
         run.state.update(layers=list(layers), first=ranks, before=ranks, split=False)
         note_spectra(run, layers, 0.95)
         if run.steps and not self._warmup(run):
@@ -74,7 +72,7 @@ class Cuttlefish(Method):
         if run.step >= self._warmup(run):
             self._split(run)
         elif self.settled and due(run.step, 1, self._warmup(run), self.looks):
-            before, now = state["before"], _stable_ranks(named(run, state["layers"]))
+            before, now = state["before"], stable_ranks(named(run, state["layers"]))
             state["before"] = now
             if max(abs(now[name] / before[name] - 1) for name in now) <= self.settled:
                 self._split(run)
@@ -90,15 +88,7 @@ class Cuttlefish(Method):
     def _split(self, run: Run) -> None:
         run.state["split"] = True
         layers, first = named(run, run.state["layers"]), run.state["first"]
-        estimates = {}
-        for name, now in _stable_ranks(layers).items():
-            most = max_ranks(layers[name].weight.shape, form_of(layers[name], self.form))
-            share = min(1.0, now / first[name])
-            estimates[name] = tuple(max(1, round(share * top)) for top in most)
+        estimates = stable_estimates(layers, first, self.form)
         run.note(stable={name: list(ranks) for name, ranks in estimates.items()})
         note_spectra(run, layers, 0.95)
         factorize(run, weakened(run, layers, estimates, self.form), layers, {})
-
-
-def _stable_ranks(layers: Layers) -> dict[str, float]:
-    return {name: stable_rank(spectrum(m.weight.detach(), 0)) for name, m in layers.items()}

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from pliant.edits import Factor
+from pliant.families.lowrank.estimates import doubtful, evbmf_ranks
 from pliant.families.lowrank.factorize import check_reachable, factorize, subjects
-from pliant.families.lowrank.weaken import form_of, weakened
-from pliant.math.rank import evbmf_rank
-from pliant.math.svd import unfold
+from pliant.families.lowrank.weaken import weakened
 from pliant.method import Method
-from pliant.nn.factorized import Factorizable
-from pliant.nn.kinds import kernel
-from pliant.observe.spectra import spectra
 from pliant.plan.remember import remembered
 from pliant.registry import Paper, register
 from pliant.run import Run
-
-LITTLE = 0.5  # share of a layer's energy; a single direction that holds less is not all of it
 
 
 @register(
@@ -63,43 +55,10 @@ class EVBMF(Method):
         """Factorize at once."""
         layers = subjects(run, self.only, self.exclude, every=True)
         key = ("evbmf", *layers)
-        estimates = remembered(run, key, lambda: {n: _estimate(m) for n, m in layers.items()})
+        estimates = remembered(run, key, lambda: {n: evbmf_ranks(m) for n, m in layers.items()})
         run.note(evbmf={name: list(ranks) for name, ranks in estimates.items()})
         ranks = {name: tuple(max(1, rank) for rank in each) for name, each in estimates.items()}
         edits = weakened(run, layers, ranks)
-        if warnings := _doubtful(edits, layers, estimates):
+        if warnings := doubtful(edits, layers, estimates):
             run.note(warnings=warnings)
         factorize(run, edits, layers, {})
-
-
-def _estimate(module: Factorizable) -> tuple[int, ...]:
-    """Ranks in the order of the form: (in, out) for Tucker-2, one for a matrix; 0 is all noise."""
-    weight = kernel(module).detach()
-    found = [
-        evbmf_rank(sigma, tuple(unfold(weight, mode).shape))
-        for mode, sigma in zip((1, 0), spectra(weight).values(), strict=True)
-    ]
-    return (found[1],) if form_of(module) == "svd" else tuple(found)
-
-
-def _doubtful(
-    edits: Sequence[Factor],
-    layers: Mapping[str, Factorizable],
-    estimates: Mapping[str, tuple[int, ...]],
-) -> dict[str, str]:
-    """Warn of layers that go to a rank of 1 on an estimate of 0 or 1 that their energy belies."""
-    found = {}
-    for edit in edits:
-        sides = ("in", "out") if edit.form == "tucker2" else ("out",)
-        values = spectra(kernel(layers[edit.layer]))
-        kept = [
-            float(values[side][0].square() / values[side].square().sum())
-            for side, rank, guess in zip(sides, edit.ranks, estimates[edit.layer], strict=True)
-            if rank == 1 and guess <= 1
-        ]
-        if kept and min(kept) < LITTLE:
-            found[edit.layer] = (
-                f"EVBMF takes all but one direction for noise, which holds {min(kept):.0%} of the "
-                f'energy: exclude "{edit.layer}" if the network suffers'
-            )
-    return found

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-import torch
-
+from pliant.families.lowrank.cuts import add_nuclear, cut
 from pliant.families.lowrank.factorize import (
     check_reachable,
     factorize,
@@ -14,10 +13,6 @@ from pliant.families.lowrank.factorize import (
     plan,
     subjects,
 )
-from pliant.math.forms import blocks
-from pliant.math.norms import penalty_gradient
-from pliant.math.rank import energy_rank
-from pliant.math.svd import spectral_map, spectrum
 from pliant.method import Method
 from pliant.nn.factorized import Factorizable
 from pliant.registry import In, Paper, register
@@ -71,18 +66,13 @@ class TRP(Method):
     def before_step(self, run: Run) -> None:
         """Add the gradient of the nuclear norm of the decomposed matrix."""
         for module in self._searched(run):
-            weight = module.weight
-            view = blocks(weight.detach(), self._form(weight))
-            mode = 0 if self._form(weight) == "output" else 1
-            pull = penalty_gradient(view, (mode,)).reshape(weight.shape)
-            if weight.grad is not None:
-                weight.grad.add_(pull, alpha=self.weight)
+            add_nuclear(module.weight, self.form, self.weight)
 
     def after_step(self, run: Run) -> None:
         """Cut, or split when the search is over."""
         if run.step % self.interval == 0:
             for module in self._searched(run):
-                self._cut(module.weight)
+                cut(module.weight, self.form, self.energy)
         if not run.state["split"] and run.step >= round(self.search * run.steps):
             self._split(run)
 
@@ -104,17 +94,3 @@ class TRP(Method):
     def _searched(self, run: Run) -> list[Factorizable]:
         names = [] if run.state["split"] else run.state["layers"]
         return [run.model.get_submodule(name) for name in names]  # type: ignore[misc]
-
-    def _form(self, weight: torch.Tensor) -> str:
-        return self.form if weight[0, 0].numel() > 1 else "output"
-
-    @torch.no_grad()
-    def _cut(self, weight: torch.Tensor) -> None:
-        view = blocks(weight, self._form(weight))
-        mode = 0 if self._form(weight) == "output" else 1
-        rank = energy_rank(spectrum(view, mode), self.energy)
-
-        def keep(sigma: torch.Tensor) -> torch.Tensor:
-            return torch.where(sigma >= sigma.sort(descending=True)[0][rank - 1], sigma, 0.0)
-
-        weight.copy_(spectral_map(view, mode, keep).reshape(weight.shape))

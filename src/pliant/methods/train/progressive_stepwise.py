@@ -22,7 +22,6 @@ from pliant.run import Run
         "S. Prasad, D. Lin, Y. Li, S. Dong, Z. M. Oo",
         "ICPR",
         2020,
-        "https://doi.org/10.1109/ICPR48806.2021",  # the proceedings
     ),
 )
 @dataclass(frozen=True)
