@@ -304,9 +304,10 @@ def test_inputs_held_out_are_not_learned_from() -> None:
 def test_a_step_of_a_weight_is_counted_in_levels(bits: int) -> None:
     """Adam's first step is the rate: so many levels for every width, scales by a share."""
     teacher, student, x = pair(bits=bits)
-    for _, layer in tunables(student):
+    first = copy.deepcopy(student)
+    for _, layer in tunables(first):
         layer.centre()
-    before = {n: (m.layer.weight.clone(), m.level()) for n, m in tunables(student)}
+    before = {n: (m.layer.weight.detach(), m.level()) for n, m in tunables(first)}
     scales = {n: m.scales["weight"].detach().clone() for n, m in tunables(student)}
     scales |= {f"{n} input": m.scales["input"].detach().clone() for n, m in tunables(student)}
     rates = Rates(0.25, 0.01)
