@@ -148,6 +148,31 @@ def test_stage_two_lowers_features_that_answers_do_not_see() -> None:
     assert float(tuning._loss(teacher, student, BLOCKS, goal, x)[0]) < 0.8 * before
 
 
+def test_stage_two_begins_where_no_small_step_turns_the_rounding_over() -> None:
+    """Weights a hair from the next level, as stage 1 leaves them: tiny steps ruin nothing."""
+    teacher, student, x = pair(bits=4)
+    for _, layer in tunables(student):
+        level = layer.scales["weight"].exp()[layer.index].view(-1, *[1] * (layer.weight.dim() - 1))
+        edge = noise(*layer.weight.shape).sign() * 0.499 * level
+        layer.layer.weight.data = (layer.weight + edge).detach()
+    goal = Goal()
+    judge = Judge(teacher, student, BLOCKS, goal, [x])
+    judge.see()
+    rates = Rates(0.01, 0.001)
+    joint(teacher, student, BLOCKS, iter([x]), steps=1, rates=rates, goal=goal, judge=judge)
+    assert judge.losses[-1] < 1.2 * judge.losses[0]
+
+
+def test_a_weight_nearer_to_its_level_gives_the_same_answers() -> None:
+    _, student, x = pair(bits=3)
+    before = answers(student(*x))[0].detach()
+    for _, layer in tunables(student):
+        far = (layer.layer.weight - layer.weight).detach()
+        layer.centre()
+        assert torch.allclose(layer.layer.weight - layer.weight, far / 2, atol=1e-6)
+    assert torch.equal(answers(student(*x))[0].detach(), before)
+
+
 class Boxes(nn.Module):
     """Class scores and boxes, as detectors give them."""
 
@@ -279,7 +304,10 @@ def test_inputs_held_out_are_not_learned_from() -> None:
 def test_a_step_of_a_weight_is_counted_in_levels(bits: int) -> None:
     """Adam's first step is the rate: so many levels for every width, scales by a share."""
     teacher, student, x = pair(bits=bits)
-    before = {n: (m.layer.weight.clone(), m.level()) for n, m in tunables(student)}
+    first = copy.deepcopy(student)
+    for _, layer in tunables(first):
+        layer.centre()
+    before = {n: (m.layer.weight.detach(), m.level()) for n, m in tunables(first)}
     scales = {n: m.scales["weight"].detach().clone() for n, m in tunables(student)}
     scales |= {f"{n} input": m.scales["input"].detach().clone() for n, m in tunables(student)}
     rates = Rates(0.25, 0.01)

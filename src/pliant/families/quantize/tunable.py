@@ -65,6 +65,16 @@ class Tunable(nn.Module):
         """Return the distance between two levels of the weight, the mean over its groups."""
         return float(self.scales["weight"].detach().exp().mean())
 
+    @torch.no_grad()
+    def centre(self) -> None:
+        """Move every weight half the way to its level: the same answers, and room for small steps.
+
+        Steps by straight-through gradients gather weights where rounding turns over, so that the
+        next ones would flip a third of them at once. Right at their levels they would give scales
+        no gradient.
+        """
+        self.layer.weight.lerp_(self._weight(), 0.5)
+
     def values(self) -> Values:
         """Return the numbers as they are now."""
         ranges = {

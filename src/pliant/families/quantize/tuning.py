@@ -240,6 +240,8 @@ def joint(
 ) -> None:
     """Fit the whole network on its own features, so that it also mends errors that add up.
 
+    Weights begin nearer to their levels: after stage 1 many lie where rounding turns over.
+
     Args:
         teacher: as for `independent`.
         student: as for `independent`.
@@ -256,6 +258,8 @@ def joint(
             loss, _ = _loss(teacher, student, blocks, goal, batch)
             loss.backward()
 
+    for _, layer in tunables(student):
+        layer.centre()
     _train(student, step, batches, steps, rates, judge.see)
 
 
