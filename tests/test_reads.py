@@ -124,7 +124,40 @@ def test_layers_that_read_one_tensor_share_its_products(monkeypatch: pytest.Monk
     layers = {name: layer for name, layer in model.named_children()}
     x = _draw(64, 6)
     found = metrics(model, layers, [(x,)], torch.Generator().manual_seed(0))
-    assert len(made) == 1
+    assert len(made) == 1 + 3  # of what they read, and of each one's gradients
+    assert found["q"].seen is found["k"].seen is found["v"].seen
     rows = patches(model.q, x.relu())
     for metric in found.values():
         assert torch.allclose(metric.inputs, rows.T @ rows / 64, atol=1e-5)
+
+
+def test_layers_that_read_one_tensor_at_first_part_where_they_read_others() -> None:
+    layers = {name: nn.Linear(4, 4) for name in ("q", "k", "v")}
+    gathered, (both, one, other, last) = Gathered(layers), _draw(4, 9, 4).unbind()
+    for name in layers:
+        gathered.see(name, both)
+    gathered.see("q", one)
+    gathered.see("q", other)
+    gathered.see("k", other)
+    gathered.see("v", last)
+    gathered.see("q", last)
+    found = gathered.reads()
+    wanted = {"q": [both, one, other, last], "k": [both, other], "v": [both, last]}
+    for name, parts in wanted.items():
+        rows = torch.cat(parts)
+        assert torch.allclose(found[name].dense(), rows.T @ rows, atol=1e-4)
+
+
+def test_gradients_of_enough_samples_are_all_that_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(moments, "PULLED", 8)
+    layer, x = nn.Linear(4, 4), _draw(32, 4)
+    recorded: list[bool] = []
+    layer.register_forward_hook(lambda *args: recorded.append(torch.is_grad_enabled()))
+    generator = torch.Generator().manual_seed(0)
+    found = metrics(layer, {"": layer}, [(part,) for part in x.split(4)], generator)[""]
+    assert recorded == [True, True, *[False] * 6]
+    assert torch.allclose(found.inputs, x.T @ x / 32, atol=1e-5)
+    whole = metrics(layer, {"": layer}, [(x[:8],)], generator)[""]
+    assert found.outputs is not None and whole.outputs is not None
+    ratio = float(found.outputs.trace() / whole.outputs.trace())
+    assert 0.3 < ratio < 3  # a mean over the samples that gave them

@@ -18,7 +18,7 @@ from torch import Tensor
 from pliant.math import forms
 from pliant.math.moments import dampen
 from pliant.math.reads import Gram, Reads
-from pliant.math.svd import norm_shares
+from pliant.math.svd import CHEAP, norm_shares, plain_dtype
 
 SENSITIVITY_DAMPING = 0.1
 """Share of the mean eigenvalue added to G: it is estimated from few gradients."""
@@ -60,7 +60,14 @@ class Metric:
 
     def enter(self, weight: Tensor) -> Tensor:
         """Scale a kernel's outputs so that plain errors of the result are sensitivities."""
-        return weight if self.outputs is None else _mix(weight, self._roots[0])
+        if self.outputs is None:
+            return weight
+        for known in self._entered:
+            if known.holds(weight):
+                return known.found
+        found = _mix(weight, self._roots[0])
+        self._entered[:] = [_Known(weight, weight._version, found)]
+        return found
 
     def leave(self, kernel: Tensor) -> Tensor:
         """Undo ``enter`` on the last kernel of a factorization."""
@@ -83,14 +90,41 @@ class Metric:
         channels instead of whole patches for the largest. ``sizes`` are ranks to which the
         factors will be cut (`pliant.math.forms.decompose`).
         """
-        dense = self.enter(weight)
         if form in ("output", "svd"):
-            *first, last = forms.projected(dense, form, ranks, self.seen)
+            *first, last = self._projected(weight, form, ranks)
             return tuple(norm_shares(*first, self.leave(last)))
+        dense = self.enter(weight)
         seen = self.seen.channels(weight[0, 0].numel()) if self.size > WHOLE else self.inputs
         sweeps = forms.SWEEPS if self.size <= SETTLING else BRIEF
         *first, last = forms.decompose(dense, form, ranks, moments=seen, sweeps=sweeps, sizes=sizes)
         return tuple(norm_shares(*first, self.leave(last)))
+
+    def principal(self, weight: Tensor) -> Tensor:
+        """Return what each direction of a matrix's outputs is worth, and keep the strongest.
+
+        Factors of the same matrix need no other decomposition then.
+        """
+        dense = self.enter(weight)
+        most = max(1, (dense.numel() - 1) // (len(dense) + dense[0].numel()))
+        energies, basis = forms.principal(dense, self.seen, most)
+        basis = basis if len(basis) <= CHEAP else basis.float()
+        self._bases[:] = [_Known(weight, weight._version, basis)]
+        return energies
+
+    def _projected(self, weight: Tensor, form: str, ranks: tuple[int, ...]) -> tuple[Tensor, ...]:
+        dense = self.enter(weight)
+        for known in self._bases:
+            if known.holds(weight) and ranks[0] <= known.found.shape[1]:
+                return forms.onto(dense, form, known.found[:, : ranks[0]].double())
+        return forms.projected(dense, form, ranks, self.seen)
+
+    @cached_property
+    def _entered(self) -> list[_Known]:
+        return []
+
+    @cached_property
+    def _bases(self) -> list[_Known]:
+        return []
 
     @cached_property
     def _roots(self) -> tuple[Tensor, Tensor]:
@@ -106,7 +140,24 @@ class Metric:
         return root.T, torch.linalg.solve_triangular(root.T, eye, upper=True)
 
 
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """What was found of a kernel as it was; it is held, so that its memory is nobody else's."""
+
+    weight: Tensor
+    version: int
+    found: Tensor
+
+    def holds(self, weight: Tensor) -> bool:
+        """Whether this is the same kernel, unchanged."""
+        mine = self.weight
+        same = mine.data_ptr() == weight.data_ptr() and mine.stride() == weight.stride()
+        return same and mine.shape == weight.shape and weight._version == self.version
+
+
 def _mix(kernel: Tensor, matrix: Tensor) -> Tensor:
+    """Multiply the outputs of a kernel by a matrix, or by a number each; not in half precision."""
+    kind = plain_dtype(kernel.dtype)
     if matrix.dim() == 1:
-        return (matrix.view(-1, *[1] * (kernel.dim() - 1)) * kernel.double()).to(kernel.dtype)
-    return torch.einsum("ab,b...->a...", matrix, kernel.double()).to(kernel.dtype)
+        return (matrix.view(-1, *[1] * (kernel.dim() - 1)) * kernel.double()).to(kind)
+    return torch.einsum("ab,b...->a...", matrix, kernel.double()).to(kind)

@@ -75,7 +75,7 @@ def forms_of(shape: Sequence[int], allowed: Sequence[str]) -> list[str]:
 
 def _ladder(lost: Sequence[Tensor], most: Sequence[int]) -> list[tuple[int, ...]]:
     """Ranks read off at falling levels of energy, at most about ``LEVELS`` rungs."""
-    levels = sorted({float(value) for row in lost for value in row[1:]}, reverse=True)
+    levels = sorted({value for row in lost for value in row[1:].tolist()}, reverse=True)
     thin = levels[:: 1 + len(levels) // LEVELS]
     return list(dict.fromkeys(ranks_at(lost, level, most) for level in thin))
 
