@@ -5,6 +5,7 @@ import csv
 import importlib.util
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from bench.experiments import Cell, Cells, Table, coding_vdsr, pick, plain
 from pliant import zoo
 from pliant.budget import Budget
 from pliant.cost import layer_costs
+from pliant.data import Data
 from pliant.drivers.loop import evaluate
 from pliant.errors import DataError, require
 from pliant.surgery.batchnorm import recalibrate
@@ -99,6 +101,8 @@ def _bounded(model: nn.Module, batch: Any, budget: Budget) -> tuple[float, dict[
 
 def _batches(inputs: Any) -> list[Any]:
     """Cut calibration inputs into batches of 128."""
+    if isinstance(inputs, Data):
+        return list(inputs.calibration(1024))
     if isinstance(inputs, Mapping):
         parts = {name: value.split(128) for name, value in inputs.items()}
         return [dict(zip(parts, row, strict=True)) for row in zip(*parts.values(), strict=True)]
@@ -158,16 +162,15 @@ def _vdsr(plan: Settings) -> tuple[nn.Module, Any, Callable[[nn.Module], float]]
 
 
 def _resnet20(plan: Settings) -> tuple[nn.Module, Any, Callable[[nn.Module], float]]:
-    data = cifar10().subset(**plan["images"])
-    (inputs,) = next(iter(data.batches("train", plan["images"]["train"])))[:1]
-    model = zoo.build("resnet20", weights=part("pretrained") / "resnet20-cifar10.safetensors")
-    recalibrate(model, [(inputs,)])
+    data = replace(cifar10().subset(**plan["images"]), val=None)
+    known = data.calibration(plan["images"]["train"])
 
     def score(model: nn.Module) -> float:
-        recalibrate(model, [(inputs,)])
+        recalibrate(model, known)
         return 100 * evaluate(model, data, "test").accuracy
 
-    return model, inputs[: plan["samples"]], score
+    model = zoo.build("resnet20", weights=part("pretrained") / "resnet20-cifar10.safetensors")
+    return model, data, score
 
 
 NETWORKS = {"minilm": _minilm, "vdsr": _vdsr, "resnet20": _resnet20}

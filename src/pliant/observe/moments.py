@@ -24,7 +24,7 @@ from pliant.observe.outputs import answers
 from pliant.observe.watch import capture, samples
 
 WIDE = 4096  # outputs beyond which only their own sensitivities are kept, not those of pairs
-PULLED = 256  # samples from whose gradients on no more are taken
+PULLED = 1024  # samples from whose gradients on no more are taken
 MOST = 5000  # inputs beyond which samples are kept, and at most so many
 GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
 

@@ -29,12 +29,9 @@ from pliant.errors import ModelError
 from pliant.nn.layers import shared_weights
 from pliant.observe.outputs import answers
 from pliant.observe.readers import readers
-from pliant.surgery.marks import Union, codes_of, covered
+from pliant.surgery.marks import Block, Slot, Union, codes_of, covered, together
 from pliant.surgery.parted import Parted
 from pliant.surgery.select import READ, readable
-
-Slot = tuple[str, str]
-"""A layer and one of its sides."""
 
 MOVES = (3.0, -3.0)  # added to marked values where they must stay numbers
 _APART = (nn.modules.batchnorm._NormBase, nn.GroupNorm)  # norms that are known not to mix all
@@ -81,8 +78,8 @@ def trace(
 ) -> tuple[list[Group], dict[str, str]]:
     """Find the groups of channels that may leave a network, and why other layers keep theirs.
 
-    The model is not touched. Needs a forward pass for every layer, on a few copies of one sample;
-    convolutions and linear layers themselves compute one sample only.
+    The model is not touched. Needs a forward pass for every few layers, on some copies of one
+    sample; convolutions and linear layers themselves compute one sample only.
 
     Args:
         model: any module.
@@ -120,11 +117,15 @@ def _spread(
         samples_of(network, example)  # asked before there are marks, and remembered
     probe = _Probe(network, examples[0], heads=heads)
     sources = [slot for slot in probe.sizes if slot[1] == "out"]
+    # A single channel cannot leave, and ties nothing: elsewhere it is broadcast.
+    several = [slot for slot in sources if probe.sizes[slot] > 1]
     for example in examples:
         probe.begin(example)
-        for slot in sources:
+        for slots in together(several, probe.sizes):
             for mark in marks:
-                probe.spread(slot, mark)
+                if not probe.spread(slots, mark):
+                    for slot in slots:
+                        probe.spread([slot], mark)
     for slot in sources:
         if slot not in probe.marked and probe.sizes[slot] > 1:
             probe.pin(slot, range(probe.sizes[slot]), UNSEEN)
@@ -142,8 +143,9 @@ class _Probe:
     pins: dict[int, tuple[str, str]] = field(default_factory=dict)  # why a channel must stay
     marked: set[Slot] = field(default_factory=set)
     mixed: dict[int, str] = field(default_factory=dict)  # which norm makes channels meet
-    source: Slot = ("", "")
-    codes: Tensor = field(default_factory=lambda: torch.empty(0))  # (samples, channels)
+    blocks: list[Block] = field(default_factory=list)  # of the batch that is on its way
+    count: int = 0  # its samples
+    unclear: bool = False  # whether marks arrived that cannot be told apart
     heads: bool = False  # whether heads leave whole
     mark: float = math.nan  # in the place of marked values, or added to them
     kept: dict[tuple[str, torch.Size, str], Tensor] = field(default_factory=dict)  # for one sample
@@ -171,18 +173,27 @@ class _Probe:
         self.example = example
         self.kept.clear()
 
-    def spread(self, source: Slot, mark: float) -> None:
-        """Mark the outputs of one layer and see where they arrive."""
-        if self.sizes[source] < 2:
-            return  # a single channel cannot leave, and ties nothing: elsewhere it is broadcast
-        self.source, self.codes, self.mark = source, codes_of(self.sizes[source]), mark
+    def spread(self, sources: Sequence[Slot], mark: float) -> bool:
+        """Mark the outputs of layers, each in samples of its own, and see where they arrive.
+
+        Returns:
+            whether it could be told which of them arrived; if not, mark one at a time.
+        """
+        self.blocks, self.count, self.mark, self.unclear = [], 0, mark, False
+        for source in sources:
+            codes = codes_of(self.sizes[source])
+            rows = slice(self.count, self.count + len(codes))
+            self.blocks.append(Block(source, codes, rows))
+            self.count = rows.stop
         with torch.no_grad(), slow_attention(), Parted(self._tie_parts, heads=self.heads):
-            output = call(self.model, first_sample(self.example, self.model, len(self.codes)))
-        arrived = torch.zeros(len(self.codes), dtype=torch.bool)
+            output = call(self.model, first_sample(self.example, self.model, self.count))
+        arrived = torch.zeros(self.count, dtype=torch.bool)
         for tensor in answers(output):
             if tensor.dim():
                 arrived |= self._by_sample(tensor)
-        self.pin(source, covered(self.codes, arrived), OUTPUT)
+        for block in self.blocks:
+            self.pin(block.source, covered(block.codes, arrived[block.rows]), OUTPUT)
+        return not self.unclear
 
     def pin(self, slot: Slot, channels: Iterable[int], reason: str) -> None:
         """Note that channels must stay."""
@@ -211,20 +222,43 @@ class _Probe:
 
     def _tie_parts(self, parts: Sequence[Tensor], axis: int) -> None:
         """Tie what lies at one place of equal parts of a tensor: its middle moves with them."""
-        if len(parts[0]) != len(self.codes):
+        if len(parts[0]) != self.count:
             return
         marked = [self._marks(part).movedim(axis, 1) for part in parts]
-        each = torch.stack([marks.reshape(*marks.shape[:2], -1).any(2) for marks in marked])
-        for place in each.any(0).any(0).nonzero().flatten().tolist():
-            found = [c for marks in each for c in covered(self.codes, marks[:, place].cpu())]
-            for channel in found[1:]:
-                first = self.first[self.source]
-                self.union.join(first + found[0], first + channel)
+        each = torch.stack([marks.reshape(*marks.shape[:2], -1).any(2) for marks in marked]).cpu()
+        for block in self.blocks:
+            own, first = each[:, block.rows], self.first[block.source]
+            for place in own.any(0).any(0).nonzero().flatten().tolist():
+                found = [c for marks in own for c in covered(block.codes, marks[:, place])]
+                for channel in found[1:]:
+                    self.union.join(first + found[0], first + channel)
 
     def _by_sample(self, tensor: Tensor) -> Tensor:
-        if len(tensor) != len(self.codes):
-            return torch.full((len(self.codes),), bool(tensor.isnan().any()))
+        if len(tensor) != self.count:
+            return self._scattered(tensor)
         return self._marks(tensor).flatten(1).any(1).cpu()
+
+    def _scattered(self, tensor: Tensor) -> Tensor:
+        """Say in which samples marks are of a tensor with other rows: all of one layer's, or none.
+
+        Rows are taken for parts of samples, in their order, as windows of an image are. Where that
+        cannot be, or marks are no not-a-numbers, several layers cannot be told apart.
+        """
+        found = torch.zeros(self.count, dtype=torch.bool)
+        if not tensor.isnan().any():
+            self.unclear |= not math.isnan(self.mark) and len(self.blocks) > 1
+            return found
+        if len(self.blocks) == 1:
+            return ~found
+        parts = torch.ones(self.count, dtype=torch.bool)
+        if len(tensor) % self.count == 0:
+            parts = tensor.isnan().reshape(self.count, -1).any(1).cpu()
+        if any(parts[block.rows.start] for block in self.blocks):  # these have no marks
+            self.unclear = True
+            return found
+        for block in self.blocks:
+            found[block.rows] = parts[block.rows].any()
+        return found
 
     def _marks(self, tensor: Tensor) -> Tensor:
         """Say which numbers are marked: the first sample never is."""
@@ -241,13 +275,15 @@ class _Probe:
 
     def _mixer(self, name: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            first = self.first[self.source]
             given = args[0] if args else None
-            if first in self.mixed or not isinstance(given, Tensor):
+            if not isinstance(given, Tensor) or not isinstance(output, Tensor):
                 return
-            known = isinstance(output, Tensor) and len(output) == len(self.codes) == len(given)
-            if known and self._marks(output).sum() > self._marks(given).sum():
-                self.mixed[first] = name
+            if not len(output) == self.count == len(given):
+                return
+            before, after = (self._marks(each).flatten(1).sum(1) for each in (given, output))
+            for block in self.blocks:
+                if after[block.rows].sum() > before[block.rows].sum():
+                    self.mixed.setdefault(self.first[block.source], name)
 
         return hook
 
@@ -257,7 +293,7 @@ class _Probe:
         features = isinstance(module, nn.Linear)
 
         def forward(input: Tensor, output_size: Any = None) -> Tensor:
-            count, place = len(self.codes), (name, input.shape[1:], str(output_size))
+            count, place = self.count, (name, input.shape[1:], str(output_size))
             more = () if output_size is None else (output_size,)  # of a transposed convolution
             self._read((name, "in"), input, input.dim() - 1 if features else 1)
             if len(input) != count:
@@ -265,24 +301,29 @@ class _Probe:
             if place not in kept:
                 kept[place] = compute(input[:1].nan_to_num(), *more)
             output = kept[place].expand(count, *kept[place].shape[1:]).clone()
-            if self.source != (name, "out"):
-                return output
-            self.marked.add(self.source)
-            axis = output.dim() - 1 if features else 1
-            shape = [size if dim in (0, axis) else 1 for dim, size in enumerate(output.shape)]
-            marked = self.codes.to(output.device).view(shape)
-            if math.isnan(self.mark):
-                return output.masked_fill(marked, math.nan)
-            return output + self.mark * marked
+            for block in self.blocks:
+                if block.source == (name, "out"):
+                    self.marked.add(block.source)
+                    self._write(
+                        output[block.rows], block.codes, output.dim() - 1 if features else 1
+                    )
+            return output
 
         return forward
 
+    def _write(self, output: Tensor, codes: Tensor, axis: int) -> None:
+        """Mark the outputs of a layer, in place."""
+        shape = [size if dim in (0, axis) else 1 for dim, size in enumerate(output.shape)]
+        marked = codes.to(output.device).view(shape)
+        if math.isnan(self.mark):
+            output.masked_fill_(marked, math.nan)
+        else:
+            output += self.mark * marked
+
     def _read(self, slot: Slot, given: Tensor, axis: int) -> None:
         """Tie what arrives at the channels of a layer to them."""
-        if len(given) != len(self.codes) or given.dim() < 2:
-            if given.isnan().any() or not math.isnan(self.mark):
-                everything = range(self.sizes[self.source])
-                self.pin(self.source, everything, f"{slot[0]} does not read it sample by sample")
+        if len(given) != self.count or given.dim() < 2:
+            self._read_otherwise(slot, given)
             return
         others = [dim for dim in range(1, given.dim()) if dim != axis]
         if math.isnan(self.mark):
@@ -290,10 +331,21 @@ class _Probe:
         else:
             marked = self._marks(given).movedim(axis, 1)
             marks = marked.reshape(*marked.shape[:2], -1).any(2).cpu()
-        source, target = self.first[self.source], self.first[slot]
-        for place in marks.any(0).nonzero().flatten().tolist():
-            for channel in covered(self.codes, marks[:, place]):
-                self.union.join(source + channel, target + place)
+        target = self.first[slot]
+        for block in self.blocks:
+            own, source = marks[block.rows], self.first[block.source]
+            for place in own.any(0).nonzero().flatten().tolist():
+                for channel in covered(block.codes, own[:, place]):
+                    self.union.join(source + channel, target + place)
+
+    def _read_otherwise(self, slot: Slot, given: Tensor) -> None:
+        """Keep what arrives where a layer reads other rows than samples."""
+        found = self._scattered(given) if given.dim() else given.isnan().expand(self.count).cpu()
+        moved = len(self.blocks) == 1 and not math.isnan(self.mark)
+        for block in self.blocks:
+            if moved or found[block.rows].any():
+                everything = range(self.sizes[block.source])
+                self.pin(block.source, everything, f"{slot[0]} does not read it sample by sample")
 
 
 def _unchanged(x: Tensor) -> Tensor:

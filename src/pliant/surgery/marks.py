@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+Slot = tuple[str, str]
+"""A layer and one of its sides."""
+
+ROWS = 64  # samples of a batch that carries the marks of several layers
 
 
 @dataclass
@@ -41,3 +47,32 @@ def covered(codes: Tensor, pattern: Tensor) -> list[int]:
     """Return the channels all of whose marks are in a pattern: one for a single channel."""
     inside: Tensor = (codes <= pattern[:, None]).all(0)
     return inside.nonzero().flatten().tolist()
+
+
+@dataclass(frozen=True)
+class Block:
+    """The samples of a batch in which the outputs of one layer are marked.
+
+    Args:
+        source: the layer.
+        codes: which of its channels are marked in which of these samples; in the first none.
+        rows: these samples.
+    """
+
+    source: Slot
+    codes: Tensor
+    rows: slice
+
+
+def together(slots: Sequence[Slot], sizes: Mapping[Slot, int]) -> Iterator[list[Slot]]:
+    """Cut layers into runs whose codes fit into one batch."""
+    found: list[Slot] = []
+    rows = 0
+    for slot in slots:
+        more = len(codes_of(sizes[slot]))
+        if found and rows + more > ROWS:
+            yield found
+            found, rows = [], 0
+        found, rows = [*found, slot], rows + more
+    if found:
+        yield found
