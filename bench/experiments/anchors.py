@@ -5,7 +5,6 @@ import csv
 import importlib.util
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +161,7 @@ def _vdsr(plan: Settings) -> tuple[nn.Module, Any, Callable[[nn.Module], float]]
 
 
 def _resnet20(plan: Settings) -> tuple[nn.Module, Any, Callable[[nn.Module], float]]:
-    data = replace(cifar10().subset(**plan["images"]), val=None)
+    data = cifar10().subset(**plan["images"])
     known = data.calibration(plan["images"]["train"])
 
     def score(model: nn.Module) -> float:

@@ -121,7 +121,7 @@ def _spread(
     several = [slot for slot in sources if probe.sizes[slot] > 1]
     for example in examples:
         probe.begin(example)
-        for slots in together(several, probe.sizes):
+        for slots in together(several, probe.sizes, probe.largest):
             for mark in marks:
                 if not probe.spread(slots, mark):
                     for slot in slots:
@@ -172,6 +172,10 @@ class _Probe:
         """Take another sample, and forget what layers gave for the last one."""
         self.example = example
         self.kept.clear()
+
+    def largest(self) -> int:
+        """Return how many numbers there are in the largest output that a layer gave."""
+        return max((output.numel() for output in self.kept.values()), default=1)
 
     def spread(self, sources: Sequence[Slot], mark: float) -> bool:
         """Mark the outputs of layers, each in samples of its own, and see where they arrive.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,8 @@ from torch import Tensor
 Slot = tuple[str, str]
 """A layer and one of its sides."""
 
-ROWS = 64  # samples of a batch that carries the marks of several layers
+ROWS = 128  # samples of a batch that carries the marks of several layers
+HELD = 2**25  # numbers in the largest output of a layer for all of them
 
 
 @dataclass
@@ -64,15 +65,23 @@ class Block:
     rows: slice
 
 
-def together(slots: Sequence[Slot], sizes: Mapping[Slot, int]) -> Iterator[list[Slot]]:
-    """Cut layers into runs whose codes fit into one batch."""
-    found: list[Slot] = []
-    rows = 0
-    for slot in slots:
+def together(
+    slots: Sequence[Slot], sizes: Mapping[Slot, int], largest: Callable[[], int]
+) -> Iterator[list[Slot]]:
+    """Cut layers into runs whose codes fit into one batch; the first run is one layer.
+
+    Args:
+        slots: the layers.
+        sizes: how many channels each has.
+        largest: numbers in the largest output of a layer, for one sample, as far as it is known.
+    """
+    found, rows, most = list(slots[:1]), 0, 0
+    for slot in slots[1:]:
         more = len(codes_of(sizes[slot]))
-        if found and rows + more > ROWS:
+        if rows + more > most:
             yield found
-            found, rows = [], 0
-        found, rows = [*found, slot], rows + more
+            found, rows, most = [], 0, min(ROWS, HELD // max(1, largest()))
+        found.append(slot)
+        rows += more
     if found:
         yield found
