@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pliant.math import forms
 from pliant.math.moments import dampen
-from pliant.math.reads import Gram, Reads
+from pliant.math.reads import Gram, LowRoots, Reads, Rows
 from pliant.math.svd import CHEAP, norm_shares, plain_dtype
 
 SENSITIVITY_DAMPING = 0.1
@@ -36,12 +36,12 @@ class Metric:
         reads: C, the mean over samples and positions: a matrix (S*prod(kernel),) * 2, or one that
             is kept in fewer numbers.
         outputs: G, (T, T), the mean over samples of the sum over positions (as if the gradients
-            of different positions were uncorrelated), or its diagonal (T,); None if the outputs
-            count alike.
+            of different positions were uncorrelated), or its diagonal (T,), or the few samples
+            (N, T) of which it is the sum of squares; None if the outputs count alike.
     """
 
     reads: Tensor | Reads
-    outputs: Tensor | None = None
+    outputs: Tensor | Rows | None = None
 
     @cached_property
     def seen(self) -> Reads:
@@ -65,13 +65,13 @@ class Metric:
         for known in self._entered:
             if known.holds(weight):
                 return known.found
-        found = _mix(weight, self._roots[0])
+        found = self._mixed(weight, inverse=False)
         self._entered[:] = [_Known(weight, weight._version, found)]
         return found
 
     def leave(self, kernel: Tensor) -> Tensor:
         """Undo ``enter`` on the last kernel of a factorization."""
-        return kernel if self.outputs is None else _mix(kernel, self._roots[1])
+        return kernel if self.outputs is None else self._mixed(kernel, inverse=True)
 
     def energy(self, weight: Tensor) -> float:
         """Return what losing the whole kernel would cost: tr(G W C W^T)."""
@@ -118,6 +118,30 @@ class Metric:
                 return forms.onto(dense, form, known.found[:, : ranks[0]].double())
         return forms.projected(dense, form, ranks, self.seen)
 
+    def forget(self) -> None:
+        """Drop what the outputs' moments gave and can be computed again; directions are kept."""
+        for name in ("_roots", "_low", "_entered"):
+            self.__dict__.pop(name, None)
+
+    @property
+    def work(self) -> int:
+        """Bytes of what is computed in float64 from the moments, and kept until `forget`."""
+        outputs = self.outputs
+        square = isinstance(outputs, Tensor) and outputs.dim() > 1
+        inner = 2 * self.size**2 if isinstance(self.seen, Gram) else 0
+        return 8 * (inner + (3 * len(outputs) ** 2 if square else 0))  # type: ignore[arg-type]
+
+    def _mixed(self, kernel: Tensor, *, inverse: bool) -> Tensor:
+        if isinstance(self.outputs, Rows):
+            found = self._low.apply(kernel.flatten(1), inverse=inverse)
+            return found.reshape(kernel.shape).to(plain_dtype(kernel.dtype))
+        return _mix(kernel, self._roots[1 if inverse else 0])
+
+    @cached_property
+    def _low(self) -> LowRoots:
+        assert isinstance(self.outputs, Rows)
+        return LowRoots.of(self.outputs.rows, SENSITIVITY_DAMPING)
+
     @cached_property
     def _entered(self) -> list[_Known]:
         return []
@@ -128,7 +152,7 @@ class Metric:
 
     @cached_property
     def _roots(self) -> tuple[Tensor, Tensor]:
-        assert self.outputs is not None
+        assert isinstance(self.outputs, Tensor)
         if self.outputs.dim() == 1:
             each = self.outputs.double()
             mean = each.mean().clamp_min(torch.finfo(each.dtype).tiny)

@@ -26,6 +26,8 @@ from pliant.observe.watch import capture, samples
 WIDE = 4096  # outputs beyond which only their own sensitivities are kept, not those of pairs
 PULLED = 1024  # samples from whose gradients on no more are taken
 MOST = 5000  # inputs beyond which samples are kept, and at most so many
+FEW = 1024  # outputs from which on gradients of few samples are kept as they are
+Pull = Tensor | list[Tensor]
 GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
 
 
@@ -50,7 +52,7 @@ def metrics(
         loss: function of a batch's number and its output, summed over samples, whose gradients
             count instead.
     """
-    pulls: dict[str, Tensor] = {}
+    pulls: dict[str, Pull] = {}
     outputs: dict[str, list[GradientEdge]] = {}
     gathered = Gathered(layers)
 
@@ -74,13 +76,16 @@ def metrics(
                     pulled = count
                     pull = surprise(result, generator) if loss is None else loss(number, result)
                     _gather(pulls, outputs, pull, layers)
-    unknown = _unknown(pulls, layers)
+    means = {name: _mean(pull, pulled) for name, pull in pulls.items()}
+    unknown = _unknown(means, layers)
     return {
-        name: Metric(read, (pulls[name] if name in pulls else unknown(name)) / pulled)
-        if pulls
-        else Metric(read)
+        name: Metric(read, (means[name] if name in means else unknown(name)) if means else None)
         for name, read in _means(gathered.reads(), count).items()
     }
+
+
+def _mean(pull: Pull, count: int) -> Tensor | Rows:
+    return pull / count if isinstance(pull, Tensor) else Rows(torch.cat(pull) / count**0.5)
 
 
 def _means(sums: Mapping[str, Reads], count: int) -> dict[str, Reads]:
@@ -90,10 +95,13 @@ def _means(sums: Mapping[str, Reads], count: int) -> dict[str, Reads]:
 
 
 def _unknown(
-    pulls: Mapping[str, Tensor], layers: Mapping[str, Factorizable]
+    pulls: Mapping[str, Tensor | Rows], layers: Mapping[str, Factorizable]
 ) -> Callable[[str], Tensor]:
     """Let outputs that no gradient reaches matter as much as those of other layers on average."""
-    traces = [float((p if p.dim() == 1 else p.diagonal()).sum()) for p in pulls.values()]
+    traces = [
+        float(p.trace if isinstance(p, Rows) else (p if p.dim() == 1 else p.diagonal()).sum())
+        for p in pulls.values()
+    ]
     mean = sum(traces) / max(1, len(pulls))
 
     def moments(name: str) -> Tensor:
@@ -267,7 +275,7 @@ def _tracked(layers: Iterable[Factorizable]) -> Iterator[None]:
 
 
 def _gather(
-    pulls: dict[str, Tensor],
+    pulls: dict[str, Pull],
     outputs: Mapping[str, list[GradientEdge]],
     loss: Tensor,
     layers: Mapping[str, Factorizable],
@@ -283,9 +291,17 @@ def _gather(
             continue
         axis = -1 if channels_last(layers[name]) else 1
         rows = gradient.float().movedim(axis, -1).flatten(0, -2)
-        wide = rows.shape[1] > WIDE
-        moments = rows.square().sum(0) if wide else self_product(rows.T)
-        pulls[name] = pulls.get(name, torch.zeros((), device=rows.device)) + moments
+        pulls[name] = _with(pulls.get(name, []), rows)
+
+
+def _with(known: Pull, rows: Tensor) -> Pull:
+    """Add gradients by outputs: as they are while they are few, else as their second moments."""
+    width = rows.shape[1]
+    if not isinstance(known, Tensor):
+        if width >= FEW and 2 * (sum(map(len, known)) + len(rows)) <= width:
+            return [*known, rows]
+        rows, known = torch.cat([*known, rows]), torch.zeros((), device=rows.device)
+    return known + (rows.square().sum(0) if width > WIDE else self_product(rows.T))
 
 
 def surprise(result: Any, generator: torch.Generator) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Literal
 from pliant.budget import Option
 from pliant.edits import Factor
 from pliant.errors import ModelError
-from pliant.families.lowrank.options import forms_of, options, with_kernels
+from pliant.families.lowrank.options import forms_of, options, spared, with_kernels
 from pliant.families.lowrank.refit import reconstruct as refit
 from pliant.math.forms import FORMS, max_ranks
 from pliant.math.metric import Metric
@@ -28,7 +28,7 @@ Layers = Mapping[str, Factorizable]
 Form = Literal["auto", "tucker2", "input", "output", "spatial"]
 
 BATCH = 128  # samples per calibration batch
-HELD = 2**27  # numbers in the output of one layer, for all samples that are refitted from at once
+HELD = 2**27  # numbers held at once: outputs of all layers that are looked at, or of one refitted
 
 
 def subjects(
@@ -72,7 +72,9 @@ def look(run: Run, layers: Layers, samples: int, *, seed: int = 0) -> dict[str, 
     """
     if not run.has_inputs or not samples:
         return {}
-    batches, loss = run.looks(samples, batch=BATCH, seed=seed)
+    per = sum(math.prod(row.output) * row.calls for row in run.planner.rows().values())
+    batch = max(1, min(BATCH, HELD // max(1, per)))  # gradients need all of these at once
+    batches, loss = run.looks(samples, batch=batch, seed=seed)
     return metrics(run.model, layers, batches, run.generator, loss)
 
 
@@ -154,9 +156,10 @@ def choices(
     usual = sum(worth.values()) / max(1, len(worth))
     allowed = FORMS[:4] if form == "auto" else (form,)
     timed = run.clock is not None and "latency" in run.limits()
-    found = {}
+    found, spare = {}, spared(seen)
     for name, module in layers.items():
         metric, steps = seen.get(name), {}
+        spare(metric)
         if timed and run.clock is not None:
             steps = {
                 kind: run.clock.table.step_for(module, kind)
