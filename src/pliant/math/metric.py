@@ -126,10 +126,10 @@ class Metric:
     @property
     def work(self) -> int:
         """Bytes of what is computed in float64 from the moments, and kept until `forget`."""
-        outputs = self.outputs
-        square = isinstance(outputs, Tensor) and outputs.dim() > 1
         inner = 2 * self.size**2 if isinstance(self.seen, Gram) else 0
-        return 8 * (inner + (3 * len(outputs) ** 2 if square else 0))  # type: ignore[arg-type]
+        if isinstance(self.outputs, Rows):
+            return 8 * (inner + 2 * self.outputs.rows.numel())
+        return 8 * (inner + (0 if self.outputs is None else 3 * self.outputs.numel()))
 
     def _mixed(self, kernel: Tensor, *, inverse: bool) -> Tensor:
         if isinstance(self.outputs, Rows):
