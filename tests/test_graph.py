@@ -23,8 +23,11 @@ from pliant.edits import Prune, from_json, replay, to_json
 from pliant.errors import EditError, ModelError
 from pliant.families.prune.allocate import after
 from pliant.families.prune.schedule import Schedule
+from pliant.registry import build
+from pliant.run import start
+from pliant.surgery import marks
 from pliant.surgery.batchnorm import absorb
-from pliant.surgery.graph import Group
+from pliant.surgery.graph import Group, trace
 from pliant.surgery.optim import carry
 from pliant.surgery.prove import cuttable, edits_of, ignore, prove, silence
 from pliant.testing.toys import TOYS
@@ -409,3 +412,66 @@ def test_a_module_under_two_names_is_cut_as_one() -> None:
 
     groups, _ = cuttable(Twice(), IMAGE)
     assert [(group.name, len(group.units)) for group in groups] == [("net.0", 8)]
+
+
+class Windows(nn.Module):
+    """Blocks of a convolution and of windows that become samples, as MaxViT has them."""
+
+    def __init__(self, depth: int = 4, width: int = 8) -> None:
+        super().__init__()
+        self.stem = conv(3, width)
+        self.wide = nn.ModuleList(nn.Conv2d(width, 4 * width, 1) for _ in range(depth))
+        self.deep = nn.ModuleList(
+            conv(4 * width, 4 * width, groups=4 * width) for _ in range(depth)
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4 * width) for _ in range(depth))
+        self.back = nn.ModuleList(nn.Conv2d(4 * width, width, 1) for _ in range(depth))
+        self.up = nn.ModuleList(nn.Linear(width, 2 * width) for _ in range(depth))
+        self.down = nn.ModuleList(nn.Linear(2 * width, width) for _ in range(depth))
+        self.head = nn.Linear(width, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, 3, 8, 8) to (N, 5)."""
+        x = self.stem(x)
+        for wide, deep, norm, back, up, down in zip(
+            self.wide, self.deep, self.norms, self.back, self.up, self.down, strict=True
+        ):
+            x = x + back(norm(deep(wide(x).relu())).relu())
+            parts = x.unflatten(2, (-1, 4)).unflatten(4, (-1, 4)).permute(0, 2, 4, 3, 5, 1)
+            seen = down(up(parts.reshape(-1, 16, x.shape[1])).relu()).reshape(parts.shape)
+            x = x + seen.permute(0, 5, 1, 3, 2, 4).reshape(x.shape)
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("name", ["residual", "windows", "grouped", "transformer"])
+def test_marks_of_several_layers_in_one_batch_say_the_same(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, example = _net(name)
+    together = trace(model, example)
+    monkeypatch.setattr(marks, "ROWS", 1)
+    assert trace(model, example) == together
+    assert together[0]
+
+
+def _net(name: str) -> tuple[nn.Module, Any]:
+    torch.manual_seed(0)
+    if name == "windows":
+        return Windows(), IMAGE
+    toy = TOYS[name]
+    return toy.model(), toy.inputs(1)
+
+
+@pytest.mark.parametrize("depth", [2, 8])
+def test_planning_channels_takes_few_forward_passes(
+    depth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[int] = []
+    model, x = Windows(depth), torch.randn(64, 3, 8, 8)
+    plain = Windows.forward
+    monkeypatch.setattr(Windows, "forward", lambda net, x: calls.append(len(x)) or plain(net, x))
+    data = Data((x, torch.randint(0, 5, (64,))))
+    run = start(model, build("group_fisher(samples=64)"), Budget(params=0.8), data=data)
+    run.finish()
+    assert len(calls) <= 30
+    assert sum(calls) <= 30 * 64

@@ -1,4 +1,4 @@
-"""What planning from data costs: seconds and peak memory over depth and width, without training."""
+"""What planning from data costs: seconds of CPU and peak memory over depth and width, untrained."""
 
 import math
 import resource
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import pliant
 from bench.claim import claim
-from bench.experiments import Cell, Cells, Table, pick
+from bench.experiments import Cell, Cells, Table, pick, plain
 
 Settings = Mapping[str, Any]
 TOKENS = 16  # of one sample
@@ -85,21 +85,22 @@ def _measured(key: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, Any]
     labels = torch.randint(0, 10, (len(seen),))
     with torch.no_grad():
         model(seen[:8])
-        began = time.perf_counter()
+        began = time.process_time()
         model(seen)
-        forward = time.perf_counter() - began
+        forward = time.process_time() - began
         wanted = model(held)
     if plan["method"] is not None:  # what is imported at first use is no cost of the method
         few = torch.randn(8, TOKENS, 64), torch.randint(0, 10, (8,))
         pliant.compress(Answer(1, 64), few, plan["method"], plan["budget"], strict=False)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    began = time.perf_counter()
+    began = time.process_time()
     if plan["method"] is None:
-        found, params = _plain(model, seen, plan["share"])
+        found = _rival(key["rival"], model, seen, plan["share"])
+        params = sum(p.numel() for p in found.parameters())
     else:
         result = pliant.compress(model, (seen, labels), plan["method"], plan["budget"])
         found, params = result.model.eval(), result.report.after.params
-    seconds = time.perf_counter() - began
+    seconds = time.process_time() - began
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with torch.no_grad():
         error = float((found(held) - wanted).square().mean() / wanted.var())
@@ -113,40 +114,16 @@ def _measured(key: Mapping[str, Any], plan: Mapping[str, Any]) -> dict[str, Any]
     }
 
 
-@torch.no_grad()
-def _plain(model: nn.Module, x: Tensor, share: float) -> tuple[nn.Module, int]:
-    """A whitened SVD of every layer, all to the same share of their parameters."""
-    grams: dict[str, Tensor] = {}
-
-    def look(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Module, args: tuple[Tensor, ...]) -> None:
-            rows = args[0].flatten(0, -2)
-            grams[name] = grams.get(name, torch.zeros(())) + rows.T @ rows
-
-        return hook
-
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, nn.Linear) and n != "head"}
-    handles = [m.register_forward_pre_hook(look(name)) for name, m in layers.items()]
-    for batch in x.split(128):
-        model(batch)
-    for handle in handles:
-        handle.remove()
-    for name, layer in layers.items():
-        gram = grams[name].double()
-        gram.diagonal().add_(1e-4 * gram.diagonal().mean())
-        root = torch.linalg.cholesky(gram)
-        u, s, vt = torch.linalg.svd(layer.weight.double() @ root, full_matrices=False)
-        outs, ins = layer.weight.shape
-        rank = max(1, int(share * outs * ins / (outs + ins)))
-        right = torch.linalg.solve_triangular(root, vt[:rank], upper=False, left=False)
-        first = nn.Linear(ins, rank, bias=False)
-        last = nn.Linear(rank, outs)
-        first.weight.copy_(right)
-        last.weight.copy_(u[:, :rank] * s[:rank])
-        last.bias.copy_(layer.bias)
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, nn.Sequential(first, last))
-    return model, sum(p.numel() for p in model.parameters())
+def _rival(name: str, model: nn.Module, x: Tensor, share: float) -> nn.Module:
+    """Change a network by plain code: a whitened SVD at one share, or BALF's procedure."""
+    batches = [(batch,) for batch in x.split(128)]
+    if name == "plain":
+        plain.whitened(model, batches, share, skip=("head",))
+        return model
+    layers = plain.layers_of(model, ("head",))
+    limit = share * sum(layer.weight.numel() for layer in layers.values())
+    plain.balf(model, batches, limit, dict.fromkeys(layers, 1), skip=("head",))
+    return model
 
 
 # ---------------------------------------------------------------- what is said of it

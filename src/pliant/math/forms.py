@@ -25,6 +25,7 @@ from pliant.math.svd import (
     leading,
     norm_shares,
     plain_dtype,
+    self_product,
     strongest,
     truncated_svd,
     unfold,
@@ -82,12 +83,34 @@ def decompose(
     return tuple(kernel.to(weight.dtype).contiguous() for kernel in balanced)
 
 
+def principal(weight: Tensor, reads: Reads, most: int) -> tuple[Tensor, Tensor]:
+    """Return what each direction of the outputs is worth, and the strongest of them.
+
+    The eigenvectors U of W C W^T: the leading ones give W' = U U^T W, an exact optimum that
+    inverts nothing (Eckart-Young for W C^(1/2)). Where outputs are fewer than inputs, no matrix is
+    as wide as these are.
+
+    Args:
+        weight: kernel (T, S, *kernel), or (T, S).
+        reads: second moments of what the layer reads.
+        most: how many directions are wanted.
+
+    Returns:
+        energies (min(T, columns),), falling, and an orthonormal basis (T, most), in float64.
+    """
+    flat = weight.detach().flatten(1).double()
+    if len(flat) <= flat.shape[1]:
+        values, vectors = torch.linalg.eigh(reads.outer(flat))
+        return values.flip(0).clamp_min(0), vectors[:, -most:].flip(1)
+    tall = flat @ (reads if isinstance(reads, Gram) else Gram(reads.dense())).root
+    values, vectors = torch.linalg.eigh(self_product(tall.T))
+    return values.flip(0).clamp_min(0), torch.linalg.qr(tall @ vectors[:, -most:].flip(1))[0]
+
+
 def projected(weight: Tensor, form: str, ranks: Sequence[int], reads: Reads) -> tuple[Tensor, ...]:
     """Factorize a kernel into the best layers for what it reads, in the forms output and svd.
 
-    The leading eigenvectors U of W C W^T give W' = U U^T W, an exact optimum that inverts nothing
-    (Eckart-Young for W C^(1/2)). Where outputs are fewer than inputs, no matrix is as wide as
-    these are.
+    The leading eigenvectors U of W C W^T give W' = U U^T W: see `principal`.
 
     Args:
         weight: kernel (T, S, *kernel), or (T, S).
@@ -95,13 +118,18 @@ def projected(weight: Tensor, form: str, ranks: Sequence[int], reads: Reads) -> 
         ranks: (r,).
         reads: second moments of what the layer reads.
     """
-    ranks = tuple(ranks)
-    shapes, flat = kernel_shapes(weight.shape, form, ranks), weight.detach().flatten(1).double()
+    ranks, flat = tuple(ranks), weight.detach().flatten(1).double()
     if len(flat) <= flat.shape[1]:
         basis = strongest(reads.outer(flat), ranks[0])
     else:
-        dense = reads if isinstance(reads, Gram) else Gram(reads.dense())
-        basis = leading(flat @ dense.root, ranks[0])
+        basis = principal(weight, reads, ranks[0])[1]
+    return onto(weight, form, basis)
+
+
+def onto(weight: Tensor, form: str, basis: Tensor) -> tuple[Tensor, ...]:
+    """Factorize a kernel into U^T W and U, for an orthonormal basis U (T, r) of outputs."""
+    shapes = kernel_shapes(weight.shape, form, (basis.shape[1],))
+    flat = weight.detach().flatten(1).to(basis.dtype)
     factors = (basis.T @ flat).reshape(shapes[0]), basis.reshape(shapes[1])
     return tuple(kernel.to(weight.dtype).contiguous() for kernel in _balanced(factors))
 

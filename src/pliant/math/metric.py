@@ -17,8 +17,8 @@ from torch import Tensor
 
 from pliant.math import forms
 from pliant.math.moments import dampen
-from pliant.math.reads import Diagonal, Gram, Reads
-from pliant.math.svd import norm_shares
+from pliant.math.reads import Diagonal, Gram, LowRoots, Reads, Rows
+from pliant.math.svd import CHEAP, norm_shares, plain_dtype
 
 SENSITIVITY_DAMPING = 0.1
 """Share of the mean eigenvalue added to G: it is estimated from few gradients."""
@@ -36,12 +36,12 @@ class Metric:
         reads: C, the mean over samples and positions: a matrix (S*prod(kernel),) * 2, or one that
             is kept in fewer numbers.
         outputs: G, (T, T), the mean over samples of the sum over positions (as if the gradients
-            of different positions were uncorrelated), or its diagonal (T,); None if the outputs
-            count alike.
+            of different positions were uncorrelated), or its diagonal (T,), or the few samples
+            (N, T) of which it is the sum of squares; None if the outputs count alike.
     """
 
     reads: Tensor | Reads
-    outputs: Tensor | None = None
+    outputs: Tensor | Rows | None = None
 
     @cached_property
     def seen(self) -> Reads:
@@ -60,11 +60,18 @@ class Metric:
 
     def enter(self, weight: Tensor) -> Tensor:
         """Scale a kernel's outputs so that plain errors of the result are sensitivities."""
-        return weight if self.outputs is None else _mix(weight, self._roots[0])
+        if self.outputs is None:
+            return weight
+        for known in self._entered:
+            if known.holds(weight):
+                return known.found
+        found = self._mixed(weight, inverse=False)
+        self._entered[:] = [_Known(weight, weight._version, found)]
+        return found
 
     def leave(self, kernel: Tensor) -> Tensor:
         """Undo ``enter`` on the last kernel of a factorization."""
-        return kernel if self.outputs is None else _mix(kernel, self._roots[1])
+        return kernel if self.outputs is None else self._mixed(kernel, inverse=True)
 
     def energy(self, weight: Tensor) -> float:
         """Return what losing the whole kernel would cost: tr(G W C W^T)."""
@@ -83,18 +90,69 @@ class Metric:
         channels instead of whole patches for the largest. ``sizes`` are ranks to which the
         factors will be cut (`pliant.math.forms.decompose`).
         """
-        dense = self.enter(weight)
         if form in ("output", "svd"):
-            *first, last = forms.projected(dense, form, ranks, self.seen)
+            *first, last = self._projected(weight, form, ranks)
             return tuple(norm_shares(*first, self.leave(last)))
+        dense = self.enter(weight)
         seen = self.seen.channels(weight[0, 0].numel()) if self.size > WHOLE else self.inputs
         sweeps = forms.SWEEPS if self.size <= SETTLING else BRIEF
         *first, last = forms.decompose(dense, form, ranks, moments=seen, sweeps=sweeps, sizes=sizes)
         return tuple(norm_shares(*first, self.leave(last)))
 
+    def principal(self, weight: Tensor) -> Tensor:
+        """Return what each direction of a matrix's outputs is worth, and keep the strongest.
+
+        Factors of the same matrix need no other decomposition then.
+        """
+        dense = self.enter(weight)
+        most = max(1, (dense.numel() - 1) // (len(dense) + dense[0].numel()))
+        energies, basis = forms.principal(dense, self.seen, most)
+        basis = basis if len(basis) <= CHEAP else basis.float()
+        self._bases[:] = [_Known(weight, weight._version, basis)]
+        return energies
+
+    def _projected(self, weight: Tensor, form: str, ranks: tuple[int, ...]) -> tuple[Tensor, ...]:
+        dense = self.enter(weight)
+        for known in self._bases:
+            if known.holds(weight) and ranks[0] <= known.found.shape[1]:
+                return forms.onto(dense, form, known.found[:, : ranks[0]].double())
+        return forms.projected(dense, form, ranks, self.seen)
+
+    def forget(self) -> None:
+        """Drop what the outputs' moments gave and can be computed again; directions are kept."""
+        for name in ("_roots", "_low", "_entered"):
+            self.__dict__.pop(name, None)
+
+    @property
+    def work(self) -> int:
+        """Bytes of what is computed in float64 from the moments, and kept until `forget`."""
+        inner = 2 * self.size**2 if isinstance(self.seen, Gram) else 0
+        if isinstance(self.outputs, Rows):
+            return 8 * (inner + 2 * self.outputs.rows.numel())
+        return 8 * (inner + (0 if self.outputs is None else 3 * self.outputs.numel()))
+
+    def _mixed(self, kernel: Tensor, *, inverse: bool) -> Tensor:
+        if isinstance(self.outputs, Rows):
+            found = self._low.apply(kernel.flatten(1), inverse=inverse)
+            return found.reshape(kernel.shape).to(plain_dtype(kernel.dtype))
+        return _mix(kernel, self._roots[1 if inverse else 0])
+
+    @cached_property
+    def _low(self) -> LowRoots:
+        assert isinstance(self.outputs, Rows)
+        return LowRoots.of(self.outputs.rows, SENSITIVITY_DAMPING)
+
+    @cached_property
+    def _entered(self) -> list[_Known]:
+        return []
+
+    @cached_property
+    def _bases(self) -> list[_Known]:
+        return []
+
     @cached_property
     def _roots(self) -> tuple[Tensor, Tensor]:
-        assert self.outputs is not None
+        assert isinstance(self.outputs, Tensor)
         if self.outputs.dim() == 1:
             each = self.outputs.double()
             mean = each.mean().clamp_min(torch.finfo(each.dtype).tiny)
@@ -106,10 +164,27 @@ class Metric:
         return root.T, torch.linalg.solve_triangular(root.T, eye, upper=True)
 
 
+@dataclass(frozen=True, eq=False)
+class _Known:
+    """What was found of a kernel as it was; it is held, so that its memory is nobody else's."""
+
+    weight: Tensor
+    version: int
+    found: Tensor
+
+    def holds(self, weight: Tensor) -> bool:
+        """Whether this is the same kernel, unchanged."""
+        mine = self.weight
+        same = mine.data_ptr() == weight.data_ptr() and mine.stride() == weight.stride()
+        return same and mine.shape == weight.shape and weight._version == self.version
+
+
 def _mix(kernel: Tensor, matrix: Tensor) -> Tensor:
+    """Multiply the outputs of a kernel by a matrix, or by a number each; not in half precision."""
+    kind = plain_dtype(kernel.dtype)
     if matrix.dim() == 1:
-        return (matrix.view(-1, *[1] * (kernel.dim() - 1)) * kernel.double()).to(kernel.dtype)
-    return torch.einsum("ab,b...->a...", matrix, kernel.double()).to(kernel.dtype)
+        return (matrix.view(-1, *[1] * (kernel.dim() - 1)) * kernel.double()).to(kind)
+    return torch.einsum("ab,b...->a...", matrix, kernel.double()).to(kind)
 
 
 def together(table: Metric, heads: Sequence[Metric]) -> Metric:
@@ -136,11 +211,15 @@ def together(table: Metric, heads: Sequence[Metric]) -> Metric:
     return Metric(Diagonal(torch.stack(each).sum(0) - 1), total.float())
 
 
-def _whole(outputs: Tensor | None) -> Tensor:
+def _whole(outputs: Tensor | Rows | None) -> Tensor:
     assert outputs is not None
+    if isinstance(outputs, Rows):
+        return outputs.dense().double()
     return (torch.diag(outputs) if outputs.dim() == 1 else outputs).double()
 
 
-def _each(outputs: Tensor | None) -> Tensor:
+def _each(outputs: Tensor | Rows | None) -> Tensor:
     assert outputs is not None
+    if isinstance(outputs, Rows):
+        return outputs.rows.double().square().sum(0)
     return (outputs if outputs.dim() == 1 else outputs.diagonal()).double()

@@ -32,8 +32,8 @@ def dampen(moments: Tensor, damping: float = DAMPING) -> Tensor:
     Raises:
         PliantError: the moments are not finite.
     """
-    symmetric = (moments + moments.T) / 2
-    eye = torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
+    symmetric = moments + moments.T
+    symmetric /= 2
     mean = symmetric.diagonal().mean()
     if not symmetric.isfinite().all():
         raise PliantError(
@@ -41,11 +41,15 @@ def dampen(moments: Tensor, damping: float = DAMPING) -> Tensor:
             "inputs of this layer."
         )
     if mean <= 0:
-        return eye
+        return torch.eye(len(moments), dtype=moments.dtype, device=moments.device)
+    plain = symmetric.diagonal().clone()
     # Half must do, so that whole leaves a margin.
-    while torch.linalg.cholesky_ex(symmetric + damping / 2 * mean * eye).info:
+    symmetric.diagonal().copy_(plain + damping / 2 * mean)
+    while torch.linalg.cholesky_ex(symmetric).info:
         damping *= 10
-    return symmetric + damping * mean * eye
+        symmetric.diagonal().copy_(plain + damping / 2 * mean)
+    symmetric.diagonal().copy_(plain + damping * mean)
+    return symmetric
 
 
 def channel_moments(moments: Tensor, positions: int) -> Tensor:

@@ -15,6 +15,9 @@ from torch import Tensor
 from pliant.math.moments import DAMPING, channel_moments, dampen
 from pliant.math.svd import self_product
 
+PART = 512  # samples that are widened to float64 at once
+ZERO = torch.zeros((), dtype=torch.float64)
+
 
 @dataclass(frozen=True, eq=False)
 class Gram:
@@ -81,19 +84,33 @@ class Rows:
 
     def channels(self, positions: int) -> Tensor:
         """Return the moments summed over the positions of a kernel."""
-        apart = self.rows.double().unflatten(1, (-1, positions)).transpose(1, 2).flatten(0, 1)
-        return self_product(apart.T)
+        found: Tensor | None = None
+        for part in self.rows.split(PART):
+            apart = part.double().unflatten(1, (-1, positions)).transpose(1, 2).flatten(0, 1)
+            more = self_product(apart.T)
+            found = more if found is None else found.add_(more)
+        assert found is not None
+        return found
 
     def outer(self, matrix: Tensor) -> Tensor:
         """Return W C W^T of a matrix W (T, D), in float64, with C dampened."""
-        wide, rows = matrix.double(), self.rows.double()
-        mean = rows.square().sum() / self.size
+        wide = matrix.double()
+        mean = self.trace / self.size
         plain = self_product(wide)
-        return plain if mean <= 0 else self_product(wide @ rows.T) + DAMPING * mean * plain
+        return plain if mean <= 0 else self_product(self._given(wide)) + DAMPING * mean * plain
 
     def energy(self, matrix: Tensor) -> float:
         """Return the trace of W C W^T."""
-        return float((matrix.double() @ self.rows.double().T).square().sum())
+        return float(self._given(matrix.double()).square().sum())
+
+    @cached_property
+    def trace(self) -> Tensor:
+        """The sum of the second moments, in float64."""
+        return sum((part.double().square().sum() for part in self.rows.split(PART)), ZERO)
+
+    def _given(self, wide: Tensor) -> Tensor:
+        """W X^T, without a copy of all samples in float64."""
+        return torch.cat([wide @ part.double().T for part in self.rows.split(PART)], 1)
 
 
 @dataclass(frozen=True, eq=False)
@@ -192,3 +209,43 @@ def over(reads: Reads, count: int) -> Reads:
 
 def _symmetric(matrix: Tensor) -> Tensor:
     return (matrix + matrix.T) / 2
+
+
+def forget(reads: Reads) -> None:
+    """Drop what was computed from second moments in float64; it is computed again when needed."""
+    for name in ("dampened", "root"):
+        reads.__dict__.pop(name, None)
+
+
+@dataclass(frozen=True, eq=False)
+class LowRoots:
+    """The symmetric root of G + d I and its inverse, for G = Y^T Y of few samples Y (N, T).
+
+    Both are multiples of the identity but in the N directions of the samples, so that no matrix is
+    as wide as the outputs.
+
+    Args:
+        basis: those directions, (T, N), orthonormal, in float64.
+        gains: how much the root stretches each of them beside all others.
+        scale: the root of d.
+    """
+
+    basis: Tensor
+    gains: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, rows: Tensor, damping: float) -> LowRoots:
+        """Decompose the small matrix Y Y^T; ``damping`` is a share of the mean eigenvalue of G."""
+        wide = rows.double()
+        values, vectors = torch.linalg.eigh(self_product(wide))
+        floor = values.sum().clamp_min(torch.finfo(values.dtype).tiny) * damping / wide.shape[1]
+        kept = values > 1e-9 * floor
+        basis = wide.T @ (vectors[:, kept] / values[kept].sqrt())
+        return cls(basis, (1 + values[kept] / floor).sqrt(), floor.sqrt())
+
+    def apply(self, matrix: Tensor, *, inverse: bool) -> Tensor:
+        """Multiply a matrix (T, n) by the root, or by its inverse."""
+        gains, scale = (1 / self.gains, 1 / self.scale) if inverse else (self.gains, self.scale)
+        wide = matrix.double()
+        return scale * (wide + self.basis @ ((gains - 1)[:, None] * (self.basis.T @ wide)))

@@ -24,7 +24,10 @@ from pliant.observe.outputs import answers
 from pliant.observe.watch import capture, samples
 
 WIDE = 4096  # outputs beyond which only their own sensitivities are kept, not those of pairs
+PULLED = 1024  # samples from whose gradients on no more are taken
 MOST = 5000  # inputs beyond which samples are kept, and at most so many
+FEW = 1024  # outputs from which on gradients of few samples are kept as they are
+Pull = Tensor | list[Tensor]
 GEOMETRY = ("kernel_size", "stride", "padding", "dilation", "padding_mode")
 
 
@@ -49,7 +52,7 @@ def metrics(
         loss: function of a batch's number and its output, summed over samples, whose gradients
             count instead.
     """
-    pulls: dict[str, Tensor] = {}
+    pulls: dict[str, Pull] = {}
     outputs: dict[str, list[GradientEdge]] = {}
     gathered = Gathered(layers)
 
@@ -61,28 +64,44 @@ def metrics(
         if output.requires_grad:
             outputs.setdefault(name, []).append(get_gradient_edge(output))
 
-    count = 0
-    with _tracked(layers.values()), capture(model, layers, see, gradients=True):
+    count = pulled = 0
+    with _tracked(layers.values()):
         for number, batch in enumerate(batches):
             outputs.clear()
-            result = call(model, batch)
-            count += samples(batch)
-            pull = surprise(result, generator) if loss is None else loss(number, result)
-            _gather(pulls, outputs, pull, layers)
-    unknown = _unknown(pulls, layers)
+            again = pulled < PULLED
+            with capture(model, layers, see, gradients=again):
+                result = call(model, batch)
+                count += samples(batch)
+                if again:
+                    pulled = count
+                    pull = surprise(result, generator) if loss is None else loss(number, result)
+                    _gather(pulls, outputs, pull, layers)
+    means = {name: _mean(pull, pulled) for name, pull in pulls.items()}
+    unknown = _unknown(means, layers)
     return {
-        name: Metric(over(read, count), (pulls[name] if name in pulls else unknown(name)) / count)
-        if pulls
-        else Metric(over(read, count))
-        for name, read in gathered.reads().items()
+        name: Metric(read, (means[name] if name in means else unknown(name)) if means else None)
+        for name, read in _means(gathered.reads(), count).items()
     }
 
 
+def _mean(pull: Pull, count: int) -> Tensor | Rows:
+    return pull / count if isinstance(pull, Tensor) else Rows(torch.cat(pull) / count**0.5)
+
+
+def _means(sums: Mapping[str, Reads], count: int) -> dict[str, Reads]:
+    """Divide sums by the samples, those that several layers share once."""
+    means = {id(read): over(read, count) for read in sums.values()}
+    return {name: means[id(read)] for name, read in sums.items()}
+
+
 def _unknown(
-    pulls: Mapping[str, Tensor], layers: Mapping[str, Factorizable]
+    pulls: Mapping[str, Tensor | Rows], layers: Mapping[str, Factorizable]
 ) -> Callable[[str], Tensor]:
     """Let outputs that no gradient reaches matter as much as those of other layers on average."""
-    traces = [float((p if p.dim() == 1 else p.diagonal()).sum()) for p in pulls.values()]
+    traces = [
+        float(p.trace if isinstance(p, Rows) else (p if p.dim() == 1 else p.diagonal()).sum())
+        for p in pulls.values()
+    ]
     mean = sum(traces) / max(1, len(pulls))
 
     def moments(name: str) -> Tensor:
@@ -121,10 +140,27 @@ def patches(module: Factorizable, inputs: Tensor) -> Tensor:
 
 
 @dataclass
+class Sums:
+    """What the layers that read the same tensors have read, in as few numbers as it takes.
+
+    Args:
+        gram: second moments, None as long as samples are kept in their place.
+        kept: samples.
+        pace: samples met so far, and one kept of how many.
+        calls: how often the layers were called.
+    """
+
+    gram: Tensor | None = None
+    kept: tuple[Tensor, ...] = ()
+    pace: tuple[int, int] = (0, 1)
+    calls: int = 0
+
+
+@dataclass
 class Gathered:
     """Sums up what layers read, each in as few numbers as it takes.
 
-    Layers that read the same tensor share the products. A layer with more inputs than twice the
+    Layers that read the same tensors share their sums. A layer with more inputs than twice the
     samples keeps these; beyond `MOST` inputs it keeps every second of them again and again.
 
     Args:
@@ -132,11 +168,11 @@ class Gathered:
     """
 
     layers: Mapping[str, Any]
-    grams: dict[str, Tensor] = field(default_factory=dict)
-    kept: dict[str, list[Tensor]] = field(default_factory=dict)
     counts: dict[str, Tensor] = field(default_factory=dict)
-    paces: dict[str, tuple[int, int]] = field(default_factory=dict)  # met so far, one kept of
-    last: list[tuple[Any, Any, Tensor]] = field(default_factory=list)
+    sums: dict[str, Sums] = field(default_factory=dict)
+    last: tuple[Any, Any, Tensor] | None = None
+    gram: Tensor | None = None  # of the rows that were read last
+    steps: list[tuple[Sums, Sums]] = field(default_factory=list)  # with these rows: before, after
 
     def see(self, name: str, inputs: Tensor) -> None:
         """Add what a layer reads in one call."""
@@ -145,57 +181,71 @@ class Gathered:
             found = torch.bincount(inputs.flatten(), minlength=layer.num_embeddings)
             self.counts[name] = self.counts.get(name, 0) + found
             return
-        rows = self._rows(layer, inputs)
-        width, kept = rows.shape[1], self.kept.setdefault(name, [])
-        few = 2 * (sum(map(len, kept)) + len(rows)) <= width
-        if name not in self.grams and (few or width > MOST):
-            self._keep(name, rows)
-            return
-        for earlier in kept:
-            self.grams[name] = self.grams.get(name, 0) + self_product(earlier.T)
-        kept.clear()
-        self.grams[name] = self.grams.get(name, 0) + self._product(rows)
+        rows, before = self._rows(layer, inputs), self.sums.get(name, NOTHING)
+        after = next((new for old, new in self.steps if old is before), None)
+        if after is None:
+            after = self._added(before, rows)
+            self.steps.append((before, after))
+        self.sums[name] = after
 
     def reads(self) -> dict[str, Reads]:
-        """Return the sums of all layers that were called."""
+        """Return the sums of all layers that were called; shared ones are one object."""
         found: dict[str, Reads] = {name: Diagonal(count) for name, count in self.counts.items()}
-        for name in [name for name in self.layers if name in self.kept]:
-            layer, often = self.layers[name], self.paces.get(name, (0, 1))[1] ** 0.5
-            few = [rows * often for rows in self.kept[name]]
-            if isinstance(layer, TRANSPOSED):
-                gram = self.grams[name] if name in self.grams else self_product(torch.cat(few).T)
-                found[name] = Alike(gram, layer.weight[0, 0].numel())
-            else:
-                found[name] = Rows(torch.cat(few)) if few else Gram(self.grams[name])
+        made: dict[Any, Reads] = {}
+        for name, sums in self.sums.items():
+            layer = self.layers[name]
+            key = id(sums), layer.weight[0, 0].numel() if isinstance(layer, TRANSPOSED) else 0
+            if key not in made:
+                made[key] = _read(sums, key[1])
+            found[name] = made[key]
         return {name: found[name] for name in self.layers if name in found}
 
     def _rows(self, layer: Any, inputs: Tensor) -> Tensor:
         """Patches whose squares sum to a mean over the positions of each sample."""
         geometry = [getattr(layer, name, None) for name in GEOMETRY]
-        for seen, same, rows in self.last:
+        if self.last is not None:
+            seen, same, rows = self.last
             if seen() is inputs and same == (geometry, inputs._version):
                 return rows
         rows = patches(layer, inputs.detach().float())
         rows = rows * (len(inputs) / max(1, len(rows))) ** 0.5
-        entry = weakref.ref(inputs), (geometry, inputs._version), rows
-        self.last = [entry]
-        self.gram_of = None
+        self.last = weakref.ref(inputs), (geometry, inputs._version), rows
+        self.gram = None
+        self.steps = []
         return rows
 
-    gram_of: Tensor | None = None
+    def _added(self, sums: Sums, rows: Tensor) -> Sums:
+        """Return sums with the rows of one more call."""
+        width, calls = rows.shape[1], sums.calls + 1
+        few = 2 * (sum(map(len, sums.kept)) + len(rows)) <= width
+        if sums.gram is None and (few or width > MOST):
+            return Sums(None, *_kept(sums, rows), calls)
+        gram: Any = 0 if sums.gram is None else sums.gram
+        for earlier in sums.kept:
+            gram = gram + self_product(earlier.T)
+        if self.gram is None:
+            self.gram = self_product(rows.T)
+        return Sums(gram + self.gram, (), sums.pace, calls)
 
-    def _product(self, rows: Tensor) -> Tensor:
-        if self.gram_of is None:
-            self.gram_of = self_product(rows.T)
-        return self.gram_of
 
-    def _keep(self, name: str, rows: Tensor) -> None:
-        """Keep one of so many samples, and half of them where they have become too many."""
-        kept, (met, stride) = self.kept[name], self.paces.get(name, (0, 1))
-        kept.append(rows[-met % stride :: stride])
-        while 2 * sum(map(len, kept)) > min(rows.shape[1], 2 * MOST):
-            kept[:], stride = [torch.cat(kept)[::2]], 2 * stride
-        self.paces[name] = met + len(rows), stride
+NOTHING = Sums()  # before the first call
+
+
+def _kept(sums: Sums, rows: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, int]]:
+    """Keep one of so many samples, and half of them where they have become too many."""
+    met, stride = sums.pace
+    kept = [*sums.kept, rows[-met % stride :: stride]]
+    while 2 * sum(map(len, kept)) > min(rows.shape[1], 2 * MOST):
+        kept, stride = [torch.cat(kept)[::2]], 2 * stride
+    return tuple(kept), (met + len(rows), stride)
+
+
+def _read(sums: Sums, positions: int) -> Reads:
+    """Return sums as what they are second moments of; those of a transposed kernel's channels."""
+    rows = torch.cat([each * sums.pace[1] ** 0.5 for each in sums.kept]) if sums.kept else None
+    if positions:
+        return Alike(self_product(rows.T) if sums.gram is None else sums.gram, positions)  # type: ignore[union-attr]
+    return Gram(sums.gram) if rows is None else Rows(rows)  # type: ignore[arg-type]
 
 
 def thinned(module: nn.Module, output: Tensor) -> Tensor:
@@ -225,7 +275,7 @@ def _tracked(layers: Iterable[Factorizable]) -> Iterator[None]:
 
 
 def _gather(
-    pulls: dict[str, Tensor],
+    pulls: dict[str, Pull],
     outputs: Mapping[str, list[GradientEdge]],
     loss: Tensor,
     layers: Mapping[str, Factorizable],
@@ -241,9 +291,17 @@ def _gather(
             continue
         axis = -1 if channels_last(layers[name]) else 1
         rows = gradient.float().movedim(axis, -1).flatten(0, -2)
-        wide = rows.shape[1] > WIDE
-        moments = rows.square().sum(0) if wide else rows.T @ rows
-        pulls[name] = pulls.get(name, torch.zeros((), device=rows.device)) + moments
+        pulls[name] = _with(pulls.get(name, []), rows)
+
+
+def _with(known: Pull, rows: Tensor) -> Pull:
+    """Add gradients by outputs: as they are while they are few, else as their second moments."""
+    width = rows.shape[1]
+    if not isinstance(known, Tensor):
+        if width >= FEW and 2 * (sum(map(len, known)) + len(rows)) <= width:
+            return [*known, rows]
+        rows, known = torch.cat([*known, rows]), torch.zeros((), device=rows.device)
+    return known + (rows.square().sum(0) if width > WIDE else self_product(rows.T))
 
 
 def surprise(result: Any, generator: torch.Generator) -> Tensor:

@@ -13,36 +13,25 @@ down, and compared with those of a sample without marks. Nothing found here coun
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pliant.cost import Example, call, fitted, repeated, samples_of
-from pliant.edits.prune import channel_axis, sides
+from pliant.cost import Example
 from pliant.errors import ModelError
 from pliant.nn.layers import shared_weights
-from pliant.observe.outputs import answers
 from pliant.observe.readers import readers
-from pliant.surgery.marks import Union, codes_of, covered
-from pliant.surgery.parted import Parted
+from pliant.surgery.marks import Slot
+from pliant.surgery.probe import MOVES, Probe, first_sample, spread
 from pliant.surgery.select import READ, readable
 
-Slot = tuple[str, str]
-"""A layer and one of its sides."""
-
-MOVES = (3.0, -3.0)  # added to marked values where they must stay numbers
-_APART = (nn.modules.batchnorm._NormBase, nn.GroupNorm)  # norms that are known not to mix all
 MIXED = "{} takes its statistics over all of its channels: without some the others would change"
 MEET = "all of its channels meet in one place, so none can leave alone"
-OUTPUT = "its channels are outputs of the network"
 SINGLE = "it has a single channel"
-UNSEEN = "never called with the samples on the first axis"
 
 
 @dataclass(frozen=True)
@@ -81,8 +70,8 @@ def trace(
 ) -> tuple[list[Group], dict[str, str]]:
     """Find the groups of channels that may leave a network, and why other layers keep theirs.
 
-    The model is not touched. Needs a forward pass for every layer, on a few copies of one sample;
-    convolutions and linear layers themselves compute one sample only.
+    The model is not touched. Needs a forward pass for every few layers, on some copies of one
+    sample; convolutions and linear layers themselves compute one sample only.
 
     Args:
         model: any module.
@@ -99,245 +88,20 @@ def trace(
         ModelError: the network answers with no tensor that marks could arrive in.
     """
     try:
-        probe = _spread(model, [example, *others], marks, heads)
+        probe = spread(model, [example, *others], marks, heads)
     except ModelError:
         raise
     except Exception:  # a model may object to such numbers in any way
-        probe = _spread(model, [example, *others], MOVES, heads)
+        probe = spread(model, [example, *others], MOVES, heads)
     _pin_unreadable(model, example, probe)
     probe.tie_groups()
     return _groups(probe), _reasons(probe)
 
 
-# ---------------------------------------------------------------- marks
-
-
-def _spread(
-    model: nn.Module, examples: Sequence[Example], marks: Sequence[float], heads: bool
-) -> _Probe:
-    network = copy.deepcopy(model).eval()
-    for example in examples:
-        samples_of(network, example)  # asked before there are marks, and remembered
-    probe = _Probe(network, examples[0], heads=heads)
-    sources = [slot for slot in probe.sizes if slot[1] == "out"]
-    for example in examples:
-        probe.begin(example)
-        for slot in sources:
-            for mark in marks:
-                probe.spread(slot, mark)
-    for slot in sources:
-        if slot not in probe.marked and probe.sizes[slot] > 1:
-            probe.pin(slot, range(probe.sizes[slot]), UNSEEN)
-    return probe
-
-
-@dataclass
-class _Probe:
-    """A copy of the model whose convolutions and linear layers read and write marks."""
-
-    model: nn.Module
-    example: Example
-    sizes: dict[Slot, int] = field(default_factory=dict)
-    first: dict[Slot, int] = field(default_factory=dict)  # number of a slot's first channel
-    pins: dict[int, tuple[str, str]] = field(default_factory=dict)  # why a channel must stay
-    marked: set[Slot] = field(default_factory=set)
-    mixed: dict[int, str] = field(default_factory=dict)  # which norm makes channels meet
-    source: Slot = ("", "")
-    codes: Tensor = field(default_factory=lambda: torch.empty(0))  # (samples, channels)
-    heads: bool = False  # whether heads leave whole
-    mark: float = math.nan  # in the place of marked values, or added to them
-    kept: dict[tuple[str, torch.Size, str], Tensor] = field(default_factory=dict)  # for one sample
-
-    def __post_init__(self) -> None:
-        total = 0
-        for name, module in self.model.named_modules():
-            for side, size in sides(module).items():
-                self.sizes[name, side], self.first[name, side] = size, total
-                total += size
-            if "in" in sides(module):
-                module.forward = self._marking(name, module)
-            elif sides(module):
-                module.register_forward_pre_hook(self._reader((name, "channels")))
-                grouped = isinstance(module, nn.GroupNorm)
-                if grouped:  # what it mixes is tied afterwards
-                    module.forward = _unchanged
-            kind = type(module).__name__
-            if "norm" in kind.lower() and not isinstance(module, _APART):
-                module.register_forward_hook(self._mixer(f"{kind} {name}"))
-        self.union = Union(list(range(total)))
-
-    def begin(self, example: Example) -> None:
-        """Take another sample, and forget what layers gave for the last one."""
-        self.example = example
-        self.kept.clear()
-
-    def spread(self, source: Slot, mark: float) -> None:
-        """Mark the outputs of one layer and see where they arrive."""
-        if self.sizes[source] < 2:
-            return  # a single channel cannot leave, and ties nothing: elsewhere it is broadcast
-        self.source, self.codes, self.mark = source, codes_of(self.sizes[source]), mark
-        with torch.no_grad(), slow_attention(), Parted(self._tie_parts, heads=self.heads):
-            output = call(self.model, first_sample(self.example, self.model, len(self.codes)))
-        arrived = torch.zeros(len(self.codes), dtype=torch.bool)
-        for tensor in answers(output):
-            if tensor.dim():
-                arrived |= self._by_sample(tensor)
-        self.pin(source, covered(self.codes, arrived), OUTPUT)
-
-    def pin(self, slot: Slot, channels: Iterable[int], reason: str) -> None:
-        """Note that channels must stay."""
-        for channel in channels:
-            self.pins.setdefault(self.first[slot] + channel, (slot[0], reason))
-
-    def tie_groups(self) -> None:
-        """Tie the channels at one place of all groups of a grouped convolution.
-
-        A group norm takes its statistics over those of one group, which are tied too.
-        """
-        for (name, side), size in self.sizes.items():
-            module, first = self.model.get_submodule(name), self.first[name, side]
-            if isinstance(module, nn.GroupNorm):
-                width = size // module.num_groups
-                for channel in range(size):
-                    self.union.join(first + channel, first + channel // width * width)
-                if module.num_groups == 1:
-                    self.mixed.setdefault(first, f"{type(module).__name__} {name}")
-            groups = getattr(module, "groups", 1)
-            if side == "channels" or groups < 2:
-                continue
-            width = size // groups
-            for channel in range(size):
-                self.union.join(first + channel, first + channel % width)
-
-    def _tie_parts(self, parts: Sequence[Tensor], axis: int) -> None:
-        """Tie what lies at one place of equal parts of a tensor: its middle moves with them."""
-        samples = [self._by_samples(part) for part in parts]
-        if samples[0] is None:
-            return
-        axis += samples[0].dim() - parts[0].dim()
-        marked = [self._marks(part).movedim(axis, 1) for part in samples if part is not None]
-        each = torch.stack([marks.reshape(*marks.shape[:2], -1).any(2) for marks in marked])
-        for place in each.any(0).any(0).nonzero().flatten().tolist():
-            found = [c for marks in each for c in covered(self.codes, marks[:, place].cpu())]
-            for channel in found[1:]:
-                first = self.first[self.source]
-                self.union.join(first + found[0], first + channel)
-
-    def _by_sample(self, tensor: Tensor) -> Tensor:
-        samples = self._by_samples(tensor)
-        if samples is None:
-            return torch.full((len(self.codes),), bool(tensor.isnan().any()))
-        return self._marks(samples).flatten(1).any(1).cpu()
-
-    def _by_samples(self, tensor: Tensor) -> Tensor | None:
-        """Put the rows of a sample, such as words side by side, behind an axis of samples."""
-        count = len(self.codes)
-        if not tensor.dim() or not len(tensor) or len(tensor) % count:
-            return None
-        return tensor if len(tensor) == count else tensor.unflatten(0, (count, -1))
-
-    def _marks(self, tensor: Tensor) -> Tensor:
-        """Say which numbers are marked: the first sample never is."""
-        if math.isnan(self.mark):
-            return tensor.isnan()
-        return ~torch.isclose(tensor, tensor[:1], rtol=1e-4, atol=1e-6, equal_nan=True)
-
-    def _reader(self, slot: Slot) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            if args and isinstance(args[0], Tensor):
-                self._read(slot, args[0], channel_axis(module, args[0]))
-
-        return hook
-
-    def _mixer(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            first = self.first[self.source]
-            given = args[0] if args else None
-            if first in self.mixed or not isinstance(given, Tensor):
-                return
-            samples = self._by_samples(given)
-            if samples is None or not isinstance(output, Tensor) or output.shape != given.shape:
-                return
-            after = self._marks(output.reshape(samples.shape))
-            if after.sum() > self._marks(samples).sum():
-                self.mixed[first] = name
-
-        return hook
-
-    def _marking(self, name: str, module: nn.Module) -> Callable[..., Tensor]:
-        """Compute one sample, once, and give its output to all: marked, if it is the source."""
-        compute, kept = module.forward, self.kept
-        features = isinstance(module, nn.Linear)
-
-        def forward(input: Tensor, output_size: Any = None) -> Tensor:
-            count, place = len(self.codes), (name, input.shape, str(output_size))
-            more = () if output_size is None else (output_size,)  # of a transposed convolution
-            self._read((name, "in"), input, input.dim() - 1 if features else 1)
-            rows = len(input) // count
-            if len(input) != count * rows or not rows:
-                return compute(input.nan_to_num(), *more)
-            if place not in kept:
-                kept[place] = compute(input[:rows].nan_to_num(), *more)
-            output = kept[place].repeat(count, *[1] * (kept[place].dim() - 1))
-            if self.source != (name, "out"):
-                return output
-            self.marked.add(self.source)
-            axis = output.dim() - 1 if features else 1
-            shape = [size if dim in (0, axis) else 1 for dim, size in enumerate(output.shape)]
-            marked = self.codes.to(output.device).repeat_interleave(rows, 0).view(shape)
-            if math.isnan(self.mark):
-                return output.masked_fill(marked, math.nan)
-            return output + self.mark * marked
-
-        return forward
-
-    def _read(self, slot: Slot, given: Tensor, axis: int) -> None:
-        """Tie what arrives at the channels of a layer to them."""
-        samples = self._by_samples(given) if given.dim() > 1 else None
-        if samples is None:
-            if given.isnan().any() or not math.isnan(self.mark):
-                everything = range(self.sizes[self.source])
-                self.pin(self.source, everything, f"{slot[0]} does not read it sample by sample")
-            return
-        axis += samples.dim() - given.dim()
-        given = samples
-        others = [dim for dim in range(1, given.dim()) if dim != axis]
-        if math.isnan(self.mark):
-            marks = (given.sum(others) if others else given).isnan().cpu()  # one mark spoils a sum
-        else:
-            marked = self._marks(given).movedim(axis, 1)
-            marks = marked.reshape(*marked.shape[:2], -1).any(2).cpu()
-        source, target = self.first[self.source], self.first[slot]
-        for place in marks.any(0).nonzero().flatten().tolist():
-            for channel in covered(self.codes, marks[:, place]):
-                self.union.join(source + channel, target + place)
-
-
-def _unchanged(x: Tensor) -> Tensor:
-    return x
-
-
-def first_sample(example: Example, model: nn.Module, count: int = 1) -> Example:
-    """Return the first sample, as often as asked; where the example is one sample, the example."""
-    given = fitted(model, example)
-    return repeated(given, samples_of(model, given), count)
-
-
-@contextmanager
-def slow_attention() -> Iterator[None]:
-    """Turn off the fused path of transformer blocks: it calls no layers."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
-
-
 # ---------------------------------------------------------------- groups
 
 
-def _pin_unreadable(model: nn.Module, example: Example, probe: _Probe) -> None:
+def _pin_unreadable(model: nn.Module, example: Example, probe: Probe) -> None:
     """Keep the channels of layers whose tensors cannot be cut."""
     _, reasons = readable(model, every=True)
     for name, reader in readers(model, first_sample(example, model)).items():
@@ -351,7 +115,7 @@ def _pin_unreadable(model: nn.Module, example: Example, probe: _Probe) -> None:
             probe.pin((name, side), range(size), reasons[name])
 
 
-def _groups(probe: _Probe) -> list[Group]:
+def _groups(probe: Probe) -> list[Group]:
     pinned = {probe.union.find(channel) for channel in probe.pins}
     members: dict[int, dict[Slot, list[int]]] = {}
     for slot, size in probe.sizes.items():
@@ -383,7 +147,7 @@ def _named(found: Sequence[tuple[tuple[Slot, ...], Sequence[Any]]]) -> list[Grou
     return groups
 
 
-def _reasons(probe: _Probe) -> dict[str, str]:
+def _reasons(probe: Probe) -> dict[str, str]:
     """Say for every layer why its channels stay, if nothing else is found out about them."""
     pins: dict[int, tuple[str, str]] = {}
     for channel, pin in probe.pins.items():

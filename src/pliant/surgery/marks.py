@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+Slot = tuple[str, str]
+"""A layer and one of its sides."""
+
+ROWS = 128  # samples of a batch that carries the marks of several layers
+HELD = 2**25  # numbers in the largest output of a layer for all of them
 
 
 @dataclass
@@ -41,3 +48,40 @@ def covered(codes: Tensor, pattern: Tensor) -> list[int]:
     """Return the channels all of whose marks are in a pattern: one for a single channel."""
     inside: Tensor = (codes <= pattern[:, None]).all(0)
     return inside.nonzero().flatten().tolist()
+
+
+@dataclass(frozen=True)
+class Block:
+    """The samples of a batch in which the outputs of one layer are marked.
+
+    Args:
+        source: the layer.
+        codes: which of its channels are marked in which of these samples; in the first none.
+        rows: these samples.
+    """
+
+    source: Slot
+    codes: Tensor
+    rows: slice
+
+
+def together(
+    slots: Sequence[Slot], sizes: Mapping[Slot, int], largest: Callable[[], int]
+) -> Iterator[list[Slot]]:
+    """Cut layers into runs whose codes fit into one batch; the first run is one layer.
+
+    Args:
+        slots: the layers.
+        sizes: how many channels each has.
+        largest: numbers in the largest output of a layer, for one sample, as far as it is known.
+    """
+    found, rows, most = list(slots[:1]), 0, 0
+    for slot in slots[1:]:
+        more = len(codes_of(sizes[slot]))
+        if rows + more > most:
+            yield found
+            found, rows, most = [], 0, min(ROWS, HELD // max(1, largest()))
+        found.append(slot)
+        rows += more
+    if found:
+        yield found

@@ -14,7 +14,7 @@ from pliant.cost import Example, call, evaluating, tensors
 from pliant.edits.plain import Plain, hidden
 from pliant.math.alone import forked
 from pliant.nn.layers import shared_weights
-from pliant.surgery.graph import slow_attention
+from pliant.surgery.probe import slow_attention
 
 CLOSE = 1e-5  # largest difference that rounding may make, relative to the largest output
 

@@ -19,7 +19,9 @@ from pliant.observe.order import called_by
 from pliant.observe.outputs import alike, answers
 from pliant.observe.watch import one_sample, samples
 from pliant.surgery.even import evened
-from pliant.surgery.graph import MOVES, Group, Slot, first_sample, slow_attention, trace
+from pliant.surgery.graph import Group, trace
+from pliant.surgery.marks import Slot
+from pliant.surgery.probe import MOVES, first_sample, slow_attention
 
 Leaving = Mapping[str, Sequence[int]]
 """For every group by name, the units that leave."""

@@ -16,7 +16,7 @@ from pliant.edits import Remove
 from pliant.errors import EditError
 from pliant.nn.filters import WEIGHTED
 from pliant.observe.watch import capture
-from pliant.surgery.graph import first_sample
+from pliant.surgery.probe import first_sample
 from pliant.surgery.prove import differs, randomized
 from pliant.surgery.select import UNCALLED
 

@@ -11,7 +11,7 @@ from typing import Literal
 from pliant.budget import Option
 from pliant.edits import Factor
 from pliant.errors import ModelError
-from pliant.families.lowrank.options import forms_of, options, with_kernels
+from pliant.families.lowrank.options import forms_of, options, spared, with_kernels
 from pliant.families.lowrank.refit import reconstruct as refit
 from pliant.math.forms import FORMS, max_ranks
 from pliant.math.metric import Metric, together
@@ -29,7 +29,7 @@ Layers = Mapping[str, Factorizable]
 Form = Literal["auto", "tucker2", "input", "output", "spatial"]
 
 BATCH = 128  # samples per calibration batch
-HELD = 2**27  # numbers in the output of one layer, for all samples that are refitted from at once
+HELD = 2**27  # numbers held at once: outputs of all layers that are looked at, or of one refitted
 
 
 def subjects(
@@ -75,7 +75,9 @@ def look(run: Run, layers: Layers, samples: int, *, seed: int = 0) -> dict[str, 
         return {}
 
     def make() -> dict[str, Metric]:
-        batches, loss = run.looks(samples, batch=BATCH, seed=seed)
+        per = sum(math.prod(row.output) * row.calls for row in run.planner.rows().values())
+        batch = max(1, min(BATCH, HELD // max(1, per)))  # gradients need all of these at once
+        batches, loss = run.looks(samples, batch=batch, seed=seed)
         heads = {name: heads_of(run.model, name) for name in layers}
         every = {**layers, **named(run, (head for found in heads.values() for head in found))}
         found = metrics(run.model, every, batches, run.generator, loss)
@@ -181,9 +183,10 @@ def _choices(
     worth = {n: seen[n].energy(kernel(m).detach()) for n, m in layers.items() if n in seen}
     usual = sum(worth.values()) / max(1, len(worth))
     allowed = FORMS[:4] if form == "auto" else (form,)
-    found = {}
+    found, spare = {}, spared(seen)
     for name, module in layers.items():
         metric, steps = seen.get(name), {}
+        spare(metric)
         if timed and run.clock is not None:
             steps = {
                 kind: run.clock.table.step_for(module, kind)

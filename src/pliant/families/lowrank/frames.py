@@ -11,6 +11,7 @@ from pliant.errors import MethodError
 from pliant.families.lowrank.factorize import Layers, look
 from pliant.math.metric import SENSITIVITY_DAMPING, Metric
 from pliant.math.moments import dampen
+from pliant.math.reads import Rows
 from pliant.nn.kinds import kernel
 from pliant.run import Run
 
@@ -42,7 +43,9 @@ class Frame:
         inputs = _root(dampen(reads, READING_DAMPING))
         outputs = torch.eye(len(weight), dtype=inputs.dtype, device=inputs.device)
         if metric.outputs is not None:
-            given = metric.outputs if metric.outputs.dim() > 1 else torch.diag(metric.outputs)
+            given = metric.outputs
+            given = given.dense() if isinstance(given, Rows) else given
+            given = given if given.dim() > 1 else torch.diag(given)
             outputs = _root(dampen(given.double(), SENSITIVITY_DAMPING))
         plain = weight.detach().double()
         scale = float(plain.norm() / cls(outputs, inputs).enter(plain).norm().clamp_min(1e-30))

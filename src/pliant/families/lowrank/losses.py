@@ -56,11 +56,15 @@ def losses(weight: Tensor, kinds: Iterable[str], metric: Metric | None = None) -
     Raises:
         EditError: a kernel of this shape cannot take one of the forms.
     """
-    dense, reads = weight.detach().float(), None
+    dense, reads = weight.detach(), None
     if metric is not None:
         dense, reads = metric.enter(dense), metric.seen
+    dense = dense.float()
     kinds, found, passes = list(kinds), {}, {}
-    energies = _output_energies(dense, reads)
+    if metric is not None and kinds == ["svd"]:  # whose factors will need the vectors too
+        energies = metric.principal(weight.detach())
+    else:
+        energies = _output_energies(dense, reads)
     outputs = _tail(energies, energies.sum())
     for kind in kinds:
         forms.max_ranks(dense.shape, kind)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 from torch import Tensor
@@ -13,10 +13,12 @@ from pliant.edits import Factor
 from pliant.families.lowrank.losses import Losses, losses
 from pliant.math import forms
 from pliant.math.metric import Metric
+from pliant.math.reads import forget
 from pliant.nn.kinds import kernel
 from pliant.nn.layers import Factorizable
 
 LEVELS = 48  # rungs per form that a plan considers
+LEAN = 2**30  # bytes of float64 beyond which moments are decomposed again instead of kept
 
 
 def options(
@@ -75,7 +77,7 @@ def forms_of(shape: Sequence[int], allowed: Sequence[str]) -> list[str]:
 
 def _ladder(lost: Sequence[Tensor], most: Sequence[int]) -> list[tuple[int, ...]]:
     """Ranks read off at falling levels of energy, at most about ``LEVELS`` rungs."""
-    levels = sorted({float(value) for row in lost for value in row[1:]}, reverse=True)
+    levels = sorted({value for row in lost for value in row[1:].tolist()}, reverse=True)
     thin = levels[:: 1 + len(levels) // LEVELS]
     return list(dict.fromkeys(ranks_at(lost, level, most) for level in thin))
 
@@ -94,14 +96,33 @@ def with_kernels(
     edits: Iterable[Factor], layers: Mapping[str, Factorizable], metrics: Mapping[str, Metric]
 ) -> list[Factor]:
     """Compute the factors of planned edits in the metrics of their layers, where there are any."""
-    return [
-        replace(
-            edit,
-            kernels=metrics[edit.layer].decompose(
-                kernel(layers[edit.layer]).detach(), edit.form, edit.ranks
-            ),
-        )
-        if edit.layer in metrics
-        else edit
-        for edit in edits
-    ]
+    found, spare = [], spared(metrics)
+    for edit in edits:
+        metric = metrics.get(edit.layer)
+        spare(metric)
+        if metric is not None:
+            weight = kernel(layers[edit.layer]).detach()
+            edit = replace(edit, kernels=metric.decompose(weight, edit.form, edit.ranks))
+        found.append(edit)
+    spare(None)
+    return found
+
+
+def spared(seen: Mapping[str, Metric]) -> Callable[[Metric | None], None]:
+    """Return what is called before each layer's turn, so that memory is that of one layer.
+
+    What is computed from a layer's moments in float64 is kept for its second turn while it takes
+    less than `LEAN` bytes for all layers; beyond, it goes after every turn.
+    """
+    lean, last = sum(metric.work for metric in seen.values()) > LEAN, list[Metric]()
+
+    def spare(metric: Metric | None) -> None:
+        if lean and last and last[0] is not metric:
+            before = last.pop()
+            before.forget()
+            if metric is None or metric.seen is not before.seen:
+                forget(before.seen)
+        if metric is not None:
+            last[:] = [metric]
+
+    return spare

@@ -19,7 +19,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from pliant.cost import Example, call, evaluating, tensors
 from pliant.edits.prune import sides
 from pliant.families.prune.scores import Groups
-from pliant.surgery.graph import Group, slow_attention
+from pliant.surgery.graph import Group
+from pliant.surgery.probe import slow_attention
 
 F = nn.functional
 RECTIFIERS = {

@@ -19,7 +19,8 @@ from pliant.families.prune.scores import Groups
 from pliant.observe.moments import surprise
 from pliant.observe.outputs import logits
 from pliant.observe.watch import samples
-from pliant.surgery.graph import Group, slow_attention
+from pliant.surgery.graph import Group
+from pliant.surgery.probe import slow_attention
 
 Form = Literal["fisher", "exact", "entropy"]
 

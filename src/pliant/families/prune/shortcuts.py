@@ -21,7 +21,8 @@ from pliant.edits.prune import CONVS
 from pliant.errors import EditError
 from pliant.nn.filters import WEIGHTED
 from pliant.observe.watch import capture
-from pliant.surgery.graph import Group, Slot, first_sample
+from pliant.surgery.graph import Group, Slot
+from pliant.surgery.probe import first_sample
 from pliant.surgery.prove import Leaving, differs, edits_of, ignore, randomized
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)

@@ -44,9 +44,9 @@ class ProductGrassmannLRR:
 
     The values are ``labels``, ``representation`` (Z) and ``affinity``.
 
-    *Measured* (bench ``clustering``): 83.75 % of the 80 objects of ETH-80 are grouped rightly by the
-    defaults, which were chosen on skeletons and digits, 81.5 % by k-means of projectors and 65.25 %
-    by k-means of means.
+    *Measured* (bench ``clustering``): 83.75 % of the 80 objects of ETH-80 are grouped rightly by
+    the defaults, which were chosen on skeletons and digits, 81.5 % by k-means of projectors and
+    65.25 % by k-means of means.
 
     A subspace counts all its directions alike. Where the groups differ in their means already,
     k-means of the means is the better and cheaper choice: 90 % against 82 % on sets of digits half

@@ -1,0 +1,303 @@
+"""A copy of a network that carries marks from the outputs of layers to where others read them."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pliant.cost import Example, call, fitted, repeated, samples_of
+from pliant.edits.prune import channel_axis, sides
+from pliant.observe.outputs import answers
+from pliant.surgery.marks import Block, Slot, Union, codes_of, covered, together
+from pliant.surgery.parted import Parted
+
+MOVES = (3.0, -3.0)  # added to marked values where they must stay numbers
+_APART = (nn.modules.batchnorm._NormBase, nn.GroupNorm)  # norms that are known not to mix all
+OUTPUT = "its channels are outputs of the network"
+UNSEEN = "never called with the samples on the first axis"
+
+
+def spread(
+    model: nn.Module, examples: Sequence[Example], marks: Sequence[float], heads: bool
+) -> Probe:
+    """Mark the outputs of every layer of a copy of a network, and see where they arrive."""
+    network = copy.deepcopy(model).eval()
+    for example in examples:
+        samples_of(network, example)  # asked before there are marks, and remembered
+    probe = Probe(network, examples[0], heads=heads)
+    sources = [slot for slot in probe.sizes if slot[1] == "out"]
+    # A single channel cannot leave, and ties nothing: elsewhere it is broadcast.
+    several = [slot for slot in sources if probe.sizes[slot] > 1]
+    for example in examples:
+        probe.begin(example)
+        for slots in together(several, probe.sizes, probe.largest):
+            for mark in marks:
+                if not probe.spread(slots, mark):
+                    for slot in slots:
+                        probe.spread([slot], mark)
+    for slot in sources:
+        if slot not in probe.marked and probe.sizes[slot] > 1:
+            probe.pin(slot, range(probe.sizes[slot]), UNSEEN)
+    return probe
+
+
+@dataclass
+class Probe:
+    """A copy of the model whose convolutions and linear layers read and write marks."""
+
+    model: nn.Module
+    example: Example
+    sizes: dict[Slot, int] = field(default_factory=dict)
+    first: dict[Slot, int] = field(default_factory=dict)  # number of a slot's first channel
+    pins: dict[int, tuple[str, str]] = field(default_factory=dict)  # why a channel must stay
+    marked: set[Slot] = field(default_factory=set)
+    mixed: dict[int, str] = field(default_factory=dict)  # which norm makes channels meet
+    blocks: list[Block] = field(default_factory=list)  # of the batch that is on its way
+    count: int = 0  # its samples
+    unclear: bool = False  # whether marks arrived that cannot be told apart
+    heads: bool = False  # whether heads leave whole
+    mark: float = math.nan  # in the place of marked values, or added to them
+    kept: dict[tuple[str, torch.Size, str], Tensor] = field(default_factory=dict)  # for one sample
+
+    def __post_init__(self) -> None:
+        total = 0
+        for name, module in self.model.named_modules():
+            for side, size in sides(module).items():
+                self.sizes[name, side], self.first[name, side] = size, total
+                total += size
+            if "in" in sides(module):
+                module.forward = self._marking(name, module)
+            elif sides(module):
+                module.register_forward_pre_hook(self._reader((name, "channels")))
+                grouped = isinstance(module, nn.GroupNorm)
+                if grouped:  # what it mixes is tied afterwards
+                    module.forward = _unchanged
+            kind = type(module).__name__
+            if "norm" in kind.lower() and not isinstance(module, _APART):
+                module.register_forward_hook(self._mixer(f"{kind} {name}"))
+        self.union = Union(list(range(total)))
+
+    def begin(self, example: Example) -> None:
+        """Take another sample, and forget what layers gave for the last one."""
+        self.example = example
+        self.kept.clear()
+
+    def largest(self) -> int:
+        """Return how many numbers there are in the largest output that a layer gave."""
+        return max((output.numel() for output in self.kept.values()), default=1)
+
+    def spread(self, sources: Sequence[Slot], mark: float) -> bool:
+        """Mark the outputs of layers, each in samples of its own, and see where they arrive.
+
+        Returns:
+            whether it could be told which of them arrived; if not, mark one at a time.
+        """
+        self.blocks, self.count, self.mark, self.unclear = [], 0, mark, False
+        for source in sources:
+            codes = codes_of(self.sizes[source])
+            rows = slice(self.count, self.count + len(codes))
+            self.blocks.append(Block(source, codes, rows))
+            self.count = rows.stop
+        with torch.no_grad(), slow_attention(), Parted(self._tie_parts, heads=self.heads):
+            output = call(self.model, first_sample(self.example, self.model, self.count))
+        arrived = torch.zeros(self.count, dtype=torch.bool)
+        for tensor in answers(output):
+            if tensor.dim():
+                arrived |= self._by_sample(tensor)
+        for block in self.blocks:
+            self.pin(block.source, covered(block.codes, arrived[block.rows]), OUTPUT)
+        return not self.unclear
+
+    def pin(self, slot: Slot, channels: Iterable[int], reason: str) -> None:
+        """Note that channels must stay."""
+        for channel in channels:
+            self.pins.setdefault(self.first[slot] + channel, (slot[0], reason))
+
+    def tie_groups(self) -> None:
+        """Tie the channels at one place of all groups of a grouped convolution.
+
+        A group norm takes its statistics over those of one group, which are tied too.
+        """
+        for (name, side), size in self.sizes.items():
+            module, first = self.model.get_submodule(name), self.first[name, side]
+            if isinstance(module, nn.GroupNorm):
+                width = size // module.num_groups
+                for channel in range(size):
+                    self.union.join(first + channel, first + channel // width * width)
+                if module.num_groups == 1:
+                    self.mixed.setdefault(first, f"{type(module).__name__} {name}")
+            groups = getattr(module, "groups", 1)
+            if side == "channels" or groups < 2:
+                continue
+            width = size // groups
+            for channel in range(size):
+                self.union.join(first + channel, first + channel % width)
+
+    def _tie_parts(self, parts: Sequence[Tensor], axis: int) -> None:
+        """Tie what lies at one place of equal parts of a tensor: its middle moves with them."""
+        samples = [self._by_samples(part) for part in parts]
+        if samples[0] is None:
+            return
+        axis += samples[0].dim() - parts[0].dim()
+        marked = [self._marks(part).movedim(axis, 1) for part in samples if part is not None]
+        each = torch.stack([marks.reshape(*marks.shape[:2], -1).any(2) for marks in marked]).cpu()
+        for block in self.blocks:
+            own, first = each[:, block.rows], self.first[block.source]
+            for place in own.any(0).any(0).nonzero().flatten().tolist():
+                found = [c for marks in own for c in covered(block.codes, marks[:, place])]
+                for channel in found[1:]:
+                    self.union.join(first + found[0], first + channel)
+
+    def _by_sample(self, tensor: Tensor) -> Tensor:
+        """Say in which samples marks are."""
+        samples = self._by_samples(tensor)
+        if samples is None:
+            return self._scattered(tensor)
+        return self._marks(samples).flatten(1).any(1).cpu()
+
+    def _by_samples(self, tensor: Tensor) -> Tensor | None:
+        """Put the rows of a sample, such as words or windows, behind an axis of samples.
+
+        None where rows are no parts of samples, or not in their order: then samples that have no
+        marks would have some.
+        """
+        if not tensor.dim() or not len(tensor) or len(tensor) % self.count:
+            return None
+        if len(tensor) == self.count:
+            return tensor
+        samples = tensor.unflatten(0, (self.count, -1))
+        first = [block.rows.start for block in self.blocks]
+        return None if len(first) > 1 and self._marks(samples)[first].any() else samples
+
+    def _scattered(self, tensor: Tensor) -> Tensor:
+        """Say that marks in rows that are no samples are in all samples of a layer.
+
+        Those of several layers cannot be told apart, nor marks that are numbers.
+        """
+        found = torch.zeros(self.count, dtype=torch.bool)
+        spoilt = bool(tensor.isnan().any())
+        if len(self.blocks) > 1:
+            self.unclear |= spoilt or not math.isnan(self.mark)
+            return found
+        return ~found if spoilt else found
+
+    def _marks(self, tensor: Tensor) -> Tensor:
+        """Say which numbers are marked: the first sample never is."""
+        if math.isnan(self.mark):
+            return tensor.isnan()
+        return ~torch.isclose(tensor, tensor[:1], rtol=1e-4, atol=1e-6, equal_nan=True)
+
+    def _reader(self, slot: Slot) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], Tensor):
+                self._read(slot, args[0], channel_axis(module, args[0]))
+
+        return hook
+
+    def _mixer(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            given = args[0] if args else None
+            if not isinstance(given, Tensor) or not isinstance(output, Tensor):
+                return
+            samples = self._by_samples(given)
+            if samples is None or output.shape != given.shape:
+                return
+            pair = samples, output.reshape(samples.shape)
+            before, after = (self._marks(each).flatten(1).sum(1) for each in pair)
+            for block in self.blocks:
+                if after[block.rows].sum() > before[block.rows].sum():
+                    self.mixed.setdefault(self.first[block.source], name)
+
+        return hook
+
+    def _marking(self, name: str, module: nn.Module) -> Callable[..., Tensor]:
+        """Compute one sample, once, and give its output to all: marked, if it is the source."""
+        compute, kept = module.forward, self.kept
+        features = isinstance(module, nn.Linear)
+
+        def forward(input: Tensor, output_size: Any = None) -> Tensor:
+            more = () if output_size is None else (output_size,)  # of a transposed convolution
+            axis = input.dim() - 1 if features else 1
+            self._read((name, "in"), input, axis)
+            rows = len(input) // self.count  # of a sample
+            if len(input) != self.count * rows or not rows:
+                return compute(input.nan_to_num(), *more)
+            place = name, input[:rows].shape, str(output_size)
+            if place not in kept:
+                kept[place] = compute(input[:rows].nan_to_num(), *more)
+            output = kept[place].repeat(self.count, *[1] * (kept[place].dim() - 1))
+            for block in self.blocks:
+                if block.source == (name, "out"):
+                    self.marked.add(block.source)
+                    own = output[block.rows.start * rows : block.rows.stop * rows]
+                    self._write(own, block.codes.repeat_interleave(rows, 0), axis)
+            return output
+
+        return forward
+
+    def _write(self, output: Tensor, codes: Tensor, axis: int) -> None:
+        """Mark the outputs of a layer, in place."""
+        shape = [size if dim in (0, axis) else 1 for dim, size in enumerate(output.shape)]
+        marked = codes.to(output.device).view(shape)
+        if math.isnan(self.mark):
+            output.masked_fill_(marked, math.nan)
+        else:
+            output += self.mark * marked
+
+    def _read(self, slot: Slot, given: Tensor, axis: int) -> None:
+        """Tie what arrives at the channels of a layer to them."""
+        samples = self._by_samples(given) if given.dim() > 1 else None
+        if samples is None:
+            self._read_otherwise(slot, given)
+            return
+        axis += samples.dim() - given.dim()
+        given = samples
+        others = [dim for dim in range(1, given.dim()) if dim != axis]
+        if math.isnan(self.mark):
+            marks = (given.sum(others) if others else given).isnan().cpu()  # one mark spoils a sum
+        else:
+            marked = self._marks(given).movedim(axis, 1)
+            marks = marked.reshape(*marked.shape[:2], -1).any(2).cpu()
+        target = self.first[slot]
+        for block in self.blocks:
+            own, source = marks[block.rows], self.first[block.source]
+            for place in own.any(0).nonzero().flatten().tolist():
+                for channel in covered(block.codes, own[:, place]):
+                    self.union.join(source + channel, target + place)
+
+    def _read_otherwise(self, slot: Slot, given: Tensor) -> None:
+        """Keep what arrives where a layer reads other rows than samples."""
+        found = self._scattered(given) if given.dim() else given.isnan().expand(self.count).cpu()
+        moved = len(self.blocks) == 1 and not math.isnan(self.mark)
+        for block in self.blocks:
+            if moved or found[block.rows].any():
+                everything = range(self.sizes[block.source])
+                self.pin(block.source, everything, f"{slot[0]} does not read it sample by sample")
+
+
+def _unchanged(x: Tensor) -> Tensor:
+    return x
+
+
+def first_sample(example: Example, model: nn.Module, count: int = 1) -> Example:
+    """Return the first sample, as often as asked; where the example is one sample, the example."""
+    given = fitted(model, example)
+    return repeated(given, samples_of(model, given), count)
+
+
+@contextmanager
+def slow_attention() -> Iterator[None]:
+    """Turn off the fused path of transformer blocks: it calls no layers."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
