@@ -49,6 +49,10 @@ from pliant.surgery.select import factorizable
 COMPARED = 1024  # samples whose outputs are compared with the dense network's
 CONTROL = checkpoint.CONTROL  # folder of the control run's checkpoint, its phase in the history
 REFERENCE = "the same network trained for as many epochs without compression"
+LATE = (
+    "The layers were changed when the training was over, and nothing has trained them since: add "
+    "passes afterwards (finetune)."
+)
 
 Methods = Method | Stage | str | Sequence[Any]
 
@@ -252,6 +256,7 @@ class _Job:
         bound = LOSE if self.budget is None or self.budget.drop is None else self.budget.drop
         verdict = judge(dense, small, bound)
         report = replace(self._report(run, name, sides, rows), sizes=found, verdict=verdict)
+        report = replace(report, findings=self._findings(run, lost=verdict.holds is False))
         report = replace(report, fidelity=near, task=str(self.task or ""), metrics=self._metrics())
         if verdict.holds is False:
             warnings.warn(said(verdict), AccuracyWarning, stacklevel=3)
@@ -431,6 +436,14 @@ class _Job:
             target=where_timed(run),
             inputs=self._inputs(run),
         )
+
+    def _findings(self, run: Run, *, lost: bool) -> tuple[str, ...]:
+        """Return what went wrong in the training, and what to do."""
+        found = [row["finding"] for row in run.log if "finding" in row]
+        late = run.begun and len(run.edits) > run.followed
+        if lost and late and self.train is not None and not self.train.finetune:
+            found.append(LATE)
+        return tuple(found)
 
     def _inputs(self, run: Run) -> dict[str, str]:
         """Say how inputs were prepared, and what was counted as one sample where that was asked."""
