@@ -86,7 +86,7 @@ def _step(step: Step, home: Any, desk: Path) -> str:
 @contextmanager
 def _seeded(seed: int) -> Iterator[list[Any]]:
     """Add to the seed of every compression, and collect their verdicts."""
-    go, judge, judged = network._Job.go, network.judge, []
+    go, judge, judged = network.Job.go, network.judge, []
 
     def moved(job: Any, **asked: Any) -> Any:
         job.seed += seed
@@ -97,8 +97,8 @@ def _seeded(seed: int) -> Iterator[list[Any]]:
         judged.append(judge(*asked))
         return judged[-1]
 
-    network._Job.go, network.judge = moved, collected  # type: ignore[method-assign]
+    network.Job.go, network.judge = moved, collected  # type: ignore[method-assign]
     try:
         yield judged
     finally:
-        network._Job.go, network.judge = go, judge  # type: ignore[method-assign]
+        network.Job.go, network.judge = go, judge  # type: ignore[method-assign]

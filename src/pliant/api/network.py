@@ -134,7 +134,7 @@ def once(
     place = Path(folder) if folder is not None else None
     with own_randomness(seed, _place(model)), _written_alone(place, resume=resume):
         read = Data.of(data, seed=seed).read_by(bare(model))
-        job = _Job(bare(model), read, *asked, as_example(example), resume)
+        job = Job(bare(model), read, *asked, as_example(example), resume)
         job.folder = place
         job.watch = watch or job.watch
         job.target = None if target is None else as_target(target)
@@ -214,7 +214,7 @@ class Control(Method):
 
 
 @dataclass
-class _Job:
+class Job:
     """One call of `compress`: what was asked, and the seconds that its stages took."""
 
     model: nn.Module
@@ -237,7 +237,7 @@ class _Job:
         with self._stage("prepare"):
             run = self._begin()
         reference, rows = self._reference(control=control)
-        before, dense = self._fair(reference, run)
+        before, dense = self.fair(reference, run)
         with self._stage("finish", show=False):
             if self.train is not None and self._epochs():
                 self._fit(run, self.train, self.folder, self.watch, reference)
@@ -246,20 +246,38 @@ class _Job:
                 run.finish(strict=False)
         self._split_time(run)
         run.finish(strict=strict)
-        check_left(run.model, type(self.method).__name__)  # what the fine-tuning leaves
+        return self.result(run, reference, (before, dense), rows, name)
+
+    def result(
+        self,
+        run: Run,
+        reference: nn.Module | None,
+        dense: tuple[Side, Score | None],
+        rows: list[dict[str, Any]],
+        name: str,
+    ) -> Result:
+        """Measure, judge and report what a finished run has made.
+
+        Args:
+            run: finished.
+            reference: the dense network, None if nobody kept it.
+            dense: what it costs and scores.
+            rows: the history of its training, where there was one.
+            name: what the report calls it.
+        """
+        check_left(run.model, type(self.method).__name__)  # what fine-tuning leaves
         after, small = self._side(run.model, run)
-        sides = before, after
         with self._stage("measure"):
-            sides = timed(run, *sides)
-        near = self._fidelity(reference, run)
+            sides = timed(run, dense[0], after)
+        near = None if reference is None else self._fidelity(reference, run)
         found = self._sizes(run)
         bound = LOSE if self.budget is None or self.budget.drop is None else self.budget.drop
-        verdict = judge(dense, small, bound)
+        verdict = judge(dense[1], small, bound)
         report = replace(self._report(run, name, sides, rows), sizes=found, verdict=verdict)
         report = replace(report, findings=self._findings(run, lost=verdict.holds is False))
         report = replace(report, fidelity=near, task=str(self.task or ""), metrics=self._metrics())
         if verdict.holds is False:
-            warnings.warn(said(verdict), AccuracyWarning, stacklevel=3)
+            warnings.warn(said(verdict), AccuracyWarning, stacklevel=4)
         edits = tuple(from_json(to_json(run.edits)))  # a plan: without the tensors of factors
         return Result(run.model.to(device_of(self.model)).eval(), edits, report)
 
@@ -279,8 +297,8 @@ class _Job:
             check_data(network, data)
         elif data.has("train"):
             data.check(labelled=False)
-        self.split = _scored(data, self.task)
-        self._settle(network)
+        self.split = scored_on(data, self.task)
+        self.settle(network)
         run = start(
             network,
             self.method,
@@ -333,7 +351,7 @@ class _Job:
         asked: dict[str, Any] = {"folder": folder, "resume": self.resume, "watch": watch}
         fit(run, self.data, plan, teacher=teacher if plan.distill else None, **asked)
 
-    def _fair(self, network: nn.Module, run: Run) -> tuple[Side, Score | None]:
+    def fair(self, network: nn.Module, run: Run) -> tuple[Side, Score | None]:
         """Measure the dense network with what any network gets: batch norms of these inputs.
 
         It counts as the better of itself and of a copy whose batch norms were re-estimated from
@@ -369,7 +387,7 @@ class _Job:
         known = self.task.metrics if self.task is not None else {}
         return {name: {"better": m.better, "unit": m.unit} for name, m in known.items()}
 
-    def _settle(self, network: nn.Module) -> None:
+    def settle(self, network: nn.Module) -> None:
         """Find out what is trained and scored, and refuse what cannot be."""
         splits: list[Split] = ["train"] if self._epochs() else []
         if self._epochs() and self.data.has("val"):
@@ -502,7 +520,7 @@ def _first_inputs(data: Data, split: Split, most: int) -> Iterator[Example]:
         yield inputs
 
 
-def _scored(data: Data, task: Task | None) -> Split | None:
+def scored_on(data: Data, task: Task | None) -> Split | None:
     """Name the split to measure scores on, None where nothing is labelled."""
     if task is not None and task.name == "none":
         return None
