@@ -164,6 +164,15 @@ def test_seeds_that_both_have_are_compared() -> None:
     assert paired(one, fixed) == [0.4, 0.5, 0.6]
 
 
+def test_dense_networks_that_were_scored_as_they_came_are_named() -> None:
+    text = "**Scored as they came**"
+    (result,) = (r for r in read_all() if r["bench"] == "prune-family")
+    assert text in page.render([result])
+    fair = {**result, "settings": {**result["settings"], "fair": True}}
+    assert text not in page.render([fair])
+    assert not any(text in page.render([r]) for r in read_all() if r["bench"] == "orion")
+
+
 def test_a_changed_plan_is_named() -> None:
     old = {"seeds": [0, 1], "budgets": [0.1, 0.2], "lr": 1, "claims": {"gap": 1.0}, "quick": {}}
     new = {"seeds": [1, 0], "budgets": [0.2], "lr": 2, "claims": {"gap": 2.0, "more": 1}}

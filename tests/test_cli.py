@@ -426,3 +426,8 @@ def test_a_loss_of_accuracy_has_an_exit_code_of_its_own(tmp_path: Path) -> None:
     wide = [*words, "--out", tmp_path / "c", "--lose", "100"]
     run = CliRunner().invoke(app, [str(w) for w in wide])
     assert run.exit_code == 0 and "Accuracy kept" in run.stdout
+
+
+def test_a_control_that_would_train_nothing_is_refused() -> None:
+    result = CliRunner().invoke(app, [*SMALL, "--epochs", "0", "--control"])
+    assert result.exit_code and "add --epochs" in result.stderr.replace("\n", " ")

@@ -100,6 +100,16 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
     The embedded digits are cut down to a few hundred: the pages must run, not learn.
     """
+    before = set(sys.modules)
+    furnish(tmp_path, monkeypatch)
+    yield tmp_path
+    for name in set(sys.modules) - before:
+        if (getattr(sys.modules[name], "__file__", None) or "").startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
+def furnish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, whole: bool = False) -> None:
+    """Put into a folder what the pages take for granted, and go there."""
     for split in ("train", "test"):
         for label in range(10):
             folder = tmp_path / "images" / split / f"class{label}"
@@ -109,17 +119,12 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
                 Image.new("RGB", (32, 32), shade).save(folder / f"{number}.png")
     torch.manual_seed(0)
     save_file(zoo.build("resnet20").state_dict(), tmp_path / "resnet20.safetensors")
-    for name, whole in readers._EMBEDDED.items():
-        monkeypatch.setitem(readers._EMBEDDED, name, partial(few, whole))
+    for name, make in () if whole else readers._EMBEDDED.items():
+        monkeypatch.setitem(readers._EMBEDDED, name, partial(few, make))
     monkeypatch.setitem(interleaved.__globals__, "ROUNDS", (9, 61))  # a fifth: times are only shown
     entries()  # what is found only once is found now
     monkeypatch.setattr(registry, "_ENTRIES", dict(registry._ENTRIES))
     monkeypatch.chdir(tmp_path)
-    before = set(sys.modules)
-    yield tmp_path
-    for name in set(sys.modules) - before:
-        if (getattr(sys.modules[name], "__file__", None) or "").startswith(str(tmp_path)):
-            del sys.modules[name]
 
 
 def module(page: Path, desk: Path) -> ModuleType:

@@ -7,7 +7,17 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-from pliant.api import analyze, auto, cluster, compress, load, recover, smallest, sweep
+from pliant.api import (
+    analyze,
+    auto,
+    cluster,
+    compress,
+    conclude,
+    load,
+    recover,
+    smallest,
+    sweep,
+)
 from pliant.budget import Budget
 from pliant.compose import Stage, chain, together
 from pliant.cost import Cost, cost, layer_costs
@@ -49,6 +59,7 @@ __all__ = [
     "chain",
     "cluster",
     "compress",
+    "conclude",
     "cost",
     "entries",
     "evaluate",

@@ -14,18 +14,20 @@ from typing import Any
 
 import torch
 
-from tests.reliability import files, flips, images, kills, numerics, record
+from tests.reliability import commands, files, flips, images, kills, numerics, record
 
 CHUNK = 2500  # files of one entry
-USUAL = {"files": CHUNK, "flips": 1000, "images": 1000, "kills": 5, "numerics": 800}
-BAD = ("raw", "slow", "opened", "taken", "untrue", "different", "failed")
+USUAL = {"commands": 3, "files": CHUNK, "flips": 1000, "images": 1000, "kills": 5, "numerics": 800}
+BAD = ("beyond", "raw", "slow", "opened", "taken", "untrue", "different", "failed")
 
 
 def main() -> int:
     """Run one campaign and print its figures; the exit code is 1 if there was a surprise."""
     parser = argparse.ArgumentParser(prog="python -m tests.reliability", description=__doc__)
     parser.add_argument("what", choices=tuple(USUAL))
-    parser.add_argument("--cases", type=int, default=0, help="how many; of kills for each method")
+    parser.add_argument(
+        "--cases", type=int, default=0, help="how many; kills of each method, seeds of commands"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--method", action="append", help="kills: only these")
     parser.add_argument(
@@ -49,6 +51,8 @@ def _run(asked: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """Run what was asked for, in parts that are recorded one by one."""
     if asked.what == "kills":
         return _kills(asked, folder)
+    if asked.what == "commands":
+        return _commands(asked, folder)
     parts = [(asked.seed, asked.cases)]
     if asked.what == "files":
         starts = range(0, asked.cases, CHUNK)
@@ -70,6 +74,24 @@ def _run(asked: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
 
 def _numerics(cases: int, folder: Path, seed: int) -> dict[str, Any]:
     return numerics.run(numerics.drawn(cases, seed), folder, seed, progress=200)
+
+
+def _commands(asked: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
+    """Run README and the pages, each page with each seed; what is over is recorded."""
+    known = record.find("commands", asked.seed, asked.cases) if asked.record else None
+    rows: dict[str, dict[str, Any]] = dict(known["found"]) if known else {}
+    used = sum(os.times()[:4]) - (known["cpu_seconds"] if known else 0)
+    for seed in range(asked.seed, asked.seed + asked.cases):
+        for page in commands.pages():
+            name = f"{commands.named(page)}, seed {seed}"
+            if name not in rows:
+                rows[name] = commands.run(page, folder, seed)
+                print(f"{name}: {rows[name]}", flush=True)
+                if asked.record:
+                    spent = sum(os.times()[:4]) - used
+                    record.write("commands", asked.seed, asked.cases, rows, spent)
+    print(json.dumps(record.total(rows.values())))
+    return list(rows.values())
 
 
 def _kills(asked: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:

@@ -1,6 +1,7 @@
 """The verbs: one call each, from what a user has to what a user wants."""
 
 from pliant.api.network import CONTROL
+from pliant.api.own import conclude
 from pliant.api.probe import analyze
 from pliant.api.shortlist import auto
 from pliant.api.solve import cluster, recover
@@ -15,6 +16,7 @@ __all__ = [
     "auto",
     "cluster",
     "compress",
+    "conclude",
     "load",
     "recover",
     "smallest",

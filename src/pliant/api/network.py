@@ -49,6 +49,10 @@ from pliant.surgery.batchnorm import recalibrate
 COMPARED = 1024  # samples whose outputs are compared with the dense network's
 CONTROL = checkpoint.CONTROL  # folder of the control run's checkpoint, its phase in the history
 REFERENCE = "the same network trained for as many epochs without compression"
+LATE = (
+    "The layers were changed when the training was over, and nothing has trained them since: add "
+    "passes afterwards (finetune)."
+)
 
 Methods = Method | Stage | str | Sequence[Any]
 
@@ -130,7 +134,7 @@ def once(
     place = Path(folder) if folder is not None else None
     with own_randomness(seed, place_of(model)), written_alone(place, resume=resume):
         read = Data.of(data, seed=seed).read_by(bare(model))
-        job = _Job(bare(model), read, *asked, as_example(example), resume)
+        job = Job(bare(model), read, *asked, as_example(example), resume)
         job.folder = place
         job.watch = watch or job.watch
         job.target = None if target is None else as_target(target)
@@ -139,7 +143,7 @@ def once(
 
 
 @dataclass
-class _Job:
+class Job:
     """One call of `compress`: what was asked, and the seconds that its stages took."""
 
     model: nn.Module
@@ -171,19 +175,38 @@ class _Job:
                 run.finish(strict=False)
         self.seconds |= phases(run.log, self.seconds.pop("finish"))
         run.finish(strict=strict)
-        check_left(run.model, type(self.method).__name__)  # what the fine-tuning leaves
+        return self.result(run, reference, (before, dense), rows, name)
+
+    def result(
+        self,
+        run: Run,
+        reference: nn.Module | None,
+        dense: tuple[Side, Score | None],
+        rows: list[dict[str, Any]],
+        name: str,
+    ) -> Result:
+        """Measure, judge and report what a finished run has made.
+
+        Args:
+            run: finished.
+            reference: the dense network, None if nobody kept it.
+            dense: what it costs and scores.
+            rows: the history of its training, where there was one.
+            name: what the report calls it.
+        """
+        check_left(run.model, type(self.method).__name__)  # what fine-tuning leaves
         after, small = self._side(run.model, run)
-        sides = before, after
         with self._stage("measure"):
-            sides = timed(run, *sides)
-        near = None if trying() else self._fidelity(reference, run)
+            sides = timed(run, dense[0], after)
+        near = None if trying() or reference is None else self._fidelity(reference, run)
         found = self._sizes(run)
         bound = LOSE if self.budget is None or self.budget.drop is None else self.budget.drop
-        verdict = judge(dense, small, bound)
+        verdict = judge(dense[1], small, bound)
         report = replace(self._report(run, name, sides, rows), sizes=found, verdict=verdict)
+        report = replace(report, findings=self._findings(run, lost=verdict.holds is False))
         report = replace(report, fidelity=near, task=str(self.task or ""), metrics=self._metrics())
         if verdict.holds is False:
-            warnings.warn(said(verdict), AccuracyWarning, stacklevel=3)
+            warnings.warn(said(verdict), AccuracyWarning, stacklevel=4)
         edits = tuple(from_json(to_json(run.edits)))  # a plan: without the tensors of factors
         return Result(run.model.to(device_of(self.model)).eval(), edits, report)
 
@@ -204,7 +227,7 @@ class _Job:
         elif data.has("train"):
             data.check(labelled=False)
         self.split = scored_split(data, self.task)
-        self._settle(network)
+        self.settle(network)
         run = start(
             network,
             self.method,
@@ -261,16 +284,16 @@ class _Job:
         """Measure the dense network, once for all sizes of it that are tried."""
         mark = fingerprint(network)
         if own or not mark:  # a control has weights of its own
-            return self._fair(network, run)
+            return self.fair(network, run)
 
         def make() -> tuple[Side, Score | None, dict[str, Tensor]]:
-            return *self._fair(network, run), copy.deepcopy(network.state_dict())
+            return *self.fair(network, run), copy.deepcopy(network.state_dict())
 
         found, score, state = kept(("before", mark, self.split), make)
         network.load_state_dict(state)
         return found, score
 
-    def _fair(self, network: nn.Module, run: Run) -> tuple[Side, Score | None]:
+    def fair(self, network: nn.Module, run: Run) -> tuple[Side, Score | None]:
         """Measure the dense network with what any network gets: batch norms of these inputs.
 
         It counts as the better of itself and of a copy whose batch norms were re-estimated from
@@ -306,7 +329,7 @@ class _Job:
         known = self.task.metrics if self.task is not None else {}
         return {name: {"better": m.better, "unit": m.unit} for name, m in known.items()}
 
-    def _settle(self, network: nn.Module) -> None:
+    def settle(self, network: nn.Module) -> None:
         """Find out what is trained and scored, and refuse what cannot be."""
         splits: list[Split] = ["train"] if self._epochs() else []
         if self._epochs() and self.data.has("val"):
@@ -373,6 +396,14 @@ class _Job:
             target=where_timed(run),
             inputs=self._inputs(run),
         )
+
+    def _findings(self, run: Run, *, lost: bool) -> tuple[str, ...]:
+        """Return what went wrong in the training, and what to do."""
+        found = [row["finding"] for row in run.log if "finding" in row]
+        late = run.begun and len(run.edits) > run.followed
+        if lost and late and self.train is not None and not self.train.finetune:
+            found.append(LATE)
+        return tuple(found)
 
     def _inputs(self, run: Run) -> dict[str, str]:
         """Say how inputs were prepared, and what was counted as one sample where that was asked."""

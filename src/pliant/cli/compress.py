@@ -19,7 +19,7 @@ from pliant.compose import resolve
 from pliant.data import Data, Train, load
 from pliant.data.ready import task_of
 from pliant.drivers import logs
-from pliant.errors import AccuracyWarning, BudgetError, DataError
+from pliant.errors import AccuracyWarning, BudgetError, DataError, TrainingError
 from pliant.method import Method
 from pliant.registry import entry_of
 
@@ -168,6 +168,11 @@ def compress(
     train = replace(
         DEMO.train if demo else Train(), **{k: v for k, v in given.items() if v is not None}
     )
+    if control and not (train.epochs or train.finetune):
+        raise TrainingError(
+            "--control trains the dense network for as many epochs as the smaller one, but there "
+            "are none: add --epochs, or leave --control out."
+        )
     default = console.is_default(context, "method")
     built = resolve(DEMO.method if demo and default else method)
     bounds = Budget.parse(budget) if budget else None

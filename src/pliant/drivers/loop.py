@@ -5,6 +5,7 @@ import math
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from pliant.data.criterion import weighted
 from pliant.data.epochs import Epochs
 from pliant.data.guess import task_loss
 from pliant.data.splits import Split
-from pliant.drivers import checkpoint
+from pliant.drivers import checkpoint, early
 from pliant.drivers.check import check_data, check_steps, not_finite, trains
 from pliant.drivers.devices import (
     agree,
@@ -36,7 +37,7 @@ from pliant.drivers.devices import (
 from pliant.drivers.schedule import optimizer_of, optimizers_of, rate
 from pliant.drivers.score import Score, distillation, evaluate, forward, scored
 from pliant.drivers.settle import settle
-from pliant.errors import DataError, TrainingError
+from pliant.errors import AccuracyWarning, DataError, TrainingError
 from pliant.run import Hooks, Run
 
 if TYPE_CHECKING:
@@ -167,6 +168,8 @@ class _Training:
     identity: dict[str, str] = field(default_factory=dict)
     began: float = 0.0
     taken: int = 0  # steps since then
+    first: list[float] = field(default_factory=list)  # losses of the phase, while they are watched
+    guessing: float | None = None  # the loss by chance, where answers are classes
 
     @property
     def hooks(self) -> bool:
@@ -205,7 +208,7 @@ class _Training:
             self.clean = False
             agree(self.run.model, self.fabric.world_size)
             self.run.finish(strict=False)
-            self.place = _Place(FINETUNE)
+            self.place, self.first = _Place(FINETUNE), []
             self._set_up()
             self.save()
         if self.place.phase == FINETUNE:
@@ -227,6 +230,7 @@ class _Training:
                 "identity": self.identity,
                 "threads": torch.get_num_threads(),
                 "place": vars(self.place),
+                "first": [*self.first, math.nan if self.guessing is None else self.guessing],
                 "run": self.run.state_dict(),
                 "model": self.run.model.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -238,6 +242,8 @@ class _Training:
     def _restore(self, saved: dict[str, Any]) -> None:
         """Edits first, with shapes only; then the tensors."""
         self.place = _Place(**saved["place"])
+        *self.first, guessing = saved.get("first", [math.nan])
+        self.guessing = None if math.isnan(guessing) else guessing
         if self.place.phase == SEARCH:
             self._set_up()
         self.run.load_state_dict(saved["run"])
@@ -273,6 +279,7 @@ class _Training:
         for batch in self._batches() if place.batch < last else ():
             with self._whole():
                 loss = self._step(batch)
+                self._look(loss)
                 place.batch, place.step = place.batch + 1, place.step + 1
                 place.total, place.seconds = place.total + loss, time.monotonic() - began
             every = self.train.checkpoint_every
@@ -329,10 +336,23 @@ class _Training:
             self.run.after_step()
         return float(task.detach())
 
+    def _look(self, loss: float) -> None:
+        """Say once in a phase that its learning rate destroys what the network knew."""
+        if len(self.first) == self.place.step < early.watched(self.train, self.steps):
+            self.first.append(loss)
+            now = early.destroyed(self.first, self.guessing)
+            if now is not None:
+                said = early.said(self.name, self.train, self.first, now)
+                self.run.note(finding=said)
+                warnings.warn(said, AccuracyWarning, stacklevel=2)
+                self.first.clear()  # of this phase no more is watched
+
     def _loss(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Return the loss of the task, and the one to differentiate."""
         labels = unpack(batch)[1]
         output = forward(self._wrapped(), self.run.inputs_of(batch))
+        if not self.place.step:
+            self.guessing = early.chance(self.run, output)
         weighs = self.hooks and self.run.reduction == "none"
         if weighs:
             losses = self.run.task_loss(output, batch, "none")

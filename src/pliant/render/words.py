@@ -185,9 +185,9 @@ def fine(report: Report) -> bool:
 
 
 def verdict(report: Report) -> str:
-    """Say what was lost, and whether the budget was met, and if not what was missed."""
+    """Say what was lost, whether the budget was met, and what was found in the training."""
     note = report.verdict.note if report.verdict else ""
-    return " ".join(filter(None, (lost(report), _budget(report), note)))
+    return " ".join(filter(None, (lost(report), _budget(report), note, *report.findings)))
 
 
 def _budget(report: Report) -> str:

@@ -124,6 +124,7 @@ class Report:
     and what they count. ``tried`` has a row for every network that was made on the way, where
     sizes or methods were searched: what it is, costs and lost. ``inputs`` says how data in memory
     were resized, normalized and augmented, and which part of the example was counted as one sample.
+    ``findings`` say in sentences what went wrong in the training, and what to do about it.
     """
 
     model: str
@@ -150,6 +151,7 @@ class Report:
     task: str = ""
     metrics: dict[str, dict[str, str]] = field(default_factory=dict)
     inputs: dict[str, str] = field(default_factory=dict)
+    findings: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         """Say in a line what came out; the whole report is in `to_json`."""
@@ -185,7 +187,7 @@ class Report:
             raw["fidelity"] = Fidelity(**raw["fidelity"]) if raw.get("fidelity") else None
             raw["sizes"] = tuple(Side(**_tuples(row)) for row in raw.get("sizes", ()))
             raw["layers"] = tuple(LayerRow(**_tuples(row)) for row in raw["layers"])
-            for name in ("history", "misses", "tried"):
+            for name in ("history", "misses", "tried", "findings"):
                 raw[name] = tuple(raw.get(name, ()))
             return cls(**raw)
         except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -76,6 +76,7 @@ class Run:
         begun: whether a loop trains it.
         aside: what to take out of the model at the end, and what is kept beside it until then.
         finished: whether the compression has been made permanent.
+        followed: how many edits were followed by a step.
         began: of a view, step and epoch of the whole run at which its own clock began.
         observe: called whenever a stage of a chain is over; what it returns enters the history.
         origin: digest of the weights that the run began with.
@@ -104,6 +105,7 @@ class Run:
     begun: bool = False
     aside: Aside = field(default_factory=Aside)
     finished: bool = False
+    followed: int = 0
     began: tuple[int, int] = (0, 0)
     observe: Callable[[Run], Mapping[str, Any]] | None = None
     origin: str = ""
@@ -247,6 +249,7 @@ class Run:
             MethodError: the method chooses the data of an epoch, and the loop took others.
         """
         self.begun, whole = True, not self.aside.path  # not a view of a part
+        self.followed = len(self.edits)
         if whole and self.method.uses("epoch"):
             check_epoch(self.epochs, self.epoch, type(self.method).__name__)
             check_rate(self._rate(), self.optimizers, type(self.method).__name__)

@@ -1,0 +1,141 @@
+"""A learning rate that destroys a trained network is said; one that does not is not."""
+
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pliant
+from pliant.data import Train
+from pliant.drivers import early
+from pliant.errors import AccuracyWarning
+from pliant.render import words
+from pliant.render.markdown import markdown
+from pliant.result import Report
+
+CLASSES = 4
+
+
+def samples(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Points around four centres, well apart."""
+    draw = torch.Generator().manual_seed(seed)
+    labels = torch.arange(count) % CLASSES
+    return 3 * torch.eye(CLASSES, 8)[labels] + 0.3 * torch.randn(count, 8, generator=draw), labels
+
+
+DATA = pliant.Data(samples(256, 1), test=samples(128, 2), classes=CLASSES)
+
+
+def trained() -> nn.Module:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, CLASSES))
+    optimizer = torch.optim.Adam(net.parameters(), 0.02)
+    inputs, labels = samples(256, 1)
+    for _ in range(60):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(inputs), labels).backward()
+        optimizer.step()
+    return net
+
+
+def compressed(net: nn.Module, method: str = "nrmf", **more: Any) -> pliant.Result:
+    plan = Train(**{"epochs": 2, "batch": 16, "device": "cpu", "lr": 0.01} | more.pop("train", {}))
+    budget = None if method in ("kd", "maxdropout") else "params=0.8"
+    return pliant.compress(net, DATA, method, budget, train=plan, strict=False, **more)
+
+
+def found(result: pliant.Result) -> list[str]:
+    return [text for text in result.report.findings if "learning rate" in text]
+
+
+@pytest.mark.parametrize("method", ["nrmf", "slimming", "kd", "maxdropout", "energy"])
+def test_a_learning_rate_that_destroys_is_said_whatever_the_method(method: str) -> None:
+    net = nn.Sequential(*trained())
+    if method == "slimming":
+        net = nn.Sequential(net[0], nn.BatchNorm1d(32, affine=True), *net[1:]).eval()
+        with torch.no_grad():
+            net[1].running_var.fill_(1 - net[1].eps)
+    plan = {"lr": 30.0, "nesterov": False, "clip": 100.0}
+    with pytest.warns(AccuracyWarning, match=r"learning rate \(30\) is too high .* take a tenth"):
+        result = compressed(net, method, train=plan)
+    assert len(found(result)) == 1
+    report = Report.from_json(result.report.to_json())
+    assert report.findings == result.report.findings
+    assert found(result)[0] in words.verdict(report) and "take a tenth" in markdown(report)
+
+
+def test_a_gentle_one_is_not() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AccuracyWarning)
+        assert not compressed(trained()).report.findings
+
+
+def test_an_untrained_network_has_nothing_to_lose_by_it() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, CLASSES))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = compressed(net, train={"lr": 30.0, "nesterov": False, "clip": 100.0})
+    assert not found(result)
+    assert result.report.verdict is not None and "by chance" in result.report.verdict.note
+
+
+def test_fine_tuning_is_watched_too() -> None:
+    """With no search before it, as after one: its own first loss is what counts."""
+    plan = {"epochs": 0, "finetune": 2, "lr": 30.0, "nesterov": False, "clip": 100.0}
+    with pytest.warns(AccuracyWarning, match="steps of the finetune the loss rose"):
+        compressed(trained(), "kd", train=plan)
+
+
+def test_what_was_seen_is_resumed(tmp_path: Path) -> None:
+    """Killed after two steps, the finding comes all the same."""
+
+    class Stop(Exception):
+        pass
+
+    steps: list[int] = []
+
+    def watch(row: dict[str, Any]) -> None:
+        steps.extend([1] if "step" in row else [])
+        if len(steps) == 2:
+            raise Stop
+
+    plan = {"lr": 30.0, "nesterov": False, "clip": 100.0, "checkpoint_every": 1}
+    with pytest.raises(Stop):
+        compressed(trained(), train=plan, folder=tmp_path, watch=watch)
+    with pytest.warns(AccuracyWarning):
+        again = compressed(trained(), train=plan, folder=tmp_path, resume=True)
+        whole = compressed(trained(), train=plan)
+    assert again.report.findings == whole.report.findings and len(found(again)) == 1
+
+
+def test_layers_that_change_at_the_very_end_want_training() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        plan = Train(epochs=1, batch=16, lr=1e-4, device="cpu")
+        cut = pliant.compress(trained(), DATA, "nrmf(search=1.0)", "params=0.3", train=plan)
+    assert cut.report.verdict is not None and cut.report.verdict.holds is False
+    assert any("nothing has trained them since" in text for text in cut.report.findings)
+
+
+@pytest.mark.parametrize(
+    ("losses", "guessing", "lost"),
+    [
+        ([0.1, 2.0, 2.2], math.log(10), True),
+        ([0.1, 0.2, 0.3, 0.2, 0.2], math.log(10), False),
+        ([2.0, 3.0, 4.0], math.log(10), False),  # knew nothing
+        ([0.1, 9.0], math.log(10), False),  # one batch says little
+        ([0.1, 9.0, 0.1, 0.1, 0.1, 0.1, 0.1], math.log(10), False),
+        ([0.1, 2.0, 2.2], None, True),
+        ([0.1, 0.5, 0.6], None, False),
+        ([0.0, 0.5, 0.6], None, False),
+    ],
+)
+def test_when_it_is_destroyed(losses: list[float], guessing: float | None, lost: bool) -> None:
+    assert (early.destroyed(losses, guessing) is not None) is lost
