@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 from torch import nn
 
-from pliant.cli import console, source
+from pliant.cli import console, images, source
 from pliant.cost import Example, LayerCost, cost, layer_costs
 from pliant.data import load
 from pliant.edits import Factor
@@ -26,6 +26,7 @@ SHARES = (0.9, 0.95, 0.98)
 def inspect(
     model: Annotated[str, typer.Argument(help="a zoo name, module:callable, or a .pliant file")],
     data: Annotated[str | None, typer.Option(help="takes the input shape from data")] = None,
+    size: images.Size = None,
     weights: Annotated[
         str | None, typer.Option(help="safetensors file with the network's weights")
     ] = None,
@@ -43,7 +44,7 @@ def inspect(
     Ranks are those of Tucker-2 (input/output channels), or the one of a matrix; behind them
     stands what they would save of the layer's parameters. Below break-even a layer shrinks.
     """
-    samples = load(data) if data else None
+    samples = load(data, **images.prepared(size, "auto", "auto")) if data else None
     classes = samples.class_count or None if samples else None
     found = source.find(
         model, weights=weights, architecture=architecture, classes=classes, seed=seed

@@ -21,7 +21,17 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from pliant.cost.call import Example, as_example, bare, call, evaluating, fitted, mapped, tensors
+from pliant.cost.call import (
+    Example,
+    as_example,
+    bare,
+    call,
+    evaluating,
+    fitted,
+    lacking,
+    mapped,
+    tensors,
+)
 from pliant.cost.macs import OWN, Formula, Packed, formula_of, products
 from pliant.cost.owned import FLOAT, itemsize, numbers, own, stored_bytes, subtree
 from pliant.cost.sample import Samples, counted, one_sample, repeated, samples_of
@@ -41,6 +51,7 @@ __all__ = [
     "counted",
     "evaluating",
     "fitted",
+    "lacking",
     "layer_costs",
     "mapped",
     "module_cost",
@@ -316,7 +327,8 @@ def _run(model: nn.Module, sample: Example, watch: _Watch) -> None:
         shapes = ", ".join(str(tuple(t.shape)) for t in tensors(sample)) or "no tensor"
         raise ModelError(
             f"{type(model).__name__} must run on one sample, but fails on input {shapes} "
-            f"({type(error).__name__}: {error}); pass an example that the model accepts."
+            f"({type(error).__name__}: {error}); {lacking(error)}pass an example that the model "
+            "accepts."
         ) from error
 
 

@@ -39,6 +39,16 @@ def call(model: nn.Module, example: Example) -> Any:
     return model(**given) if isinstance(given, Mapping) else model(*given)
 
 
+def lacking(error: Exception) -> str:
+    """Say how several inputs are written, where a call failed for want of one; else nothing."""
+    if not isinstance(error, TypeError) or "required positional argument" not in str(error):
+        return ""
+    return (
+        "a pair (a, b) is read as inputs and labels, so write two inputs of one call as "
+        "((a, b),) or by name; "
+    )
+
+
 def mapped(
     change: Callable[[Tensor], Tensor], value: Any, other: Callable[[Any], Any] | None = None
 ) -> Any:
