@@ -154,8 +154,7 @@ class _Work:
 
     def channels(self) -> Values:
         result = self._compress("channels", None)
-        edits = [edit for edit in result.edits if isinstance(edit, Prune)]
-        self._equal_without(edits)
+        self._equal_without(result)
         share = _size(result.model) / _size(self.dense)
         left = [row for row in result.report.layers if row.form == "dense"]
         self.silent = {row.layer for row in left if OUTPUTS in row.reason}
@@ -245,11 +244,14 @@ class _Work:
         if not change <= self.tries["equal"]:
             self._wrong(f"at full ranks the outputs change by {change:.1e} of the largest")
 
-    def _equal_without(self, edits: list[Prune]) -> None:
+    def _equal_without(self, result: Result) -> None:
         """Compare the cut network with the whole one, which does not read what was cut."""
-        whole, cut = copy.deepcopy(self.dense), copy.deepcopy(self.dense)
-        ignore(whole, edits)
-        replay(cut, edits)
+        cuts = [edit for edit in result.edits if isinstance(edit, Prune)]
+        whole = copy.deepcopy(self.dense)
+        replay(whole, [edit for edit in result.edits if not isinstance(edit, Prune)])
+        cut = copy.deepcopy(whole)
+        ignore(whole, cuts)
+        replay(cut, cuts)
         change = _change(_outputs(whole, self.two), _outputs(cut, self.two))
         if not change <= self.tries["equal"]:
             self._wrong(f"without its channels the outputs change by {change:.1e} of the largest")
