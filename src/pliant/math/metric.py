@@ -131,9 +131,10 @@ def together(table: Metric, heads: Sequence[Metric]) -> Metric:
     whole = sum(float(columns.trace()) * mean for _, columns, mean in parts)
     if not 0 < whole < float("inf"):
         return table
-    total = sum(columns * mean for _, columns, mean in parts)
-    rows = sum(rows * (float(columns.trace()) * mean / whole) for rows, columns, mean in parts)
-    return Metric(Diagonal(rows - 1), torch.as_tensor(total).float())
+    total = torch.stack([columns * mean for _, columns, mean in parts]).sum(0)
+    shares = [float(columns.trace()) * mean / whole for _, columns, mean in parts]
+    each = [rows * share for (rows, _, _), share in zip(parts, shares, strict=True)]
+    return Metric(Diagonal(torch.stack(each).sum(0) - 1), total.float())
 
 
 def _whole(outputs: Tensor | None) -> Tensor:
