@@ -31,6 +31,7 @@ from pliant.files.onnx import to_onnx
 from pliant.math.forms import forms_for, max_ranks
 from pliant.nn.kinds import kernel
 from pliant.result import Result
+from pliant.surgery.graph import OUTPUT, trace
 from pliant.surgery.prove import ignore
 
 Values = dict[str, Any]
@@ -39,7 +40,6 @@ COLUMNS = ("network", "ranks", "channels", "bits", "torch_pruning", "files", "on
 PRELOADED = ["torchvision", "timm", "transformers", "diffusers", "ultralytics.nn.tasks"]
 PRELOADED += ["segmentation_models_pytorch", "torch_pruning", "bench.tries"]
 MODULES = {"segmentation-models-pytorch": "segmentation_models_pytorch"}
-OUTPUTS = "its channels are outputs of the network"
 LOST = 0.01  # least share of the parameters that removing channels must save
 
 
@@ -122,7 +122,6 @@ class _Work:
     def __init__(self, network: Network, tries: Tries, answers: Connection) -> None:
         self.of, self.tries, self.answers = network, tries, answers
         self.made: dict[str, Result] = {}
-        self.silent: set[str] = set()  # layers that answer
 
     def network(self) -> Values:
         self.dense = self.of.build()
@@ -154,11 +153,9 @@ class _Work:
 
     def channels(self) -> Values:
         result = self._compress("channels", None)
-        edits = [edit for edit in result.edits if isinstance(edit, Prune)]
-        self._equal_without(edits)
+        self._equal_without(result)
         share = _size(result.model) / _size(self.dense)
         left = [row for row in result.report.layers if row.form == "dense"]
-        self.silent = {row.layer for row in left if OUTPUTS in row.reason}
         return {
             "share": share,
             "works": share <= 1 - LOST,
@@ -183,20 +180,25 @@ class _Work:
     def torch_pruning(self) -> Values:
         """The same share of channels by Torch-Pruning, which spares the layers that answer."""
         pruning: Any = importlib.import_module("torch_pruning")
-        model = self.of.build()
+        model, spared = self.of.build(), self.answering()
         with torch.enable_grad():
             pruning.pruner.MagnitudePruner(
                 model,
                 self.two,
                 importance=pruning.importance.GroupMagnitudeImportance(p=2),
                 pruning_ratio=self.tries["ratio"],
-                ignored_layers=[m for n, m in model.named_modules() if n in self.silent],
+                ignored_layers=[m for n, m in model.named_modules() if n in spared],
             ).step()
         after = _outputs(model.eval(), self.two)
         if [a.shape for a in after] != [b.shape for b in self.before]:
             return {"why": "the outputs have other shapes than before"}
         share = _size(model) / _size(self.dense)
         return {"share": share, "works": share <= 1 - LOST}
+
+    def answering(self) -> set[str]:
+        """Name the layers whose channels are outputs of the network."""
+        _, reasons = trace(self.dense, self.two)
+        return {layer for layer, why in reasons.items() if OUTPUT in why}
 
     def files(self) -> Values:
         """Save and load every result, and compare outputs bit by bit."""
@@ -245,11 +247,14 @@ class _Work:
         if not change <= self.tries["equal"]:
             self._wrong(f"at full ranks the outputs change by {change:.1e} of the largest")
 
-    def _equal_without(self, edits: list[Prune]) -> None:
+    def _equal_without(self, result: Result) -> None:
         """Compare the cut network with the whole one, which does not read what was cut."""
-        whole, cut = copy.deepcopy(self.dense), copy.deepcopy(self.dense)
-        ignore(whole, edits)
-        replay(cut, edits)
+        cuts = [edit for edit in result.edits if isinstance(edit, Prune)]
+        whole = copy.deepcopy(self.dense)
+        replay(whole, [edit for edit in result.edits if not isinstance(edit, Prune)])
+        cut = copy.deepcopy(whole)
+        ignore(whole, cuts)
+        replay(cut, cuts)
         change = _change(_outputs(whole, self.two), _outputs(cut, self.two))
         if not change <= self.tries["equal"]:
             self._wrong(f"without its channels the outputs change by {change:.1e} of the largest")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
@@ -431,3 +432,33 @@ def test_a_loss_of_accuracy_has_an_exit_code_of_its_own(tmp_path: Path) -> None:
 def test_a_control_that_would_train_nothing_is_refused() -> None:
     result = CliRunner().invoke(app, [*SMALL, "--epochs", "0", "--control"])
     assert result.exit_code and "add --epochs" in result.stderr.replace("\n", " ")
+
+
+class Pictures(nn.Module):
+    """A convolution and a head, for images in colour, 3x8x8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8 * 6 * 6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.conv(x).relu().flatten(1))
+        return out
+
+
+def test_every_command_that_reads_data_prepares_images_alike(tmp_path: Path) -> None:
+    for i in range(20):
+        place = tmp_path / "images" / "ab"[i % 2] / f"{i}.png"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (10 + i % 3, 12), (9 * i, 50, 99)).save(place)
+    given = ("tests.test_cli:Pictures", "--data", tmp_path / "images", "--size", "8")
+    assert "--size" in cli("sweep", *given[:3], "--method", "energy", code=2).output
+    energy = ("--method", "energy(p=0.6)", "--normalize", "none")
+    cli("sweep", *given, *energy, "--out", tmp_path / "sweep")
+    found = [json.loads(p.read_text()) for p in (tmp_path / "sweep").rglob("report.json")]
+    assert [one["inputs"]["normalized"] for one in found] == ["scaled to 0..1"]
+    rows = json.loads(cli("inspect", *given, "--json").stdout)
+    assert rows["layers"]
+    told = cli("analyze", *given, "--augment", "none", "--json").stdout
+    assert json.loads(told)["model"]
+    assert "--augment" in cli("auto", "--help").stdout

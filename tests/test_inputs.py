@@ -399,3 +399,21 @@ def test_samples_put_together() -> None:
 def test_what_no_reading_fits_is_refused_before_any_work() -> None:
     with pytest.raises((ModelError, DataError)):
         pliant.compress(convolutions(), [torch.zeros(7)] * 4, "nrmf", "params=0.9")
+
+
+def test_two_inputs_taken_for_inputs_and_labels_are_refused_with_how_to_write_them() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(6, 8), nn.Linear(5, 8)
+
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return self.a(a) + self.b(b)
+
+    a, b = torch.randn(20, 6), torch.randn(20, 5)
+    for given in ([a, b], (a, b)):
+        with pytest.raises(ModelError, match=r"write two inputs of one call as \(\(a, b\),\)"):
+            pliant.compress(Both(), given, "energy", "params=0.9")
+    with pytest.raises(ModelError, match="or by name"):
+        pliant.cost(Both(), (a,))
+    assert pliant.compress(Both(), ((a, b),), "energy", "params=0.9").report.met

@@ -10,7 +10,7 @@ import typer
 from pliant import api
 from pliant.api.shortlist import GOALS
 from pliant.budget import Budget
-from pliant.cli import compress, console, folder, measure, source
+from pliant.cli import compress, console, folder, images, measure, source
 from pliant.cli.progress import Bars
 from pliant.data import Train, load
 from pliant.errors import AccuracyWarning
@@ -20,6 +20,9 @@ from pliant.errors import AccuracyWarning
 def auto(
     model: Annotated[str, typer.Argument(help=compress.HELP, show_default=False)],
     data: Annotated[str, typer.Option(help="mnist5k, digits, a folder, or module:callable")],
+    size: images.Size = None,
+    normalize: images.Normalize = "auto",
+    augment: images.Augment = "auto",
     budget: Annotated[
         str | None, typer.Option(help="limits, such as latency=5 or bytes=500kB")
     ] = None,
@@ -56,7 +59,7 @@ def auto(
     given: dict[str, Any] = {"lr": lr, "batch": batch, "optimizer": optimizer}
     train = Train(epochs=epochs, finetune=finetune)
     train = replace(train, **{key: value for key, value in given.items() if value is not None})
-    samples = load(data, seed=seed)
+    samples = load(data, seed=seed, **images.prepared(size, normalize, augment))
     classes = samples.class_count or None
     found = source.find(
         model, weights=weights, architecture=architecture, classes=classes, seed=seed

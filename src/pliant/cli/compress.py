@@ -13,7 +13,7 @@ from rich.text import Text
 from pliant import api
 from pliant.api.verdict import said
 from pliant.budget import Budget
-from pliant.cli import console, folder, measure, source
+from pliant.cli import console, folder, images, measure, source
 from pliant.cli.progress import Bars
 from pliant.compose import resolve
 from pliant.data import Data, Train, load
@@ -55,23 +55,9 @@ def compress(
         str | None,
         typer.Option(help="mnist5k, digits, a folder of parquet files or images, module:callable"),
     ] = None,
-    size: Annotated[
-        str | None,
-        typer.Option(
-            help="resize images: 64,96 (height, width), or 224: the middle square of the shorter "
-            "side (default: as they are)"
-        ),
-    ] = None,
-    normalize: Annotated[
-        Literal["auto", "imagenet", "data", "none"],
-        typer.Option(
-            help="images by which mean and deviation; auto: imagenet in colour, else data"
-        ),
-    ] = "auto",
-    augment: Annotated[
-        Literal["auto", "none", "crop-flip"],
-        typer.Option(help="training images; auto: crop-flip for 32x32 in colour, else none"),
-    ] = "auto",
+    size: images.Size = None,
+    normalize: images.Normalize = "auto",
+    augment: images.Augment = "auto",
     method: Annotated[
         str, typer.Option(help='a name, or one with options: "nrmf(alpha=0.01)"')
     ] = "nrmf",
@@ -182,8 +168,7 @@ def compress(
     place = out or Path(DEMO.out if demo else f"runs/{_stem(str(model))}-{_name(built)}")
     task_of(task)  # refused before anything is loaded
     logs.check(log_to)
-    prepare: dict[str, Any] = {"size": _size(size), "normalize": normalize, "augment": augment}
-    samples = load(data or DEMO.data, seed=seed, **prepare)
+    samples = load(data or DEMO.data, seed=seed, **images.prepared(size, normalize, augment))
     found = source.find(
         model or DEMO.model,
         weights=weights,
@@ -248,13 +233,6 @@ def end(written: folder.Written, *, as_json: bool, allow_drop: bool = False) -> 
     if verdict is not None and verdict.holds is False and not allow_drop:
         console.err().print(Text(said(verdict), "red"), soft_wrap=True)
         raise typer.Exit(console.DROPPED)
-
-
-def _size(text: str | None) -> Any:
-    """Read 224, or 64,96; anything else is refused where data are loaded."""
-    sides = (text or "").replace("x", ",").split(",")
-    numbers = tuple(int(side) if side.strip().isdigit() else 0 for side in sides)
-    return None if text is None else numbers[0] if len(numbers) == 1 else numbers
 
 
 def _stem(model: str) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 import typer
 from torch import nn
 
-from pliant.cli import console, source
+from pliant.cli import console, images, source
 from pliant.cli import sensitivity as layerwise
 from pliant.cost import Example, LayerCost, cost, layer_costs
 from pliant.data import load
@@ -28,6 +28,7 @@ SHARES = (0.9, 0.95, 0.98)
 def inspect(
     model: Annotated[str, typer.Argument(help="a zoo name, module:callable, or a .pliant file")],
     data: Annotated[str | None, typer.Option(help="takes the input shape from data")] = None,
+    size: images.Size = None,
     weights: Annotated[
         str | None, typer.Option(help="safetensors file with the network's weights")
     ] = None,
@@ -56,7 +57,7 @@ def inspect(
     lets sizes be chosen and predicts what they cost together.
     """
     layerwise.check(sensitivity, data, out)
-    samples = load(data) if data else None
+    samples = load(data, **images.prepared(size, "auto", "auto")) if data else None
     classes = samples.class_count or None if samples else None
     found = source.find(
         model, weights=weights, architecture=architecture, classes=classes, seed=seed

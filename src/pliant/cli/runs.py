@@ -8,7 +8,7 @@ import typer
 
 from pliant import api
 from pliant.api.sweep import Case, cases
-from pliant.cli import compress, console, folder, measure, source
+from pliant.cli import compress, console, folder, images, measure, source
 from pliant.cli.progress import Bars
 from pliant.data import Train, load
 from pliant.errors import DataError, MethodError, OutputError, PliantError
@@ -65,6 +65,9 @@ def sweep(
     model: Annotated[str, typer.Argument(help=compress.HELP, show_default=False)],
     data: Annotated[str, typer.Option(help="mnist5k, digits, a folder, or module:callable")],
     method: Annotated[list[str], typer.Option(help="a method; may be given several times")],
+    size: images.Size = None,
+    normalize: images.Normalize = "auto",
+    augment: images.Augment = "auto",
     budget: Annotated[
         list[str] | None, typer.Option(help="a budget; may be given several times")
     ] = None,
@@ -87,7 +90,7 @@ def sweep(
     """Compress MODEL in many ways as one study; run it again, or elsewhere too, to go on."""
     plan = cases(method, budget or (), range(seeds), dict(map(_option, option or [])))
     place = out or Path(f"runs/{Path(model.partition(':')[2] or model).stem}-sweep")
-    samples = load(data)
+    samples = load(data, **images.prepared(size, normalize, augment))
     found = source.find(model, weights=weights, classes=samples.class_count or None)
     train = Train(epochs=epochs, finetune=finetune) if epochs or finetune else None
 

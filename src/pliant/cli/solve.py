@@ -10,7 +10,7 @@ import typer
 from torch import Tensor
 
 from pliant import api
-from pliant.cli import console, folder, source
+from pliant.cli import console, folder, images, source
 from pliant.codecs.disk import regular
 from pliant.data import load
 from pliant.errors import DataError, OutputError
@@ -77,6 +77,9 @@ def analyze(
     model: Annotated[str, typer.Argument(help="a zoo name, module:callable, or a .pliant file")],
     data: Annotated[str, typer.Option(help="mnist5k, digits, a folder of images, module:callable")],
     method: Annotated[str, typer.Option(help="a name, or one with options")] = "output_sensitivity",
+    size: images.Size = None,
+    normalize: images.Normalize = "auto",
+    augment: images.Augment = "auto",
     weights: Annotated[
         str | None, typer.Option(help="safetensors file with the network's weights")
     ] = None,
@@ -92,7 +95,7 @@ def analyze(
 ) -> None:
     """Find something out about a network, and leave it as it is."""
     with _place_of(out):
-        samples = load(data)
+        samples = load(data, **images.prepared(size, normalize, augment))
         found = source.find(
             model,
             weights=weights,

@@ -29,6 +29,7 @@ from pliant.cost.call import (
     device_of,
     evaluating,
     fitted,
+    lacking,
     mapped,
     tensors,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "device_of",
     "evaluating",
     "fitted",
+    "lacking",
     "layer_costs",
     "mapped",
     "module_cost",
@@ -327,7 +329,8 @@ def _run(model: nn.Module, sample: Example, watch: _Watch) -> None:
         shapes = ", ".join(str(tuple(t.shape)) for t in tensors(sample)) or "no tensor"
         raise ModelError(
             f"{type(model).__name__} must run on one sample, but fails on input {shapes} "
-            f"({type(error).__name__}: {error}); pass an example that the model accepts."
+            f"({type(error).__name__}: {error}); {lacking(error)}pass an example that the model "
+            "accepts."
         ) from error
 
 

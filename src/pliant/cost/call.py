@@ -46,6 +46,16 @@ def device_of(model: nn.Module) -> torch.device:
     return next((tensor.device for tensor in held), torch.device("cpu"))
 
 
+def lacking(error: Exception) -> str:
+    """Say how several inputs are written, where a call failed for want of one; else nothing."""
+    if not isinstance(error, TypeError) or "required positional argument" not in str(error):
+        return ""
+    return (
+        "a pair (a, b) is read as inputs and labels, so write two inputs of one call as "
+        "((a, b),) or by name; "
+    )
+
+
 def mapped(
     change: Callable[[Tensor], Tensor], value: Any, other: Callable[[Any], Any] | None = None
 ) -> Any:

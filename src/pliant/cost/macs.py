@@ -82,7 +82,7 @@ _FORMULAS: tuple[tuple[tuple[type[nn.Module], ...], Formula], ...] = (
 def formula_of(layer: nn.Module) -> Formula | None:
     """Return what counts the multiply-accumulates of a layer, None where that is not known."""
     if isinstance(layer, Packed):
-        return _own_count
+        return _own_count if getattr(layer, "counted", True) else None
     return next((formula for kinds, formula in _FORMULAS if isinstance(layer, kinds)), None)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from pliant.cost import Example, call, counted, device_of, evaluating
+from pliant.cost import Example, call, counted, device_of, evaluating, lacking
 from pliant.data import Data, unpack
 from pliant.data.guess import guess, squashed
 from pliant.data.measures import Metric
@@ -173,7 +173,7 @@ def forward(model: nn.Module, inputs: Any) -> Any:
     except Exception as error:
         raise ModelError(
             f"The model must take inputs of shape {shapes(inputs)}, but its forward fails with "
-            f"{type(error).__name__}: {error}; check that model and data fit."
+            f"{type(error).__name__}: {error}; {lacking(error)}check that model and data fit."
         ) from error
 
 

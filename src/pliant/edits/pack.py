@@ -15,7 +15,9 @@ from pliant.nn import kinds, several
 
 @dataclass(frozen=True)
 class Pack:
-    """Stores the matrices of an LSTM, GRU, RNN or MultiheadAttention as integers with scales.
+    """Stores the matrices of an LSTM, GRU, RNN, MultiheadAttention or experts as integers.
+
+    Experts are any layer with parameters of three axes, one matrix on top of the other.
 
     What such a layer reads stays in floating point.
 
@@ -49,8 +51,9 @@ class Pack:
         module = layer_of(model, self.layer)
         if not self.layer or not several.weights_of(module):
             raise EditError(
-                f"{self.layer or 'The model'} must be an LSTM, GRU, RNN, a cell of one, or a "
-                f"MultiheadAttention to be packed, and not {type(module).__name__}."
+                f"{self.layer or 'The model'} must be an LSTM, GRU, RNN, a cell of one, a "
+                "MultiheadAttention, or have parameters of three axes, to be packed, and not "
+                f"{type(module).__name__}."
             )
         if list(self.shapes) != flat(several.shapes_of(module)) or not self._fits():
             raise EditError(f"{self} does not fit the matrices of {self.layer}.")

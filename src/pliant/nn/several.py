@@ -1,20 +1,23 @@
-"""Layers with several weights that are stored as packed integers: recurrent ones and attention.
+"""Layers with several weights stored as packed integers: recurrent ones, attention, experts.
 
 They compute as the layers that they derive from do, with weights unpacked at every call. What
-they read stays in floating point: their weights meet it deep inside kernels of PyTorch.
+they read stays in floating point: their weights meet it deep inside kernels of PyTorch, or in
+code that is not known.
 """
 
 from __future__ import annotations
 
-import math
+import copy
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from pliant.cost.macs import attention
 from pliant.math.quantize import Grouping, best_scales, grouping
-from pliant.nn.kinds import take_after
+from pliant.nn.kinds import kind_of, take_after
 from pliant.nn.packed import Bits, Packing, Values
 from pliant.nn.quantized import Quantized
 
@@ -22,11 +25,28 @@ OUT = "out_proj"  # of attention: a linear layer of its own, which is read and n
 
 
 def weights_of(layer: nn.Module) -> dict[str, Tensor]:
-    """Return the matrices of a layer with several, by name; empty if it is of no such kind."""
+    """Return the matrices of a layer with several, by name; empty if it is of no such kind.
+
+    A layer of any other class has those that lie on top of one another in parameters of three
+    axes, one for each expert, for example: (experts, rows, columns).
+    """
     if type(layer) not in KINDS:
-        return {}
+        return _fused(layer)
     found: dict[str, Tensor] = {n: p for n, p in layer.named_parameters() if p.dim() == 2}
     return found
+
+
+def _fused(layer: nn.Module) -> dict[str, Tensor]:
+    own = type(layer).__module__.startswith(("torch.", "pliant."))
+    if own or isinstance(layer, Several) or kind_of(layer) or parametrize.is_parametrized(layer):
+        return {}
+    held = ((name, p) for name, p in layer._parameters.items() if p is not None)
+    return {n: p for n, p in held if p.dim() == 3 and min(p.shape) > 1 and p.is_floating_point()}
+
+
+def _rows(weight: Tensor) -> Tensor:
+    """The rows of a matrix, or of all that lie on top of one another."""
+    return weight.flatten(0, 1) if weight.dim() == 3 else weight
 
 
 def bits_of(channels: int, bits: int, groups: int, *, indexed: bool) -> Bits:
@@ -56,6 +76,10 @@ class Several:
         packing = self.__dict__.get("packings", {}).get(name)
         if packing is None:
             return nn.Module.__getattr__(self, name)  # type: ignore[arg-type]
+        return self.weight_of(name, packing)
+
+    def weight_of(self, name: str, packing: Packing) -> Tensor:
+        """Return one weight in its own shape."""
         return self.unpacked(packing)
 
     def unpacked(self, packing: Packing) -> Tensor:
@@ -121,6 +145,37 @@ class QuantizedMultiheadAttention(Several, nn.MultiheadAttention):
     """Attention with packed projections."""
 
 
+class Fused(Several):
+    """Matrices that lie on top of one another in one parameter, such as those of experts.
+
+    While the layer runs they are unpacked once, however often it asks for them. What it
+    multiplies is counted where it does so, since its code is not known.
+    """
+
+    counted = False
+    """Whether there is a formula for its multiply-accumulates."""
+
+    shapes: dict[str, tuple[int, ...]]
+
+    def weight_of(self, name: str, packing: Packing) -> Tensor:
+        """Return one weight in its own shape."""
+        ready: dict[str, Tensor] = self.__dict__.get("ready", {})
+        return ready[name] if name in ready else self.unpacked(packing).view(self.shapes[name])
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Compute as the layer does from which this one was made."""
+        vars(self)["ready"] = {n: self.weight_of(n, p) for n, p in self.packings.items()}
+        try:
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        finally:
+            del vars(self)["ready"]
+
+
+@cache
+def _fused_kind(kind: type[nn.Module]) -> type[Any]:
+    return type(f"Quantized{kind.__name__}", (Fused, kind), {})
+
+
 KINDS: Mapping[type[nn.Module], type[Any]] = {
     nn.LSTM: QuantizedLSTM,
     nn.GRU: QuantizedGRU,
@@ -152,6 +207,8 @@ def quantized(
         indexed: whether the group of each channel is stored.
         rule: which channels share a scale; None leaves zeros, for loading.
     """
+    if type(layer) not in KINDS:
+        return _fused_quantized(layer, bits, groups, indexed=indexed, rule=rule)
     kind = KINDS[type(layer)]
     new: Any = object.__new__(kind)
     nn.Module.__init__(new)
@@ -172,6 +229,24 @@ def quantized(
         how = bits_of(len(out.weight), bits, groups, indexed=indexed)
         new.out_proj = Quantized(out, how, _values(out.weight, how, rule) if rule else None)
     return new.train(layer.training)
+
+
+def _fused_quantized(
+    layer: nn.Module, bits: int, groups: int, *, indexed: bool, rule: Grouping | None
+) -> nn.Module:
+    weights, new = weights_of(layer), copy.copy(layer)
+    for held in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
+        vars(new)[held] = copy.copy(vars(layer)[held])
+    new.__class__ = _fused_kind(type(layer))
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    vars(new).update(packings={}, shapes=shapes)
+    like = next(iter(weights.values())).new_empty(0)
+    new.register_buffer("like", like, persistent=False)
+    for name, weight in weights.items():
+        del new._parameters[name]
+        rows = _rows(weight)
+        _pack(new, name, rows, bits_of(len(rows), bits, groups, indexed=indexed), rule)
+    return new
 
 
 def _pack(new: Any, name: str, weight: Tensor, bits: Bits, rule: Grouping | None) -> None:
@@ -206,4 +281,4 @@ def bytes_of(shapes: list[tuple[int, int]], bits: int, groups: int, *, indexed: 
 
 def shapes_of(layer: nn.Module) -> list[tuple[int, int]]:
     """Return rows and numbers of every matrix of a layer with several."""
-    return [(len(weight), math.prod(weight.shape)) for weight in weights_of(layer).values()]
+    return [(len(_rows(weight)), weight.numel()) for weight in weights_of(layer).values()]

@@ -105,7 +105,7 @@ def _others(model: nn.Module, named: Mapping[str, nn.Module], found: Layers) -> 
 def _weighted(model: nn.Module, name: str, module: nn.Module) -> bool:
     """Say whether a module is a layer that is known to have a weight, and no part of another."""
     known = isinstance(module, (*KERNELS, nn.RNNCellBase, nn.EmbeddingBag))
-    if not known and kinds.kind_of(module) is None:
+    if not known and kinds.kind_of(module) is None and not (name and weights_of(module)):
         return False
     around = model.get_submodule(name.rpartition(".")[0]) if name else None
     return not (isinstance(around, nn.MultiheadAttention) and weights_of(around))

@@ -46,8 +46,8 @@ class GroupwisePTQ(Method):
     or 2 bits, so that outputs of layers change least.
 
     Convolutions, transposed ones too, and linear layers are rounded with what they read; rows of
-    embeddings, recurrent layers and attention keep theirs in floating point. Weights that are
-    tied stay tied.
+    embeddings, recurrent layers, attention and experts whose matrices lie in one parameter of
+    three axes keep theirs in floating point. Weights that are tied stay tied.
 
     *Departs from the paper*: its abstract names groups and stages, and no formula; quantizers
     and losses are the usual ones of block reconstruction. Scales are trained by their logarithms,
