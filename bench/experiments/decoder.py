@@ -33,10 +33,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map (N, length, width) to the same shape."""
         seen = self.before(x)
-        heads = (
-            f(seen).unflatten(-1, (HEADS, -1)).transpose(1, 2) for f in (self.q, self.k, self.v)
-        )
-        found = nn.functional.scaled_dot_product_attention(*heads, is_causal=True)
+        parts = [f(seen).unflatten(-1, (HEADS, -1)) for f in (self.q, self.k, self.v)]
+        q, k, v = (part.transpose(1, 2) for part in parts)
+        found = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.out(found.transpose(1, 2).flatten(2))
         seen = self.between(x)
         return x + self.down(nn.functional.silu(self.gate(seen)) * self.up(seen))

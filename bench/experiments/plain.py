@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from pliant.nn.layers import replace
 from pliant.observe.moments import patches
 
-Layers = Mapping[str, nn.Module]
+Layers = Mapping[str, Any]
 RIDGE = 1e-4  # share of the mean eigenvalue added to what is inverted
 
 
-def layers_of(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, nn.Module]:
+def layers_of(model: nn.Module, skip: Sequence[str] = ()) -> dict[str, Any]:
     """Return linear layers and ungrouped convolutions, by name, but for those named."""
     return {
         name: module
