@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 import pliant
-from bench.claim import claim
-from bench.experiments import Cell, Cells, Table, pick
+from bench.claim import judged
+from bench.experiments import Cell, Cells, Table, pick, values
 from bench.fleet import trained
 from pliant.api.within import divided, silent
 from pliant.errors import PliantError
@@ -20,14 +20,15 @@ AUTO = "auto"
 
 def cells(settings: Settings) -> list[Cell]:
     """List one measurement for every network: auto and all single methods."""
-    names = ("budget", "singles", "probes", "seed", "epochs")
+    names = ("budget", "singles", "probes", "epochs")
     plan = {name: settings[name] for name in names}
-    return [Cell({"network": name}, plan) for name in settings["networks"]]
+    seeds, networks = settings["seeds"], settings["networks"]
+    return [Cell({"network": n, "seed": seed}, plan) for seed in seeds for n in networks]
 
 
 def measure(cell: Cell, watch: Watch) -> dict[str, Any]:
     """Compress one network by auto and by each method, to the same budget."""
-    plan, seed = cell.plan, cell.plan["seed"]
+    plan, seed = cell.plan, cell.key["seed"]
     model, data, task = trained(cell.key["network"], seed, plan["epochs"])
     decide, check = divided(data, seed)
     bounds = pliant.Budget(**plan["budget"])
@@ -46,7 +47,7 @@ def measure(cell: Cell, watch: Watch) -> dict[str, Any]:
             except PliantError as error:
                 rows[spec] = {"refused": str(error)}
                 continue
-            rows[spec] = _row(last) | {"decided": _lost(chosen)}
+            rows[spec] = _row(last) | {"decided": [_lost(chosen), chosen.after.loss]}
             rows[spec]["seconds"] = time.monotonic() - began
     return {"dense": _dense(found.report), "rivals": rows, **_beside(rows)}
 
@@ -55,29 +56,28 @@ def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
     """Say for every network how far auto is behind the best single method."""
     rows, most = [], settings["claims"]["behind"]
     for name in settings["networks"]:
-        found = pick(cells, network=name)
-        behind = found[0]["values"]["behind"] if found else None
         text = f"{name}: points that auto loses more than the best single method"
-        rows.append(claim(text, behind, "<=", most, "points"))
+        rows.append(judged(text, values(cells, "behind", network=name), "<=", most, "points"))
     return rows
 
 
 def summary(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
     """Give what auto and the best single method lost, and their seconds."""
-    return [{"network": c["key"]["network"], **c["values"]} for c in pick(cells)]
+    return [{**c["key"], **c["values"]} for c in pick(cells)]
 
 
 def tables(settings: Settings, cells: Cells) -> list[Table]:
-    """Give one row per network."""
-    head = ["network", "dense, %", "auto chose", "auto lost, points", "best single", "lost, points"]
-    head += ["seconds: auto", "all single methods"]
+    """Give one row per network and seed."""
+    head = ["network", "seed", "dense, %", "auto chose", "auto lost, points", "best single"]
+    head += ["lost, points", "seconds: auto", "all single methods"]
     rows = []
     for row in summary(settings, cells):
         own, best = row["rivals"][AUTO], row["rivals"].get(row["best"], {})
         others = [each for name, each in row["rivals"].items() if name != AUTO]
         seconds = sum(each.get("seconds", 0.0) for each in others)
         rows.append([
-            row["network"], f"{100 * row['dense']:.1f}", own["chosen"], f"{own['lost']:.2f}",
+            row["network"], str(row["seed"]), f"{100 * row['dense']:.1f}",
+            own["chosen"], f"{own['lost']:.2f}",
             row["best"] or "none", f"{best['lost']:.2f}" if best else "–",
             f"{own['seconds']:.0f}", f"{seconds:.0f}",
         ])  # fmt: skip
