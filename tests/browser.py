@@ -25,6 +25,11 @@ FLAGS = (
     "--disable-component-update",
     "--remote-debugging-pipe",
 )
+WAIT = 240  # seconds for an answer: others may use the machine
+UNDRAWN = (
+    "[...document.querySelectorAll('.graph')]"
+    ".some(g => !g.querySelector('.main-svg') && !g.textContent)"
+)
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -54,7 +59,7 @@ class Page:
             message["sessionId"] = self.session
         os.write(self.write, json.dumps(message).encode() + b"\0")
         while True:
-            answer = self._next(60)
+            answer = self._next(WAIT)
             if answer.get("id") == self.number:
                 if "error" in answer:
                     raise RuntimeError(f"{method}: {answer['error']}")
@@ -91,7 +96,11 @@ class Page:
         self.look(width=width, height=height, dark=dark)
         self.call("Page.navigate", url=path.as_uri())
         while not self.loaded:
-            self._event(self._next(60))
+            self._event(self._next(WAIT))
+        self.settle()
+        until = time.monotonic() + WAIT
+        while self.run(UNDRAWN) and time.monotonic() < until:  # on a busy machine
+            time.sleep(0.2)
         self.settle()
 
     def look(self, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 from base64 import b64decode
+from dataclasses import replace
 from html.parser import HTMLParser
 from typing import Any
 from xml.etree import ElementTree
@@ -14,7 +15,7 @@ from rich.table import Table
 from pliant.errors import PliantError
 from pliant.nn.genotype import Genotype
 from pliant.registry import Entry, Paper
-from pliant.render import table, words
+from pliant.render import canvas, runs, table, words
 from pliant.render.figures import plots
 from pliant.render.html import html
 from pliant.render.markdown import markdown
@@ -397,3 +398,18 @@ def test_values_that_are_not_finite_break_nothing() -> None:
     report = Report.from_json(text)
     rows = tuple({**row, "loss": None} for row in report.history)
     html(resnet20(history=rows, after=report.after))
+
+
+@pytest.mark.parametrize("count", range(1, 7))
+def test_panels_side_by_side_stay_within_the_page(count: int) -> None:
+    layout = canvas.panels([str(n) for n in range(count)], count)
+    ends = [value for key, value in layout.items() if key.endswith("axis.domain") or "axis" in key]
+    spans = [span for span in ends if isinstance(span, list)]
+    assert len(spans) == 2 * count and all(0 <= low < high <= 1 for low, high in spans)
+
+
+def test_networks_with_three_costs_are_drawn_and_listed() -> None:
+    after = replace(resnet20().after, latency_ms=1.0)
+    named = [(str(n), replace(resnet20(), after=replace(after, params=n))) for n in (1, 2)]
+    page = runs.overview([runs.row(*each) for each in named], "Runs")
+    assert page.count('"matches":"y"') == 2 and "networks.csv" in page

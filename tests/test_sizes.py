@@ -14,11 +14,12 @@ from torch import Tensor, nn
 
 import pliant
 import pliant.api.within as within_room
-from pliant.api.shortlist import Plan
+from pliant.api.shortlist import Found, Plan, _Search
 from pliant.api.within import bisect, caution, divided, within
 from pliant.budget import Budget
 from pliant.data import Data
 from pliant.errors import BudgetError, DataError
+from pliant.method import Method
 from pliant.plan.remember import remembered, remembering
 from pliant.result import Verdict
 
@@ -305,3 +306,17 @@ def test_a_teacher_is_the_dense_network_as_it_is_judged(
     monkeypatch.setattr(within_room, "remembering", contextlib.nullcontext)
     alone, _ = searched(model, data, "energy", **asked)
     assert plain_rows(shared) == plain_rows(alone)
+
+
+def test_of_equal_answers_the_surer_ones_win_within_limits(data: Data) -> None:
+    def found(bytes: int, lost: float, loss: float | None) -> Found:
+        row = {"bytes": bytes, "lost": lost, "loss": loss, "within": True, "met": True}
+        return Found(Plan(str(bytes)), Method(), row | {"trained": False})
+
+    def winner(limits: str) -> int:
+        search = _Search(nn.Linear(1, 1), data, Budget.parse(limits), "bytes", 1, print, {})
+        search.tried += [found(1, 0.5, 0.9), found(2, 0.5, 0.2), found(3, 0.7, 0.1)]
+        search.tried.append(found(4, 0.5, None))
+        return int(search.winner().row["bytes"])
+
+    assert winner("bytes=50%") == 2 and winner("drop=2") == 1

@@ -82,8 +82,8 @@ def auto(
 
     Without limits every method is taken to the smallest size within the drop, and the network
     that is smallest or fastest wins. With limits every method is taken to them, and the network
-    that lost least wins. The choice is made on the validation split; the winner is made once more
-    and scored on the test split.
+    that lost least wins, by its score and then by its loss. The choice is made on the validation
+    split; the winner is made once more and scored on the test split.
 
     Args:
         model: any network; it stays as it is.
@@ -243,10 +243,11 @@ class _Search:
             best.setdefault((str(found.plan), found.row["trained"]), found)
         return list(best.values())
 
-    def _rank(self, found: Found) -> tuple[float, float]:
+    def _rank(self, found: Found) -> tuple[float, ...]:
+        """Order networks; with limits the loss decides between those that answer equally well."""
         cost, lost = found.row[COLUMN.get(self.goal, self.goal)], found.row["lost"]
-        cost = float("inf") if cost is None else cost
-        return (lost, cost) if self.limits.given() else (cost, lost)
+        cost, loss = (float("inf") if n is None else n for n in (cost, found.row.get("loss")))
+        return (lost, loss, cost) if self.limits.given() else (cost, lost)
 
     def winner(self) -> Found:
         """Return the best network.

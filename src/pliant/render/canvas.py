@@ -102,7 +102,7 @@ def panels(
         number = "" if index == 0 else str(index + 1)
         width = (1 - 0.09 * (columns - 1)) / columns
         left, top = column * (width + 0.09), 1 - row * (panel + gap) / height
-        layout[f"xaxis{number}.domain"] = [left, left + width]
+        layout[f"xaxis{number}.domain"] = [left, min(1.0, left + width)]  # rounded, it may be more
         layout[f"xaxis{number}.anchor"] = f"y{number}"
         layout[f"yaxis{number}.domain"] = [max(0.0, top - panel / height), top]
         layout[f"yaxis{number}.anchor"] = f"x{number}"
