@@ -9,9 +9,10 @@ convolutional neural networks", IJCNN 2020.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 Kind = Literal[
@@ -45,6 +46,15 @@ def hierarchical(weight: Tensor, kind: Kind, grouping: Grouping = "feature") -> 
     kernels = weight.flatten(2) if weight.dim() > 2 else weight.unsqueeze(2)
     kernels = kernels.transpose(0, 1) if grouping == "feature" else kernels
     return PENALTIES[kind](kernels).sum()
+
+
+def mixed(weights: Iterable[Tensor], kind: Kind, grouping: Grouping, mix: float) -> Tensor:
+    """Return the penalty of some kernels mixed with their L1 norms: ``mix`` is its share."""
+    total = torch.zeros(())
+    for weight in weights:
+        both = mix * hierarchical(weight, kind, grouping)
+        total = total.to(weight.device) + both + (1 - mix) * weight.abs().sum()
+    return total
 
 
 def root(value: Tensor) -> Tensor:

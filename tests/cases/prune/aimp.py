@@ -21,6 +21,7 @@ from pliant.families.prune.rewind import (
     iterations,
     kept_after,
     smallest,
+    within_bytes,
 )
 from pliant.families.prune.sparse import bytes_with
 from pliant.methods.prune.aimp import AIMP
@@ -198,7 +199,7 @@ def the_last_pruning_goes_as_far_as_the_budget() -> None:
     run.state["masks"] = masks
     weights = {name: run.model.get_parameter(f"{name}.weight") for name in masks}
     total = sum(mask.numel() for mask in masks.values())
-    kept = AIMP()._within(run, weights, total)  # type: ignore[arg-type]
+    kept = within_bytes(run, weights, run.state["masks"], total)  # type: ignore[arg-type]
     sizes = []
     for count in (kept, kept + 1):
         found = smallest(weights, masks, count)

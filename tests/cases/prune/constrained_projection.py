@@ -10,7 +10,7 @@ from torch.optim import SGD, Adam, Optimizer
 
 from pliant.budget import Budget
 from pliant.errors import MethodError, TrainingError
-from pliant.families.prune.columns import columns, set_columns
+from pliant.families.prune.columns import columns, norm_of, project, set_columns
 from pliant.methods.prune.constrained_projection import ConstrainedProjection
 from pliant.run import Run, start
 from pliant.testing import Case, toys
@@ -42,6 +42,16 @@ def a_euclidean_ball_scales_columns() -> None:
     run.finish()
     expected = torch.tensor([[0.75], [-0.25]]) * torch.tensor([0.5, 3.5])
     assert torch.allclose(run.model[2].weight, expected)  # type: ignore[index, arg-type]
+
+
+def weights_within_the_ball_stay_as_they_are() -> None:
+    """Of a pointwise convolution columns are the weight itself, not a copy of it."""
+    for norm in ("l11", "l21", "l1"):
+        model = nn.Sequential(nn.Conv2d(4, 6, 1))
+        weight = model.get_parameter("0.weight")
+        before = weight.detach().clone()
+        project(model, {"0": 2 * norm_of(model[0], norm)}, norm)  # type: ignore[arg-type]
+        assert torch.equal(weight, before)
 
 
 def trained(method: ConstrainedProjection, kind: type[Optimizer], **options: Any) -> list[Run]:
@@ -186,6 +196,7 @@ CASES = (
             'constrained_projection(norm="l1")',
         ),
         own=(
+            weights_within_the_ball_stay_as_they_are,
             columns_share_the_radius_by_hand,
             a_euclidean_ball_scales_columns,
             zeros_stay_zeros,

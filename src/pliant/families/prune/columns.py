@@ -7,8 +7,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
-from pliant.families.prune.scores import Groups
+from pliant.errors import TrainingError
+from pliant.families.prune.scores import Groups, Scores
 from pliant.math.balls import onto_l1, onto_l11, onto_l21, vanishing
 from pliant.nn.kinds import in_rows, to_rows
 from pliant.surgery.graph import Slot
@@ -67,7 +69,56 @@ def project(model: nn.Module, radii: Mapping[str, float], norm: Norm) -> None:
     onto = {"l11": onto_l11, "l21": onto_l21, "l1": _as_a_whole}[norm]
     for layer, radius in radii.items():
         module = model.get_submodule(layer)
-        set_columns(module, onto(columns(module).detach(), radius))
+        set_columns(module, onto(columns(module).detach().clone(), radius))
+
+
+def radii_of(model: nn.Module, layers: Iterable[str], norm: Norm, share: float) -> dict[str, float]:
+    """Return the radius of the ball of each layer: a share of its norm."""
+    return {name: share * norm_of(model.get_submodule(name), norm) for name in layers}
+
+
+def vanished(lost: Scores, radius: float, floors: Mapping[str, int]) -> dict[str, list[int]]:
+    """Return the units that are lost at a radius, but for those that stay in any case.
+
+    Args:
+        lost: the radius at which each unit is: see `lost_at`.
+        radius: as a share of each layer's norm.
+        floors: how many units of each group stay.
+    """
+    found: dict[str, list[int]] = {}
+    for name, shares in lost.items():
+        order = (-shares).argsort(stable=True).tolist()
+        order = order[: len(order) - floors[name]]
+        found[name] = [unit for unit in order if shares[unit] >= radius]
+    return found
+
+
+def check_finite(model: nn.Module, layers: Iterable[str]) -> None:
+    """Refuse weights that cannot be projected.
+
+    Raises:
+        TrainingError: those of a layer are not finite.
+    """
+    for name in layers:
+        if not _weight(model, name).isfinite().all():
+            raise TrainingError(
+                f"Weights must stay finite to be projected, but those of {name} are not: lower "
+                "the learning rate."
+            )
+
+
+def begin_anew(
+    model: nn.Module,
+    first: Mapping[str, Tensor],
+    masks: Mapping[str, Tensor],
+    optimizers: Iterable[Optimizer],
+) -> None:
+    """Put the first tensors back, if there are any; hold zeros; forget the optimizers' state."""
+    if first:
+        model.load_state_dict(first)
+    hold(model, masks)
+    for optimizer in optimizers:
+        optimizer.state.clear()
 
 
 def supports(model: nn.Module, layers: Sequence[str]) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ dropout behind it. Where layers meet in a sum, the rectifier behind the sum coun
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,10 +18,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from pliant.cost import Example, call, evaluating, tensors
 from pliant.edits.prune import sides
+from pliant.errors import ModelError
 from pliant.families.prune.scores import Groups
+from pliant.run import Run
 from pliant.surgery.graph import Group
 from pliant.surgery.probe import slow_attention
 
+BATCH = 64  # samples whose activations are held at once
 F = nn.functional
 RECTIFIERS = {
     *(torch.relu, torch.relu_, Tensor.relu, Tensor.relu_, F.relu),
@@ -131,6 +134,28 @@ def densities(model: nn.Module, groups: Groups, batches: Iterable[Example]) -> d
         for batch in batches:
             call(model, batch)
     return meter.found
+
+
+def measured(run: Run, groups: Groups, samples: int) -> dict[str, Density]:
+    """Return the densities of the groups that have a rectifier, and note that others stay."""
+    found = densities(run.model, groups, run.inputs(samples, batch=BATCH))
+    for group in groups:
+        for layer, _ in group.makers if group.name not in found else ():
+            run.keep(layer, "no rectifier (ReLU) makes its channels zero")
+    return found
+
+
+def need_rectifiers(found: Mapping[str, Density]) -> None:
+    """Refuse a network in which no density was measured.
+
+    Raises:
+        ModelError: there is none.
+    """
+    if not found:
+        raise ModelError(
+            "The model has no rectifier (ReLU, ReLU6) behind channels that can leave, so none of "
+            "its activations are exactly zero: take a method that looks at weights."
+        )
 
 
 def saturated(history: Iterable[list[float]], window: int, tolerance: float) -> bool:

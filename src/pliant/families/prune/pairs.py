@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from pliant.cost import Example
 from pliant.data import Data, unpack
+from pliant.errors import ModelError
+from pliant.families.prune import sparse
+from pliant.families.prune.allocate import fewest
 from pliant.families.prune.dependence import dependences, standard
+from pliant.observe.order import order
 from pliant.observe.rows import Rows
 from pliant.observe.watch import samples
 from pliant.run import Run
 
+MOST_GROUPS = 64  # of the outputs of one layer
 MOST_SAMPLES = 2400  # a tree takes memory of the square of their number
 
 
@@ -78,6 +84,35 @@ def _within(labels: Iterable[int], seen: dict[int, int], quota: int) -> Tensor:
     return torch.tensor(keep)
 
 
+def divided(
+    run: Run, parts: int, only: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> dict[str, int]:
+    """Return the layers to look at, each with the number of groups of its outputs.
+
+    Raises:
+        ModelError: there are none.
+        MethodError: a name pattern matches no layer.
+    """
+    names = sparse.subjects(run, only, exclude)
+    called = order(run.model, run.example, names).called
+    layers = {}
+    for name in names:
+        layer = sparse.layer_of(run, name)
+        if getattr(layer, "groups", 1) > 1:
+            run.keep(name, "its inputs are divided among groups already")
+        elif name == called[0] and not isinstance(layer, nn.Linear):
+            run.keep(name, "it reads the inputs of the network")
+        else:
+            last = name == called[-1]
+            layers[name] = min(len(layer.weight), MOST_GROUPS) if last else parts
+    if not layers:
+        raise ModelError(
+            "The model has no two layers in a row between which connections could go: mint "
+            "leaves alone the first convolution and those with groups."
+        )
+    return layers
+
+
 def blocks(
     run: Run, layers: Mapping[str, int], parts: int, inputs: Sequence[Example], repeats: int
 ) -> list[Block]:
@@ -128,6 +163,35 @@ def dropped(found: Sequence[Block], cutoff: float, cap: float) -> list[Block]:
                 break
             gone.append(block)
     return gone
+
+
+def leaving(run: Run, found: Sequence[Block], share: float, cap: float) -> list[Block]:
+    """Return the blocks that become zero: as few as a budget of bytes asks, or a share.
+
+    Args:
+        run: with the budget.
+        found: all blocks.
+        share: of the distinct levels, without a budget.
+        cap: share of the weights of a layer at most.
+
+    Raises:
+        BudgetError: the budget cannot be met.
+    """
+    bound = run.limits().get("bytes")
+    if bound is None:
+        cutoffs = sorted({block.level for block in found})
+        place = round(share * len(cutoffs))
+        return dropped(found, cutoffs[place - 1], cap) if place else []
+    ranked = sorted(dropped(found, math.inf, cap), key=lambda b: (b.level, b.energy))
+
+    def size(count: int) -> int:
+        masks = masks_of(run, {block.layer for block in found}, ranked[:count])
+        return sparse.bytes_with(run, {name: int(m.sum()) for name, m in masks.items()})
+
+    count = fewest(len(ranked), lambda count: size(count) <= bound)
+    if count is None:
+        raise sparse.missed(bound, size(len(ranked)))
+    return ranked[:count]
 
 
 def masks_of(run: Run, layers: Iterable[str], gone: Iterable[Block]) -> dict[str, Tensor]:

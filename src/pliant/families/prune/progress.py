@@ -12,10 +12,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from pliant.edits import Edit, Prune
-from pliant.families.prune.scores import Groups, Rows, rows_of
+from pliant.families.prune.channels import keep_whole, remove
+from pliant.families.prune.scores import Groups, Rows, Scores, importance, rows_of, weakest
 from pliant.families.prune.soft import fade
 from pliant.nn.kinds import in_rows, to_rows
+from pliant.run import Run
 from pliant.surgery.graph import Group
+from pliant.surgery.prove import Leaving, edits_of, prove
 
 Course = Literal["exponential", "linear"]
 Criterion = Literal["path", "net", "sum"]
@@ -135,6 +138,70 @@ def calm(model: nn.Module, rows: Mapping[str, Rows], fresh: Mapping[str, Sequenc
                 most = norms[others].median() if others.any() else norms.median()
                 factor = (most / norms[index].clamp_min(1e-30)).clamp_max(1)
                 own[index] = own[index] * factor.view(-1, *[1] * (own.dim() - 1))
+
+
+def pulled(run: Run, groups: Groups, criterion: Criterion) -> dict[str, Tensor]:
+    """Return how far each unit was pulled since the last cut; where nobody knows, its norm."""
+    found = {}
+    for group in groups:
+        own = moved(run.state["sums"], run.state["rows"].get(group.name, {}), criterion)
+        known = own is not None and len(own) == len(group.units)
+        found[group.name] = own if own is not None and known else importance(run.model, group)
+    return found
+
+
+def weak_units(
+    run: Run, scores: Scores, way: tuple[int, int, Course], hard: float
+) -> dict[str, list[int]]:
+    """Return the weak units that leave, and note those that become zero (``fresh``).
+
+    Args:
+        run: its state says how many units there were, and how many are to leave.
+        scores: of the units that are left.
+        way: number of this cut, how many there are, and how the number of units falls.
+        hard: share of the weak units that leaves.
+    """
+    state, leaving = run.state, dict[str, list[int]]()
+    for name, values in scores.items():
+        left = remaining(state["whole"][name], state["ratios"][name], *way)
+        found = weakest(values, weak(len(values), left, state["floors"][name])).tolist()
+        count = int(hard * len(found))
+        leaving[name], state["fresh"][name] = found[:count], found[count:]
+    return leaving
+
+
+def take(run: Run, groups: Groups, leaving: Leaving, *, norms: bool, last: bool) -> None:
+    """Zero the units that are to begin anew, take out those that leave, and merge the cuts.
+
+    Args:
+        run: its state says which become zero (``fresh``).
+        groups: of channels.
+        leaving: the units of each that leave.
+        norms: zero batch norms too.
+        last: no cut follows.
+    """
+    for group in groups:
+        reset(run.model, run.optimizers, group, run.state["fresh"][group.name], norms=norms)
+    if edits := edits_of(run.model, groups, leaving):
+        prove(run.model, run.example, edits)
+    remove(run, edits, recalibrate=last)
+    run.restate(merged(run.edits))
+    if last:
+        keep_whole(run, groups)
+
+
+def moved_up(
+    units: Mapping[str, Sequence[int]], gone: Mapping[str, Sequence[int]]
+) -> dict[str, list[int]]:
+    """Return the numbers that units have once others of their group have left.
+
+    >>> moved_up({"a": [0, 3]}, {"a": [1, 2]})
+    {'a': [0, 1]}
+    """
+    return {
+        name: [unit - sum(other < unit for other in gone.get(name, ())) for unit in some]
+        for name, some in units.items()
+    }
 
 
 def merged(edits: Iterable[Edit]) -> list[Edit]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from pliant.families.prune.scores import Groups
 from pliant.observe.rows import Rows
 from pliant.surgery.batchnorm import read_from_constants
 from pliant.surgery.graph import Group
+from pliant.surgery.prove import Leaving
 
 PIXELS = 8  # positions of each sample that are read
 
@@ -118,6 +119,23 @@ def fold(model: nn.Module, group: Group, gone: Sequence[int], weights: Tensor) -
             _shift(module, weights[-1], taken, places[leaving])
             new[places[leaving]] = 0
         set_columns(module, new)
+
+
+def fold_all(
+    model: nn.Module, groups: Groups, leaving: Leaving, found: Mapping[str, Tensor], ridge: float
+) -> None:
+    """Let layers read what predicts the units that leave, in place, group by group.
+
+    Args:
+        model: holds the layers.
+        groups: of channels.
+        leaving: the units of each that leave.
+        found: their Gram matrices: see `grams`.
+        ridge: as a share of the mean energy of the units.
+    """
+    for group in groups:
+        if gone := leaving.get(group.name):
+            fold(model, group, gone, coefficients(found[group.name], gone, ridge))
 
 
 def _shift(module: Any, constants: Tensor, taken: Tensor, channels: Tensor) -> None:

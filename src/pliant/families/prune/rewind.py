@@ -10,6 +10,10 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pliant.families.prune import sparse
+from pliant.families.prune.allocate import fewest
+from pliant.run import Run
+
 Annealing = Literal["cosine", "step", "none"]
 
 
@@ -59,6 +63,54 @@ def smallest(weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], kept: i
         name: part.view(masks[name].shape).to(masks[name].device)
         for name, part in zip(weights, parts, strict=True)
     }
+
+
+def within_bytes(
+    run: Run, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor], kept: int
+) -> int:
+    """Return how many weights may be kept for a budget of bytes, at most so many.
+
+    Args:
+        run: with the budget.
+        weights: by layer.
+        masks: which of them are kept so far.
+        kept: the most.
+    """
+    bound = run.limits().get("bytes")
+    if bound is None:
+        return kept
+
+    def fits(gone: int) -> bool:
+        found = smallest(weights, masks, kept - gone)
+        counts = {name: int(mask.sum()) for name, mask in found.items()}
+        return sparse.bytes_with(run, counts) <= bound
+
+    return kept - (fewest(kept, fits) or 0)
+
+
+def sparsity_for(run: Run, masks: Mapping[str, Tensor], asked: float) -> float:
+    """Return about the sparsity that a budget of bytes asks, were all layers alike.
+
+    Args:
+        run: with the budget.
+        masks: of all weights that may become zero.
+        asked: the sparsity without a budget.
+
+    Raises:
+        BudgetError: it cannot be met.
+    """
+    bound = run.limits().get("bytes")
+    if bound is None:
+        return asked
+
+    def size(thousandths: int) -> int:
+        share = 1 - thousandths / 1000
+        return sparse.bytes_with(run, {n: int(share * m.numel()) for n, m in masks.items()})
+
+    found = fewest(999, lambda thousandths: size(thousandths) <= bound)
+    if found is None:
+        raise sparse.missed(bound, size(999))
+    return found / 1000
 
 
 def beginnings(count: int, short: float, *, dense: bool) -> list[float]:

@@ -21,6 +21,7 @@ from pliant.edits.prune import CONVS
 from pliant.errors import EditError
 from pliant.nn.filters import WEIGHTED
 from pliant.observe.watch import capture
+from pliant.run import Run
 from pliant.surgery.graph import Group, Slot
 from pliant.surgery.probe import first_sample
 from pliant.surgery.prove import Leaving, differs, edits_of, ignore, randomized
@@ -90,6 +91,17 @@ def others(groups: Sequence[Group], found: Sequence[Region]) -> list[Group]:
     """Return the groups whose channels are in no region."""
     taken = {slot for region in found for slot in region.group.slots if slot[1] != "in"}
     return [group for group in groups if not taken & {*group.slots}]
+
+
+def with_regions(run: Run, groups: Sequence[Group]) -> tuple[list[Group], list[Region]]:
+    """Return all groups, those of regions first, and the regions; note which layers stay."""
+    found = regions(run.model, run.example, groups)
+    inside = {layer for region in found for layer, _ in region.group.slots}
+    for group in groups:
+        for layer, _ in group.slots:
+            if inside & {name for name, _ in group.makers} and layer not in inside:
+                run.keep(layer, "only what blocks give to a shortcut leaves it")
+    return [*(region.group for region in found), *others(groups, found)], found
 
 
 def slimmed(

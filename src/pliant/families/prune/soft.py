@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Literal
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +86,26 @@ def alone(filters: Mapping[str, Rows], layers: Mapping[str, Factorizable]) -> di
     }
 
 
+def chosen(
+    groups: Groups,
+    ratios: Mapping[str, float],
+    layers: Mapping[str, Factorizable],
+    ratio: float,
+) -> dict[str, Any]:
+    """Return where ``filters`` and ``norms`` of units are, and the ``ratios`` at which they fade.
+
+    Args:
+        groups: whose units fade.
+        ratios: of groups.
+        layers: whose filters fade too, one by one, where they are in no group.
+        ratio: of those without one, if there are no groups.
+    """
+    found: dict[str, Any] = kinds(groups)
+    found["filters"] |= alone(found["filters"], layers)
+    most = max(ratios.values(), default=ratio)
+    return {**found, "ratios": {name: ratios.get(name, most) for name in found["filters"]}}
+
+
 # ---------------------------------------------------------------- how
 
 
@@ -104,6 +124,26 @@ def fade_small(tensor: Tensor, count: int, factor: float) -> None:
     flags = torch.zeros(tensor.numel(), dtype=torch.bool, device=tensor.device)
     flags[chosen] = True
     tensor.copy_(torch.where(flags.view(tensor.shape), tensor * factor, tensor))
+
+
+def fade_weights(model: nn.Module, layers: Iterable[str], share: float, factor: float) -> None:
+    """Multiply a share of the weights of each layer, in place, the smallest, by a factor."""
+    for layer in layers:
+        weight: Any = model.get_submodule(layer).weight
+        fade_small(weight, math.floor(weight.numel() * share + 1e-9), factor)
+
+
+def fade_groups(
+    model: nn.Module,
+    filters: Mapping[str, Rows],
+    norms: Mapping[str, Rows],
+    units: Mapping[str, Sequence[int]],
+    factor: float,
+) -> None:
+    """Multiply the filters of some units of each group, and their norms, by a factor."""
+    for name, some in units.items():
+        fade_units(model, filters[name], some, factor)
+        fade_units(model, norms.get(name, {}), some, factor, ("weight", "bias"))
 
 
 def fade_units(

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from pliant.families.prune.scores import Scores, weakest
+from pliant.cost import Example, call
+from pliant.families.prune.allocate import counted_limits, within
+from pliant.families.prune.gates import Gates, effects
+from pliant.families.prune.ranking import ranking
+from pliant.families.prune.scores import Groups, Scores, weakest
+from pliant.observe.moments import surprise
+from pliant.run import Run
 
 MILESTONES = (0.5, 0.75, 0.95)  # shares of the training at which less is forgotten
+BATCH = 64  # samples whose activations are held at once, without training
 STEP = 0.1  # by which the decay rises at all of them but the last
 
 
@@ -75,3 +83,43 @@ def masks(scores: Scores, floors: Mapping[str, int], count: int) -> Tensor:
     taking = torch.ones(len(barred), dtype=torch.bool)
     taking[barred.argsort(stable=True)[: min(count, int(torch.cat(free).sum()))]] = False
     return taking
+
+
+def looked_up(run: Run, groups: Groups, samples: int, decay: float) -> Tensor:
+    """Return utilities without training, from labels that the network draws itself, (units,).
+
+    Args:
+        run: with the network and training inputs.
+        groups: of channels.
+        samples: training inputs to look at.
+        decay: factor of old utilities.
+    """
+    sizes = {group.name: len(group.units) for group in groups}
+    known = torch.zeros(sum(sizes.values())).double()
+    gates, batches = Gates(run.model, groups), run.inputs(samples, batch=BATCH)
+
+    def loss(inputs: Example) -> Tensor:
+        return surprise(call(run.model, inputs), run.generator)
+
+    for seen in effects(run.model, gates, batches, loss):
+        known = utility(known, seen, known >= 0, sizes, decay)
+    return known
+
+
+def choose(run: Run, gates: Gates, ratio: float, *, anew: bool) -> None:
+    """Choose who takes part in the next step; count anew how many do not, if asked.
+
+    Args:
+        run: its state holds utilities, floors, the mask and how many are masked.
+        gates: of all units.
+        ratio: share that is masked, without a budget.
+        anew: count as few as the budget asks now.
+    """
+    scores, floors = gates.split(run.state["utility"]), run.state["floors"]
+    if anew:
+        run.state["masked"] = math.floor(ratio * len(gates.values) + 1e-9)
+        if limits := counted_limits(run):
+            ranked = ranking(scores, "global", floors)
+            run.state["masked"] = len(within(run, gates.groups, ranked, limits))
+    run.state["mask"] = masks(scores, floors, run.state["masked"])
+    gates.values = run.state["mask"].float()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from pliant.cost import Example, call
 from pliant.data import batch_of
 from pliant.data.sources import moved
+from pliant.edits.prune import CONVS
 from pliant.families.prune.gates import Gates
-from pliant.families.prune.ranking import Unit
-from pliant.families.prune.scores import Groups
+from pliant.families.prune.ranking import Scope, Unit, ranking
+from pliant.families.prune.scores import Groups, Scores
 from pliant.observe.watch import samples
+
+LARGE = 1e300  # behind all that may leave
 
 
 class Replay:
@@ -106,3 +109,37 @@ def increases(
                 totals[group.name][unit] += size * (risen - base)
         count += size
     return {name: total / max(1, count) for name, total in totals.items()}
+
+
+def by_increase(
+    scores: Scores,
+    gone: Sequence[Unit],
+    scope: Scope,
+    floors: Mapping[str, int],
+    most: float | None = None,
+) -> list[Unit]:
+    """Rank units by how much the loss rises without them.
+
+    Args:
+        scores: see `increases`; changed in place.
+        gone: units that come first, in their order.
+        scope: of the comparison.
+        floors: how many units of each group stay in any case.
+        most: rise from which a unit stays.
+    """
+    if most is not None:
+        for values in scores.values():
+            values[values > most] = torch.inf
+    low = min(float(values.min()) for values in scores.values())
+    for place, unit in enumerate(gone):
+        scores[unit.group][unit.index] = low - len(gone) + place
+    kept = {name: int(values.isposinf().sum()) for name, values in scores.items()}
+    least = {name: max(floor, kept[name]) for name, floor in floors.items()}
+    finite = {name: v.where(~v.isposinf(), LARGE) for name, v in scores.items()}
+    return ranking(finite, scope, least)
+
+
+def convolves(layer: Any) -> bool:
+    """Say whether a layer is a convolution that does more than shrink a shortcut."""
+    pointwise = isinstance(layer, CONVS) and {*layer.kernel_size} == {1} != {*layer.stride}
+    return isinstance(layer, CONVS) and layer.groups == 1 and not pointwise

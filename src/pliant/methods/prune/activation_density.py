@@ -1,28 +1,22 @@
-"""AD pruning: a layer whose activations are non-zero to 0.4 keeps 0.4 of its channels.
-
-The file is long because densities are measured, averaged and acted on at moments of their own.
-"""
+"""AD pruning: a layer whose activations are non-zero to 0.4 keeps 0.4 of its channels."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
-import torch
-
-from pliant.errors import DataError, ModelError
-from pliant.families.prune.allocate import Goal, within
-from pliant.families.prune.density import Density, densities, saturated
+from pliant.families.prune.allocate import Goal
+from pliant.families.prune.density import Density, measured, need_rectifiers, saturated
 from pliant.families.prune.fresh import redraw
+from pliant.families.prune.judge import need_inputs
 from pliant.families.prune.pruner import ChannelPruning, Ratio, Rounds, Share
-from pliant.families.prune.ranking import Scope, by_group, ranking, up_to
-from pliant.families.prune.scores import Groups, Scores, weakest
+from pliant.families.prune.ranking import Scope
+from pliant.families.prune.scores import Groups, Scores
+from pliant.families.prune.widths import powers, resized
 from pliant.registry import In, Paper, register
 from pliant.run import Run
 from pliant.surgery.prove import Leaving
 
-BATCH = 64  # samples whose activations are held at once
 PAPER = Paper(
     "Activation Density Driven Efficient Pruning in Training",
     "T. Foldy-Porto, Y. Venkatesha, P. Panda",
@@ -55,6 +49,10 @@ class ActivationDensity(ChannelPruning):
     on 2,000 images, ResNet-20 was right on 55.8 % by ``activation_density(rounds=1, samples=256)``
     and on 69.2 % by ``magnitude`` (means of 2 seeds).
 
+    *Measured* (bench ``prune-vgg16``): with 10 % of its parameters, trained for 2 epochs on 4,000
+    images, VGG-16 of half the width was right on 31.2 % by ``activation_density(rounds=1,
+    samples=256)`` and on 48.7 % by ``magnitude`` (means of 2 seeds).
+
     >>> ActivationDensity(weights="fresh").rounds
     5
     """
@@ -71,19 +69,11 @@ class ActivationDensity(ChannelPruning):
     enough: Annotated[float, In(0, 1)] = 0.95  # density at which no channel leaves any more
 
     def refuse(self, run: Run) -> None:
-        if not run.has_inputs:
-            raise DataError(
-                "activation_density looks at training inputs, but there are none: give data, or "
-                "take magnitude, which looks at weights alone."
-            )
+        need_inputs(run, "activation_density", "looks at training inputs")
 
     def prepare(self, run: Run) -> None:
         run.state.update(history={}, spent=0, since=0)
-        if not self._measure(run, self.groups(run)):
-            raise ModelError(
-                "The model has no rectifier (ReLU, ReLU6) behind channels that can leave, so none "
-                "of its activations are exactly zero: take a method that looks at weights."
-            )
+        need_rectifiers(self._measure(run, self.groups(run)))
         run.state["history"] = {}
         super().prepare(run) if not run.steps else run.state.setdefault("rounds", 0)
 
@@ -121,34 +111,14 @@ class ActivationDensity(ChannelPruning):
 
     def scores(self, run: Run, groups: Groups) -> Scores:
         """Return the power of its group's density at which each unit leaves."""
-        levels = {}
-        for name, density in self._measure(run, groups).items():
-            count = len(density.units)
-            base = math.log(max(density.mean, 1e-6)) if density.mean < self.enough else -1e-9
-            left = (torch.arange(count, 0, -1).double() - 0.5) / count
-            order = weakest(density.units, count)
-            levels[name] = torch.empty(count).double()
-            levels[name][order] = left.log() / base
-        return levels
+        return powers(self._measure(run, groups), self.enough)
 
     def allocation(self, run: Run, groups: Groups, goal: Goal) -> Leaving:
-        powers = self.scores(run, groups)
-        units = ranking(powers, self.scope, run.state["floors"])
-        ranked = [replace(unit, level=float(powers[unit.group][unit.index])) for unit in units]
-        once = up_to(ranked, 1.0)
-        if not goal.limits:
-            return by_group(once)
-        enough = within(run, groups, ranked, goal.limits)
-        more = run.state["last"] or len(enough) < len(once)
-        return by_group(enough if more else once)
+        last = run.state["last"]
+        return resized(run, groups, self.scores(run, groups), goal.limits, last=last)
 
     def _measure(self, run: Run, groups: Groups) -> dict[str, Density]:
-        """Return the densities of the groups that have a rectifier, and note that others stay."""
-        found = densities(run.model, groups, run.inputs(self.samples, batch=BATCH))
-        for group in groups:
-            for layer, _ in group.makers if group.name not in found else ():
-                run.keep(layer, "no rectifier (ReLU) makes its channels zero")
-        return found
+        return measured(run, groups, self.samples)
 
     def _account(self, run: Run) -> None:
         """Add the multiply-accumulates of the steps since the last resizing."""

@@ -6,11 +6,9 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import torch
-from torch import Tensor
 
 from pliant.families.prune import sparse
-from pliant.families.prune.allocate import fewest
-from pliant.families.prune.columns import hold
+from pliant.families.prune.columns import begin_anew, hold
 from pliant.families.prune.rewind import (
     Annealing,
     Rates,
@@ -19,6 +17,8 @@ from pliant.families.prune.rewind import (
     iterations,
     kept_after,
     smallest,
+    sparsity_for,
+    within_bytes,
 )
 from pliant.method import Method
 from pliant.registry import In, Paper, register
@@ -68,7 +68,9 @@ class AIMP(Method):
     def prepare(self, run: Run) -> None:
         layers = sparse.prunable(run, self.only, self.exclude, linear=self.linear)
         masks = {n: torch.ones_like(sparse.weight_of(run, n), dtype=torch.bool) for n in layers}
-        run.state.update(masks=masks, done=0, sparsity=self._sparsity(run, masks), first={})
+        run.state.update(
+            masks=masks, done=0, sparsity=sparsity_for(run, masks, self.sparsity), first={}
+        )
         if self.rewind == "weights":
             run.state["first"] = {n: v.clone() for n, v in run.model.state_dict().items()}
         self._prune_if_due(run)
@@ -101,50 +103,17 @@ class AIMP(Method):
             begins = round(starts[run.state["done"]] * run.steps)
             if not last and (not run.steps or run.step < begins):
                 return
-            self._prune(run)
+            self._prune(run, last=run.state["done"] + 1 == len(starts))
 
-    def _prune(self, run: Run) -> None:
+    def _prune(self, run: Run, *, last: bool) -> None:
         """Make the next pruning, and begin anew what is to begin anew."""
-        state = run.state
-        masks: dict[str, Tensor] = state["masks"]
+        state, masks = run.state, run.state["masks"]
         state["done"] += 1
         total = sum(mask.numel() for mask in masks.values())
         kept = kept_after(total, state["done"], state["sparsity"], self.rate)
         weights = {name: sparse.weight_of(run, name) for name in masks}
-        if state["done"] == iterations(state["sparsity"], self.rate):
-            kept = self._within(run, weights, kept)
+        kept = within_bytes(run, weights, masks, kept) if last else kept
         state["masks"] = smallest(weights, masks, kept)
-        if state["first"] and run.step < run.steps:
-            run.model.load_state_dict(state["first"])
-        hold(run.model, state["masks"])
-        for optimizer in run.optimizers:
-            optimizer.state.clear()
+        first = state["first"] if run.step < run.steps else {}
+        begin_anew(run.model, first, state["masks"], run.optimizers)
         run.note(iteration=state["done"], zeros=sparse.share_of_zeros(state["masks"]))
-
-    def _within(self, run: Run, weights: dict[str, Tensor], kept: int) -> int:
-        """Return how many weights may be kept for the budget, at most so many."""
-        bound, masks = run.limits().get("bytes"), run.state["masks"]
-        if bound is None:
-            return kept
-
-        def fits(gone: int) -> bool:
-            found = smallest(weights, masks, kept - gone)
-            counts = {name: int(mask.sum()) for name, mask in found.items()}
-            return sparse.bytes_with(run, counts) <= bound
-
-        return kept - (fewest(kept, fits) or 0)
-
-    def _sparsity(self, run: Run, masks: dict[str, Tensor]) -> float:
-        """The sparsity asked for, or about that of a budget, were all layers alike."""
-        bound = run.limits().get("bytes")
-        if bound is None:
-            return self.sparsity
-
-        def size(thousandths: int) -> int:
-            share = 1 - thousandths / 1000
-            return sparse.bytes_with(run, {n: int(share * m.numel()) for n, m in masks.items()})
-
-        found = fewest(999, lambda thousandths: size(thousandths) <= bound)
-        if found is None:
-            raise sparse.missed(bound, size(999))
-        return found / 1000

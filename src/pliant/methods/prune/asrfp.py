@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pliant.errors import MethodError
 from pliant.families.prune import soft
@@ -72,7 +72,11 @@ class ASRFP(ChannelPruning):
     every: bool = False  # fade filters that cannot leave too, as in the paper
 
     def prepare(self, run: Run) -> None:
-        self._check(run)
+        if self.unit == "weight" and run.limits():
+            raise MethodError(
+                "asrfp: single weights that are zero save nothing that a budget counts; leave the "
+                'budget out, or use unit="filter".'
+            )
         self._choose(run)
         self.cut_if_due(run)
         if run.steps and self.pending(run):
@@ -104,23 +108,14 @@ class ASRFP(ChannelPruning):
     def adjust(self, run: Run, groups: Groups, leaving: Leaving) -> None:
         self._multiply(run, 1.0, 0.0)  # for good, those that stay too
 
-    def _check(self, run: Run) -> None:
-        if self.unit == "weight" and run.limits():
-            raise MethodError(
-                "asrfp: single weights that are zero save nothing that a budget counts; leave the "
-                'budget out, or use unit="filter".'
-            )
-
     def _choose(self, run: Run) -> None:
         """Note what fades together, and at which ratio."""
         layers, _ = readable(run.model, only=self.only, exclude=self.exclude)
         groups = self.groups(run)
         ratios = uniform_ratios(run, groups, self.ratio, least=self.least)
-        run.state.update(soft.kinds(groups), weights=list(layers) if self.unit == "weight" else [])
-        if self.every:
-            run.state["filters"] |= soft.alone(run.state["filters"], layers)
-        most = max(ratios.values(), default=self.ratio)
-        run.state["ratios"] = {name: ratios.get(name, most) for name in run.state["filters"]}
+        alone = layers if self.every else {}
+        run.state.update(soft.chosen(groups, ratios, alone, self.ratio))
+        run.state["weights"] = list(layers) if self.unit == "weight" else []
 
     def _end(self, run: Run) -> int:
         return max(1, round(self.start * run.steps))
@@ -140,11 +135,7 @@ class ASRFP(ChannelPruning):
         return by_ratios(self.scores(run, ()), ratios, least=self.least)
 
     def _multiply(self, run: Run, part: float, factor: float) -> None:
-        for layer in run.state["weights"]:
-            weight: Any = run.model.get_submodule(layer).weight
-            soft.fade_small(weight, math.floor(weight.numel() * part * self.ratio + 1e-9), factor)
-        for name, units in self._weakest(run, part).items():
-            soft.fade_units(run.model, run.state["filters"][name], units, factor)
-            if self.norms:
-                norms = run.state["norms"].get(name, {})
-                soft.fade_units(run.model, norms, units, factor, ("weight", "bias"))
+        soft.fade_weights(run.model, run.state["weights"], part * self.ratio, factor)
+        norms = run.state["norms"] if self.norms else {}
+        weak = self._weakest(run, part)
+        soft.fade_groups(run.model, run.state["filters"], norms, weak, factor)

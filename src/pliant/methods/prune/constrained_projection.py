@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any
+from typing import Annotated
 
-from pliant.errors import TrainingError
 from pliant.families.prune.allocate import Goal
 from pliant.families.prune.columns import (
     Norm,
+    begin_anew,
+    check_finite,
     hold,
     lost_at,
-    norm_of,
     project,
+    radii_of,
     readers_of,
     supports,
+    vanished,
 )
 from pliant.families.prune.pruner import ChannelPruning, Ratio, Rounds, Share
 from pliant.families.prune.ranking import Scope
@@ -73,8 +75,7 @@ class ConstrainedProjection(ChannelPruning):
     rewind: bool = True  # train the second time from the initial weights
 
     def prepare(self, run: Run) -> None:
-        layers = readers_of(self.groups(run))
-        radii = {name: self._radius(run, name, self.radius) for name in layers}
+        radii = radii_of(run.model, readers_of(self.groups(run)), self.norm, self.radius)
         run.state.update(masks={}, radii=radii, first={})
         if self.rewind and run.steps and self.start:
             run.state["first"] = {n: v.clone() for n, v in run.model.state_dict().items()}
@@ -86,7 +87,7 @@ class ConstrainedProjection(ChannelPruning):
     def after_step(self, run: Run) -> None:
         hold(run.model, run.state["masks"])  # momentum moves zeros even without gradients
         if self.every and self.pending(run) and run.step % self.every == 0:
-            self._check(run)
+            check_finite(run.model, run.state["radii"])
             project(run.model, run.state["radii"], self.norm)
         super().after_step(run)
 
@@ -95,15 +96,15 @@ class ConstrainedProjection(ChannelPruning):
         return {name: 1 - lost for name, lost in lost_at(run.model, groups, self.norm).items()}
 
     def allocation(self, run: Run, groups: Groups, goal: Goal) -> Leaving:
-        self._check(run)
+        check_finite(run.model, run.state["radii"])
         lost = lost_at(run.model, groups, self.norm)
         radius = self.radius
         if goal.limits:
             leaving = super().allocation(run, groups, goal)
             least = [float(lost[name][list(units)].min()) for name, units in leaving.items()]
             radius = max(LEAST, min(least, default=1.0))
-        run.state["radii"] = {name: self._radius(run, name, radius) for name in readers_of(groups)}
-        return leaving if goal.limits else self._vanished(run, lost, radius)
+        run.state["radii"] = radii_of(run.model, readers_of(groups), self.norm, radius)
+        return leaving if goal.limits else vanished(lost, radius, run.state["floors"])
 
     def adjust(self, run: Run, groups: Groups, leaving: Leaving) -> None:
         layers = list(run.state["radii"])
@@ -112,36 +113,9 @@ class ConstrainedProjection(ChannelPruning):
         kept = [mask.float().mean().item() for mask in run.state["masks"].values()]
         run.note(zeros=1 - sum(kept) / max(1, len(kept)))
         if run.state["first"] and run.step < run.steps:
-            self._rewind(run)
+            begin_anew(run.model, run.state["first"], run.state["masks"], run.optimizers)
 
     def cut(self, run: Run, goal: Goal, *, last: bool = True) -> None:
         super().cut(run, goal, last=last and run.step >= run.steps)  # else training mends norms
         layers = list(run.state["radii"]) if run.step < run.steps else []
         run.state.update(masks=supports(run.model, layers), first={})
-
-    def _vanished(self, run: Run, lost: Scores, radius: float) -> Leaving:
-        """Return the units that are lost at a radius, but for those that stay in any case."""
-        found: dict[str, list[int]] = {}
-        for name, shares in lost.items():
-            order = (-shares).argsort(stable=True).tolist()
-            order = order[: len(order) - run.state["floors"][name]]
-            found[name] = [unit for unit in order if shares[unit] >= radius]
-        return found
-
-    def _radius(self, run: Run, layer: str, share: float) -> float:
-        return share * norm_of(run.model.get_submodule(layer), self.norm)
-
-    def _rewind(self, run: Run) -> None:
-        run.model.load_state_dict(run.state["first"])
-        hold(run.model, run.state["masks"])
-        for optimizer in run.optimizers:
-            optimizer.state.clear()
-
-    def _check(self, run: Run) -> None:
-        for name in run.state["radii"]:
-            weight: Any = run.model.get_submodule(name).weight
-            if not weight.isfinite().all():
-                raise TrainingError(
-                    f"Weights must stay finite to be projected, but those of {name} are not: "
-                    "lower the learning rate."
-                )

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Annotated, Any
 
 import torch
-from torch import Tensor
 
-from pliant.cost import Example, call
 from pliant.edits import Edit
 from pliant.errors import DataError
-from pliant.families.prune.allocate import Goal, counted_limits, within
-from pliant.families.prune.gates import Gates, effects
+from pliant.families.prune.allocate import Goal
+from pliant.families.prune.gates import Gates
 from pliant.families.prune.pruner import ChannelPruning, Ratio, Rounds, Share
-from pliant.families.prune.ranking import Scope, floors_of, ranking
+from pliant.families.prune.ranking import Scope, floors_of
 from pliant.families.prune.scores import Groups, Scores
-from pliant.families.prune.utility import decay_at, masks, utility
-from pliant.observe.moments import surprise
+from pliant.families.prune.utility import choose, decay_at, looked_up, utility
 from pliant.registry import In, Paper, register
 from pliant.run import Run
 
-BATCH = 64  # samples whose activations are held at once, without training
 PAPER = Paper(
     "Learning to Prune in Training via Dynamic Channel Propagation",
     "S. Shen, R. Li, Z. Zhao, H. Zhang, Y. Zhou",
@@ -56,6 +50,10 @@ class DynamicChannelPropagation(ChannelPruning):
     *Measured* (bench ``prune-family``): with 50 % of its multiply-accumulates, trained for 2 epochs
     on 2,000 images, ResNet-20 was right on 68.8 % by ``dynamic_channel_propagation`` and on 69.2 %
     by ``magnitude`` (means of 2 seeds; the difference is within the spread).
+
+    *Measured* (bench ``prune-vgg16``): with 10 % of its parameters, trained for 2 epochs on 4,000
+    images, VGG-16 of half the width was right on 34.8 % by ``dynamic_channel_propagation`` and on
+    48.7 % by ``magnitude`` (means of 2 seeds).
 
     >>> DynamicChannelPropagation().start
     1.0
@@ -101,12 +99,12 @@ class DynamicChannelPropagation(ChannelPruning):
     def after_step(self, run: Run) -> None:
         if run.step >= self.warmup * run.steps and self.pending(run):
             due = run.step >= run.steps or self.schedule().due(run.step, run.steps)
-            self._mask(run, run.aside.get(Gates), anew=bool(due) or not run.state["masked"])
+            choose(run, run.aside.get(Gates), self.ratio, anew=bool(due) or not run.state["masked"])
         super().after_step(run)
 
     def after_epoch(self, run: Run) -> None:
         if run.state.get("masked") and self.pending(run):
-            self._mask(run, run.aside.get(Gates), anew=True)
+            choose(run, run.aside.get(Gates), self.ratio, anew=True)
 
     def cut(self, run: Run, goal: Goal, *, last: bool = True) -> None:
         for gates in run.aside.all(Gates):
@@ -116,26 +114,8 @@ class DynamicChannelPropagation(ChannelPruning):
 
     def scores(self, run: Run, groups: Groups) -> Scores:
         known = run.state.get("utility")
-        sizes = {group.name: len(group.units) for group in groups}
         if known is None or not known.any():
             self.refuse(run)
-            known = torch.zeros(sum(sizes.values())).double()
-            gates, batches = Gates(run.model, groups), run.inputs(self.samples, batch=BATCH)
-            for seen in effects(run.model, gates, batches, partial(_surprise, run)):
-                known = utility(known, seen, known >= 0, sizes, self.decay)
-        return dict(zip(sizes, known.split([*sizes.values()]), strict=True))
-
-    def _mask(self, run: Run, gates: Gates, *, anew: bool) -> None:
-        """Choose who takes part in the next step; count anew how many do not, if asked."""
-        scores, floors = gates.split(run.state["utility"]), run.state["floors"]
-        if anew:
-            run.state["masked"] = math.floor(self.ratio * len(gates.values) + 1e-9)
-            if limits := counted_limits(run):
-                ranked = ranking(scores, self.scope, floors)
-                run.state["masked"] = len(within(run, gates.groups, ranked, limits))
-        run.state["mask"] = masks(scores, floors, run.state["masked"])
-        gates.values = run.state["mask"].float()
-
-
-def _surprise(run: Run, inputs: Example) -> Tensor:
-    return surprise(call(run.model, inputs), run.generator)
+            known = looked_up(run, groups, self.samples, self.decay)
+        sizes = [len(group.units) for group in groups]
+        return dict(zip([group.name for group in groups], known.split(sizes), strict=True))

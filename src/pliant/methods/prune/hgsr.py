@@ -4,26 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
 from torch import Tensor
 
-from pliant.edits.prune import CONVS
-from pliant.errors import DataError
 from pliant.families.prune.allocate import Goal, in_passes
-from pliant.families.prune.judge import labelled
+from pliant.families.prune.judge import labelled, need_labels
 from pliant.families.prune.pruner import ChannelPruning, Share
-from pliant.families.prune.ranking import Unit, ranking
+from pliant.families.prune.ranking import Unit
 from pliant.families.prune.scores import Groups, Scores
-from pliant.families.prune.zeroing import increases
-from pliant.math.hierarchical import Grouping, Kind, hierarchical
+from pliant.families.prune.zeroing import by_increase, convolves, increases
+from pliant.math.hierarchical import Grouping, Kind, mixed
 from pliant.registry import In, Paper, register
 from pliant.run import Run
 from pliant.surgery.prove import Leaving
 from pliant.surgery.select import readable
 
-LARGE = 1e300  # behind all that may leave
 PAPER = Paper(
     "Filter Pruning Using Hierarchical Group Sparse Regularization for Deep Convolutional "
     "Neural Networks",
@@ -69,16 +65,11 @@ class HGSR(ChannelPruning):
     most: Annotated[float, In(0)] | None = None
 
     def refuse(self, run: Run) -> None:
-        first = next(iter(labelled(run, 1)), None)
-        if first is None or first[1] is None:
-            raise DataError(
-                "hgsr compares losses on labelled training samples, but there are none: give data "
-                "with labels, or take group_fisher, which needs inputs alone."
-            )
+        need_labels(run, "hgsr", "compares losses")
 
     def prepare(self, run: Run) -> None:
-        convs = readable(run.model, only=self.only, exclude=self.exclude)[0]
-        run.state["layers"] = [name for name, conv in convs.items() if _penalized(conv)]
+        layers = readable(run.model, only=self.only, exclude=self.exclude)[0]
+        run.state["layers"] = [name for name, layer in layers.items() if convolves(layer)]
         whole = float(self._whole(run).detach())
         run.state["lambda"] = self.strength / whole if whole else 0.0
         super().prepare(run)
@@ -97,34 +88,12 @@ class HGSR(ChannelPruning):
         def ranked(gone: Sequence[Unit], number: int) -> Sequence[Unit]:
             batches = labelled(run, self.samples)
             scores = increases(run.model, groups, batches, run.task_loss, gone)
-            if self.most is not None and not goal.limits:
-                for values in scores.values():
-                    values[values > self.most] = torch.inf
-            low = min(float(values.min()) for values in scores.values())
-            for place, unit in enumerate(gone):  # first, in their order
-                scores[unit.group][unit.index] = low - len(gone) + place
-            return self._ranked(run, scores)
+            most = None if goal.limits else self.most
+            return by_increase(scores, gone, self.scope, run.state["floors"], most)
 
         return in_passes(run, groups, goal, self.passes, ranked)
 
-    def _ranked(self, run: Run, scores: Scores) -> list[Unit]:
-        """Rank those that may leave: an infinite score keeps a unit."""
-        kept = {name: int(values.isposinf().sum()) for name, values in scores.items()}
-        floors = {name: max(floor, kept[name]) for name, floor in run.state["floors"].items()}
-        finite = {n: values.where(~values.isposinf(), LARGE) for n, values in scores.items()}
-        return ranking(finite, self.scope, floors)
-
     def _whole(self, run: Run) -> Tensor:
         """Both penalties of all convolutions, before lambda."""
-        total = torch.zeros(())
-        for name in run.state["layers"]:
-            weight = run.model.get_parameter(f"{name}.weight")
-            both = self.mix * hierarchical(weight, self.penalize, self.grouping)
-            total = total.to(weight.device) + both + (1 - self.mix) * weight.abs().sum()
-        return total
-
-
-def _penalized(layer: Any) -> bool:
-    """Say whether a layer is a convolution that does more than shrink a shortcut."""
-    pointwise = isinstance(layer, CONVS) and {*layer.kernel_size} == {1} != {*layer.stride}
-    return isinstance(layer, CONVS) and layer.groups == 1 and not pointwise
+        weights = (run.model.get_parameter(f"{name}.weight") for name in run.state["layers"])
+        return mixed(weights, self.penalize, self.grouping, self.mix)

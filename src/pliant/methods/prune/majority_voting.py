@@ -44,6 +44,10 @@ class MajorityVoting(ChannelPruning):
     on 2,000 images, ResNet-20 was right on 63.2 % by ``majority_voting(samples=512, rounds=2)`` and
     on 69.2 % by ``magnitude`` (means of 2 seeds).
 
+    *Measured* (bench ``prune-vgg16``): with 10 % of its parameters, trained for 2 epochs on 4,000
+    images, VGG-16 of half the width was right on 41.0 % by ``majority_voting(samples=512,
+    rounds=1)`` and on 48.7 % by ``magnitude`` (means of 2 seeds).
+
     >>> MajorityVoting().scope
     'local'
     """

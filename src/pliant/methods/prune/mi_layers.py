@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import Annotated, Literal
 
 from pliant.edits import Remove
-from pliant.errors import DataError
 from pliant.families.prune.allocate import Goal
 from pliant.families.prune.blocks import enough, increments, information, keep_blocks, units
+from pliant.families.prune.judge import need_inputs
 from pliant.families.prune.pruner import ChannelPruning, Ratio, Share
 from pliant.families.prune.ranking import Scope
 from pliant.math.information import Estimator
@@ -62,11 +62,7 @@ class MILayers(ChannelPruning):
     samples: Annotated[int, In(1)] = 2000  # n, training inputs to look at
 
     def refuse(self, run: Run) -> None:
-        if not run.has_inputs:
-            raise DataError(
-                "mi_layers looks at activations, but there are no training inputs: give data, or "
-                "take magnitude, which looks at weights alone."
-            )
+        need_inputs(run, "mi_layers", "looks at activations of training inputs")
 
     def prepare(self, run: Run) -> None:
         found = units(run, self.only, self.exclude)
@@ -90,15 +86,8 @@ class MILayers(ChannelPruning):
 
     def worth(self, run: Run, found: Sequence[Remove]) -> list[float]:
         """Return what each block says about the answers: those that say least leave first."""
+        how = {"size": self.components, "neighbours": self.neighbours}
         inputs = run.inputs(self.samples)
-        values = information(
-            run.model,
-            run.example,
-            found,
-            inputs,
-            estimator=self.estimator,
-            size=self.components,
-            neighbours=self.neighbours,
-        )
+        values = information(run.model, run.example, found, inputs, estimator=self.estimator, **how)
         run.note(information={e.layer: v for e, v in zip(found, values, strict=True)})
         return increments(values, found) if self.score == "increment" else values

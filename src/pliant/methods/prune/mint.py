@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf
 from typing import Annotated
 
-from torch import nn
-
-from pliant.errors import DataError, ModelError
+from pliant.errors import DataError
 from pliant.families.prune import sparse
-from pliant.families.prune.allocate import fewest
 from pliant.families.prune.columns import hold
 from pliant.families.prune.dependence import LEAST
-from pliant.families.prune.pairs import Block, blocks, chosen, dropped, masks_of
+from pliant.families.prune.judge import need_inputs
+from pliant.families.prune.pairs import MOST_GROUPS, blocks, chosen, divided, leaving, masks_of
 from pliant.method import Method
-from pliant.observe.order import order
 from pliant.observe.watch import samples
 from pliant.registry import In, Paper, register
 from pliant.run import Run
 
-MOST_GROUPS = 64  # of the outputs of one layer
 PAPER = Paper(
     "MINT: Deep Network Compression via Mutual Information-based Neuron Trimming",
     "M. R. Ganesh, J. J. Corso, S. Yasaei Sekeh",
@@ -63,15 +57,11 @@ class MINT(Method):
     exclude: tuple[str, ...] = ()  # name patterns of the layers to leave alone
 
     def refuse(self, run: Run) -> None:
-        if not run.has_inputs:
-            raise DataError(
-                "mint looks at training inputs, but there are none: give data, or take magnitude, "
-                "which looks at weights alone."
-            )
+        need_inputs(run, "mint", "looks at training inputs")
 
     def prepare(self, run: Run) -> None:
         assert run.data is not None
-        layers = self._layers(run)
+        layers = divided(run, self.groups, self.only, self.exclude)
         inputs = chosen(run.data, self.samples, run.seed)
         if (count := sum(map(samples, inputs))) < LEAST:
             raise DataError(
@@ -79,7 +69,7 @@ class MINT(Method):
                 "training samples, or raise samples."
             )
         found = blocks(run, layers, self.groups, inputs, self.repeats)
-        masks = masks_of(run, layers, self._gone(run, found))
+        masks = masks_of(run, layers, leaving(run, found, self.share, self.cap))
         run.state["masks"] = masks
         run.note(zeros=sparse.share_of_zeros(masks), blocks=len(found))
         hold(run.model, masks)
@@ -95,44 +85,3 @@ class MINT(Method):
             run.recalibrate()
         sparse.drop_unread(run, self.only, self.exclude)
         sparse.store(run, list(run.state["masks"]))
-
-    def _layers(self, run: Run) -> dict[str, int]:
-        """The layers to look at, each with the number of groups of its outputs."""
-        names = sparse.subjects(run, self.only, self.exclude)
-        called = order(run.model, run.example, names).called
-        layers = {}
-        for name in names:
-            layer = sparse.layer_of(run, name)
-            if getattr(layer, "groups", 1) > 1:
-                run.keep(name, "its inputs are divided among groups already")
-            elif name == called[0] and not isinstance(layer, nn.Linear):
-                run.keep(name, "it reads the inputs of the network")
-            else:
-                last = name == called[-1]
-                layers[name] = min(len(layer.weight), MOST_GROUPS) if last else self.groups
-        if not layers:
-            raise ModelError(
-                "The model has no two layers in a row between which connections could go: mint "
-                "leaves alone the first convolution and those with groups."
-            )
-        return layers
-
-    def _gone(self, run: Run, found: Sequence[Block]) -> list[Block]:
-        """The blocks that become zero."""
-        bound = run.limits().get("bytes")
-        if bound is None:
-            cutoffs = sorted({block.level for block in found})
-            place = round(self.share * len(cutoffs))
-            return dropped(found, cutoffs[place - 1], self.cap) if place else []
-        ranked = sorted(
-            dropped(found, inf, self.cap), key=lambda block: (block.level, block.energy)
-        )
-
-        def size(count: int) -> int:
-            masks = masks_of(run, {block.layer for block in found}, ranked[:count])
-            return sparse.bytes_with(run, {name: int(m.sum()) for name, m in masks.items()})
-
-        count = fewest(len(ranked), lambda count: size(count) <= bound)
-        if count is None:
-            raise sparse.missed(bound, size(len(ranked)))
-        return ranked[:count]

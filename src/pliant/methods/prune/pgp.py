@@ -8,13 +8,11 @@ from typing import Annotated, Any
 from pliant.errors import ModelError
 from pliant.families.prune import progress
 from pliant.families.prune.allocate import uniform_ratios
-from pliant.families.prune.channels import keep_whole, remove
 from pliant.families.prune.pruner import ChannelPruning, Share
 from pliant.families.prune.ranking import Scope, floors_of
-from pliant.families.prune.scores import Groups, Scores, importance, weakest
+from pliant.families.prune.scores import Groups, Scores
 from pliant.registry import In, Paper, register
 from pliant.run import Run
-from pliant.surgery.prove import edits_of, prove
 
 PAPER = Paper(
     "Progressive Gradient Pruning for Classification, Detection and Domain Adaptation",
@@ -89,35 +87,18 @@ class PGP(ChannelPruning):
             self.cut_to(run, self.rounds)
 
     def scores(self, run: Run, groups: Groups) -> Scores:
-        found = {}
-        for group in groups:
-            rows = run.state["rows"].get(group.name, {})
-            own = progress.moved(run.state["sums"], rows, self.criterion)
-            known = own is not None and len(own) == len(group.units)
-            found[group.name] = own if known else importance(run.model, group)
-        return found  # type: ignore[return-value]
+        return progress.pulled(run, groups, self.criterion)
 
     def cut_to(self, run: Run, number: int) -> None:
         """Make the cut of this number: weak units leave, or become zero."""
         state: dict[str, Any] = run.state
         groups = [group for group in self._left(run) if group.name in state["ratios"]]
-        leaving, last = dict[str, list[int]](), number == self.rounds
-        for name, values in self.scores(run, groups).items():
-            whole, ratio = state["whole"][name], state["ratios"][name]
-            left = progress.remaining(whole, ratio, number, self.rounds, self.course)
-            found = weakest(values, progress.weak(len(values), left, state["floors"][name]))
-            hard = len(found) if last else int(self.hard * len(found))
-            leaving[name], state["fresh"][name] = found[:hard].tolist(), found[hard:].tolist()
-        for group in groups:
-            units = state["fresh"][group.name]
-            progress.reset(run.model, run.optimizers, group, units, norms=self.reset_norms)
-        if edits := edits_of(run.model, groups, leaving):
-            prove(run.model, run.example, edits)
-        remove(run, edits, recalibrate=last)
-        run.restate(progress.merged(run.edits))
-        self._go_on(run, leaving, number)
-        if last:
-            keep_whole(run, groups)
+        scores, last = self.scores(run, groups), number == self.rounds
+        way = (number, self.rounds, self.course)
+        leaving = progress.weak_units(run, scores, way, 1.0 if last else self.hard)
+        progress.take(run, groups, leaving, norms=self.reset_norms, last=last)
+        state.update(rounds=number, fresh=progress.moved_up(state["fresh"], leaving), sums={})
+        state["rows"] = {} if last else progress.listened(self._left(run))
 
     def _left(self, run: Run) -> Groups:
         """The groups of which more than one unit is left."""
@@ -125,12 +106,3 @@ class PGP(ChannelPruning):
             return self.groups(run)
         except ModelError:  # there was one to begin with
             return []
-
-    def _go_on(self, run: Run, leaving: dict[str, list[int]], number: int) -> None:
-        """Begin to add up anew, with the units that are left at their new places."""
-        state: dict[str, Any] = run.state
-        for name, units in state["fresh"].items():
-            gone = leaving[name]
-            state["fresh"][name] = [unit - sum(other < unit for other in gone) for unit in units]
-        state.update(rounds=number, sums={})
-        state["rows"] = {} if number == self.rounds else progress.listened(self._left(run))

@@ -3,31 +3,21 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
-import torch
-from torch import Tensor
-
-from pliant.cost import Example, call
-from pliant.data.sources import moved
-from pliant.errors import DataError
 from pliant.families.prune.allocate import Goal
 from pliant.families.prune.channels import ABSORBED, keep_whole
-from pliant.families.prune.gates import Gates, effects
-from pliant.families.prune.judge import labelled
+from pliant.families.prune.judge import labelled, need_labels, slopes
 from pliant.families.prune.pruner import ChannelPruning, Rounds, Share
 from pliant.families.prune.ranking import floors_of
 from pliant.families.prune.scores import Groups, Scores
 from pliant.families.prune.shortcuts import (
     Region,
-    others,
     prove_slimmed,
-    regions,
     slimmed,
     unread,
+    with_regions,
 )
-from pliant.observe.watch import samples
 from pliant.registry import In, Paper, register
 from pliant.run import Run
 from pliant.surgery.batchnorm import absorb
@@ -71,12 +61,7 @@ class SSPruning(ChannelPruning):
     samples: Annotated[int, In(1)] = 1024  # labelled training samples of one scoring
 
     def refuse(self, run: Run) -> None:
-        first = next(iter(labelled(run, 1)), None)
-        if first is None or first[1] is None:
-            raise DataError(
-                "sspruning asks how the loss changes on labelled training samples, but there are "
-                "none: give data with labels, or take group_fisher, which needs inputs alone."
-            )
+        need_labels(run, "sspruning", "asks how the loss changes")
 
     def groups(self, run: Run) -> Groups:
         return self._found(run)[0]
@@ -84,11 +69,7 @@ class SSPruning(ChannelPruning):
     def scores(self, run: Run, groups: Groups) -> Scores:
         blocks = {name for name, module in run.model.named_modules() if [*module.children()]}
         behind = {group.name: group.name for group in groups if group.name in blocks}
-        gates, total = Gates(run.model, groups, behind), torch.zeros(())
-        batches = labelled(run, self.samples)
-        for seen in effects(run.model, gates, batches, partial(_loss, run)):
-            total = total + sum((effect.double().sum(0) for effect in seen), torch.zeros(()))
-        return gates.split(total.abs())
+        return slopes(run, groups, labelled(run, self.samples), behind)
 
     def cut(self, run: Run, goal: Goal, *, last: bool = True) -> None:
         groups, found = self._found(run)
@@ -105,18 +86,4 @@ class SSPruning(ChannelPruning):
 
     def _found(self, run: Run) -> tuple[Groups, list[Region]]:
         """Return all groups, those of regions first, and the regions."""
-        groups = super().groups(run)
-        found = regions(run.model, run.example, groups)
-        inside = {layer for region in found for layer, _ in region.group.slots}
-        for group in groups:
-            for layer, _ in group.slots:
-                if inside & {name for name, _ in group.makers} and layer not in inside:
-                    run.keep(layer, "only what blocks give to a shortcut leaves it")
-        return [*(region.group for region in found), *others(groups, found)], found
-
-
-def _loss(run: Run, batch: tuple[Example, Any]) -> Tensor:
-    """The loss of a batch, summed over its samples."""
-    inputs, labels = batch
-    device = next((p.device for p in run.model.parameters()), torch.device("cpu"))
-    return run.criterion(call(run.model, inputs), moved(labels, device)) * samples(inputs)
+        return with_regions(run, super().groups(run))
