@@ -33,7 +33,8 @@ def fabric_of(train: Train) -> "Fabric":
             accelerator=kind,
             devices=[int(index)] if index else train.devices,
             num_nodes=max(1, world // train.devices),
-            strategy="ddp" if train.devices > 1 else "auto",
+            # a search may run one of several paths, and leave the others without gradients
+            strategy="ddp_find_unused_parameters_true" if train.devices > 1 else "auto",
             precision=train.precision,  # type: ignore[arg-type]  # checked by Train
         )
         fabric.launch()

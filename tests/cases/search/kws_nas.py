@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from pliant.cost import cost
+from pliant.data import Train, load
+from pliant.drivers.loop import evaluate, fit
 from pliant.errors import MethodError, ModelError
 from pliant.families.search import bilevel as search
 from pliant.families.search import paths, rounding
@@ -167,7 +169,7 @@ def the_rate_of_logits_rises_to_its_end() -> None:
 
 def a_higher_power_makes_the_network_cheaper() -> None:
     costs = []
-    for strength in (0.0, 100.0):
+    for strength in (0.0, 10.0, 100.0):
         method = KWSNAS(strength=strength, alpha_lr=0.5, every=1, batch=8, warmup=0.0, bits=0)
         model = TOY.model()
         run = start(model, method, data=TOY.data(), steps=12)
@@ -175,7 +177,25 @@ def a_higher_power_makes_the_network_cheaper() -> None:
             run.after_step()
         run.finish()
         costs.append(cost(model, TOY.inputs(1)).macs)
-    assert costs[1] < costs[0]
+    assert costs[0] >= costs[1] >= costs[2] and costs[2] < costs[0]
+
+
+def rounding_while_training_beats_rounding_after() -> None:
+    """At 1 and at 2 bits, on digits: rounded afterwards at 1 bit the network guesses."""
+    data = load("digits").subset(train=512, test=300)
+    stages = (Stage(16, 1, 2, ("mbconv_k3_e2",)), Stage(16, 1, 1, ("mbconv_k3_e2",)))
+    for bits in (1, 2):
+        found = {}
+        for way in ("during", "after"):
+            torch.manual_seed(0)
+            model = supernet(Space(1, 16, (3, 3), (1, 1), stages, 32))
+            train = Train(epochs=4, batch=64, lr=0.1, device="cpu")
+            method = KWSNAS(bits=bits, rounding=way)  # type: ignore[arg-type]
+            run = start(model, method, data=data, steps=train.steps(data.steps(64)))
+            fit(run, data, train)
+            found[way] = evaluate(model, data, "test").accuracy
+        assert found["during"] > found["after"] + 0.1, (bits, found)
+        assert bits > 1 or found["after"] < 0.25, found
 
 
 def a_network_without_a_choice_is_only_rounded() -> None:
@@ -212,6 +232,7 @@ CASES = [
             one_path_runs_and_others_get_no_gradient,
             the_rate_of_logits_rises_to_its_end,
             a_higher_power_makes_the_network_cheaper,
+            rounding_while_training_beats_rounding_after,
             a_network_without_a_choice_is_only_rounded,
         ),
     ),

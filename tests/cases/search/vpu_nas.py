@@ -1,6 +1,7 @@
 """Latency tables in a search: what is predicted, what the cost's weight does, two devices."""
 
 import copy
+import itertools
 from typing import Any
 
 import pytest
@@ -10,8 +11,8 @@ from torch import nn
 from pliant.errors import MethodError
 from pliant.families.search import bilevel as search
 from pliant.families.search import derive, paths
-from pliant.families.search.expected import expected
-from pliant.families.search.objective import objective
+from pliant.families.search.expected import Expected, expected
+from pliant.families.search.objective import now, objective
 from pliant.latency import LatencyTable, Target
 from pliant.methods.search.vpu_nas import VPUNAS
 from pliant.nn.mobile import MBConv, MobileNetwork, Space, Stage, mbconvs
@@ -118,6 +119,26 @@ def each_device_gets_its_own_network() -> None:
             assert not [op for op in found if word in op], (estimator, word, found)
 
 
+def each_network_is_the_faster_one_on_its_own_device() -> None:
+    """Under the table of either device, that which was searched for the other takes longer."""
+    ops, devices = ("mbconv_k3_e4", "mbconv_k7_e1"), (device(4.0, 0.1), device(0.1, 4.0))
+    runs = [searched(target, ops, strength=3.0) for target in devices]
+    chosen = [derive.best(run) for run in runs]
+    for own, run in enumerate(runs):
+        times = [now(run, names) for names in chosen]
+        assert times[own] < times[1 - own]
+
+
+def more_weight_of_the_cost_never_costs_more() -> None:
+    """Expected milliseconds for rising weights; one rise of 2 % is allowed."""
+    target, found = device(1.0, 10.0), []
+    for strength in (0.0, 0.05, 0.2, 1.0):
+        run = searched(target, strength=strength)
+        found.append(float(Expected.from_plain(run.state["expected"]).of(run.model.eval())))
+    rises = [b / a - 1 for a, b in itertools.pairwise(found) if b > a]
+    assert len(rises) < 2 and max(rises, default=0.0) <= 0.02 and found[-1] < found[0], found
+
+
 def two_paths_leave_others_as_probable_as_before() -> None:
     run = searched(None, estimator="gates", alpha_lr=0.05)
     before = {n: p.logits.softmax(0) for n, p in search.mixed(run.model).items()}
@@ -170,6 +191,8 @@ CASES = [
             equal_shapes_are_measured_once,
             nothing_but_cost_ends_at_the_cheapest_candidates,
             each_device_gets_its_own_network,
+            each_network_is_the_faster_one_on_its_own_device,
+            more_weight_of_the_cost_never_costs_more,
             two_paths_leave_others_as_probable_as_before,
             noise_makes_samples_and_cools_down,
             what_has_no_logarithm_or_no_clock_is_refused,

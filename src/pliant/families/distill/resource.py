@@ -216,18 +216,21 @@ def check(blocks: Sequence[str], strengths: Sequence[float]) -> None:
         )
 
 
-def movable(run: Run, groups: Sequence[Group], strengths: Mapping[str, float]) -> list[Group]:
+def movable(
+    run: Run, groups: Sequence[Group], blocks: Sequence[str], strengths: Sequence[float]
+) -> list[Group]:
     """Leave out groups of blocks that cost nothing, and say so of their layers.
 
     Args:
         run: about to start.
         groups: of channels.
-        strengths: by the name patterns of blocks.
+        blocks: name patterns of layers.
+        strengths: of each of them.
 
     Raises:
         MethodError: no group is left.
     """
-    still = [pattern for pattern, strength in strengths.items() if not strength]
+    still = [pattern for pattern, strength in zip(blocks, strengths, strict=True) if not strength]
     chosen = []
     for group in groups:
         held = any(fnmatchcase(layer, p) for layer, _ in group.makers for p in still)
@@ -263,15 +266,17 @@ def begin(
     run.aside.put(Resource(groups, found, threshold))
 
 
-def price(run: Run, known: Mapping[str, float], strength: float) -> Tensor:
+def price(run: Run, blocks: Sequence[str], given: Sequence[float], strength: float) -> Tensor:
     """Return the price of all channels.
 
     Args:
         run: that began.
-        known: strengths of some blocks, by name.
+        blocks: names of some blocks.
+        given: their strengths.
         strength: of all others.
     """
     costs, factor = run.aside.get(Resource), run.state["factor"]
+    known = dict(zip(blocks, given, strict=True))
     gates = strengths(run.model, costs.groups)
     return costs.surrogate(gates, lambda block: factor * known.get(block, strength))
 

@@ -35,6 +35,10 @@ class KD(Method):
     training, also in a fine-tuning afterwards. A student far from its teacher gets gradients up to
     T times those of the labels: clip them.
 
+    It needs a teacher that is better than its student would be. In the bench ``distill-family`` (a
+    small CNN, 1,500 images, the teacher its own checkpoint of 47 %) it trailed plain training of
+    as many steps by 1.0 +- 0.1 points.
+
     >>> KD(temperature=2.0).weight
     0.5
     """

@@ -36,15 +36,16 @@ class KDStructure(ChannelPruning):
     """Pulls scales of channels to zero by what they cost, then removes those that died.
 
     A channel's price is what it costs in the layers that make and read it, as many as live there,
-    over the cost of its block: layers of one resolution, or those of a name pattern in
-    ``blocks``, each with a strength of its own in ``strengths``, of which 0 keeps the block as
-    wide as it is. The network as it came teaches it, before the channels leave and after. With a
-    budget the weakest leave until it is met, and as long as it is not, the price rises with every
-    epoch; without one, those whose scale is below ``threshold``.
+    over the cost of its block: layers of one resolution, or of a name pattern in ``blocks``, each
+    with its strength in ``strengths``; 0 keeps the block as wide as it is. The network as it came
+    is the teacher, before the channels leave and after. With a budget the weakest leave until it
+    is met, and until it is the price rises with every epoch; without one, those whose scale is
+    below ``threshold``. In the bench ``distill-family``, at half of the multiply-accumulates, it
+    trailed equally narrow layers, taught alike, by 4.2 +- 0.6 points, and the teacher did not help.
 
-    *Departs from the paper*, of which only the abstract is at hand: the price is that of MorphNet
-    (Gordon et al., 2018). What a channel that leaves still gave on average goes into the biases of
-    the layers that read it. Layers without batch norm are pulled by the norms of their filters.
+    *Departs from the paper*, of which only the abstract is at hand: the price is MorphNet's (Gordon
+    et al., 2018). What a channel that leaves gave on average goes into biases of the layers that
+    read it. Layers without batch norm are pulled by the norms of their filters.
     """
 
     ratio: Ratio = field(default=0.0, init=False)
@@ -71,7 +72,7 @@ class KDStructure(ChannelPruning):
         super().prepare(run)
 
     def groups(self, run: Run) -> Groups:
-        return resource.movable(run, super().groups(run), self._known)
+        return resource.movable(run, super().groups(run), self.blocks, self.strengths)
 
     def scores(self, run: Run, groups: Groups) -> Scores:
         return resource.scores(run.model, groups)
@@ -85,7 +86,9 @@ class KDStructure(ChannelPruning):
         return taught(run, loss, output, batch, self.weight, self.temperature)
 
     def penalty(self, run: Run) -> Tensor | None:
-        return resource.price(run, self._known, self.strength) if self.pending(run) else None
+        if not self.pending(run):
+            return None
+        return resource.price(run, self.blocks, self.strengths, self.strength)
 
     def before_step(self, run: Run) -> None:
         if self.pending(run):
@@ -94,7 +97,3 @@ class KDStructure(ChannelPruning):
     def after_epoch(self, run: Run) -> None:
         if self.pending(run):
             resource.raise_price(run, self.by, self.growth)
-
-    @property
-    def _known(self) -> dict[str, float]:
-        return dict(zip(self.blocks, self.strengths, strict=True))

@@ -43,8 +43,8 @@ class OSKD(Method):
     shown before, as the network saw them then. With ``repel`` the furthest of a class are pushed
     apart, so that a class does not only shrink.
 
-    >>> OSKD(neighbours=None).weight  # with all of a class it is a centre loss
-    0.1
+    In the bench ``distill-family`` it led plain training by 0.1 +- 0.1 points, which is chance;
+    with cosine, weights, memory and repelling it trailed itself without them by 0.1 +- 0.1.
     """
 
     # lambda, of the soft targets beside the loss of the task
