@@ -42,8 +42,7 @@ class PDiff(Method):
     told), and 80.6 ± 12 % beside 53.6 ± 1.2 % where 45 % are the next class. Where nothing is
     wrong and the training short (``train-family``): 96.5 ± 0.3 % beside 96.9 ± 0.2 %.
 
-    *Departs from the paper*: what is left out grows with every step, not with every epoch. One
-    sample of a batch always counts.
+    *Departs from the paper*: what is left out grows with every step. One sample always counts.
 
     >>> PDiff(noise=0.4).window
     100
