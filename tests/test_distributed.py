@@ -21,6 +21,12 @@ from pliant.edits import Factor
 from pliant.errors import TrainingError
 from pliant.method import Method
 from pliant.methods.lowrank.nrmf import NRMF
+from pliant.methods.train.maxdropout import MaxDropout
+from pliant.methods.train.mltp import MLTP
+from pliant.methods.train.norm_loss import NormLoss
+from pliant.methods.train.orthogonal_loss import OrthogonalLoss
+from pliant.methods.train.p_diff import PDiff
+from pliant.methods.train.progressive_stepwise import ProgressiveStepwise
 from pliant.run import Run, start
 
 # 22 samples: the last batch is smaller, and both processes get equally many.
@@ -63,6 +69,26 @@ def asking(plan: Train) -> Run:
     seen = data(24)
     told = {"epochs": 2, "batch": plan.batch}
     run = start(net(norm=False), Asking(), data=seen, seed=2, steps=2 + 3, **told)
+    fit(run, seen, plan)
+    return run
+
+
+# Each with whether a rank's own samples alone decide: then one process does the same.
+TRAINING: dict[str, tuple[Method, bool]] = {
+    "norm_loss": (NormLoss(0.1), True),
+    "orthogonal_loss": (OrthogonalLoss(), True),
+    "maxdropout": (MaxDropout(0.5, scope="sample", after=("1",)), True),
+    "progressive_stepwise": (ProgressiveStepwise((0.5, 1.0)), True),
+    "p_diff": (PDiff(0.4, window=1, ramp=0), False),  # a histogram of the rank's margins
+    "mltp": (MLTP(alpha=0.1), False),  # an inner step by the rank's gradient
+}
+
+
+def taught(name: str, plan: Train) -> Run:
+    """Train by a registered training method."""
+    seen, method = data(24), TRAINING[name][0]
+    plan = replace(plan, schedule="constant", warmup=0)
+    run = start(net(norm=False), method, data=seen, seed=2, epochs=2, batch=plan.batch)
     fit(run, seen, plan)
     return run
 
@@ -128,6 +154,9 @@ def worker(rank: int, port: int, folder: str) -> None:
     found["planned"] = planned()
     run = asking(PLAN)
     found["asking"] = {"model": run.model.state_dict(), "loss": run.log[-1]["loss"]}
+    for name in TRAINING:
+        run = taught(name, PLAN)
+        found[name] = {"model": run.model.state_dict(), "loss": run.log[-1]["loss"]}
     try:
         train(PLAN, 22, norm=True, folder=Path(folder) / "run", watch=die_at(5))
     except Killed:
@@ -148,23 +177,28 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.mark.slow  # two processes, each of which imports torch
-@pytest.mark.parametrize("case", ["norm=True", "norm=False", "asking"])
+@pytest.mark.parametrize("case", ["norm=True", "norm=False", "asking", *TRAINING])
 def test_all_ranks_end_with_the_same_weights(case: str, ranks: list[dict[str, Any]]) -> None:
     zero, one = (found[case] for found in ranks)
-    assert case == "asking" or "2.core.weight" in zero["model"]
+    assert "norm=" not in case or "2.core.weight" in zero["model"]
     assert [n for n, v in zero["model"].items() if not torch.equal(v, one["model"][n])] == []
     assert zero["loss"] == one["loss"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["norm=False", "asking"])
+@pytest.mark.parametrize(
+    "case", ["norm=False", "asking", *(name for name, (_, alike) in TRAINING.items() if alike)]
+)
 def test_two_ranks_equal_one_process_with_their_batches(
     case: str, ranks: list[dict[str, Any]]
 ) -> None:
     """Every rank draws and gets its share of what one process would."""
     plan, zero = replace(PLAN, devices=1, batch=8), ranks[0][case]
     with one_thread():
-        alone = asking(plan) if case == "asking" else train(plan, 24, norm=False)
+        if case in TRAINING:
+            alone = taught(case, plan)
+        else:
+            alone = asking(plan) if case == "asking" else train(plan, 24, norm=False)
     for name, tensor in alone.model.state_dict().items():
         assert torch.allclose(tensor, zero["model"][name], atol=1e-5), name
     assert alone.log[-1]["loss"] == pytest.approx(zero["loss"], rel=1e-4)

@@ -12,6 +12,7 @@ from pliant.methods.layers.cqnn import CQNN
 from pliant.methods.layers.shift_attention import ShiftAttention
 from pliant.methods.train.maxdropout import MaxDropout
 from pliant.methods.train.mltp import MLTP
+from pliant.methods.train.norm_loss import NormLoss
 from pliant.methods.train.orthogonal_loss import OrthogonalLoss
 from pliant.methods.train.p_diff import PDiff
 from pliant.methods.train.progressive_stepwise import ProgressiveStepwise
@@ -19,6 +20,8 @@ from tests.test_drivers import ADAMW, SGD, WAYS, assert_same, plain
 
 CONSTANT = replace(SGD, schedule="constant", warmup=0)
 CASES: dict[str, tuple[Method, Train]] = {
+    "norm_loss": (NormLoss(0.1), SGD),
+    "norm_loss, decoupled": (NormLoss(0.1, decoupled=True), ADAMW),
     "maxdropout": (MaxDropout(0.5, after=("norm", "second")), SGD),
     "maxdropout, random rates": (MaxDropout(0.8, "l2-random", "sample", ("second",)), SGD),
     "orthogonal loss": (OrthogonalLoss("energy"), SGD),
@@ -32,6 +35,7 @@ CASES: dict[str, tuple[Method, Train]] = {
     "cqnn": (CQNN(), SGD),
     "mltp": (MLTP(), CONSTANT),  # the plain loop sets its rate after the loss
     "mltp, difference": (MLTP(0.5, 0.02, "difference"), SGD),
+    "two in one loop": (together(NormLoss(0.1), PDiff(0.4, window=2, ramp=0.3)), SGD),
     "mltp, growing data": (together(MLTP(alpha=0.02), ProgressiveStepwise((0.5, 1.0))), SGD),
 }
 

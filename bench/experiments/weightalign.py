@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from bench.claim import judged
 from bench.compress import Values, compress
-from bench.data import some
+from bench.data import SMALL, Small, some
 from bench.experiments import Cell, Cells, Table, by_seed, paired, values
 from bench.small import cnn, method_of, seeded
 from bench.stats import mean, plus_minus, spread
-from pliant.data import Train, load
+from pliant.data import Data, Train, load
 from pliant.run import start
 
 Settings = Mapping[str, Any]
@@ -29,7 +29,8 @@ BATCH = 128  # at which the learning rate is the one that the settings name
 
 def cells(settings: Settings) -> list[Cell]:
     """List all trainings, all of the first seed first, and then the deep stacks."""
-    shared = {name: settings[name] for name in ("images", "widths", "train")}
+    asked = ("images", "widths", "train", "data")
+    shared = {name: settings[name] for name in asked if name in settings}
     rows = []
     for seed in settings["seeds"]:
         for name, rival in settings["rivals"].items():
@@ -49,7 +50,7 @@ def measure(cell: Cell, watch: Callable[[dict[str, Any]], None]) -> Values:
 
 
 def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
-    """Say what the card of the method asks for."""
+    """Say what the method claims."""
     asked = settings["claims"]
     worst = values(cells, "worst", study="depth")
     wide = (_ranges(settings, cells, name) for name in (BATCHED, ALIGNED))
@@ -145,12 +146,17 @@ def _bounds(cells: Cells, name: str) -> list[float | None]:
 
 def _trained(cell: Cell) -> Values:
     plan, seed, batch = cell.plan, cell.key["seed"], cell.key["batch"]
-    data = some(replace(load("mnist5k"), val=None), plan["images"])
-    model = seeded(seed, lambda: cnn(1, plan["widths"], norm=plan["norm"]))
+    source = SMALL[plan["data"]] if "data" in plan else Small(_digits, 1, "")
+    data, channels = source.load(plan["images"]), source.channels
+    model = seeded(seed, lambda: cnn(channels, plan["widths"], norm=plan["norm"]))
     settings = {**plan["train"], "lr": plan["train"]["lr"] * batch / BATCH}
     return compress(
         model, data, method_of(plan["spec"]), {}, Train(**settings, batch=batch), seed=seed
     )
+
+
+def _digits(images: Mapping[str, int]) -> Data:
+    return some(replace(load("mnist5k"), val=None), images)
 
 
 def _depth(cell: Cell) -> Values:

@@ -198,6 +198,16 @@ def the_rate_is_held() -> None:
     assert decided[0] < decided[1], decided
 
 
+def which_paths_run_depends_on_the_input() -> None:
+    """By default, on images of which some are easier; the share that is decided is near, too."""
+    run = begun(DMNN(rate=0.4, width=16), steps=80)
+    torch.manual_seed(0)
+    walk(run, 80)
+    run.finish()
+    assert run.log[-1]["patterns"] > 1
+    assert abs(run.log[-1]["rate"] - 0.4) <= 0.05, run.log[-1]
+
+
 def heads_teach_and_leave() -> None:
     run = begun(DMNN(width=8), steps=4)
     stages: Any = [run.model.get_submodule(n) for n in run.state["stages"]]
@@ -260,6 +270,7 @@ CASES = [
             gates_are_drawn_with_a_gradient,
             the_rate_is_weighed_by_products,
             the_rate_is_held,
+            which_paths_run_depends_on_the_input,
             heads_teach_and_leave,
             other_blocks_are_refused,
             the_network_of_the_zoo_begins_as_mobilenet,

@@ -35,11 +35,13 @@ class NormLoss(Method):
     The penalty is the sum over all filters of (1 - |w|)^2. Its gradient has no part along the
     sphere: long filters shrink, short ones grow, none turns. Weights end near the oblique
     manifold, where the learning rate alone says how far a step goes. Filters that are zero stay
-    zero. Afterwards all filters are equally long, so pruning by filter norm has nothing to go by:
-    use the scales of batch norms or activations.
+    zero. The nearer norms are to one, the less they say of which filter to prune: the scales of
+    batch norms and activations still do.
 
-    *Measured* (bench ``train-family``: a small CNN on 3,500 digits, three seeds): 96.2 ± 0.2 %
-    beside 96.0 ± 0.2 % with weight decay, which is no lead beyond the spread.
+    *Measured* (bench ``train-family-cifar``: a small CNN, 20 epochs of 3,000 reduced photographs,
+    three seeds): 53.9 ± 1.2 % beside 53.3 ± 0.9 % with weight decay, 0.6 ± 0.2 more seed by seed,
+    and 54.6 ± 1.3 % with a weight of 0.01. Leaving out three tenths of the channels by filter
+    norm was better than by chance, 23.2 ± 1.0 beside 15.3 ± 1.9 %. On digits: 96.2 beside 96.0 %.
 
     *Departs from the paper*: the constants are ours, as is the decoupled form.
 
