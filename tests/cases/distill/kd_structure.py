@@ -293,7 +293,11 @@ OWN: tuple[Callable[[], None], ...] = (
 CASES = [
     Case(
         "kd_structure",
-        variants=('kd_structure(by="params", start=0.5, strength=2.0)', "kd_structure(start=1.0)"),
+        variants=(
+            'kd_structure(by="params", start=0.5, strength=2.0)',
+            "kd_structure(start=1.0)",
+            'kd_structure(blocks=("3",), strengths=(50.0,))',
+        ),
         refuses=REFUSES,
         own=OWN,
     ),

@@ -24,8 +24,9 @@ from pliant.nn.dynamic import (
 )
 from pliant.run import Run, start
 from pliant.testing import Case
-from pliant.testing.toys import TOYS
+from pliant.testing.toys import SPECIAL, TOYS
 from pliant.zoo.dran import DRAN
+from tests.cases.witness import on_many
 
 
 def parts_have_the_published_sizes() -> None:
@@ -238,6 +239,9 @@ CASES = [
         variants=("dran(least=1, freeze=True)", "dran(freeze=True, small=1000)"),
         toys=("mobile",),
         refuses={name: "rows of blocks" for name in TOYS},
+        witnesses={
+            "samples": on_many("dran(freeze=True)", "samples", toy=SPECIAL["mobile"]),
+        },
         own=(
             parts_have_the_published_sizes,
             wiring_is_that_of_the_paper,
