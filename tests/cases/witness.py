@@ -17,10 +17,14 @@ def on(toy: Toy, spec: str, option: str, budget: Budget | None = None) -> Callab
 
 
 def on_many(
-    spec: str, option: str, budget: Budget | None = None, toy: Toy = TOYS["plain"]
+    spec: str,
+    option: str,
+    budget: Budget | None = None,
+    toy: Toy = TOYS["plain"],
+    samples: int = 300,
 ) -> Callable[[], None]:
     """Return a test of an option on more samples than one batch of a measurement holds."""
-    return on(replace(toy, samples=300), spec, option, budget)
+    return on(replace(toy, samples=samples), spec, option, budget)
 
 
 def untrained(one: str, other: str, budget: Budget) -> Callable[[], None]:

@@ -299,6 +299,7 @@ CASES = [
             'kd_structure(blocks=("3",), strengths=(50.0,))',
         ),
         refuses=REFUSES,
+        witnesses={"growth": the_price_rises_while_the_budget_is_missed},
         own=OWN,
     ),
 ]

@@ -266,7 +266,10 @@ CASES = [
         refuses={"single": "two layers in a row", "shared": "two layers in a row"},
         witnesses={
             "samples": on_many(
-                "planting(width=0.1, channels=2, rounds=2)", "samples", Budget(macs=0.7)
+                "planting(width=0.1, channels=2, rounds=1)",
+                "samples",
+                Budget(macs=0.7),
+                samples=600,
             ),
         },
         own=(

@@ -317,7 +317,7 @@ CASES = [
         ),
         refuses={"single": "before its last one"},
         witnesses={
-            "samples": on_many("ssal(width=8)", "samples"),
+            "samples": on_many("ssal(width=8)", "samples", samples=600),
         },
         own=(
             blocks_of_mistakes_are_found,

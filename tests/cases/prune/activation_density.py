@@ -176,13 +176,10 @@ def without_a_tolerance_nothing_is_saturated() -> None:
 
 
 def resizings_are_spread_up_to_the_end() -> None:
-    """The first of two in the first tenth, the second when the training is over."""
-    method = ActivationDensity(rounds=2, start=0.1, end=1.0, window=99)
-    run, seen = start(pair(1.0, 2.0, 3.0), method, data=points(), steps=10), list[int]()
-    for run.step in range(1, 11):
-        run.after_epoch()
-        seen.append(run.state["rounds"])
-    assert seen == [1] * 9 + [2]
+    """The first of two in the first tenth; the second in the middle, or when all is over."""
+    for end, due in ((0.5, 2), (1.0, 1)):
+        method = ActivationDensity(rounds=2, start=0.1, end=end)
+        assert [method.schedule().due(step, 10) for step in (1, 4, 10)] == [1, due, 2]
 
 
 def fresh_weights_forget() -> None:
