@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tests.reliability import commands, files, flips, images, kills, numerics, record
+from tests.reliability import commands, files, flips, images, kills, numerics, options, record
 
 CHUNK = 2500  # files of one entry
 USUAL = {"commands": 3, "files": CHUNK, "flips": 1000, "images": 1000, "kills": 5, "numerics": 800}
@@ -24,17 +24,17 @@ BAD = ("beyond", "raw", "slow", "opened", "taken", "untrue", "different", "faile
 def main() -> int:
     """Run one campaign and print its figures; the exit code is 1 if there was a surprise."""
     parser = argparse.ArgumentParser(prog="python -m tests.reliability", description=__doc__)
-    parser.add_argument("what", choices=tuple(USUAL))
+    parser.add_argument("what", choices=(*USUAL, "options"))
     parser.add_argument(
         "--cases", type=int, default=0, help="how many; kills of each method, seeds of commands"
     )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--method", action="append", help="kills: only these")
+    parser.add_argument("--method", action="append", help="kills, options: only these")
     parser.add_argument(
         "--record", action="store_true", help=f"into {record.RESULTS.name}; goes on where it ended"
     )
     asked = parser.parse_args()
-    asked.cases = asked.cases or USUAL[asked.what]
+    asked.cases = asked.cases or USUAL.get(asked.what, 0)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     began, used = time.monotonic(), time.process_time()
@@ -53,6 +53,8 @@ def _run(asked: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
         return _kills(asked, folder)
     if asked.what == "commands":
         return _commands(asked, folder)
+    if asked.what == "options":
+        return _options(asked)
     parts = [(asked.seed, asked.cases)]
     if asked.what == "files":
         starts = range(0, asked.cases, CHUNK)
@@ -92,6 +94,14 @@ def _commands(asked: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
                     record.write("commands", asked.seed, asked.cases, rows, spent)
     print(json.dumps(record.total(rows.values())))
     return list(rows.values())
+
+
+def _options(asked: argparse.Namespace) -> list[dict[str, Any]]:
+    """Ignore every option of methods in turn; what no check notices is beyond what is allowed."""
+    here = Path(__file__).with_name("options.jsonl")
+    tried = options.run(asked.method or sorted(options.CASES), here)
+    here.with_suffix(".md").write_text(options.table(tried))
+    return [{"tried": len(tried), "raw": sum(not row["noticed"] for row in tried)}]
 
 
 def _kills(asked: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:

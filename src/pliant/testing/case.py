@@ -26,6 +26,8 @@ class Case:
             others must work.
         fails: checks that fail, and why; each of them must fail.
         own: worked examples, equations of the paper: functions without arguments.
+        witnesses: tests that fail when an option is ignored, by option, for those that change
+            nothing on the toys, neither by default nor in a variant.
     """
 
     method: str
@@ -36,6 +38,7 @@ class Case:
     refuses: Mapping[str, str] = field(default_factory=dict)
     fails: Mapping[str, str] = field(default_factory=dict)
     own: tuple[Callable[[], None], ...] = ()
+    witnesses: Mapping[str, Callable[[], None]] = field(default_factory=dict)
 
     def shown(self) -> tuple[Toy, ...]:
         """Return its toys and those it refuses, in one order whatever that of the case is."""

@@ -53,7 +53,7 @@ class Problem:
 
 
 @once
-def _solved(method: Any, problem: Problem) -> Any:
+def shared_solved(method: Any, problem: Problem) -> Any:
     """What a call gives; to be read only."""
     return problem.solve(method)
 
@@ -163,7 +163,7 @@ def _on_the_first(
     said = ""
     for problem in kept:
         try:
-            _solved(method, problem)
+            shared_solved(method, problem)
         except (DataError, ModelError) as error:
             said = said or str(error)
         else:
@@ -174,7 +174,7 @@ def _on_the_first(
 
 def _solves_or_refuses(method: Any, problem: Problem) -> None:
     try:
-        _solved(method, problem)
+        shared_solved(method, problem)
     except (DataError, ModelError) as error:
         must(str(error).endswith("."), f"the refusal {str(error)!r} must be a sentence")
     else:
@@ -183,7 +183,7 @@ def _solves_or_refuses(method: Any, problem: Problem) -> None:
 
 def solves(method: Any, problem: Problem) -> None:
     """The result is whole: of the right kind and shape, finite, its rows plain data."""
-    found, (x, second) = _solved(method, problem), problem.make()
+    found, (x, second) = shared_solved(method, problem), problem.make()
     kind = Finding if problem.verb == "analyze" else Solution
     must(isinstance(found, kind), f"{kind.__name__} was wanted, {type(found).__name__} came")
     must(json.loads(json.dumps(found.plain())), "the result must be plain data beside its tensors")
@@ -204,7 +204,7 @@ def solves(method: Any, problem: Problem) -> None:
 
 def same_seed_same_bytes(method: Any, problem: Problem) -> None:
     """The caller's random state has no part in the result."""
-    first = _bytes(_solved(method, problem))
+    first = _bytes(shared_solved(method, problem))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(987)
         second = _bytes(problem.solve(method))
@@ -335,7 +335,7 @@ def arrays_give_arrays(method: Any, problem: Problem) -> None:
     x, second = problem.make()
     second = second.numpy() if isinstance(second, Tensor) else second
     found = VERBS[problem.verb](x.numpy(), second, method)
-    expected = _solved(method, problem)
+    expected = shared_solved(method, problem)
     must(all(isinstance(v, np.ndarray) for v in found.values.values()), "a tensor came back")
     same = np.array_equal(found.value, expected.value.numpy())
     must(same, "arrays gave other values than tensors")

@@ -74,6 +74,7 @@ def once(make: Callable[..., T]) -> Callable[..., T]:
             raise found
         return found
 
+    shared.forget = made.clear  # type: ignore[attr-defined]
     return shared
 
 

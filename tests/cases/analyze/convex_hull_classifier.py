@@ -203,6 +203,12 @@ CASES = [
             'convex_hull_classifier(sampling="extreme", rows=2, normalize="l2")',
             'convex_hull_classifier(pool="flat", components=3, queries=5)',
         ),
+        witnesses={
+            "layers": options_do_what_they_say,
+            "sampling": options_do_what_they_say,
+            "correct_only": options_do_what_they_say,
+            "samples": options_do_what_they_say,
+        },
         own=(
             hulls_say_what_the_drawing_says,
             a_head_that_has_lost_its_way_is_found_out,

@@ -188,6 +188,9 @@ CASES = [
             f'{OWN}(solver="admm", factor_penalty="nuclear")',
             f'{OWN}(solver="admm", factor_penalty="fro", error="l21", growth=1.05)',
         ),
+        witnesses={
+            "precomputed": sets.a_gram_matrix_is_taken_for_one_if_said(OWN),
+        },
         own=(
             iteration_reaches_the_closed_form,
             at_full_rank_it_is_the_nuclear_norm_alone,

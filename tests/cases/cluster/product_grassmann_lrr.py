@@ -157,6 +157,9 @@ CASES = [
             f'{OWN}(solver="admm", size=2, rank=5)',
             f'{OWN}(solver="admm", error="l21", growth=1.05)',
         ),
+        witnesses={
+            "precomputed": sets.a_gram_matrix_is_taken_for_one_if_said(OWN),
+        },
         own=(
             gram_is_that_of_the_projectors,
             sets_that_span_too_little_are_refused,

@@ -209,3 +209,20 @@ def shared(method: str) -> tuple[Callable[[], None], ...]:
         return check
 
     return tuple(of(example) for example in SHARED)
+
+
+def a_gram_matrix_is_taken_for_one_if_said(method: str) -> Callable[[], None]:
+    """Return a test that square numbers are samples, or what samples have in common."""
+
+    def check() -> None:
+        half = noise(12, 5)
+        found = [
+            pliant.cluster(half @ half.T, 3, construct(method, {"precomputed": said}))
+            for said in (True, False)
+        ]
+        one, other = (solution.values["representation"] for solution in found)
+        assert not torch.equal(one, other)
+        top = torch.linalg.eigh(half @ half.T)[1][:, -4:]
+        assert torch.allclose(top @ top.T @ one, one, atol=1e-6)  # of its leading directions
+
+    return check

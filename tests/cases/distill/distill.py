@@ -272,6 +272,9 @@ CASES = [
             'oskd(measure="kl", neighbours=None, warmup=0.0)',
             'oskd(nearest_by="cosine", weighted=True, memory=16, repel=0.1, warmup=0)',
         ),
+        witnesses={
+            "margin": the_furthest_are_kept_apart,
+        },
         own=(
             equal_outputs_cost_nothing,
             order_and_offsets_of_classes_do_not_matter,

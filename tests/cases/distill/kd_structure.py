@@ -293,8 +293,13 @@ OWN: tuple[Callable[[], None], ...] = (
 CASES = [
     Case(
         "kd_structure",
-        variants=('kd_structure(by="params", start=0.5, strength=2.0)', "kd_structure(start=1.0)"),
+        variants=(
+            'kd_structure(by="params", start=0.5, strength=2.0)',
+            "kd_structure(start=1.0)",
+            'kd_structure(blocks=("3",), strengths=(50.0,))',
+        ),
         refuses=REFUSES,
+        witnesses={"growth": the_price_rises_while_the_budget_is_missed},
         own=OWN,
     ),
 ]

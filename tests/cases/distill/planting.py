@@ -21,6 +21,7 @@ from pliant.methods.distill.planting import Planting
 from pliant.run import Run, start
 from pliant.testing import Case
 from pliant.testing.toys import TOYS
+from tests.cases.witness import on_many
 
 TOY = TOYS["plain"]
 
@@ -263,6 +264,14 @@ CASES = [
         spec="planting(width=0.1, channels=2, rounds=2)",
         variants=('planting(choice="random", channels=1)', 'planting(choice="gain", width=0.4)'),
         refuses={"single": "two layers in a row", "shared": "two layers in a row"},
+        witnesses={
+            "samples": on_many(
+                "planting(width=0.1, channels=2, rounds=1)",
+                "samples",
+                Budget(macs=0.7),
+                samples=600,
+            ),
+        },
         own=(
             planting_changes_no_output,
             growth_is_counted_by_hand,

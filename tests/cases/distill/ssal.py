@@ -20,6 +20,7 @@ from pliant.methods.distill.ssal import SSAL
 from pliant.observe.heads import Reading, answer
 from pliant.run import Run, start
 from pliant.testing import Case
+from tests.cases.witness import on_many
 
 # ------------------------------------------------------------------ groups
 
@@ -315,6 +316,9 @@ CASES = [
             'ssal(kind="random", groups=(2,), weights=(0.3,), width=4)',
         ),
         refuses={"single": "before its last one"},
+        witnesses={
+            "samples": on_many("ssal(width=8)", "samples", samples=600),
+        },
         own=(
             blocks_of_mistakes_are_found,
             no_group_is_too_large,

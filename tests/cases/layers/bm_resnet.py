@@ -244,6 +244,9 @@ CASES = [
         refuses={
             name: "2-d convolutions" for name in ("signal", "volume", "linear", "transformer")
         },
+        witnesses={
+            "decay": weight_decay_stays_off_the_logarithms,
+        },
         own=(
             one_term_is_exact,
             it_is_the_formula_for_every_geometry,

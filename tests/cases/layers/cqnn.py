@@ -254,6 +254,9 @@ CASES = [
         refuses={
             name: "2-d convolutions" for name in ("signal", "volume", "linear", "transformer")
         },
+        witnesses={
+            "most": what_is_too_large_is_refused,
+        },
         own=(
             without_a_quadratic_part_it_is_a_convolution,
             it_is_the_form_of_every_patch,

@@ -1,5 +1,6 @@
 """Dynamic skip connections: the wiring, the sizes, what depends on the input, and frozen forms."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -24,8 +25,9 @@ from pliant.nn.dynamic import (
 )
 from pliant.run import Run, start
 from pliant.testing import Case
-from pliant.testing.toys import TOYS
+from pliant.testing.toys import SPECIAL, TOYS
 from pliant.zoo.dran import DRAN
+from tests.cases.witness import on_many
 
 
 def parts_have_the_published_sizes() -> None:
@@ -158,6 +160,16 @@ def a_network_begins_as_it_was() -> None:
         begun(Method(exclude=("1",)))
 
 
+def rows_are_those_it_is_told() -> None:
+    first, head, second = network(), network()[2:], network()[1]
+    second[0][0] = nn.Conv2d(8, 6, 3, padding=1)  # type: ignore[index]
+    model = nn.Sequential(first[0], first[1], second, *head)
+    data = Data(train=(torch.randn(12, 3, 8, 8), torch.arange(12) % 2))
+    for options, wanted in (({}, "12"), ({"only": ("1",)}, "1"), ({"exclude": ("1",)}, "2")):
+        run = start(copy.deepcopy(model), Method(**options), data=data)
+        assert "".join(edit.layer for edit in run.edits) == wanted
+
+
 def frozen_wiring_is_the_mean(small: float = 0.05) -> None:
     run = begun(Method(freeze=True, small=small))
     random = torch.Generator().manual_seed(1)
@@ -238,6 +250,11 @@ CASES = [
         variants=("dran(least=1, freeze=True)", "dran(freeze=True, small=1000)"),
         toys=("mobile",),
         refuses={name: "rows of blocks" for name in TOYS},
+        witnesses={
+            "only": rows_are_those_it_is_told,
+            "exclude": rows_are_those_it_is_told,
+            "samples": on_many("dran(freeze=True)", "samples", toy=SPECIAL["mobile"]),
+        },
         own=(
             parts_have_the_published_sizes,
             wiring_is_that_of_the_paper,

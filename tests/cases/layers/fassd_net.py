@@ -210,7 +210,11 @@ def it_learns_to_segment() -> None:
 CASES = [
     Case(
         "fassd_net",
-        variants=("fassd_net(between='nothing', width=0.5)", "fassd_net(exclude=('0',))"),
+        variants=(
+            "fassd_net(between='nothing', width=0.5)",
+            "fassd_net(exclude=('0',))",
+            "fassd_net(refine=('3',), pyramid=('0',), reach=1)",
+        ),
         refuses={
             name: "2-d convolutions" for name in ("signal", "volume", "linear", "transformer")
         },

@@ -15,6 +15,8 @@ from pliant.compose import Stage, chain, resolve
 from pliant.cost import layer_costs
 from pliant.edits import Fold, Merge, from_json, to_json
 from pliant.errors import EditError, ModelError
+from pliant.registry import build
+from pliant.run import start
 from pliant.surgery.fold import mergeable
 from pliant.surgery.optim import carry
 from pliant.testing import Case
@@ -145,6 +147,13 @@ def only_what_gets_cheaper_is_merged() -> None:
     ):
         model, example = pointwise(*widths), (noise(1, 8, 4, 4),)
         assert sorted(edit.reader for edit in mergeable(model, example)) == readers, widths
+
+
+def nothing_is_merged_if_not_asked_for() -> None:
+    for spec, layers in (("fold", 1), ("fold(merge=False)", 2)):
+        run = start(pointwise(8, 12, 8), build(spec), example=(noise(1, 8, 4, 4),))
+        run.finish()
+        assert sum(isinstance(one, nn.Conv2d) for one in run.model.modules()) == layers
 
 
 def what_is_not_one_product_stays() -> None:
@@ -297,6 +306,9 @@ CASES = [
     Case(
         "fold",
         variants=("fold(norms=False)", "fold(merge=False)"),
+        witnesses={
+            "merge": nothing_is_merged_if_not_asked_for,
+        },
         own=(
             a_batch_norm_is_folded_by_hand,
             two_pointwise_layers_with_a_norm_are_one_by_hand,

@@ -19,7 +19,8 @@ from pliant.methods.layers.space_time_tensor import SpaceTimeTensor
 from pliant.nn.sequences import STDTNN, OuterFusion, SpatioTemporalFeatures
 from pliant.nn.tensors import CPLinear
 from pliant.run import Run, start
-from pliant.testing import Case
+from pliant.testing import Case, Toy
+from tests.cases.witness import on
 
 SHAPES = ((6, 7), (4, 5, 3), (3, 4, 2, 5))
 
@@ -247,11 +248,24 @@ def a_trained_head_stays_near() -> None:
     assert accuracy is not None and accuracy > 0.8, accuracy
 
 
+def _wide() -> nn.Module:
+    rows = nn.Flatten(), nn.Linear(108, 64), nn.ReLU(), nn.Linear(64, 48), nn.Linear(48, 4)
+    return nn.Sequential(*rows)
+
+
+WIDE = Toy("wide", _wide, (3, 6, 6))
+
+
 CASES = [
     Case(
         "space_time_tensor",
         variants=("space_time_tensor(fold='macs')",),
         refuses={"single": "linear layers that become smaller"},
+        witnesses={
+            "rank": on(WIDE, "space_time_tensor", "rank"),
+            "only": on(WIDE, "space_time_tensor", "only"),
+            "exclude": on(WIDE, "space_time_tensor", "exclude"),
+        },
         own=(
             contractions_are_products_with_the_dense_weight,
             outer_products_are_never_built,

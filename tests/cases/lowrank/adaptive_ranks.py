@@ -20,6 +20,7 @@ from pliant.methods.lowrank.adaptive_ranks import AdaptiveRanks
 from pliant.nn.factorized import dense
 from pliant.run import Run, start
 from pliant.testing import Case
+from tests.cases.witness import on_many
 
 IMAGES = torch.randn(4, 6, 7, 7, generator=torch.Generator().manual_seed(1))
 SHAPE = (8, 6, 3, 3)
@@ -249,6 +250,9 @@ CASES = [
             'adaptive_ranks(search=0.5, plans=2, samples=16, form="tucker2", grow=0.5)',
             "adaptive_ranks(start=0.3, search=1.0, plans=8, samples=0, power=1.0)",
         ),
+        witnesses={
+            "samples": on_many("adaptive_ranks", "samples", Budget(params=0.7)),
+        },
         own=(
             momentum_is_what_it_would_have_been_in_the_new_factors,
             squares_follow_too,

@@ -33,6 +33,7 @@ from pliant.methods.lowrank.elastic import Elastic
 from pliant.result import Report
 from pliant.run import Run, start
 from pliant.testing import Case
+from tests.cases.witness import on_many
 from tests.metrics import smooth
 
 
@@ -317,6 +318,9 @@ CASES = [
             'elastic(sizes=2, form="tucker2", samples=0)',
             'elastic(sizes=2, learn_from="dense", samples=16)',
         ),
+        witnesses={
+            "samples": on_many("elastic", "samples", Budget(macs=0.7)),
+        },
         own=(
             first_components_are_the_best_of_their_rank,
             order_is_that_of_the_outputs,

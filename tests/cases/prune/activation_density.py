@@ -17,6 +17,7 @@ from pliant.run import Run, start
 from pliant.surgery.prove import cuttable
 from pliant.testing import Case, toys
 from tests.cases.prune import REFUSES, TOYS, kept, pair
+from tests.cases.witness import on_many
 
 
 class Reused(nn.Module):
@@ -166,6 +167,21 @@ def saturation_looks_at_the_epochs_before() -> None:
         assert run.state["rounds"] == int(step == 3)  # the schedule would wait until step 8
 
 
+def without_a_tolerance_nothing_is_saturated() -> None:
+    method = ActivationDensity(window=2, start=0.9, tolerance=0.0)
+    run = start(pair(1.0, 2.0, 3.0), method, data=points(), steps=9)
+    for run.step in range(1, 4):
+        run.after_epoch()
+    assert run.state["rounds"] == 0
+
+
+def resizings_are_spread_up_to_the_end() -> None:
+    """The first of two in the first tenth; the second in the middle, or when all is over."""
+    for end, due in ((0.5, 2), (1.0, 1)):
+        method = ActivationDensity(rounds=2, start=0.1, end=end)
+        assert [method.schedule().due(step, 10) for step in (1, 4, 10)] == [1, due, 2]
+
+
 def fresh_weights_forget() -> None:
     """After a resizing weights and momentum are new; the caller's random state is not used."""
     model = pair(1.0, -2.0, 3.0, 4.0)
@@ -195,6 +211,12 @@ CASES = (
         toys=TOYS,
         refuses=REFUSES,
         variants=('activation_density(weights="fresh")', "activation_density(start=1.0)"),
+        witnesses={
+            "samples": on_many("activation_density", "samples"),
+            "window": saturation_looks_at_the_epochs_before,
+            "tolerance": without_a_tolerance_nothing_is_saturated,
+            "end": resizings_are_spread_up_to_the_end,
+        },
         own=(
             a_meter_counts_what_a_plain_count_does,
             behind_a_sum_the_last_rectifier_counts,

@@ -27,8 +27,10 @@ from pliant.families.prune.sparse import bytes_with
 from pliant.methods.prune.aimp import AIMP
 from pliant.nn.coded import Coded
 from pliant.run import Run, start
+from pliant.testing import TOYS as NETWORKS
 from pliant.testing import Case
 from tests.cases.prune import TOYS
+from tests.cases.witness import on
 
 LR = 0.05
 
@@ -242,6 +244,9 @@ CASES = (
             'aimp(sparsity=0.7, rewind="weights", annealing="step", dense=True, linear=True)',
             'aimp(rate=0.5, annealing="none", cut_off=True)',
         ),
+        witnesses={
+            "linear": on(NETWORKS["bare"], "aimp", "linear"),
+        },
         own=(
             counts_are_those_of_the_recursion,
             masks_are_those_of_pytorch,

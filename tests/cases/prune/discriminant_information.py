@@ -20,6 +20,7 @@ from pliant.run import Run, start
 from pliant.surgery.prove import Leaving, cuttable, edits_of
 from pliant.testing import Case, toys
 from tests.cases.prune import REFUSES, TOYS, kept, pair, run_of
+from tests.cases.witness import on_many
 
 RIDGE = 0.3
 QUICK = "samples=16, batch=16, held=8, updates=1, draws=2, steps=2"
@@ -276,6 +277,9 @@ CASES = (
             f'discriminant_information(search="greedy", {QUICK})',
             f"discriminant_information(exact=True, rounds=2, {QUICK})",
         ),
+        witnesses={
+            "held": on_many(f"discriminant_information({QUICK})", "held", Budget(macs=0.7)),
+        },
         own=(
             three_forms_of_one_number,
             slopes_are_those_of_autograd,

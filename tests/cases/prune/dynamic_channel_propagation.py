@@ -18,6 +18,7 @@ from pliant.run import Run, start
 from pliant.surgery.prove import cuttable
 from pliant.testing import Case, toys
 from tests.cases.prune import REFUSES, TOYS, pair, run_of
+from tests.cases.witness import untrained
 
 
 class Masked(nn.Module):
@@ -173,6 +174,13 @@ CASES = (
             "dynamic_channel_propagation(start=0.5, warmup=0.1)",
             "dynamic_channel_propagation(warmup=1.0)",
         ),
+        witnesses={
+            "samples": untrained(
+                "dynamic_channel_propagation",
+                "dynamic_channel_propagation(samples=1)",
+                Budget(macs=0.7),
+            ),
+        },
         own=(
             effects_are_gradients_of_masks,
             masked_utilities_are_frozen,

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pliant.budget import Budget
 from pliant.data import Data
 from pliant.errors import DataError, MethodError
 from pliant.families.prune.allocate import savings
@@ -18,6 +19,7 @@ from pliant.run import start
 from pliant.surgery.prove import cuttable
 from pliant.testing import Case
 from tests.cases.prune import REFUSES, TOYS, kept, pair, run_of
+from tests.cases.witness import on_many
 
 
 def mirrored(seen: tuple[float, ...], told: tuple[float, ...]) -> nn.Sequential:
@@ -139,6 +141,9 @@ CASES = (
             "group_fisher(rounds=2)",
             'group_fisher(samples=8, scope="local")',
         ),
+        witnesses={
+            "samples": on_many("group_fisher", "samples", Budget(macs=0.7)),
+        },
         own=(
             fisher_is_half_the_mean_square_of_a_masks_gradient,
             readers_of_one_unit_are_summed_before_the_square,

@@ -21,6 +21,7 @@ from pliant.surgery.graph import Group
 from pliant.surgery.prove import cuttable, edits_of
 from pliant.testing import Case, toys
 from tests.cases.prune import REFUSES, TOYS, kept, pair, run_of
+from tests.cases.witness import on_many
 
 
 def softmax_layer(classes: int = 5) -> tuple[nn.Sequential, Tensor, list[Group]]:
@@ -217,6 +218,9 @@ CASES = (
             'hfp(gain="exact", samples=8, rounds=1)',
             'hfp(gain="entropy", samples=8, per_cost=True, rounds=1)',
         ),
+        witnesses={
+            "samples": on_many("hfp", "samples", Budget(macs=0.7)),
+        },
         own=(
             fisher_is_the_divergence_to_second_order,
             fisher_by_hand,

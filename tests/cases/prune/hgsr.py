@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
 from pliant.api import compress
+from pliant.budget import Budget
 from pliant.data import Data, Train, load
 from pliant.edits import Prune
 from pliant.errors import DataError
@@ -25,6 +26,7 @@ from pliant.run import start
 from pliant.surgery.prove import cuttable, edits_of, ignore
 from pliant.testing import Case, toys
 from tests.cases.prune import REFUSES, TOYS, kept, pair, run_of
+from tests.cases.witness import on_many
 
 POWERS = {
     "group_lasso": 1,
@@ -269,6 +271,9 @@ CASES = (
             'hgsr(penalize="root_group_lasso", grouping="neuron", rounds=2, start=0.2)',
             "hgsr(most=0.01, passes=1)",
         ),
+        witnesses={
+            "samples": on_many("hgsr", "samples", Budget(macs=0.7)),
+        },
         own=(
             penalties_are_those_of_slow_loops,
             rises_are_those_of_whole_passes,

@@ -9,6 +9,7 @@ from sklearn.linear_model import Ridge
 from torch import Tensor, nn
 from torch.optim import SGD, Adam
 
+from pliant.budget import Budget
 from pliant.data import Data, load
 from pliant.errors import DataError
 from pliant.families.prune.judge import accuracy, validation
@@ -19,6 +20,7 @@ from pliant.run import start
 from pliant.surgery.prove import cuttable
 from pliant.testing import Case
 from tests.cases.prune import REFUSES, TOYS, kept, pair, run_of
+from tests.cases.witness import on_many
 
 
 def gram_of(rows: Tensor) -> Tensor:
@@ -262,6 +264,9 @@ CASES = (
             "lre_amc(start=0.5, rounds=1, tolerance=1.0)",
             'lre_amc(scope="global", rounds=2, labels=0.5, temperature=4.0)',
         ),
+        witnesses={
+            "samples": on_many("lre_amc", "samples", Budget(macs=0.7)),
+        },
         own=(
             predictions_are_those_of_ridge_regression,
             exact_combinations_leave_for_nothing,

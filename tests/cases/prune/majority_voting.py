@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from pliant.budget import Budget
 from pliant.data import Data
 from pliant.edits import Prune
 from pliant.errors import DataError
@@ -15,6 +16,7 @@ from pliant.run import start
 from pliant.surgery.prove import cuttable, silence
 from pliant.testing import Case, toys
 from tests.cases.prune import REFUSES, TOYS, kept, run_of
+from tests.cases.witness import on_many
 
 
 def ballots_by_hand() -> None:
@@ -108,6 +110,9 @@ CASES = (
             'majority_voting(ballot="pairwise", rounds=1)',
             "majority_voting(majority=0.5)",
         ),
+        witnesses={
+            "samples": on_many("majority_voting", "samples", Budget(macs=0.7)),
+        },
         own=(
             ballots_by_hand,
             pairwise_votes_sum_to_half_of_all,

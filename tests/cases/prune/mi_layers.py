@@ -27,6 +27,7 @@ from pliant.run import start
 from pliant.testing import Case
 from pliant.zoo.resnet_cifar import CifarResNet
 from tests.cases.prune import pair, run_of
+from tests.cases.witness import on_many
 
 
 def normals(count: int, correlations: tuple[float, ...], seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -174,6 +175,14 @@ def blocks_with_an_identity_may_leave() -> None:
     assert "more about the answers" in reasons["layer1.0.conv1"]
 
 
+def the_blocks_it_may_take_are_those_it_is_told() -> None:
+    model, data = resnet()
+    for options in ({"only": ("layer1.[01].*",)}, {"exclude": ("layer[23].*", "layer1.2.*")}):
+        run = start(copy.deepcopy(model), MILayers(ratio=0.99, **options), data=data)
+        run.finish()
+        assert {edit.layer for edit in run.edits} <= {"layer1.0", "layer1.1"} and run.edits
+
+
 def costs_fall_as_by_hand() -> None:
     """Two blocks of 16 channels: 2 (2 * 16 * 16 * 9 + 4 * 16) parameters less."""
     model, data = resnet()
@@ -228,6 +237,11 @@ CASES = (
             'mi_layers(estimator="probe", score="increment")',
             'mi_layers(estimator="dcor", start=0.5)',
         ),
+        witnesses={
+            "only": the_blocks_it_may_take_are_those_it_is_told,
+            "exclude": the_blocks_it_may_take_are_those_it_is_told,
+            "samples": on_many("mi_layers", "samples", Budget(params=0.8)),
+        },
         own=(
             estimates_are_near_the_analytic_value,
             neighbours_are_counted_as_elsewhere,

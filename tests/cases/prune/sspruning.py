@@ -26,6 +26,7 @@ from pliant.testing.trial import trial
 from pliant.zoo.resnet import ResNet18
 from pliant.zoo.resnet_cifar import CifarResNet
 from tests.cases.prune import REFUSES, TOYS, pair, run_of
+from tests.cases.witness import on_many
 
 
 class Bottleneck(nn.Module):
@@ -213,6 +214,9 @@ CASES = (
         toys=TOYS,
         refuses=REFUSES,
         variants=('sspruning(scope="local", start=0.5)',),
+        witnesses={
+            "samples": on_many("sspruning", "samples", Budget(macs=0.7)),
+        },
         own=(
             slim_networks_compute_what_masked_ones_do,
             equal_regions_are_a_coupled_removal,

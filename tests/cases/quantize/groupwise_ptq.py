@@ -6,11 +6,13 @@ import torch
 from torch import Tensor, nn
 
 from pliant.cost import layer_costs
+from pliant.data import Data
 from pliant.edits import Quantize
 from pliant.math.quantize import best_range, best_scales, grouping, learnable, levels, rounded
 from pliant.methods.quantize.groupwise_ptq import GroupwisePTQ
 from pliant.run import start
-from pliant.testing import Case
+from pliant.testing import Case, Toy
+from tests.cases.witness import on
 
 
 def noise(*shape: int, seed: int = 0) -> Tensor:
@@ -143,6 +145,15 @@ def a_layer_that_packing_would_enlarge_stays() -> None:
     assert [edit.layer for edit in run.edits] == ["1", "2"]
 
 
+def _words() -> nn.Module:
+    rows = nn.Embedding(64, 64), nn.Flatten(), nn.Linear(256, 4)
+    return nn.Sequential(*rows)
+
+
+_LABELS = torch.arange(16) % 4
+WORDS = Toy("words", _words, given=Data((torch.arange(64).view(16, 4), _LABELS), classes=4))
+
+
 CASES = [
     Case(
         "groupwise_ptq",
@@ -151,6 +162,9 @@ CASES = [
             "groupwise_ptq(bits=8, activations=8, groups=0, independent=0, joint=1, integer=True)",
             'groupwise_ptq(activations=0, grouping="contiguous", independent=1, joint=0)',
         ),
+        witnesses={
+            "rows": on(WORDS, "groupwise_ptq(independent=0, joint=0)", "rows"),
+        },
         own=(
             levels_of_a_group,
             limits_of_grouping_are_torchs,

@@ -31,6 +31,7 @@ from pliant.nn.product import Affine, Product
 from pliant.run import Run, start
 from pliant.testing import Case
 from pliant.testing.toys import TOYS
+from tests.cases.witness import on_many
 
 WAYS = (False, True)  # compiled loops, where numba is installed, and plain PyTorch
 
@@ -303,6 +304,9 @@ CASES = [
             "int4_gemm(samples=16, bits=8, scales='channel')",
             "int4_gemm(samples=16, bits=3, ends=0, within=0.99, momentum=0.5)",
         ),
+        witnesses={
+            "samples": on_many("int4_gemm", "samples"),
+        },
         own=(
             products_are_those_of_whole_numbers,
             other_widths_take_the_same_path,

@@ -208,6 +208,9 @@ CASES = [
         variants=("ednas(batch=4, mode='nested', scope='all')", "ednas(batch=4, weights='fresh')"),
         toys=("grouped",),
         refuses={name: "depthwise convolution" for name in TOYS if name != "grouped"},
+        witnesses={
+            "sizes": what_cannot_be_merged_is_refused,
+        },
         own=(
             one_merged_convolution_is_the_sum_of_all,
             the_gradient_of_a_share_is_its_lead_over_the_mean,

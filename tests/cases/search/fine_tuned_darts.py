@@ -134,6 +134,9 @@ CASES = [
         ),
         toys=("cells", "supernet"),
         refuses={name: "network of cells" for name in TOYS},
+        witnesses={
+            "growth": more_growth_than_allowed_is_refused,
+        },
         own=(
             every_operation_begins_as_next_to_nothing,
             gates_begin_as_one_number,

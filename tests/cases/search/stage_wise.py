@@ -19,6 +19,7 @@ from pliant.run import Run, start
 from pliant.testing import Case
 from pliant.testing.toys import SPECIAL, TOYS
 from pliant.zoo.staged import StagedResNet
+from tests.cases.witness import on_many
 
 TOY = SPECIAL["staged"]
 
@@ -220,6 +221,11 @@ CASES = [
         variants=("stage_wise(iterations=1, choice='random', components=3)",),
         toys=("staged",),
         refuses={name: "needs stages" for name in TOYS},
+        witnesses={
+            "iterations": on_many(
+                "stage_wise(iterations=1, growth=1)", "iterations", toy=SPECIAL["staged"]
+            ),
+        },
         own=(
             squares_of_importance_sum_to_the_features,
             importance_is_that_of_the_power_method,

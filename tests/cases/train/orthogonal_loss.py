@@ -214,6 +214,7 @@ CASES = [
         "orthogonal_loss",
         variants=(
             "orthogonal_loss(kind='softmax', basis='random', margin=0.1)",
+            "orthogonal_loss(kind='energy')",
             "orthogonal_loss(kind='placement', basis='hadamard', warmup=0.3)",
         ),
         refuses={"single": "ends in something else"},

@@ -164,6 +164,13 @@ CASES = [
         "progressive_stepwise",
         spec="progressive_stepwise(fractions=(0.5, 1.0))",
         variants=("progressive_stepwise(rule='batch', most=10)",),
+        witnesses={
+            "fractions": steps_end_with_all_of_the_data,
+            "epochs": steps_end_with_all_of_the_data,
+            "batches": steps_end_with_all_of_the_data,
+            "rates": steps_end_with_all_of_the_data,
+            "kappa": the_noise_is_what_the_rule_says,
+        },
         own=(
             parts_are_nested_and_balanced,
             labels_are_found_where_they_are_kept,

@@ -148,6 +148,9 @@ CASES = [
         "norm_loss",
         spec="norm_loss(weight=0.1)",
         variants=("norm_loss(weight=0.1, decoupled=True, replace_decay=False)",),
+        witnesses={
+            "replace_decay": it_takes_the_place_of_weight_decay,
+        },
         own=(
             the_gradient_is_radial,
             filters_are_those_of_the_output_channels,
