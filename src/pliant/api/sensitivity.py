@@ -165,14 +165,14 @@ def _ranks(
                 continue
             best = min(fit, key=lambda option: option.score)
             again = run.rehearsal()
-            again.apply(*with_kernels([best.edit], layers, seen))  # type: ignore[list-item]
+            again.apply(*with_kernels([best.edit], layers, seen))
             again.recalibrate(samples)
-            ranks = ", ".join(map(str, best.edit.ranks))  # type: ignore[union-attr]
+            ranks = ", ".join(map(str, best.edit.ranks))
             yield (
                 {
                     "layer": name,
                     "share": share,
-                    "became": f"{best.edit.form} {ranks}",  # type: ignore[union-attr]
+                    "became": f"{best.edit.form} {ranks}",
                     "params": whole.params - before.params + best.cost.params,
                     "macs": whole.macs - before.macs + best.cost.macs,
                 },
