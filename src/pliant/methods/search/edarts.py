@@ -87,9 +87,9 @@ class EDARTS(Method):
 
     def _plan(self) -> search.Bilevel:
         return search.Bilevel(
-            *(self.alpha_lr, (0.5, 0.999), self.alpha_decay),
-            *(self.every, self.warmup, self.batch, self.order),
-        )
+            lr=self.alpha_lr, decay=self.alpha_decay, every=self.every,
+            warmup=self.warmup, batch=self.batch, order=self.order,
+        )  # fmt: skip
 
 
 DARTS = (
