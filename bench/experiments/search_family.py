@@ -288,8 +288,8 @@ def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
         ]
     ours, theirs = (by_seed(cells, "skips", rival=name) for name in ("edarts", "DARTS"))
     rows.append(judged("Skips: edarts less DARTS", *(paired(ours, theirs), "<", 0, "skips")))
-    pair = (by_seed(cells, "found_accuracy", rival=name) for name in ("edarts", "DARTS"))
-    rows.append(judged("edarts leads DARTS", *(paired(*pair, 100), ">=", -0.3, "points")))
+    own, other = (by_seed(cells, "found_accuracy", rival=name) for name in ("edarts", "DARTS"))
+    rows.append(judged("edarts leads DARTS", *(paired(own, other, 100), ">=", -0.3, "points")))
     off = [abs(p / m - 1) for p, m in predicted(cells)]
     rows.append(
         judged("Predicted milliseconds are off by, in the mean", *(off, "<=", 0.25, "of them"))

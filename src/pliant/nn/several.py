@@ -237,7 +237,8 @@ def _fused_quantized(
     weights, new = weights_of(layer), copy.copy(layer)
     for held in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
         vars(new)[held] = copy.copy(vars(layer)[held])
-    new.__class__ = _fused_kind(type(layer))
+    kind: Any = type(layer)
+    new.__class__ = _fused_kind(kind)
     shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
     vars(new).update(packings={}, shapes=shapes)
     like = next(iter(weights.values())).new_empty(0)

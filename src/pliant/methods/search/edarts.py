@@ -87,13 +87,9 @@ class EDARTS(Method):
 
     def _plan(self) -> search.Bilevel:
         return search.Bilevel(
-            lr=self.alpha_lr,
-            decay=self.alpha_decay,
-            every=self.every,
-            warmup=self.warmup,
-            batch=self.batch,
-            order=self.order,
-        )
+            lr=self.alpha_lr, decay=self.alpha_decay, every=self.every,
+            warmup=self.warmup, batch=self.batch, order=self.order,
+        )  # fmt: skip
 
 
 DARTS = (
