@@ -21,7 +21,7 @@ from tests.test_drivers import ADAMW, SGD, WAYS, assert_same, plain
 CONSTANT = replace(SGD, schedule="constant", warmup=0)
 CASES: dict[str, tuple[Method, Train]] = {
     "norm_loss": (NormLoss(0.1), SGD),
-    "norm_loss, decoupled": (NormLoss(0.1, decoupled=True), ADAMW),
+    "norm_loss, decoupled": (NormLoss(0.1, decoupled=True), replace(CONSTANT, optimizer="adamw")),
     "maxdropout": (MaxDropout(0.5, after=("norm", "second")), SGD),
     "maxdropout, random rates": (MaxDropout(0.8, "l2-random", "sample", ("second",)), SGD),
     "orthogonal loss": (OrthogonalLoss("energy"), SGD),
