@@ -19,7 +19,17 @@ from pliant.method import Method
 from pliant.registry import In, Paper, register
 from pliant.result import Solution
 from pliant.run import Run
-from pliant.testing import TOYS, Case, Toy, check_method, checks, checks_for, described, trial
+from pliant.testing import (
+    TOYS,
+    Case,
+    Toy,
+    check_method,
+    checks,
+    checks_for,
+    counted,
+    described,
+    trial,
+)
 from pliant.testing.checks import Suite
 
 PAPER = Paper("Title", "A. Author", "Venue", 2020, "https://example.org")
@@ -422,3 +432,56 @@ def test_problems_are_refused_by_their_data_only():
         check_method(Vectors(wrong=True))
     with pytest.raises(DataError):
         dict(checks(Vectors(), (), refuses={"sets": "One view"}))["solves_views"]()
+
+
+# ------------------------------------------------------------------ options
+
+
+@dataclass(frozen=True)
+class Late(Good):
+    """Reads one option only if another says so, and one never."""
+
+    on: bool = False  # whether share is read
+    share: Annotated[float, In(0, 1)] = 0.5  # of the layer
+    deaf: int = 3  # read by nobody
+
+    def finalize(self, run: Run) -> None:
+        if self.on and not run.edits:
+            run.apply(Factor("3", "output", (1 + round(self.share * 8),)))
+        super().finalize(run)
+
+
+def idle(method: Any, **more: Any) -> set[str]:
+    found = set()
+    for name, check in counted.checks(method, (PLAIN, TOYS["linear"]), **more):
+        try:
+            check()
+        except AssertionError as error:
+            assert "changes nothing" in str(error)
+            found.add(name)
+    return found
+
+
+def test_an_option_that_changes_nothing_is_named():
+    late = register("late", paper=PAPER)(Late)
+    assert idle(late()) == {"share_counts", "deaf_counts"}
+    assert idle(late(), variants=("late(on=True)",)) == {"deaf_counts"}
+    with pytest.raises(AssertionError, match="deaf changes nothing"):
+        check_method("late", fails={"defaults_construct": "derives from Good"})
+
+
+def test_a_test_may_be_the_witness_of_an_option():
+    seen = []
+    assert idle(Good(), witnesses={"rank": lambda: seen.append(1)}) == set() and seen == [1]
+
+
+def test_a_refusal_is_no_effect():
+    @dataclass(frozen=True)
+    class Strict(Method):
+        least: Annotated[int, In(1)] = 1  # of nothing
+
+        def prepare(self, run: Run) -> None:
+            if self.least > 1:
+                raise MethodError("strict: least must be 1.")
+
+    assert idle(Strict()) == {"least_counts"}

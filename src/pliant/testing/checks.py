@@ -6,6 +6,7 @@ import copy
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from pliant.files.onnx import to_onnx
 from pliant.method import Method
 from pliant.registry import build, entry_of, plain
 from pliant.run import start
-from pliant.testing import described, solved
+from pliant.testing import counted, described, solved
 from pliant.testing.broken import failing, must_fail, spoilt
 from pliant.testing.case import Case, usual_budget
 from pliant.testing.compressed import (
@@ -58,6 +59,8 @@ def check_method(
     budget: Budget | str | None = None,
     refuses: Mapping[str, str] | None = None,
     fails: Mapping[str, str] | None = None,
+    variants: Sequence[str] = (),
+    witnesses: Mapping[str, Callable[[], None]] | None = None,
 ) -> None:
     """Run every check that applies to a method, and say all that is wrong with it.
 
@@ -70,6 +73,8 @@ def check_method(
             says then; all others must work. None takes any refusal in a sentence that comes
             before any work, as long as one toy works.
         fails: names of checks that are known to fail, and why.
+        variants: specs in which options count that change nothing by default.
+        witnesses: tests that fail when an option is ignored that changes nothing here.
 
     Raises:
         AssertionError: a check fails, or one that was to fail does not; one line for each.
@@ -79,7 +84,8 @@ def check_method(
     bounds = Budget.parse(budget) if isinstance(budget, str) else budget
     toys = tuple(TOYS.values()) if model is None else (_yours(model, data),)
     wrong = []
-    for name, check in checks(built, toys, bounds, refuses):
+    options = counted.checks(built, toys, bounds, refuses, variants, witnesses)
+    for name, check in chain(checks(built, toys, bounds, refuses), options):
         known = (fails or {}).get(name)
         try:
             check()
@@ -111,6 +117,8 @@ def checks_for(case: Case) -> Iterator[Check]:
             yield f"works_as_{spec}", partial(solved.works, variant, toys, case.refuses)
     for own in case.own:
         yield own.__name__.removeprefix("_"), own
+    more = case.variants, case.witnesses
+    yield from counted.checks(method, toys, bounds, case.refuses, *more)
 
 
 def checks(

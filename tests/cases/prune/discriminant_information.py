@@ -278,7 +278,12 @@ CASES = (
             f"discriminant_information(exact=True, rounds=2, {QUICK})",
         ),
         witnesses={
-            "held": on_many(f"discriminant_information({QUICK})", "held", Budget(macs=0.7)),
+            "held": on_many(
+                "discriminant_information(samples=16, batch=16, updates=1, draws=2)",
+                "held",
+                Budget(macs=0.7),
+                samples=600,
+            ),
         },
         own=(
             three_forms_of_one_number,
