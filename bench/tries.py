@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 import pliant
 from bench.networks import Network, get
 from pliant.data import Data
-from pliant.edits import Factor, Prune, replay
+from pliant.edits import Factor, Plain, Prune, replay
 from pliant.errors import BudgetError, MissingExtraError, PliantError
 from pliant.files import artifact
 from pliant.files.onnx import to_onnx
@@ -32,6 +32,7 @@ from pliant.math.forms import forms_for, max_ranks
 from pliant.nn.kinds import kernel
 from pliant.result import Result
 from pliant.surgery.graph import OUTPUT, trace
+from pliant.surgery.plain import plain
 from pliant.surgery.prove import ignore
 
 Values = dict[str, Any]
@@ -235,8 +236,10 @@ class _Work:
 
     def _equal_at_full_rank(self, result: Result) -> None:
         """Factorize the same layers at full ranks, the forms in turn, and compare outputs."""
-        model = copy.deepcopy(self.dense)
+        model = self._plain()
         for number, edit in enumerate(result.edits):
+            if isinstance(edit, Plain):
+                continue
             if isinstance(edit, Factor):
                 shape = kernel(model.get_submodule(edit.layer)).shape
                 forms = forms_for(shape)
@@ -250,14 +253,19 @@ class _Work:
     def _equal_without(self, result: Result) -> None:
         """Compare the cut network with the whole one, which does not read what was cut."""
         cuts = [edit for edit in result.edits if isinstance(edit, Prune)]
-        whole = copy.deepcopy(self.dense)
-        replay(whole, [edit for edit in result.edits if not isinstance(edit, Prune)])
+        whole = self._plain()
         cut = copy.deepcopy(whole)
         ignore(whole, cuts)
         replay(cut, cuts)
         change = _change(_outputs(whole, self.two), _outputs(cut, self.two))
         if not change <= self.tries["equal"]:
             self._wrong(f"without its channels the outputs change by {change:.1e} of the largest")
+
+    def _plain(self) -> nn.Module:
+        """Copy the network, with plain layers in the place of those that compute the same."""
+        model = copy.deepcopy(self.dense)
+        replay(model, plain(model, self.two))
+        return model
 
     def _wrong(self, what: str) -> None:
         self.answers.send(("wrong", what))

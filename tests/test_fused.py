@@ -107,3 +107,20 @@ def test_what_is_no_pile_of_matrices_is_no_expert(shape: tuple[int, ...]) -> Non
         pass
 
     assert weights_of(Other()) == {} and weights_of(Own(4, 4, 3)) == {}
+
+
+class Standard(nn.Conv2d):
+    """Standardizes its weight at every call."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return F.conv2d(x, weight / weight.std((1, 2, 3), keepdim=True), self.bias)
+
+
+def test_weights_that_a_layer_computes_anew_are_packed_as_it_computes_them() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Standard(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 4))
+    images = torch.randn(32, 3, 8, 8)
+    result = compress(model, Data(train=[images], val=[images]), PTQ)
+    assert [row.form for row in result.report.layers] == ["plain+w8a8", "w8a8"]
+    assert result.report.fidelity is not None and result.report.fidelity.error < 0.05

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pliant.edits import replay
 from pliant.edits.quantize import LEAST, MOST
 from pliant.errors import MethodError
 from pliant.families.quantize.fit import Stages, fitted
@@ -19,6 +18,7 @@ from pliant.method import Method
 from pliant.registry import In, Paper, register
 from pliant.run import Run
 from pliant.surgery.fold import foldable
+from pliant.surgery.plain import plain
 
 LONGEST = 100_000  # steps of one stage
 
@@ -96,14 +96,14 @@ class GroupwisePTQ(Method):
                 "none: pass data, or round weights only with activations=0."
             )
         folded = run.rehearsal()
-        replay(folded.model, foldable(folded.model, run.example))
+        _begin(folded)
         layers = self._layers(folded)
         ways = self._written.ways(folded, layers)
         self._written.plan(folded, layers, ways, {n: [0.0] * len(row) for n, row in ways.items()})
 
     def finalize(self, run: Run) -> None:
         """Fold, choose bits, calibrate, distil, and pack."""
-        run.apply(*foldable(run.model, run.example))
+        _begin(run)
         inputs = few(run, self.samples, self.batch) if run.has_inputs else None
         layers = self._layers(run)
         ways = self._written.ways(run, layers)
@@ -127,3 +127,10 @@ class GroupwisePTQ(Method):
         rates = Rates(self.lr, self.scale_lr)
         goal = Goal(self.features, self.answers, self.temperature, self.outputs)
         return Stages(self.correct, self.independent, self.joint, rates, self.slowdown, goal)
+
+
+def _begin(run: Run) -> None:
+    """Keep the weights of layers that compute them at every call, and fold batch norms."""
+    computing = [edit for edit in plain(run.model, run.example) if edit.values is not None]
+    run.apply(*computing)
+    run.apply(*foldable(run.model, run.example))
