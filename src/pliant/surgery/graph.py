@@ -29,7 +29,7 @@ from pliant.errors import ModelError
 from pliant.nn.layers import shared_weights
 from pliant.observe.outputs import answers
 from pliant.observe.readers import readers
-from pliant.surgery.marks import Block, Slot, Union, codes_of, covered, together
+from pliant.surgery.marks import Block, Slot, Union, codes_of, covered, met, together
 from pliant.surgery.parted import Parted
 from pliant.surgery.select import READ, readable
 
@@ -337,10 +337,11 @@ class _Probe:
             marks = marked.reshape(*marked.shape[:2], -1).any(2).cpu()
         target = self.first[slot]
         for block in self.blocks:
-            own, source = marks[block.rows], self.first[block.source]
-            for place in own.any(0).nonzero().flatten().tolist():
-                for channel in covered(block.codes, own[:, place]):
-                    self.union.join(source + channel, target + place)
+            source = self.first[block.source]
+            for channels, places in met(block.codes, marks[block.rows]):
+                tied = [*(source + c for c in channels), *(target + place for place in places)]
+                for one in tied[1:]:
+                    self.union.join(tied[0], one)
 
     def _read_otherwise(self, slot: Slot, given: Tensor) -> None:
         """Keep what arrives where a layer reads other rows than samples."""
