@@ -475,3 +475,13 @@ def test_planning_channels_takes_few_forward_passes(
     run.finish()
     assert len(calls) <= 30
     assert sum(calls) <= 30 * 64
+
+
+def test_places_with_the_same_marks_are_read_once() -> None:
+    codes = marks.codes_of(6)
+    mixed = torch.ones(len(codes), 4, dtype=torch.bool)
+    mixed[0] = False
+    assert list(marks.met(codes, mixed)) == [([0, 1, 2, 3, 4, 5], [0, 1, 2, 3])]
+    apart = codes[:, [3, 1, 3]]
+    assert sorted(marks.met(codes, apart)) == [([1], [1]), ([3], [0, 2])]
+    assert not list(marks.met(codes, torch.zeros_like(apart)))

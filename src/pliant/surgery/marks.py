@@ -50,6 +50,24 @@ def covered(codes: Tensor, pattern: Tensor) -> list[int]:
     return inside.nonzero().flatten().tolist()
 
 
+def met(codes: Tensor, marks: Tensor) -> Iterator[tuple[list[int], list[int]]]:
+    """Yield channels, and the places at which all of them arrived and no others.
+
+    Behind a norm that mixes all channels every place has the same marks: they are read once.
+
+    Args:
+        codes: (samples, channels).
+        marks: which places are marked in which samples, (samples, places).
+    """
+    places = marks.any(0).nonzero().flatten()
+    if not len(places):
+        return
+    patterns, kinds = torch.unique(marks[:, places], dim=1, return_inverse=True)
+    for kind, pattern in enumerate(patterns.unbind(1)):
+        if channels := covered(codes, pattern):
+            yield channels, places[kinds == kind].tolist()
+
+
 @dataclass(frozen=True)
 class Block:
     """The samples of a batch in which the outputs of one layer are marked.
