@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pliant.cost import Example, call, fitted, repeated, samples_of
 from pliant.edits.prune import channel_axis, sides
 from pliant.observe.outputs import answers
-from pliant.surgery.marks import Block, Slot, Union, codes_of, covered, together
+from pliant.surgery.marks import Block, Slot, Union, codes_of, covered, met, together
 from pliant.surgery.parted import Parted
 
 MOVES = (3.0, -3.0)  # added to marked values where they must stay numbers
@@ -267,10 +267,11 @@ class Probe:
             marks = marked.reshape(*marked.shape[:2], -1).any(2).cpu()
         target = self.first[slot]
         for block in self.blocks:
-            own, source = marks[block.rows], self.first[block.source]
-            for place in own.any(0).nonzero().flatten().tolist():
-                for channel in covered(block.codes, own[:, place]):
-                    self.union.join(source + channel, target + place)
+            source = self.first[block.source]
+            for channels, places in met(block.codes, marks[block.rows]):
+                tied = [*(source + c for c in channels), *(target + place for place in places)]
+                for one in tied[1:]:
+                    self.union.join(tied[0], one)
 
     def _read_otherwise(self, slot: Slot, given: Tensor) -> None:
         """Keep what arrives where a layer reads other rows than samples."""
