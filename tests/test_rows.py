@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from pliant import zoo
 from pliant.errors import DataError, ModelError
 from pliant.observe.rows import Grams, Rows
+from pliant.surgery.select import weighted
 from pliant.testing import TOYS
 from pliant.testing.memory import Peak
 
@@ -172,6 +174,29 @@ def test_memory_does_not_grow_with_the_number_of_batches(form):
 
 def test_growing_memory_would_be_seen():
     assert peak_of("all", "flat", 12) > 3 * peak_of("all", "flat", 2)
+
+
+def bytes_of(network: str, batch: int, pixels: int = 8) -> tuple[int, int, int]:
+    """The peak of a forward call, that of products of all layers, and the most between them."""
+    model = zoo.build(network).eval()
+    layers = {name: layer for name, layer in weighted(model).items() if hasattr(layer, "stride")}
+    images = (torch.randn(batch, 3, 32, 32),)
+    with Peak() as alone, torch.no_grad():
+        model(*images)
+    with Peak() as peak:
+        Rows(model, list(layers), form="pixels", pixels=pixels).grams([images, images])
+    widths = [len(layer.weight) for layer in layers.values()]  # type: ignore[arg-type]
+    numbers = batch * pixels * sum(widths)
+    bound = (4 + 8) * numbers + 2 * 8 * sum(width**2 for width in widths)
+    return alone.bytes, peak.bytes, bound
+
+
+@pytest.mark.slow  # VGG-16 at batch 256
+def test_products_of_all_layers_of_vgg16_need_what_the_docs_say() -> None:
+    """Rows of one batch, once more in float64, and the products twice, beside the forward call."""
+    alone, peak, bound = bytes_of("vgg16-bn", 256)
+    assert alone < peak <= 1.05 * (alone + bound)
+    assert peak < 500e6
 
 
 def test_one_may_stop_after_so_many_samples():

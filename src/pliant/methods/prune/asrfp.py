@@ -36,7 +36,9 @@ class ASRFP(ChannelPruning):
     The filters are chosen anew each time, and all of them train between. The share that fades
     rises to its end value (``ramp``), or is constant (``ramp=0``: SRFP). With ``alpha=0`` weak
     filters are zeroed at once: ASFP, and SFP with ``ramp=0``. At the end the weakest filters
-    leave the network.
+    leave the network. While training, a batch norm behind a filter undoes its fading, and the
+    gradient grows as the filter fades: leave many steps between two maskings (``epochs``), or
+    fade batch norms too (``norms=True``).
 
     *Departs from the paper*: by default only filters that can leave fade (those of channels that
     meet in a sum together), since zeros that stay cost accuracy and save nothing; ``every=True``
