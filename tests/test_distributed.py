@@ -27,7 +27,9 @@ from pliant.methods.train.norm_loss import NormLoss
 from pliant.methods.train.orthogonal_loss import OrthogonalLoss
 from pliant.methods.train.p_diff import PDiff
 from pliant.methods.train.progressive_stepwise import ProgressiveStepwise
+from pliant.registry import build, entries
 from pliant.run import Run, start
+from pliant.testing.toys import TOYS
 
 # 22 samples: the last batch is smaller, and both processes get equally many.
 PLAN = Train(epochs=2, finetune=1, batch=4, lr=0.05, device="cpu", devices=2, checkpoint_every=1)
@@ -129,6 +131,29 @@ def planned() -> list[dict[str, Tensor]]:
     return steps
 
 
+PRUNERS = (
+    *("magnitude", "random", "fpgm", "slimming(start=0.5)", "group_fisher(samples=16, passes=1)"),
+    *("asrfp(epochs=2)", "activation_density(rounds=2, window=1)", "constrained_projection"),
+    *("majority_voting(samples=16, rounds=2)", "dynamic_channel_propagation", "lre_amc(rounds=2)"),
+    *("sspruning(start=0.5)", "discriminant_information(search='none', start=0.5)"),
+    *("hfp(samples=16, rounds=2)", "pgp(rounds=2)", "mi_layers(ratio=0.9, start=0.5)"),
+    *("hgsr(start=0.5, samples=8, passes=1)", "mint(groups=2)", "aimp(sparsity=0.6)"),
+)
+
+
+def pruned(spec: str) -> dict[str, Any]:
+    """Prune while two ranks train; what is left, and where."""
+    toy, images = TOYS["residual"], torch.Generator().manual_seed(1)
+    classes = toy.data().class_count
+    labels = torch.arange(40) % classes
+    seen = Data((torch.randn(40, *toy.shape, generator=images), labels), classes=classes)
+    plan = replace(PLAN, finetune=0, checkpoint_every=None)
+    run = start(toy.model(), build(spec), data=seen, steps=10, epochs=2, batch=4, seed=2)
+    fit(run, seen, plan)
+    run.finish(strict=False)
+    return {"model": run.model.state_dict(), "edits": repr(run.edits)}
+
+
 class Killed(Exception):
     pass
 
@@ -157,6 +182,7 @@ def worker(rank: int, port: int, folder: str) -> None:
     for name in TRAINING:
         run = taught(name, PLAN)
         found[name] = {"model": run.model.state_dict(), "loss": run.log[-1]["loss"]}
+    found["pruned"] = {spec: pruned(spec) for spec in PRUNERS}
     try:
         train(PLAN, 22, norm=True, folder=Path(folder) / "run", watch=die_at(5))
     except Killed:
@@ -223,6 +249,21 @@ def test_all_ranks_make_the_same_plan(ranks: list[dict[str, Any]]) -> None:
         weights = [name for name in mine if "running" not in name]
         assert weights == [name for name in other if "running" not in name], step
         assert [n for n in weights if not torch.equal(mine[n], other[n])] == [], step
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", PRUNERS)
+def test_all_ranks_prune_alike(spec: str, ranks: list[dict[str, Any]]) -> None:
+    """The same channels, blocks or weights, though each rank sees batches of its own."""
+    zero, one = (found["pruned"][spec] for found in ranks)
+    assert zero["edits"] == one["edits"] != "[]"
+    names = [name for name in zero["model"] if "running" not in name]
+    assert [n for n in names if not torch.equal(zero["model"][n], one["model"][n])] == []
+
+
+def test_no_pruning_method_is_left_out() -> None:
+    names = {entry.name for entry in entries(family="prune")}
+    assert {spec.split("(")[0] for spec in PRUNERS} == names
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import gc
 import math
+import operator
 import signal
 import threading
 import time
@@ -37,6 +38,7 @@ from pliant.drivers.devices import (
 from pliant.drivers.schedule import optimizer_of, optimizers_of, rate
 from pliant.drivers.score import Score, distillation, evaluate, forward, scored
 from pliant.drivers.settle import settle
+from pliant.edits import Edit
 from pliant.errors import AccuracyWarning, DataError, TrainingError
 from pliant.run import Hooks, Run
 
@@ -163,7 +165,7 @@ class _Training:
     module: Any = None
     optimizers: list[Optimizer] = field(default_factory=list)
     rates: list[float] = field(default_factory=list)  # of all groups, before any schedule
-    wrapped: int = -1  # edits that the wrapped module knows
+    wrapped: list[Edit] | None = None  # edits that the wrapped module knows
     clean: bool = False  # between two steps: what is saved now can be resumed
     identity: dict[str, str] = field(default_factory=dict)
     began: float = 0.0
@@ -260,7 +262,7 @@ class _Training:
         self.optimizers = optimizers_of(self.run.model, self.train) if self.steps else []
         self.rates = [float(group["lr"]) for group in self._groups()]
         self.run.optimizer = self.optimizers or self.run.optimizers
-        self.wrapped = -1
+        self.wrapped = None
         self.clean = True
 
     def _groups(self) -> list[dict[str, Any]]:
@@ -373,12 +375,12 @@ class _Training:
 
     def _wrapped(self) -> Any:
         """Return what Fabric calls; made anew after an edit, whose parameters DDP must learn."""
-        if self.wrapped != len(self.run.edits):
+        if self.wrapped is None or not _same(self.wrapped, self.run.edits):
             self.module = None
             if self.fabric.world_size > 1:
                 gc.collect()  # the old reducer must be gone before the new one listens
             self.module = self.fabric.setup_module(self.run.model)
-            self.wrapped = len(self.run.edits)
+            self.wrapped = list(self.run.edits)
         return self.module
 
     def _end_epoch(self) -> None:
@@ -460,3 +462,8 @@ class _Training:
         self.clean = True
         if asked:
             raise KeyboardInterrupt
+
+
+def _same(one: list[Edit], other: list[Edit]) -> bool:
+    """Say whether edits are the very same: as many may stand for others (`Run.restate`)."""
+    return len(one) == len(other) and all(map(operator.is_, one, other))
