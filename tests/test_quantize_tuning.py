@@ -21,6 +21,7 @@ from pliant.families.quantize.tuning import Goal, Judge, Rates, correct, indepen
 from pliant.methods.quantize.groupwise_ptq import GroupwisePTQ
 from pliant.observe.outputs import answers
 from pliant.observe.ranges import observe
+from pliant.observe.watch import beside
 from pliant.run import start
 from pliant.surgery.fold import foldable
 from tests.test_quantize import convnet, images, noise
@@ -92,7 +93,7 @@ def test_biases_are_corrected_if_asked() -> None:
 
 def read_by(model: nn.Module, layer: str, inputs: Any) -> Any:
     seen: list[Any] = []
-    with tuning.beside(model, [layer], lambda name, args, kwargs, output: seen.append(args[0])):
+    with beside(model, [layer], lambda name, args, kwargs, output: seen.append(args[0])):
         model(*inputs)
     return seen[0]
 
@@ -110,7 +111,7 @@ def test_the_loss_of_stage_two_is_features_and_answers() -> None:
     teacher, student, x = pair()
     said: dict[str, list[Tensor]] = {name: [] for name in BLOCKS}
     for model in (teacher, student):
-        with tuning.beside(model, BLOCKS, lambda n, a, k, y: said[n].append(y.detach())):
+        with beside(model, BLOCKS, lambda n, a, k, y: said[n].append(y.detach())):
             model(*x)
     features = sum(
         float((mine - other).square().mean() / other.var(correction=0))

@@ -1,6 +1,6 @@
 """The verbs: one call each, from what a user has to what a user wants."""
 
-from pliant.api.network import CONTROL
+from pliant.api.job import CONTROL
 from pliant.api.own import conclude
 from pliant.api.probe import analyze
 from pliant.api.shortlist import auto

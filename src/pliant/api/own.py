@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from pliant.api.job import Job
 from pliant.api.measured import scored_split
-from pliant.api.network import Job
 from pliant.api.report import side
 from pliant.cost import bare
 from pliant.data import Data

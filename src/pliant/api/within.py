@@ -15,7 +15,8 @@ from typing import Any, ParamSpec
 import torch
 from torch import nn
 
-from pliant.api.network import Methods, once
+from pliant.api.job import Methods
+from pliant.api.network import once
 from pliant.budget import Budget
 from pliant.compose import bounds, name_of, resolve, saved_by
 from pliant.cost import bare

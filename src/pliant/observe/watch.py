@@ -156,3 +156,52 @@ class Stepped:
 
 class _Left(Exception):
     """Ends a pass that nobody wants to go on."""
+
+
+@contextmanager
+def beside(
+    model: nn.Module,
+    names: Iterable[str],
+    see: Callable[[str, Any, Any, Tensor], None],
+    *,
+    copies: bool = True,
+) -> Iterator[None]:
+    """Call ``see(name, args, kwargs, output)`` at every forward of the named modules.
+
+    The hooks are removed at the end, also after an exception.
+
+    Args:
+        model: any module.
+        names: of its submodules.
+        see: gets the arguments as they were before the module could change them in place.
+        copies: whether the arguments are copied for that; else they are None.
+    """
+    given: dict[str, Any] = {}
+
+    def before(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
+            given[name] = tree_map(_copied, (args, kwargs)) if copies else (None, None)
+
+        return hook
+
+    def after(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
+            before_args, before_kwargs = given.pop(name)
+            see(name, before_args, before_kwargs, output)
+
+        return hook
+
+    handles: list[Any] = []
+    try:
+        for name in names:
+            module = model.get_submodule(name)
+            handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
+            handles.append(module.register_forward_hook(after(name), with_kwargs=True))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _copied(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value

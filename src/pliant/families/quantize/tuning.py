@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,7 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
-from torch.utils._pytree import tree_map
 
 from pliant.cost import Example, call
 from pliant.errors import ModelError
@@ -26,6 +24,7 @@ from pliant.families.quantize.tunable import tunables
 from pliant.math.quantize import FLOOR, levels
 from pliant.nn import kinds
 from pliant.observe.outputs import answers, logits
+from pliant.observe.watch import beside
 
 Outputs = Literal["classes", "values"]
 CHECKS = 8  # how often a stage looks at the inputs held out, besides its beginning
@@ -368,55 +367,3 @@ def _kl(scores: Tensor, target: Tensor, temperature: float) -> Tensor:
     )
     gap = F.kl_div(mine, other, reduction="sum", log_target=True)
     return gap / (scores.numel() / scores.shape[classes]) * temperature**2
-
-
-# ---------------------------------------------------------------- hooks
-
-
-@contextmanager
-def beside(
-    model: nn.Module,
-    names: Iterable[str],
-    see: Callable[[str, Any, Any, Tensor], None],
-    *,
-    copies: bool = True,
-) -> Iterator[None]:
-    """Call ``see(name, args, kwargs, output)`` at every forward of the named modules.
-
-    The hooks are removed at the end, also after an exception.
-
-    Args:
-        model: any module.
-        names: of its submodules.
-        see: gets the arguments as they were before the module could change them in place.
-        copies: whether the arguments are copied for that; else they are None.
-    """
-    given: dict[str, Any] = {}
-
-    def before(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            given[name] = tree_map(_copied, (args, kwargs)) if copies else (None, None)
-
-        return hook
-
-    def after(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, kwargs: Any, output: Tensor) -> None:
-            before_args, before_kwargs = given.pop(name)
-            see(name, before_args, before_kwargs, output)
-
-        return hook
-
-    handles: list[Any] = []
-    try:
-        for name in names:
-            module = model.get_submodule(name)
-            handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
-            handles.append(module.register_forward_hook(after(name), with_kwargs=True))
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _copied(value: Any) -> Any:
-    return value.clone() if isinstance(value, Tensor) else value
