@@ -1,7 +1,5 @@
 """Random pruning: channels leave by lot, the baseline that any score must beat."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import partial
 

@@ -1,7 +1,5 @@
 """Network slimming: batch-norm scales are pulled to zero; channels of small scales leave."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -27,9 +25,7 @@ PAPER = Paper(
 class Slimming(ChannelPruning):
     """Trains with an L1 penalty on batch-norm scales, then removes the channels of the smallest.
 
-    With ``start`` below 1 the rest of the training is fine-tuning, without the penalty.
     *Departs from the paper*: channels that meet in a sum leave together, by their mean scale.
-
     *Measured* (bench ``prune-family``): with 50 % of its multiply-accumulates, trained for 2 epochs
     on 2,000 images, ResNet-20 was right on 56.8 % by ``slimming(start=0.5)`` and on 69.2 % by
     ``magnitude`` (means of 2 seeds).
