@@ -31,8 +31,9 @@ from pliant.files.onnx import to_onnx
 from pliant.math.forms import forms_for, max_ranks
 from pliant.nn.kinds import kernel
 from pliant.result import Result
-from pliant.surgery.graph import OUTPUT, trace
+from pliant.surgery.graph import trace
 from pliant.surgery.plain import plain
+from pliant.surgery.probe import OUTPUT
 from pliant.surgery.prove import ignore
 
 Values = dict[str, Any]

@@ -467,7 +467,7 @@ def test_an_option_that_changes_nothing_is_named():
     assert idle(late()) == {"share_counts", "deaf_counts"}
     assert idle(late(), variants=("late(on=True)",)) == {"deaf_counts"}
     with pytest.raises(AssertionError, match="deaf changes nothing"):
-        check_method("late", fails={"defaults_construct": "derives from Good"})
+        check_method("late", fails={"defaults_construct": "derives from Good"}, witnesses={})
 
 
 def test_a_test_may_be_the_witness_of_an_option():

@@ -31,7 +31,8 @@ def call(model: nn.Module, example: Example) -> Any:
     They are copied, since a model may write into what it reads. How the model takes them is asked
     of its `forward`: see `fitted`.
     """
-    device = device_of(model)
+    held = next(chain(model.parameters(), model.buffers()), None)
+    device = None if held is None else held.device  # without tensors it reads any
 
     def move(tensor: Tensor) -> Tensor:
         return tensor.to(device, copy=True)

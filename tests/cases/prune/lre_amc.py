@@ -251,7 +251,7 @@ def accuracy_stays_within_the_tolerance() -> None:
 
 
 def inputs_are_needed() -> None:
-    with pytest.raises(DataError, match="predicts activations from each other"):
+    with pytest.raises(DataError, match="predicts activations of training inputs from each other"):
         run_of(pair(1.0, 2.0), LREAMC())
 
 
