@@ -1,8 +1,6 @@
 """Two processes on one CPU train one network: same weights on both, as one process would."""
 
 import copy
-import os
-import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -11,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from pliant.budget import Budget
@@ -30,6 +27,7 @@ from pliant.methods.train.progressive_stepwise import ProgressiveStepwise
 from pliant.registry import build, entries
 from pliant.run import Run, start
 from pliant.testing.toys import TOYS
+from tests.ranks import both, join, leave
 
 # 22 samples: the last batch is smaller, and both processes get equally many.
 PLAN = Train(epochs=2, finetune=1, batch=4, lr=0.05, device="cpu", devices=2, checkpoint_every=1)
@@ -168,10 +166,7 @@ def die_at(step: int) -> Any:
 
 def worker(rank: int, port: int, folder: str) -> None:
     """Train with and without BatchNorm, by a plan from data, then once more across a crash."""
-    world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": 0}
-    os.environ |= {name: str(value) for name, value in (world | address).items()}
-    torch.set_num_threads(1)
+    join(rank, port)
     found = {}
     for norm, count in ((True, 22), (False, 24)):
         run = train(PLAN, count, norm=norm)
@@ -188,18 +183,12 @@ def worker(rank: int, port: int, folder: str) -> None:
     except Killed:
         run = train(PLAN, 22, norm=True, folder=Path(folder) / "run", resume=True)
         found["resumed"] = {"model": run.model.state_dict(), "loss": run.log[-1]["loss"]}
-    torch.save(found, Path(folder) / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave(rank, folder, found)
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(worker, (port, str(folder)), nprocs=2, start_method="spawn")
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return both(worker, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.slow  # two processes, each of which imports torch

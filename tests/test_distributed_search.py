@@ -1,14 +1,10 @@
 """Two processes on one CPU search, grow and distil: both choose alike and end with one network."""
 
 import json
-import os
-import socket
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 from pliant.data import Train
 from pliant.drivers.loop import fit
@@ -16,6 +12,7 @@ from pliant.edits import to_json
 from pliant.registry import build
 from pliant.run import start
 from pliant.testing.toys import SPECIAL, TOYS
+from tests.ranks import both, join, leave
 
 PLAN = Train(epochs=2, batch=4, lr=0.05, device="cpu", devices=2, schedule="constant")
 WORK = {
@@ -35,10 +32,7 @@ WORK = {
 
 def worker(rank: int, port: int, folder: str) -> None:
     """Train with every method, and keep what came out of it, or what went wrong."""
-    world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": 0}
-    os.environ |= {name: str(value) for name, value in (world | address).items()}
-    torch.set_num_threads(1)
+    join(rank, port)
     found: dict[str, Any] = {}
     for spec, name in WORK.items():
         toy = (SPECIAL | TOYS)[name]
@@ -53,18 +47,12 @@ def worker(rank: int, port: int, folder: str) -> None:
         fit(run, data, PLAN, watch=look)
         made = {"model": model.state_dict(), "edits": json.dumps(to_json(run.edits))}
         found[spec] = made | {"steps": sums}
-    torch.save(found, Path(folder) / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
+    leave(rank, folder, found)
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    folder = tmp_path_factory.mktemp("ranks")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.start_processes(worker, (port, str(folder)), nprocs=2, start_method="spawn")
-    return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in (0, 1)]
+    return both(worker, tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.slow  # two processes, each of which imports torch

@@ -3,6 +3,7 @@
 import importlib
 import re
 import unicodedata
+from collections.abc import Mapping
 from types import ModuleType
 
 _LONG, _WHOLE = 400, 4000  # characters of a word, of a message
@@ -109,3 +110,8 @@ def require(module: str, extra: str) -> ModuleType:
         raise MissingExtraError(
             f'{module} is needed here and is not installed: pip install "pliant[{extra}]".'
         ) from error
+
+
+def first_few(reasons: Mapping[str, str]) -> str:
+    """Write the first three of the reasons why layers are left alone, for a sentence."""
+    return "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])

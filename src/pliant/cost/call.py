@@ -178,8 +178,10 @@ def _binds(takes: inspect.Signature, *args: Any, **kwargs: Any) -> bool:
 def _signature(model: nn.Module) -> inspect.Signature | None:
     """Return what `forward` takes, looked up inside of wrappers; None where it cannot be told."""
     forward = getattr(model, "forward", None)
+    if not callable(forward):
+        return None
     try:
-        takes = inspect.signature(forward)  # type: ignore[arg-type]
+        takes = inspect.signature(forward)
     except (TypeError, ValueError):
         return None
     kinds = {parameter.kind for parameter in takes.parameters.values()}

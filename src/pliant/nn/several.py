@@ -166,7 +166,7 @@ class Fused(Several):
         """Compute as the layer does from which this one was made."""
         vars(self)["ready"] = {n: self.weight_of(n, p) for n, p in self.packings.items()}
         try:
-            return super().forward(*args, **kwargs)  # type: ignore[misc]
+            return super().forward(*args, **kwargs)  # type: ignore[misc]  # of the layer it is mixed with
         finally:
             del vars(self)["ready"]
 

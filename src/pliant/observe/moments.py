@@ -243,9 +243,11 @@ def _kept(sums: Sums, rows: Tensor) -> tuple[tuple[Tensor, ...], tuple[int, int]
 def _read(sums: Sums, positions: int) -> Reads:
     """Return sums as what they are second moments of; those of a transposed kernel's channels."""
     rows = torch.cat([each * sums.pace[1] ** 0.5 for each in sums.kept]) if sums.kept else None
-    if positions:
-        return Alike(self_product(rows.T) if sums.gram is None else sums.gram, positions)  # type: ignore[union-attr]
-    return Gram(sums.gram) if rows is None else Rows(rows)  # type: ignore[arg-type]
+    if rows is not None and not positions:
+        return Rows(rows)
+    gram = sums.gram if rows is None else self_product(rows.T)
+    assert gram is not None  # sums hold samples or their moments
+    return Alike(gram, positions) if positions else Gram(gram)
 
 
 def thinned(module: nn.Module, output: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from pliant.data.sources import moved
 from pliant.data.splits import Split
 from pliant.edits import Edit, Prune, Widen, replay
 from pliant.edits.widen import NEW
-from pliant.errors import EditError, ModelError
+from pliant.errors import EditError, ModelError, first_few
 from pliant.run import Run
 from pliant.surgery.batchnorm import absorb, recalibrate
 from pliant.surgery.graph import Group, Slot
@@ -40,7 +40,7 @@ def narrow(run: Run, share: float) -> None:
     for layer, reason in reasons.items():
         run.keep(layer, reason)
     if not groups:
-        why = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
+        why = first_few(reasons)
         raise ModelError(
             "The model has no layer that could be narrower: it needs two layers in a row "
             f"({why or 'it has no layers with channels'})."

@@ -41,7 +41,7 @@ def choose(run: Run, choice: Choice, samples: int) -> None:
         choice: see `best`.
         samples: see `best`.
     """
-    edits: list[Widen] = from_json(run.state["edits"])  # type: ignore[assignment]
+    edits = [edit for edit in from_json(run.state["edits"]) if isinstance(edit, Widen)]
     found = growth.candidates(run, edits)
     chosen, loss = best(run, found, choice, samples)
     cuts, before = found[chosen], run.edits[: len(run.edits) - len(edits)]

@@ -10,7 +10,7 @@ from typing import Literal
 
 from pliant.budget import Option
 from pliant.edits import Factor
-from pliant.errors import ModelError
+from pliant.errors import ModelError, first_few
 from pliant.families.lowrank.options import forms_of, options, spared, with_kernels
 from pliant.families.lowrank.refit import reconstruct as refit
 from pliant.math.forms import FORMS, max_ranks
@@ -53,7 +53,7 @@ def subjects(
     for name, reason in reasons.items():
         run.keep(name, reason)
     if not layers:
-        why = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
+        why = first_few(reasons)
         raise ModelError(
             "The model has no layer to factorize: it needs a convolution with groups=1, a Linear "
             f"or an Embedding{f' ({why})' if why else ''}."

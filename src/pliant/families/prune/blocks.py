@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pliant.cost import Example, cost
 from pliant.edits import Remove, replay
-from pliant.errors import BudgetError, DataError, ModelError
+from pliant.errors import BudgetError, DataError, ModelError, first_few
 from pliant.families.prune.allocate import fewest
 from pliant.latency.clock import AIM
 from pliant.math.information import (
@@ -66,7 +66,7 @@ def units(
         )
     ]
     if needed and not good:
-        why = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
+        why = first_few(reasons)
         raise ModelError(
             "The model has no block that can be removed: it needs residual blocks with an identity "
             f"as shortcut, or layers that keep shapes ({why or 'it has no layers'})."

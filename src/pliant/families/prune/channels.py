@@ -11,7 +11,7 @@ from torch import nn
 
 from pliant.cost import Example
 from pliant.edits import Prune
-from pliant.errors import ModelError
+from pliant.errors import ModelError, first_few
 from pliant.run import ROUTED, Run
 from pliant.surgery.batchnorm import absorb, recalibrate
 from pliant.surgery.graph import Group
@@ -47,7 +47,7 @@ def removable(run: Run, only: Sequence[str] = (), exclude: Sequence[str] = ()) -
         if layer not in touched:
             run.keep(layer, reason)
     if not good:
-        why = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
+        why = first_few(reasons)
         raise ModelError(
             "The model has no channels that can be removed: it needs two layers in a row, of "
             f"which the first may be narrower ({why or 'it has no layers with channels'})."

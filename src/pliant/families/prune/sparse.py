@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pliant.codecs.address_map import masked_size
 from pliant.codecs.tensors import matrix
 from pliant.edits.encode import encoding
-from pliant.errors import BudgetError, ModelError, TrainingError
+from pliant.errors import BudgetError, ModelError, TrainingError, first_few
 from pliant.families.prune.columns import columns
 from pliant.families.prune.scores import Groups
 from pliant.nn.layers import Factorizable
@@ -41,7 +41,7 @@ def subjects(run: Run, only: Sequence[str] = (), exclude: Sequence[str] = ()) ->
     for name, reason in reasons.items():
         run.keep(name, reason)
     if not layers:
-        why = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
+        why = first_few(reasons)
         raise ModelError(
             "The model has no layer whose weights may become zero: it needs a convolution or a "
             f"linear layer of its own ({why or 'it has none'})."

@@ -10,7 +10,7 @@ from pliant.budget import Option
 from pliant.edits import Edit, Pack, Quantize
 from pliant.edits.pack import flat
 from pliant.edits.quantize import MOST
-from pliant.errors import ModelError
+from pliant.errors import ModelError, first_few
 from pliant.families.quantize.layers import Layers
 from pliant.math.quantize import Grouping
 from pliant.nn import kinds
@@ -139,7 +139,7 @@ def smaller(run: Run, ways: Choices, reasons: dict[str, str]) -> dict[str, list[
     for name, reason in reasons.items():
         run.keep(name, reason)
     if not found:
-        why = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
+        why = first_few(reasons)
         raise ModelError(
             "The model has no layer to quantize: it needs a convolution, a Linear, an Embedding, "
             f"a recurrent layer or attention{f' ({why})' if why else ''}."
