@@ -70,6 +70,21 @@ class Budget:
                 )
 
     @classmethod
+    def of(cls, budget: Budget | str | None) -> Budget | None:
+        """Read a budget where it is text, and let it be where it is one or none.
+
+        Raises:
+            BudgetError: it is something else, or the text is malformed.
+        """
+        if budget is None or isinstance(budget, Budget):
+            return budget
+        if isinstance(budget, str):
+            return cls.parse(budget)
+        raise BudgetError(
+            f"A budget must be a Budget, text such as 'params=0.3', or None, not {budget!r}."
+        )
+
+    @classmethod
     def parse(cls, text: str) -> Budget:
         """Read ``"params=0.3,macs=12M"``: fractions, percentages, counts with k, M or G.
 

@@ -10,21 +10,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from pliant.budget import Budget
 from pliant.cost import device_of
 from pliant.drivers import checkpoint
 from pliant.drivers.lock import owned
-from pliant.errors import BudgetError, ModelError
+from pliant.errors import ModelError
 from pliant.method import Method
-
-
-def budget_of(budget: Budget | str | None) -> Budget | None:
-    """Read a budget."""
-    if budget is None or isinstance(budget, Budget | str):
-        return Budget.parse(budget) if isinstance(budget, str) else budget
-    raise BudgetError(
-        f"A budget must be a Budget, text such as 'params=0.3', or None, not {budget!r}."
-    )
 
 
 def place_of(model: Any) -> torch.device:
