@@ -19,6 +19,7 @@ from pliant.data.measures import Metric
 from pliant.data.sources import moved
 from pliant.data.splits import Split
 from pliant.data.task import Task, main_output
+from pliant.drivers.devices import own_randomness
 from pliant.errors import DataError, ModelError, PliantError, TrainingError
 from pliant.math.alone import forked
 from pliant.math.divergence import divergence
@@ -234,7 +235,7 @@ def fidelity(
     same: list[Tensor] = []
     with evaluating(dense), evaluating(small):
         for given in inputs:
-            wanted, found = forward(dense, given), forward(small, given)
+            wanted, found = (_drawn_alike(network, given) for network in (dense, small))
             pairs = list(zip(answers(wanted), answers(found), strict=True))
             if any(one.shape != other.shape for one, other in pairs):
                 return None  # as many answers as it likes, as detectors give them
@@ -253,6 +254,12 @@ def fidelity(
         samples=sum(map(len, cosines)),
         where=where,
     )
+
+
+def _drawn_alike(model: nn.Module, inputs: Example) -> Any:
+    """Call a model, with the same random numbers each time: some draw even in eval mode."""
+    with own_randomness(0, device_of(model)):
+        return forward(model, inputs)
 
 
 def _finite(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
