@@ -41,7 +41,7 @@ def test_a_run_takes_text_and_data_as_people_have_it() -> None:
 @pytest.mark.parametrize(
     ("method", "budget", "error", "said"),
     [
-        (type(pliant.method("energy")), None, MethodError, "takes a method or text such as"),
+        (type(pliant.method("energy")), None, MethodError, "must be a method, or text such as"),
         (7, None, MethodError, "not 7"),
         ("enrgy", None, MethodError, "energy"),
         ("energy(p=-1)", None, MethodError, "p"),

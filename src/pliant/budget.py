@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pliant.cost import Cost, LayerCost
-from pliant.errors import BudgetError
+from pliant.errors import BudgetError, must_be
 
 Limits = Mapping[str, float]
 """Absolute upper bounds by axis, for example ``{"params": 60_000}``."""
@@ -76,13 +76,7 @@ class Budget:
         Raises:
             BudgetError: it is something else, or the text is malformed.
         """
-        if budget is None or isinstance(budget, Budget):
-            return budget
-        if isinstance(budget, str):
-            return cls.parse(budget)
-        raise BudgetError(
-            f"A budget must be a Budget, text such as 'params=0.3', or None, not {budget!r}."
-        )
+        return budget if budget is None or isinstance(budget, Budget) else cls.parse(budget)
 
     @classmethod
     def parse(cls, text: str) -> Budget:
@@ -94,6 +88,8 @@ class Budget:
         Raises:
             BudgetError: an axis is unknown or a value is not a number.
         """
+        words = "a Budget, text such as 'params=0.3', or None"
+        must_be(str, "A budget", text, BudgetError, words)
         axes = {*AXES, "drop"}
         values: dict[str, Any] = {}
         for item in filter(None, (part.strip() for part in text.split(","))):

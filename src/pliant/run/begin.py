@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from pliant.data.guess import task_loss
 from pliant.data.ready import Metrics, task_of
 from pliant.data.task import Task
 from pliant.edits import Edit
-from pliant.errors import MethodError, ModelError
+from pliant.errors import MethodError, ModelError, must_be
 from pliant.latency import Where
 from pliant.latency.clock import Clock
 from pliant.observe.finite import check_example, check_weights, in_words
@@ -83,6 +84,8 @@ def start(
         DataError: the example has no row, or is not finite.
     """
     method, budget = _method(method), Budget.of(budget)
+    for what, number in (("steps", steps), ("epochs", epochs), ("batch", batch), ("seed", seed)):
+        must_be(Real, what, number, MethodError, "a number")
     known = task_of(task, loss, metrics)
     if known is not None and known.loss is not None and method.uses("weigh") and not known.weighs:
         raise MethodError(
@@ -145,9 +148,6 @@ def start(
 
 def _method(method: Any) -> Hooks[Run]:
     method = build(method) if isinstance(method, str) else method
-    if isinstance(method, type) or not isinstance(method, Hooks):
-        raise MethodError(
-            f'start(...) takes a method or text such as "nrmf(p=0.9)", not {method!r}.'
-        )
+    must_be(Hooks, "method", method, MethodError, 'a method, or text such as "nrmf(p=0.9)"')
     check_options(method)
     return method
