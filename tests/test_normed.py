@@ -66,7 +66,7 @@ def test_every_family_takes_them(method: str, norm: Norm, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
 def test_the_plain_layers_compute_the_same_and_train(norm: Norm) -> None:
-    net = vocoder(norm).eval()
+    net: Any = vocoder(norm).eval()
     assert [edit.layer for edit in plain(net, (INPUTS,))] == ["0", "2", "4", "6"]
     wanted = net(INPUTS)
     replay(net, plain(net, (INPUTS,)))
@@ -80,7 +80,8 @@ def test_the_plain_layers_compute_the_same_and_train(norm: Norm) -> None:
 
 
 def test_a_hook_of_ones_own_goes_on_being_called() -> None:
-    net, seen = vocoder(old).eval(), []
+    net: Any = vocoder(old).eval()
+    seen: list[int] = []
     handle = net[0].register_forward_pre_hook(lambda *_: seen.append(1))
     replay(net, [Plain("0")])
     net(INPUTS)
