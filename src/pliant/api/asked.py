@@ -1,6 +1,5 @@
 """What a call of `compress` was given: refused where it cannot be, copied and kept apart."""
 
-import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from pliant.budget import Budget
-from pliant.cost import device_of
+from pliant.cost import check_held, check_open, device_of, twin
 from pliant.drivers import checkpoint
 from pliant.drivers.lock import owned
 from pliant.errors import BudgetError, ModelError
@@ -34,6 +33,8 @@ def place_of(model: Any) -> torch.device:
             f"The model must be a torch.nn.Module, not {type(model).__name__}; "
             "pliant.zoo.build makes one from a name."
         )
+    check_open(model)
+    check_held(model)
     return device_of(model)
 
 
@@ -45,7 +46,7 @@ def patterns(method: Method) -> tuple[tuple[str, ...], tuple[str, ...]]:
 def copied(model: nn.Module) -> nn.Module:
     """Copy a network, or say why it cannot be."""
     try:
-        return copy.deepcopy(model)
+        return twin(model)
     except Exception as error:  # a model's own attributes may refuse in any way
         raise ModelError(
             f"{type(model).__name__} must be copied before it is compressed, and cannot "

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from pliant.cost import Example, call, counted, device_of, evaluating, lacking
+from pliant.cost import Example, call, counted, device_of, evaluating
 from pliant.data import Data, unpack
 from pliant.data.guess import guess, squashed
 from pliant.data.measures import Metric
 from pliant.data.sources import moved
 from pliant.data.splits import Split
 from pliant.data.task import Task, main_output
-from pliant.errors import DataError, ModelError, PliantError, TrainingError
+from pliant.errors import DataError, PliantError, TrainingError
 from pliant.math.alone import forked
 from pliant.math.divergence import divergence
 from pliant.observe.outputs import answers
@@ -103,7 +103,7 @@ def evaluate(
         for sample in data.batches(split, batch):
             sample = moved(sample, device)
             task = task or guessed(model, sample)
-            output = forward(model, task.inputs(sample))
+            output = call(model, task.inputs(sample))
             size = counted(unpack(sample)[0])
             if task.loss is not None:
                 losses += float(task.total(output, sample)) * size
@@ -130,7 +130,7 @@ def evaluate(
 def guessed(model: nn.Module, batch: Any) -> Task:
     """Tell the task from a batch: see `pliant.data.guess.guess`."""
     inputs = unpack(batch)[0]
-    return squashed(guess(forward(model, inputs), batch, model), model, inputs)
+    return squashed(guess(call(model, inputs), batch, model), model, inputs)
 
 
 @contextmanager
@@ -160,31 +160,6 @@ def scored(run: Run, data: Data, *, batch: int = 256) -> dict[str, float]:
 
 def _classes(task: Task, output: Any) -> int:
     return 0 if task.scores is None else task.scores(output).shape[-1]
-
-
-def forward(model: nn.Module, inputs: Any) -> Any:
-    """Call a model, and name the inputs' shape if it fails.
-
-    Raises:
-        ModelError: the model fails.
-    """
-    try:
-        return call(model, inputs)
-    except Exception as error:
-        raise ModelError(
-            f"The model must take inputs of shape {shapes(inputs)}, but its forward fails with "
-            f"{type(error).__name__}: {error}; {lacking(error)}check that model and data fit."
-        ) from error
-
-
-def shapes(inputs: Any) -> str:
-    """Write down the shapes of a forward call's inputs."""
-    named = isinstance(inputs, Mapping)
-    values = inputs.items() if named else (("", value) for value in inputs)
-    return ", ".join(
-        (f"{name}=" if named else "") + str(tuple(v.shape) if isinstance(v, Tensor) else type(v))
-        for name, v in values
-    )
 
 
 def distillation(output: Any, teacher: Any, temperature: float, task: Task | None = None) -> Tensor:
@@ -234,7 +209,7 @@ def fidelity(
     same: list[Tensor] = []
     with evaluating(dense), evaluating(small):
         for given in inputs:
-            wanted, found = forward(dense, given), forward(small, given)
+            wanted, found = call(dense, given), call(small, given)
             pairs = list(zip(answers(wanted), answers(found), strict=True))
             if any(one.shape != other.shape for one, other in pairs):
                 return None  # as many answers as it likes, as detectors give them
