@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from pliant.edits import Factor, replay
+from pliant.errors import ModelError
 from pliant.families.lowrank.refit import reconstruct
 from pliant.observe.watch import Stepped
 
