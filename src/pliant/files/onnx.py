@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import logging
 import os
@@ -24,7 +23,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pliant.codecs.container import check_replaceable, path_of
-from pliant.cost import Example, bare, call
+from pliant.cost import Example, bare, call, twin
 from pliant.errors import ArtifactError, ModelError, OutputError, must_be, require
 from pliant.files.qdq import deployable, narrowed
 from pliant.nn.coded import decoded
@@ -91,7 +90,7 @@ def to_onnx(
     model = bare(model)
     network, batch = _prepared(model, example)
     args, kwargs = ((), dict(batch)) if isinstance(batch, Mapping) else (batch, None)
-    traced = copy.deepcopy(network)
+    traced = twin(network)
     needs = deployable(traced)
     if needs.apart:
         tolerance = max(tolerance, needs.apart * _largest(_outputs(network, batch)))
@@ -170,7 +169,7 @@ def _prepared(model: nn.Module, example: Example) -> tuple[nn.Module, Any]:
     """Copy the network and make a batch of two that it runs on: ones are often special."""
     name, batch = type(model).__name__, _resized(example, 2)
     try:
-        network = copy.deepcopy(decoded(model)).cpu().eval()
+        network = twin(decoded(model)).cpu().eval()
     except Exception as error:  # a model's own attributes may refuse to be copied in any way
         raise ModelError(
             f"{name} must be copied before it is exported, and cannot ({_first_line(error)}): "
