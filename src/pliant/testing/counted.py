@@ -91,15 +91,28 @@ def differs(method: Any, other: Any, at: Toy | Problem, budget: Budget | None) -
 def pairs(
     methods: Sequence[Any], option: str, shown: Sequence[Toy | Problem], budget: Budget | None
 ) -> Iterator[tuple[Any, Any, Toy | Problem, Budget | None]]:
-    """Yield a method, the same with another value of an option, what to show both, and a budget."""
-    for method in methods:
-        options = plain(method)["options"]
-        for place, at in enumerate(shown):
-            names = _names(at.model()) if isinstance(at, Toy) else []
-            values = list(islice(others(method, option, names), 2 if place else TRIES))
-            for limit in dict.fromkeys([budget] if place else [budget, None]):
-                for value in values:
-                    yield method, type(method)(**_tuples({**options, option: value})), at, limit
+    """Yield a method, the same with another value of an option, what to show both, and a budget.
+
+    All first values come before all second ones: an option counts most often with any value of
+    it, but in one of the variants only, or on one of the networks.
+    """
+    rows = [
+        (method, at, limit, list(islice(_methods(method, option, at), 2 if place else TRIES)))
+        for method in methods
+        for place, at in enumerate(shown)
+        for limit in dict.fromkeys([budget] if place else [budget, None])
+    ]
+    for number in range(TRIES):
+        for method, at, limit, found in rows:
+            if number < len(found):
+                yield method, found[number], at, limit
+
+
+def _methods(method: Any, option: str, at: Toy | Problem) -> Iterator[Any]:
+    """Yield a method with other values of one option."""
+    options = plain(method)["options"]
+    for value in others(method, option, _names(at.model()) if isinstance(at, Toy) else []):
+        yield type(method)(**_tuples({**options, option: value}))
 
 
 def _names(model: nn.Module) -> list[str]:
