@@ -131,6 +131,9 @@ def fitted(model: nn.Module, example: Example) -> Example:
         model: whose signature is asked; one that takes anything gets the example as it is.
         example: a tuple, or a mapping.
     """
+    values = () if isinstance(example, Mapping) else tuple(example)
+    if len(values) > 1 or (values and isinstance(values[0], Tensor | PackedSequence)):
+        return values  # at once: to ask for a signature takes as long as a small layer
     takes = _signature(model)
     if takes is None:
         return example
@@ -138,8 +141,7 @@ def fitted(model: nn.Module, example: Example) -> Example:
         known = _known(takes, example)
         alone = not known and example and _binds(takes, example)
         return (example,) if alone else known
-    values = tuple(example)
-    if len(values) != 1 or isinstance(values[0], Tensor | PackedSequence):
+    if not values:
         return values
     (inner,) = values
     if isinstance(inner, Mapping):

@@ -93,19 +93,21 @@ def pairs(
 ) -> Iterator[tuple[Any, Any, Toy | Problem, Budget | None]]:
     """Yield a method, the same with another value of an option, what to show both, and a budget.
 
-    All first values come before all second ones: an option counts most often with any value of
-    it, but in one of the variants only, or on one of the networks.
+    What shows it most often comes first: an option that counts does so with nearly any value, but
+    some do in a variant only, or without a budget, and a few on another network than the first.
     """
-    rows = [
-        (method, at, limit, list(islice(_methods(method, option, at), 2 if place else TRIES)))
-        for method in methods
-        for place, at in enumerate(shown)
-        for limit in dict.fromkeys([budget] if place else [budget, None])
-    ]
-    for number in range(TRIES):
-        for method, at, limit, found in rows:
-            if number < len(found):
-                yield method, found[number], at, limit
+    for places in (shown[:1], shown[1:]):
+        first = places == shown[:1]
+        rows = [
+            (method, at, limit, list(islice(_methods(method, option, at), TRIES if first else 2)))
+            for at in places
+            for method in methods
+            for limit in dict.fromkeys([budget, None] if first else [budget])
+        ]
+        for number in range(TRIES):
+            for method, at, limit, found in rows:
+                if number < len(found):
+                    yield method, found[number], at, limit
 
 
 def _methods(method: Any, option: str, at: Toy | Problem) -> Iterator[Any]:
@@ -200,9 +202,9 @@ def _near(now: Any) -> Iterator[Any]:
         yield from zip(*rows, strict=False)
         yield from (now[:-1], now[::-1]) if now else ()
         return
-    numbers = (2 * now, 1, now // 2, 4, now + 1, now - 1, 0)
+    numbers = (1, 4, 2 * now, now // 2, now + 1, now - 1, 0)  # what differs most comes first
     if isinstance(now, float):
-        numbers = (2 * now, now / 2, 0.25, 10 * now, 0.75, 0.0, 1.0)
+        numbers = (0.25, 10 * now, 0.75, 2 * now, now / 2, 0.0, 1.0)
     yield from map(type(now), numbers)
 
 

@@ -23,6 +23,7 @@ from pliant.run import Run, start
 from pliant.testing.toys import Toy
 
 BATCH, EPOCHS = 8, 2
+MOST = 4  # batches of an epoch by hand
 KEPT = 128  # compressions and walks, each some hundred kilobytes
 PLAN = Train(epochs=EPOCHS, batch=BATCH, lr=0.01, device="cpu")
 
@@ -62,9 +63,11 @@ def once(make: Callable[..., T]) -> Callable[..., T]:
 
     def shared(method: Any, at: Any, *more: Any, **how: Any) -> T:
         key = type(method), at, repr((method, more, how))
-        if key not in made:
-            while len(made) >= KEPT:
-                made.pop(next(iter(made)))  # the oldest: checks of one method follow one another
+        if key in made:
+            made[key] = made.pop(key)  # asked for last
+        else:
+            while len(made) >= KEPT:  # checks of one method are neighbours: the others go
+                made.pop(next(iter(made)))
             try:
                 made[key] = make(method, at, *more, **how)
             except Exception as error:  # every check that needs it shall say the same
@@ -129,7 +132,7 @@ def begin(method: Method, toy: Toy, budget: Budget | None) -> Walk:
             example=toy.inputs(1),
             optimizer=optimizer,
             epochs=EPOCHS,
-            batch=BATCH,
+            batch=max(BATCH, toy.samples // MOST),  # where many samples are asked for
         )
     return Walk(run, optimizer, strange)
 
@@ -190,7 +193,7 @@ def _saved(now: Walk) -> bytes:
 def _step(now: Walk, batch: Any, step: int) -> None:
     run = now.run
     run.model.train()
-    torch.manual_seed(step)  # dropout is the same in a resumed training
+    torch.default_generator.manual_seed(step)  # dropout is the same in a resumed training
     now.optimizer.zero_grad()
     inputs, labels = unpack(batch)
     output = forward(run.model, inputs)
