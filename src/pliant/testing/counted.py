@@ -21,7 +21,7 @@ from pliant.registry.options import fits, hints, ranges, settable
 from pliant.testing.case import usual_budget
 from pliant.testing.solved import Problem, problems, shared_solved, verb_of
 from pliant.testing.toys import Toy
-from pliant.testing.trial import shared_walk
+from pliant.testing.trial import shared_walk, unless_passed
 
 SHOWN = 3  # networks at most
 TRIES = 5  # values of one option on the first network, and two on others
@@ -55,9 +55,9 @@ def checks(
     kept = [one for one in shown if one.name not in (refuses or {})][:SHOWN]
     methods = [method, *map(build, variants)]
     for field in settable(type(method)):
-        own = (witnesses or {}).get(field.name)
-        check = own or partial(counts, methods, field.name, kept, budget)
-        yield f"{field.name}_counts", check
+        own = (witnesses or {}).get(field.name)  # of several options perhaps
+        here = partial(counts, methods, field.name, kept, budget)
+        yield f"{field.name}_counts", partial(unless_passed, own) if own else here
 
 
 def counts(

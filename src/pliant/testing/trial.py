@@ -81,6 +81,17 @@ def once(make: Callable[..., T]) -> Callable[..., T]:
     return shared
 
 
+PASSED: set[Any] = set()
+
+
+def unless_passed(check: Callable[[], None], *of: Any) -> None:
+    """Make a check, unless it has passed in this process: on the same things it would again."""
+    key = of or check
+    if key not in PASSED:
+        check()
+        PASSED.add(key)
+
+
 shared_trial = once(trial)
 """Like `trial`, but equal ones are one."""
 
