@@ -90,6 +90,7 @@ def _tried(case: Case) -> Iterator[dict[str, Any]]:
                 noticed = not counted.differs(*pair)
         elif passes:
             with ignored(kind, option):
+                _forget()
                 noticed = _fails(check)
         if not noticed:
             by = "examples"
@@ -107,6 +108,7 @@ def _tried(case: Case) -> Iterator[dict[str, Any]]:
 def _forget() -> None:
     for shared in (trial.shared_walk, trial.shared_trial, solved.shared_solved):
         shared.forget()
+    trial.PASSED.clear()
 
 
 def _fails(test: Callable[[], None]) -> bool:

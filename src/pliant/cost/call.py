@@ -173,6 +173,9 @@ def fitted(model: nn.Module, example: Example) -> Example:
         model: whose signature is asked; one that takes anything gets the example as it is.
         example: a tuple, or a mapping.
     """
+    values = tuple(example) if isinstance(example, tuple | list) else ()
+    if len(values) > 1 or (values and isinstance(values[0], Tensor | PackedSequence)):
+        return values  # at once: to ask for a signature takes as long as a small layer
     takes = _signature(model)
     if takes is None:
         return example
@@ -182,8 +185,7 @@ def fitted(model: nn.Module, example: Example) -> Example:
         return (example,) if alone else known
     words = "a tuple of inputs, or a mapping by name"
     must_be((tuple, list), "An example", example, ModelError, words)
-    values = tuple(example)
-    if len(values) != 1 or isinstance(values[0], Tensor | PackedSequence):
+    if not values:
         return values
     (inner,) = values
     if isinstance(inner, Mapping):

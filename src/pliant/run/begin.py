@@ -24,6 +24,7 @@ from pliant.observe.finite import check_example, check_weights, in_words
 from pliant.plan.planner import Planner
 from pliant.registry import build, check_options
 from pliant.run.hooks import Hooks
+from pliant.run.journal import Journal
 from pliant.run.progress import Run
 from pliant.surgery.followers import Followers
 from pliant.surgery.optim import Optimizers, check_holds
@@ -129,12 +130,11 @@ def start(
         steps=steps or (plan.steps if plan else 0),
         seed=seed,
         generator=torch.Generator().manual_seed(seed),
-        edits=edits,
+        journal=Journal(edits, origin=digest_of(*model.state_dict().values())),
         criterion=criterion or task_loss,
         task=known,
         epochs=plan,
         followers=Followers(copies=tuple(copies)),
-        origin=digest_of(*model.state_dict().values()),
     )
     run.limits()  # a malformed budget is refused now
     run.optimizer = optimizer

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.optim import SGD
 from torch.utils.flop_counter import FlopCounterMode
 
-from pliant import zoo
 from pliant.budget import Budget
 from pliant.cost import layer_costs
 from pliant.edits import replay
@@ -23,6 +22,7 @@ from pliant.run import Run, start
 from pliant.surgery.prove import cuttable, edits_of
 from pliant.testing import Case
 from pliant.testing.toys import TOYS
+from pliant.zoo.resnet_cifar import CifarResNet
 from tests.cases.prune import REFUSES
 
 TOY = TOYS["residual"]
@@ -80,7 +80,7 @@ def kill(model: nn.Module, resource_: Resource, seed: int = 0) -> dict[str, list
 def networks() -> list[tuple[nn.Module, Tensor]]:
     torch.manual_seed(0)
     return [
-        (zoo.build("resnet20"), torch.randn(2, 3, 32, 32)),
+        (CifarResNet(8), torch.randn(2, 3, 16, 16)),
         (Inverted(), torch.randn(2, 3, 8, 8)),
         (TOYS["grouped"].model(), torch.randn(2, 3, 6, 6)),
     ]
@@ -149,9 +149,9 @@ def tied_channels_live_as_long_as_one_of_them_does() -> None:
     (group,) = (g for g in cuttable(model, TOY.inputs(1))[0] if g.name == "branch.3")
     gate = resource.strengths(model, [group])["branch.3"]
     assert len(gate) == 12 and torch.equal(gate, model.get_parameter("branch.4.weight").abs())
-    whole = zoo.build("resnet20")
+    whole = CifarResNet(8)
     norms = [whole.get_parameter(f"{n}.weight").detach() for n in ("bn1", "layer1.0.bn2")]
-    found = cuttable(whole, (torch.zeros(1, 3, 32, 32),))[0]
+    found = cuttable(whole, (torch.zeros(1, 3, 16, 16),))[0]
     for module in whole.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.zeros_(module.weight)
