@@ -12,7 +12,7 @@ from scipy.stats import spearmanr
 from torch import nn
 
 from bench import tasks
-from bench.claim import judged
+from bench.claim import claim, judged
 from bench.compress import Looker, Observed, Values, scored
 from bench.data import mnist, pooled_cifar10, pooled_digits, some
 from bench.experiments import Cell, Cells, Table, by_seed, paired, pick, values
@@ -227,8 +227,11 @@ def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
             found = [own[seed] / other[seed] for seed in own if seed in other]
         else:
             found = paired(own, _of(cells, study, name, asked["other"], asked), scale)
-        text = f"{asked['about']}: {asked['text']}"
-        rows.append(judged(text, found, asked["how"], asked["target"], unit))
+        text, how = f"{asked['about']}: {asked['text']}", (asked["how"], asked["target"], unit)
+        if asked.get("once"):
+            rows.append(claim(text, found[0] if found else None, *how))
+        else:
+            rows.append(judged(text, found, *how))
     return rows
 
 
