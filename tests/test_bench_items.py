@@ -67,7 +67,7 @@ def test_a_threshold_keeps_as_many_weights_as_l11() -> None:
         how = method if not isinstance(method, str) else controls.method(method)
         run = start(model, how, data=data, steps=4)
         run.finish()
-        kept.append(int((model[3].weight != 0).sum()))  # type: ignore[union-attr, operator, arg-type]
+        kept.append(int((model[3].weight != 0).sum()))  # type: ignore[union-attr, operator]
     assert 300 > kept[0] > kept[1] > 0
 
 
