@@ -380,11 +380,10 @@ def tables(settings: Settings, cells: Cells) -> list[Table]:
     """Give a table for each study."""
     found = []
     for study, plan in settings["studies"].items():
-        columns = plan["words"]
-        rows = [
-            [name, *(_said(cells, study, name, key) for key in columns)] for name in plan["rivals"]
-        ]
-        found.append(Table(plan["title"], ["", *columns.values()], rows))
+        words, rows = plan["words"], []
+        for name in plan["rivals"]:
+            rows.append([name, *(_said(cells, study, name, key) for key in words)])
+        found.append(Table(plan["title"], ["", *words.values()], rows))
     return found
 
 
