@@ -1,5 +1,6 @@
 """Every task is told where there is no doubt, refused in a sentence where there is, and judged."""
 
+import copy
 import importlib
 import math
 import re
@@ -532,6 +533,24 @@ def test_a_regression_that_explains_nothing_has_nothing_to_lose() -> None:
 
 
 # ---------------------------------------------------------------- fidelity
+
+
+def test_networks_that_draw_in_eval_mode_are_compared_with_the_same_draws() -> None:
+    """As masked autoencoders and samplers do: two copies agree, and the caller's state stays."""
+
+    class Shuffles(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.linear(inputs)[:, torch.rand(8).argsort()]
+
+    net, inputs = Shuffles(), torch.randn(4, 8)
+    before = torch.get_rng_state()
+    found = fidelity(net, copy.deepcopy(net), [(inputs,)], "val")
+    assert found is not None and found.error == 0
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_fidelity_by_hand() -> None:

@@ -5,6 +5,7 @@ import re
 import unicodedata
 from collections.abc import Mapping
 from types import ModuleType
+from typing import Any
 
 _LONG, _WHOLE = 400, 4000  # characters of a word, of a message
 _HIDDEN = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}  # what steers a terminal or cannot be seen
@@ -110,6 +111,25 @@ def require(module: str, extra: str) -> ModuleType:
         raise MissingExtraError(
             f'{module} is needed here and is not installed: pip install "pliant[{extra}]".'
         ) from error
+
+
+def must_be(kinds: Any, what: str, value: Any, error: type[PliantError], words: str) -> None:
+    """Refuse an argument of another type.
+
+    Args:
+        kinds: what it may be an instance of; a class is none.
+        what: the argument, for the message.
+        value: what came.
+        error: to raise.
+        words: what it must be, for the message.
+
+    Raises:
+        PliantError: it is something else.
+    """
+    if isinstance(value, type) or not isinstance(value, kinds):
+        kind = value if isinstance(value, type) else type(value)
+        short = value is None or isinstance(value, int | float | str | bytes)
+        raise error(f"{what} must be {words}, not {repr(value) if short else kind.__name__}.")
 
 
 def first_few(reasons: Mapping[str, str]) -> str:

@@ -387,7 +387,7 @@ def _modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _refuse_lazy(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
+    for name, parameter in bare(model).named_parameters():
         if isinstance(parameter, nn.parameter.UninitializedParameter):
             raise ModelError(
                 f"Parameters must have a shape, but {name!r} is still lazy; "

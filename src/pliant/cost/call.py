@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from pliant.errors import ModelError, must_be
+
+A_MODEL = "a torch.nn.Module (pliant.zoo.build makes one from a name)"
 _WRAPPED = {
     "OptimizedModule": "_orig_mod",
     "DataParallel": "module",
@@ -42,7 +45,12 @@ def call(model: nn.Module, example: Example) -> Any:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Say where a model's tensors are; on the CPU if it has none."""
+    """Say where a model's tensors are; on the CPU if it has none.
+
+    Raises:
+        ModelError: it is no network.
+    """
+    must_be(nn.Module, "The model", model, ModelError, A_MODEL)
     held = chain(model.parameters(), model.buffers())
     return next((tensor.device for tensor in held), torch.device("cpu"))
 
@@ -138,6 +146,8 @@ def fitted(model: nn.Module, example: Example) -> Example:
         known = _known(takes, example)
         alone = not known and example and _binds(takes, example)
         return (example,) if alone else known
+    words = "a tuple of inputs, or a mapping by name"
+    must_be((tuple, list), "An example", example, ModelError, words)
     values = tuple(example)
     if len(values) != 1 or isinstance(values[0], Tensor | PackedSequence):
         return values
@@ -238,7 +248,12 @@ def _moved_copy(thing: Any, device: Any) -> Any:
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """Return the network itself, out of what torch.compile or data parallelism put around it."""
+    """Return the network itself, out of what torch.compile or data parallelism put around it.
+
+    Raises:
+        ModelError: it is no network.
+    """
+    must_be(nn.Module, "The model", model, ModelError, A_MODEL)
     while isinstance(inner := getattr(model, _inside(model), None), nn.Module):
         model = inner
     return model

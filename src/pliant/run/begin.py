@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import torch
@@ -16,12 +17,12 @@ from pliant.data.guess import task_loss
 from pliant.data.ready import Metrics, task_of
 from pliant.data.task import Task
 from pliant.edits import Edit
-from pliant.errors import MethodError, ModelError
+from pliant.errors import MethodError, ModelError, must_be
 from pliant.latency import Where
 from pliant.latency.clock import Clock
 from pliant.observe.finite import check_example, check_weights, in_words
 from pliant.plan.planner import Planner
-from pliant.registry import check_options
+from pliant.registry import build, check_options
 from pliant.run.hooks import Hooks
 from pliant.run.progress import Run
 from pliant.surgery.followers import Followers
@@ -30,10 +31,10 @@ from pliant.surgery.optim import Optimizers, check_holds
 
 def start(
     model: nn.Module,
-    method: Hooks[Run],
-    budget: Budget | None = None,
+    method: Hooks[Run] | str,
+    budget: Budget | str | None = None,
     *,
-    data: Data | None = None,
+    data: Any = None,
     example: Example = (),
     optimizer: Optimizers = None,
     steps: int = 0,
@@ -52,9 +53,9 @@ def start(
 
     Args:
         model: any network.
-        method: a ``Method``; ``pliant.method("nrmf")`` builds one from its name.
-        budget: what the result may cost.
-        data: for methods that calibrate on data.
+        method: a ``Method``, or text such as ``"nrmf(p=0.9)"``.
+        budget: what the result may cost, or text such as ``"params=0.3"``.
+        data: for methods that calibrate on data: whatever ``Data.of`` reads.
         example: inputs of one forward call, (input,) or by name; taken from ``data`` if not given.
         optimizer: hand it over, or all of several, and its state follows every edit.
         steps: optimizer steps that your loop will take; methods schedule themselves by it. If it
@@ -82,7 +83,9 @@ def start(
             finite.
         DataError: the example has no row, or is not finite.
     """
-    check_options(method)
+    method, budget = _method(method), Budget.of(budget)
+    for what, number in (("steps", steps), ("epochs", epochs), ("batch", batch), ("seed", seed)):
+        must_be(Real, what, number, MethodError, "a number")
     known = task_of(task, loss, metrics)
     if known is not None and known.loss is not None and method.uses("weigh") and not known.weighs:
         raise MethodError(
@@ -91,7 +94,7 @@ def start(
         )
     model, given = bare(model), as_example(example)
     if data is not None:
-        data = data.read_by(model)
+        data = Data.of(data, seed=seed).read_by(model)
     if not given:
         if data is None:
             raise ModelError(
@@ -141,3 +144,10 @@ def start(
         run.close()
         raise
     return run
+
+
+def _method(method: Any) -> Hooks[Run]:
+    method = build(method) if isinstance(method, str) else method
+    must_be(Hooks, "method", method, MethodError, 'a method, or text such as "nrmf(p=0.9)"')
+    check_options(method)
+    return method
