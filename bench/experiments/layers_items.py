@@ -27,6 +27,7 @@ from pliant.drivers.loop import epochs_of, fit
 from pliant.families.layers import routes
 from pliant.families.layers.shifts import attending
 from pliant.method import Method
+from pliant.methods.distill.ssal import SSAL
 from pliant.methods.layers.shift_attention import ShiftAttention
 from pliant.methods.train.mltp import MLTP
 from pliant.nn.sequences import STDTNN, OuterFusion
@@ -300,6 +301,27 @@ def peaks(plan: Plan, seed: int, watch: Watch) -> Values:
     return {"accuracy": row["accuracy"], "peak": round(float(stands.mean()), 4)}
 
 
+@dataclass(frozen=True)
+class Judged(SSAL):
+    """Notes at its end how right the network is alone and with its heads, on test images."""
+
+    def finalize(self, run: Run) -> None:
+        run.data = replace(run.data, val=run.data.test) if run.data else None
+        super().finalize(run)
+
+
+def heads(plan: Plan, seed: int, watch: Watch) -> Values:
+    """Train with heads on groups of classes, or without any; mistakes are counted apart."""
+    data = SMALL["digits"].load(plan["images"])
+    (x, labels), held = data.train, plan["held"]
+    data = replace(data, train=(x[held:], labels[held:]), val=(x[:held], labels[:held]))
+    model = seeded(seed, lambda: cnn(1, plan["widths"]))
+    method = Judged(**plan["options"]) if plan["options"] else Method()
+    log = trained(model, method, plan, data, seed).log
+    found = [row["joint"] for row in log if "joint" in row]
+    return {"accuracy": scored(model, data)["accuracy"], **({"joint": found[-1]} if found else {})}
+
+
 STUDIES: dict[str, Callable[[Plan, int, Watch], Values]] = {
     "taps": taps,
     "routes": routed,
@@ -309,6 +331,7 @@ STUDIES: dict[str, Callable[[Plan, int, Watch], Values]] = {
     "agreement": agreement,
     "growth": growth,
     "peaks": peaks,
+    "heads": heads,
 }
 
 
@@ -321,10 +344,11 @@ def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
 
 
 def _judged(asked: Mapping[str, Any], cells: Cells) -> dict[str, Any]:
-    own = by_seed(cells, asked["value"], study=asked["study"], rival=asked["own"])
+    value, study = asked["value"], asked["study"]
+    own = by_seed(cells, value, study=study, rival=asked["own"])
     scale, found = asked.get("scale", 1.0), [*own.values()]
     if "other" in asked:
-        other = by_seed(cells, asked["value"], study=asked["study"], rival=asked["other"])
+        other = by_seed(cells, asked.get("as", value), study=study, rival=asked["other"])
         if asked.get("ratio"):
             found = [own[seed] / other[seed] for seed in own if seed in other]
         else:
@@ -366,7 +390,7 @@ def tables(settings: Settings, cells: Cells) -> list[Table]:
 
 def _said(cells: Cells, study: str, name: str, key: str) -> str:
     rows = values(cells, key, study=study, rival=name)
-    if key in ("accuracy", "settled", "miou", "rises"):
+    if key in ("accuracy", "joint", "settled", "miou", "rises"):
         return plus_minus([100 * value for value in rows])
     if key in ("params", "macs", "samples"):
         return f"{mean(rows):,.0f}" if rows else "–"
