@@ -12,6 +12,7 @@ from pliant.drivers import checkpoint
 from pliant.drivers.lock import owned
 from pliant.errors import ModelError
 from pliant.method import Method
+from pliant.nn.normed import copyable
 
 
 def patterns(method: Method) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -21,6 +22,7 @@ def patterns(method: Method) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def copied(model: nn.Module) -> nn.Module:
     """Copy a network, or say why it cannot be."""
+    copyable(model)
     try:
         return copy.deepcopy(model)
     except Exception as error:  # a model's own attributes may refuse in any way

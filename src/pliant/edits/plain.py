@@ -13,6 +13,7 @@ from pliant.edits.edit import Replaced, layer_of
 from pliant.errors import EditError
 from pliant.nn import kinds
 from pliant.nn.attention import SplitAttention
+from pliant.nn.normed import normed, weight, without_norm
 
 
 @dataclass(frozen=True)
@@ -20,9 +21,9 @@ class Plain:
     """Puts a Linear, a convolution or attention of plain linear layers in the place of a layer.
 
     Args:
-        layer: name of a ``Conv1D`` of Transformers, an ``nn.MultiheadAttention``, or a layer of a
-            class that derives from a Linear or a convolution. That it computes the same is for
-            ``pliant.surgery.plain`` to prove.
+        layer: name of a ``Conv1D`` of Transformers, an ``nn.MultiheadAttention``, a layer of a
+            class that derives from a Linear or a convolution, or one under weight norm. That it
+            computes the same is for ``pliant.surgery.plain`` to prove.
         values: weight and bias of a layer that computes them anew at every call; None takes those
             that it has. They are tensors, not part of the plan.
 
@@ -43,7 +44,7 @@ class Plain:
         module: Any = layer_of(model, self.layer)
         if type(module) is nn.MultiheadAttention:
             new: Any = SplitAttention(module, weights=weights)
-        elif (kind := kinds.kind_of(module)) and kind not in (*kinds.TABLE, *kinds.TRANSPOSED):
+        elif kinds.kind_of(module) not in (None, *kinds.TABLE, *kinds.TRANSPOSED) or normed(module):
             new = self._single(module, weights=weights)
         else:
             raise EditError(f"{self.layer} is a {type(module).__name__}, which has no plain form.")
@@ -52,6 +53,7 @@ class Plain:
         removed = tuple(p for p in module.parameters() if id(p) not in after)
         added = tuple(p for p in new.parameters() if id(p) not in before)
         kinds.put(model, module, new)
+        without_norm(new)
         turned = isinstance(new, nn.Linear) and len(removed) == len(added) == 1
         return Replaced(removed, added, cuts=(torch.t,) if turned else ())
 
@@ -69,14 +71,17 @@ class Plain:
             if bias is not None:
                 new.bias.data = bias.detach().clone()
             return new.train(module.training)
-        if weights:
-            rows = kinds.to_rows(module, module.weight)
-            if rows is module.weight:
-                new.weight = module.weight
-            else:
-                new.weight.data = rows.detach().clone(memory_format=torch.contiguous_format)
-                new.weight.requires_grad_(module.weight.requires_grad)
-            new.bias = module.bias
+        if not weights:
+            return new.train(module.training)
+        if normed(module):
+            new.weight.data = weight(module).detach().clone()
+            new.weight.requires_grad_(any(p.requires_grad for p in module.parameters()))
+        elif (rows := kinds.to_rows(module, module.weight)) is module.weight:
+            new.weight = module.weight
+        else:
+            new.weight.data = rows.detach().clone(memory_format=torch.contiguous_format)
+            new.weight.requires_grad_(module.weight.requires_grad)
+        new.bias = module.bias
         return new.train(module.training)
 
 
@@ -84,10 +89,11 @@ def _empty(module: Any, *, bias: bool) -> Any:
     """The plain layer of a layer's geometry, without numbers."""
     kind, weight = kinds.kind_of(module), module.weight
     where = {"device": weight.device, "dtype": weight.dtype}
-    if kind is nn.Linear or kind not in kinds.CONV:
+    if kind not in (*kinds.CONV, *kinds.TRANSPOSED):
         outs, ins = kinds.to_rows(module, weight).shape
         return nn.utils.skip_init(nn.Linear, ins, outs, bias, **where)
-    names = ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    names = ["kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"]
+    names += ["output_padding"] if kind in kinds.TRANSPOSED else []
     return nn.utils.skip_init(
         kind,
         module.in_channels,

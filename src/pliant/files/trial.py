@@ -18,6 +18,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from pliant.edits import Insert, Settle, Swap, Widen, layer_of, replay
 from pliant.errors import ArtifactError
 from pliant.files.manifest import Manifest
+from pliant.nn.normed import copyable
 
 MOST_LEVELS = 64  # dots in a name
 FEW_EDITS, MOST_EDITS = 2000, 32  # edits of any model, and more for each of its modules
@@ -160,6 +161,7 @@ def _without_data(model: nn.Module) -> nn.Module:
         if isinstance(tensor, nn.Parameter):
             empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = empty
+    copyable(model)
     try:
         return copy.deepcopy(model, memo)
     except Exception as error:  # a model's own attributes may refuse to be copied in any way

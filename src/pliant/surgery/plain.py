@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from pliant.cost import Example, call, evaluating, tensors
 from pliant.edits.plain import Plain, hidden
 from pliant.math.alone import forked
 from pliant.nn.layers import shared_weights
+from pliant.nn.normed import normed
 from pliant.surgery.probe import slow_attention
 
 CLOSE = 1e-5  # largest difference that rounding may make, relative to the largest output
@@ -25,8 +26,9 @@ def plain(model: nn.Module, example: Example) -> list[Plain]:
     """Return the edits that put plain layers in the place of those that compute the same.
 
     A ``Conv1D`` of Transformers becomes a Linear, a packed ``nn.MultiheadAttention`` four of them;
-    a class that derives from a Linear or a convolution becomes this, with the weight that it
-    computes, where that gives the same on what it reads, and on inputs of another size.
+    a layer under weight norm has its weight for good; a class that derives from a Linear or a
+    convolution becomes this, with the weight that it computes, where that gives the same on what it
+    reads, and on inputs of another size.
 
     Args:
         model: not touched.
@@ -37,8 +39,7 @@ def plain(model: nn.Module, example: Example) -> list[Plain]:
         name: module
         for name, module in model.named_modules()
         if name
-        and (hidden(module) or type(module) is nn.MultiheadAttention)
-        and not parametrize.is_parametrized(module)
+        and (hidden(module) or normed(module) or type(module) is nn.MultiheadAttention)
         and not any(f"{name}.{own}" in tied for own, _ in module.named_parameters())
     }
     if not found:
@@ -46,6 +47,15 @@ def plain(model: nn.Module, example: Example) -> list[Plain]:
     inputs = _inputs(model, found, example)
     edits = (_proven(name, found[name], *given) for name, given in inputs.items())
     return [edit for edit in edits if edit is not None]
+
+
+def computing(model: nn.Module, example: Example) -> list[Plain]:
+    """Return those of the edits of `plain` for layers that compute their weight at every call."""
+    return [
+        edit
+        for edit in plain(model, example)
+        if edit.values is not None or normed(model.get_submodule(edit.layer))
+    ]
 
 
 def _inputs(model: nn.Module, layers: dict[str, nn.Module], example: Example) -> dict[str, Any]:
@@ -85,7 +95,7 @@ def _proven(name: str, module: nn.Module, args: Any, kwargs: Any) -> Plain | Non
 
 def _same(module: nn.Module, edit: Plain, args: Any, kwargs: Any) -> bool:
     holder = nn.Module()
-    holder.layer = module
+    holder.layer = copy.deepcopy(module) if normed(module) else module  # whose hook is taken out
     try:
         Plain("layer", edit.values).apply(holder)
         for more in (args, _larger(module, args)):
