@@ -22,11 +22,13 @@ def basic_motions() -> dict[str, tuple[Tensor, Tensor]]:
         DataError: the package is not installed.
     """
     spec = find_spec("aeon")
-    if spec is None or not spec.submodule_search_locations:
+    places = [] if spec is None else spec.submodule_search_locations or []
+    folders = [Path(place) / "datasets" / "data" / "BasicMotions" for place in places]
+    folder = next((folder for folder in folders if folder.is_dir()), None)
+    if folder is None:
         raise DataError(
             "BasicMotions comes with aeon, which is missing: pip install --no-deps aeon."
         )
-    folder = Path(spec.submodule_search_locations[0]) / "datasets" / "data" / "BasicMotions"
     found = {s: _read(folder / f"BasicMotions_{s.upper()}.ts") for s in ("train", "test")}
     scale = found["train"][0].std((0, 3), keepdim=True)
     return {name: (x / scale, labels) for name, (x, labels) in found.items()}
