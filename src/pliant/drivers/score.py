@@ -25,7 +25,7 @@ from pliant.drivers.devices import own_randomness
 from pliant.errors import DataError, ModelError, PliantError, TrainingError, must_be
 from pliant.math.alone import forked
 from pliant.math.divergence import divergence
-from pliant.observe.outputs import answers
+from pliant.observe.outputs import answers, wide_answers
 from pliant.result import Fidelity
 from pliant.run import Run
 
@@ -196,7 +196,7 @@ def distillation(output: Any, teacher: Any, temperature: float, task: Task | Non
         return divergence(mine, other, temperature)
     gaps = [
         (one - other).square().mean() / other.var(correction=0).clamp(min=TINY)
-        for one, other in zip(answers(output), answers(teacher), strict=True)
+        for one, other in zip(wide_answers(output), wide_answers(teacher), strict=True)
     ]
     return torch.stack(gaps).sum()
 
