@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from pliant.cost import Example, call, counted, device_of, evaluating
+from pliant.cost import Example, call, call_alike, counted, device_of, evaluating
 from pliant.data import Data, unpack
 from pliant.data.guess import guess, squashed
 from pliant.data.measures import Metric
@@ -229,7 +229,7 @@ def fidelity(
     same: list[Tensor] = []
     with evaluating(dense), evaluating(small):
         for given in inputs:
-            wanted, found = (_drawn_alike(network, given) for network in (dense, small))
+            wanted, found = call_alike(dense, given), call_alike(small, given)
             pairs = list(zip(answers(wanted), answers(found), strict=True))
             if any(one.shape != other.shape for one, other in pairs):
                 return None  # as many answers as it likes, as detectors give them
