@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from pliant.errors import ModelError, PliantError
+from pliant.errors import ModelError, PliantError, must_be
 from pliant.math.alone import forked
 
 A_MODEL = "a torch.nn.Module (pliant.zoo.build makes one from a name)"

@@ -21,7 +21,6 @@ from pliant.data.ready import task_of
 from pliant.data.sources import moved
 from pliant.data.splits import Split
 from pliant.data.task import Task, main_output
-from pliant.drivers.devices import own_randomness
 from pliant.errors import DataError, ModelError, PliantError, TrainingError, must_be
 from pliant.math.alone import forked
 from pliant.math.divergence import divergence
@@ -248,12 +247,6 @@ def fidelity(
         samples=sum(map(len, cosines)),
         where=where,
     )
-
-
-def _drawn_alike(model: nn.Module, inputs: Example) -> Any:
-    """Call a model, with the same random numbers each time: some draw even in eval mode."""
-    with own_randomness(0, device_of(model)):
-        return call(model, inputs)
 
 
 def _finite(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:

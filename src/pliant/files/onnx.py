@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import logging
 import os
 import tempfile
@@ -22,9 +21,9 @@ from torch.export import Dim, ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
-from pliant.codecs.container import check_replaceable
+from pliant.codecs.container import check_replaceable, path_of
 from pliant.cost import Example, bare, call, call_alike, twin
-from pliant.errors import ArtifactError, ModelError, OutputError, require
+from pliant.errors import ArtifactError, ModelError, OutputError, must_be, require
 from pliant.files.qdq import deployable, narrowed
 from pliant.files.traceable import traceable
 from pliant.nn.coded import decoded
@@ -178,31 +177,14 @@ def _prepared(model: nn.Module, example: Example) -> tuple[nn.Module, Any]:
             f"{name} must be copied before it is exported, and cannot ({_first_line(error)}): "
             "remove what copy.deepcopy fails on."
         ) from error
-    for part in network.modules():
-        if callable(choose := getattr(part, "set_experts_implementation", None)):
-            choose("batched_mm")  # of the ways of Transformers the one that exporters know
     try:
-        with torch.no_grad():
-            output = call(network, batch)
+        _outputs(network, batch)
     except Exception as error:
         raise ModelError(
             f"{name} must run on the example before it is exported, but fails "
             f"({_first_line(error)}): give an example that it accepts in batches of 2."
         ) from error
-    if without_kept(output) is not output:
-        _keep_nothing(network)
     return network, batch
-
-
-def _keep_nothing(network: nn.Module) -> None:
-    """Let a network give its answers only: no exporter knows the keys and values it keeps."""
-    kind: Any = type(network)
-
-    @functools.wraps(kind.forward)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return without_kept(kind.forward(self, *args, **kwargs))
-
-    network.__class__ = type(kind.__name__, (kind,), {"forward": forward})
 
 
 def _resized(example: Example, rows: int) -> Any:
