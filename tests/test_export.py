@@ -293,3 +293,25 @@ def test_without_the_extra_the_message_names_it(
     monkeypatch.setattr("importlib.import_module", missing)
     with pytest.raises(MissingExtraError, match=r'pip install "pliant\[onnx\]"'):
         to_onnx(nn.Linear(4, 4), tmp_path / "a.onnx", noise(1, 4))
+
+
+@pytest.mark.slow
+def test_what_a_network_keeps_for_its_next_call_is_not_exported(tmp_path: Path) -> None:
+    """No exporter knows caches of keys and values; experts go the way that all of them know."""
+    t = pytest.importorskip("transformers")
+    pytest.importorskip("onnxruntime")
+    words = {"vocab_size": 60, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1}
+    answering = t.T5ForConditionalGeneration(t.T5Config(**words, num_heads=2)).eval()
+    small = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}
+    routed = t.MixtralForCausalLM(t.MixtralConfig(**small, **heads)).eval()
+    tokens = torch.arange(32).reshape(4, 8)
+    assert "past_key_values" in answering(tokens, decoder_input_ids=tokens)
+    for model in (answering, routed):
+        given = {"input_ids": tokens}
+        given |= {"decoder_input_ids": tokens} if model is answering else {}
+        kind, way = type(model), getattr(model.config, "_experts_implementation", None)
+        made = to_onnx(model, tmp_path / "a.onnx", given)
+        assert made.max_difference < 1e-4
+        assert type(model) is kind
+        assert getattr(model.config, "_experts_implementation", None) == way

@@ -429,6 +429,44 @@ def test_packing_several_weights_costs_what_it_predicts() -> None:
         assert cost(model, (noise(3, 24),)).bytes == predicted.bytes
 
 
+class Positions(nn.Embedding):
+    """Looks up by place, two rows on, as learned positions of language models do."""
+
+    def __init__(self) -> None:
+        super().__init__(30, 16)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(torch.arange(tokens.shape[-1]).expand_as(tokens) + 2)
+
+
+class Placed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.words = Positions(), nn.Embedding(50, 16)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head((self.places(tokens) + self.words(tokens)).mean(1))
+
+
+def test_tables_that_look_up_in_a_way_of_their_own_are_packed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    net, tokens = Placed().eval(), numbers(16, 8)
+    result = pliant.compress(net, [tokens], QUICK)
+    assert not [row.layer for row in result.report.layers if row.form == "dense"]
+    assert result.report.after.bytes < 0.35 * result.report.before.bytes
+    assert result.report.fidelity is not None and result.report.fidelity.error < 0.02
+    result.save(tmp_path / "a.pliant")
+    back = pliant.load(tmp_path / "a.pliant", Placed()).eval()
+    assert torch.equal(back(tokens), result.model(tokens))
+    monkeypatch.setattr("pliant.nn.several.TABLE", 100)
+    large = pliant.compress(net, [tokens], QUICK).report
+    (row,) = [row for row in large.layers if row.form == "dense"]
+    assert row.layer == "places" and "computes something else than Embedding" in row.reason
+
+
 # ---------------------------------------------------------------- networks of others
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+import functools
 import logging
 import os
 import tempfile
@@ -23,10 +23,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pliant.codecs.container import check_replaceable, path_of
-from pliant.cost import Example, bare, call
+from pliant.cost import Example, bare, call, twin
 from pliant.errors import ArtifactError, ModelError, OutputError, must_be, require
 from pliant.files.qdq import deployable, narrowed
 from pliant.nn.coded import decoded
+from pliant.observe.outputs import without_kept
 
 ONE_FILE = 2 * 1000**3  # bytes; protobuf ends at 2 GiB, so larger weights lie beside the graph
 NARROW_OPSET = 21  # the first with integers of 4 bits
@@ -89,7 +90,7 @@ def to_onnx(
     model = bare(model)
     network, batch = _prepared(model, example)
     args, kwargs = ((), dict(batch)) if isinstance(batch, Mapping) else (batch, None)
-    traced = copy.deepcopy(network)
+    traced = twin(network)
     needs = deployable(traced)
     if needs.apart:
         tolerance = max(tolerance, needs.apart * _largest(_outputs(network, batch)))
@@ -168,20 +169,37 @@ def _prepared(model: nn.Module, example: Example) -> tuple[nn.Module, Any]:
     """Copy the network and make a batch of two that it runs on: ones are often special."""
     name, batch = type(model).__name__, _resized(example, 2)
     try:
-        network = copy.deepcopy(decoded(model)).cpu().eval()
+        network = twin(decoded(model)).cpu().eval()
     except Exception as error:  # a model's own attributes may refuse to be copied in any way
         raise ModelError(
             f"{name} must be copied before it is exported, and cannot ({_first_line(error)}): "
             "remove what copy.deepcopy fails on."
         ) from error
+    for part in network.modules():
+        if callable(choose := getattr(part, "set_experts_implementation", None)):
+            choose("batched_mm")  # of the ways of Transformers the one that exporters know
     try:
-        _outputs(network, batch)
+        with torch.no_grad():
+            output = call(network, batch)
     except Exception as error:
         raise ModelError(
             f"{name} must run on the example before it is exported, but fails "
             f"({_first_line(error)}): give an example that it accepts in batches of 2."
         ) from error
+    if without_kept(output) is not output:
+        _keep_nothing(network)
     return network, batch
+
+
+def _keep_nothing(network: nn.Module) -> None:
+    """Let a network give its answers only: no exporter knows the keys and values it keeps."""
+    kind: Any = type(network)
+
+    @functools.wraps(kind.forward)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return without_kept(kind.forward(self, *args, **kwargs))
+
+    network.__class__ = type(kind.__name__, (kind,), {"forward": forward})
 
 
 def _resized(example: Example, rows: int) -> Any:

@@ -52,6 +52,21 @@ def answers(output: Any) -> list[Tensor]:
     return found
 
 
+def without_kept(output: Any) -> Any:
+    """Take what a network keeps for its next call out of what it gives; the rest is as it was."""
+    if isinstance(output, Mapping):
+        parts: Any = {key: part for key, part in output.items() if not _is_kept(key, part)}
+    elif type(output) is tuple:
+        parts = tuple(part for part in output if not _is_kept("", part))
+    else:
+        return output
+    return output if len(parts) == len(output) else parts
+
+
+def _is_kept(name: str, part: Any) -> bool:
+    return name in KEPT or "Cache" in type(part).__name__
+
+
 def alike(wanted: Sequence[Tensor], found: Sequence[Tensor], tolerance: float) -> bool:
     """Say whether tensors are the same, but for a share of the largest number of each."""
     return len(wanted) == len(found) and all(

@@ -5,7 +5,6 @@ Longer than other files: a loop and a method find all that they may call in one 
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -18,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from pliant.budget import Budget
-from pliant.cost import Cost, Example, LayerCost, device_of
+from pliant.cost import Cost, Example, LayerCost, device_of, twin
 from pliant.data import Data, unpack
 from pliant.data.criterion import Reduction, weighted
 from pliant.data.draws import Draws, ranks
@@ -573,7 +572,7 @@ class Run:
         Args:
             budget: to plan for; the run's own if None.
         """
-        model, edits = copy.deepcopy(self.model), list(self.edits)
+        model, edits = twin(self.model), list(self.edits)
         own = replace(self.planner, model=model, edits=edits, budget=budget or self.budget)
         return replace(
             self,

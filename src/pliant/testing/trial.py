@@ -14,9 +14,9 @@ from torch.optim import SGD
 
 from pliant.api import compress
 from pliant.budget import Budget
+from pliant.cost import call
 from pliant.data import Train, unpack
 from pliant.data.guess import task_loss
-from pliant.drivers.score import forward
 from pliant.method import Method
 from pliant.result import Result
 from pliant.run import Run, start
@@ -99,7 +99,7 @@ shared_trial = once(trial)
 def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
     """Return all tensors that a model gives, without gradients."""
     with torch.no_grad():
-        found = forward(model, inputs)
+        found = call(model, inputs)
     leaves = torch.utils._pytree.tree_leaves(dict(found) if hasattr(found, "keys") else found)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
@@ -207,7 +207,7 @@ def _step(now: Walk, batch: Any, step: int) -> None:
     torch.default_generator.manual_seed(step)  # dropout is the same in a resumed training
     now.optimizer.zero_grad()
     inputs, labels = unpack(batch)
-    output = forward(run.model, inputs)
+    output = call(run.model, inputs)
     loss = run.loss(task_loss(output, labels, run.reduction), output, batch)
     loss.backward()
     with _own_randomness("before_step", now.strange):

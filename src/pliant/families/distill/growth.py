@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pliant.cost import call, evaluating
+from pliant.cost import call, evaluating, twin
 from pliant.data.sources import moved
 from pliant.data.splits import Split
 from pliant.edits import Edit, Prune, Widen, replay
@@ -120,7 +119,7 @@ def carried(
         values: in the place of parameters, by name.
         edits: of the model.
     """
-    other = copy.deepcopy(model)
+    other = twin(model)
     with torch.no_grad():
         for name, value in values.items():
             other.get_parameter(name).copy_(value)
@@ -179,7 +178,7 @@ def judged(run: Run, cuts: Sequence[Prune], samples: int) -> tuple[float, int]:
         cuts: made on a copy, whose batch norms are re-estimated then.
         samples: of the validation split, or of the training split where there is none.
     """
-    model = copy.deepcopy(run.model)
+    model = twin(run.model)
     replay(model, cuts)
     recalibrate(model, run.inputs(CALIBRATED))
     assert run.data is not None

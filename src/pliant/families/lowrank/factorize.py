@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
 from pliant.budget import Option
+from pliant.cost import twin
 from pliant.edits import Factor
 from pliant.errors import nothing_for
 from pliant.families.lowrank.options import forms_of, options, spared, with_kernels
@@ -222,7 +222,7 @@ def factorize(
         reconstruct: training inputs from which the new layers are then refitted, one after the
             other, to what the dense network says; 0 for none.
     """
-    dense = copy.deepcopy(run.model) if run.has_inputs and reconstruct else None
+    dense = twin(run.model) if run.has_inputs and reconstruct else None
     heads = {edit.layer: heads_of(run.model, edit.layer) for edit in edits}
     run.apply(
         *with_kernels(edits, layers, seen),

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from pliant.cost import Example, cost
+from pliant.cost import Example, cost, twin
 from pliant.edits import Remove, replay
 from pliant.errors import BudgetError, DataError, nothing_for
 from pliant.families.prune.allocate import fewest
@@ -138,7 +137,7 @@ def enough(run: Run, ranked: Sequence[Remove], limits: Mapping[str, float]) -> l
     best: dict[str, float] = {}
 
     def fits(count: int) -> bool:
-        model = copy.deepcopy(run.model)
+        model = twin(run.model)
         replay(model, ranked[:count])
         left = cost(model, run.example)
         now = {axis: float(getattr(left, axis)) for axis in limits if axis != "latency"}

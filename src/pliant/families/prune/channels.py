@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from pliant.cost import Example
+from pliant.cost import Example, twin
 from pliant.edits import Prune
 from pliant.errors import nothing_for
 from pliant.run import ROUTED, Run
@@ -150,7 +149,7 @@ def silenced(run: Run, edits: Sequence[Prune]) -> nn.Module:
 
     The copy computes what `remove` would make of the network, in the shapes of before.
     """
-    model = copy.deepcopy(run.model)
+    model = twin(run.model)
     if edits:
         absorb(model, _unread(edits), run.inputs(ABSORBED))
         ignore(model, edits)

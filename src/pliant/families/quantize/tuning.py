@@ -24,7 +24,7 @@ from pliant.families.quantize.tunable import tunables
 from pliant.math.quantize import FLOOR, levels
 from pliant.nn import kinds
 from pliant.observe.outputs import answers, logits
-from pliant.observe.watch import beside
+from pliant.observe.watch import beside, recording
 
 Outputs = Literal["classes", "values"]
 CHECKS = 8  # how often a stage looks at the inputs held out, besides its beginning
@@ -100,11 +100,16 @@ def trained(module: nn.Module) -> list[nn.Parameter]:
 def correct(teacher: nn.Module, student: nn.Module, batches: Iterable[Example]) -> None:
     """Add to every bias by how much rounding changes the mean output of its channel.
 
-    Every layer reads what it reads in the teacher. Layers without a bias stay as they are.
+    Every layer reads what it reads in the teacher. Layers without a bias stay as they are, and so
+    do those whose output a hook changes: it is not what a bias is added to.
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
-    found = {n: m for n, m in tunables(student) if getattr(m.layer, "bias", None) is not None}
+    found = {
+        n: m
+        for n, m in tunables(student)
+        if getattr(m.layer, "bias", None) is not None and not m._forward_hooks
+    }
 
     def see(name: str, args: Any, kwargs: Any, output: Tensor) -> None:
         gap = output - found[name](*args, **kwargs)
@@ -283,7 +288,8 @@ def _loss(
         if target is not None and target.shape == output.shape:
             errors.append(_relative(output, target))
 
-    with beside(student, blocks, see, copies=False):
+    layers = [layer for _, layer in tunables(student)]
+    with beside(student, blocks, see, copies=False), recording(layers):
         given = call(student, batch)
     apart, error = _divergence(given, wanted, goal)
     features = torch.stack(errors).sum() if errors else apart.new_zeros(())
