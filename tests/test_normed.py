@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations
 
 import pliant
 from pliant.data import Train
-from pliant.edits import Plain, replay
+from pliant.edits import replay
 from pliant.surgery.plain import plain
 
 Norm = Callable[[nn.Module], nn.Module]
@@ -83,7 +83,9 @@ def test_a_hook_of_ones_own_goes_on_being_called() -> None:
     net: Any = vocoder(old).eval()
     seen: list[int] = []
     handle = net[0].register_forward_pre_hook(lambda *_: seen.append(1))
-    replay(net, [Plain("0")])
+    edits = plain(net, (INPUTS,))
+    seen.clear()
+    replay(net, edits)
     net(INPUTS)
     assert seen == [1]
     handle.remove()
@@ -91,14 +93,11 @@ def test_a_hook_of_ones_own_goes_on_being_called() -> None:
     assert seen == [1]
 
 
-def test_frozen_ones_stay_frozen_and_norms_that_bound_a_weight_stay() -> None:
+def test_frozen_ones_stay_frozen() -> None:
     net: Any = vocoder(parametrizations.weight_norm)
     for parameter in net[0].parameters():
         parameter.requires_grad_(False)
-    net[4] = parametrizations.spectral_norm(nn.Conv1d(16, 16, 3, padding=1))
-    edits = plain(net, (INPUTS,))
-    assert [edit.layer for edit in edits] == ["0", "2", "6"]
-    replay(net, edits)
+    replay(net, plain(net, (INPUTS,)))
     assert not net[0].weight.requires_grad and net[2].weight.requires_grad
 
 

@@ -132,6 +132,15 @@ def must_be(kinds: Any, what: str, value: Any, error: type[PliantError], words: 
         raise error(f"{what} must be {words}, not {repr(value) if short else kind.__name__}.")
 
 
-def first_few(reasons: Mapping[str, str]) -> str:
-    """Write the first three of the reasons why layers are left alone, for a sentence."""
-    return "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
+def nothing_for(
+    what: str, reasons: Mapping[str, str], none: str = "it has no layers"
+) -> ModelError:
+    """Return the refusal of a network in which there is nothing for a method to change.
+
+    Args:
+        what: is missing, and what the method needs: the middle of a sentence.
+        reasons: why layers are left alone; the first three are named.
+        none: what to say where there are none to be left.
+    """
+    few = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
+    return ModelError(f"The model has no {what} ({few or none}).")

@@ -1,18 +1,26 @@
 """What a call of `compress` was given: refused where it cannot be, copied and kept apart."""
 
-import copy
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import nn
 
+from pliant.cost import check_held, check_open, device_of, twin
 from pliant.drivers import checkpoint
 from pliant.drivers.lock import owned
 from pliant.errors import ModelError
 from pliant.method import Method
-from pliant.nn.normed import copyable
+
+
+def place_of(model: nn.Module) -> torch.device:
+    """Say where a model is, after refusing what is no model, or cannot be compressed."""
+    place = device_of(model)
+    check_open(model)
+    check_held(model)
+    return place
 
 
 def patterns(method: Method) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -22,9 +30,8 @@ def patterns(method: Method) -> tuple[tuple[str, ...], tuple[str, ...]]:
 
 def copied(model: nn.Module) -> nn.Module:
     """Copy a network, or say why it cannot be."""
-    copyable(model)
     try:
-        return copy.deepcopy(model)
+        return twin(model)
     except Exception as error:  # a model's own attributes may refuse in any way
         raise ModelError(
             f"{type(model).__name__} must be copied before it is compressed, and cannot "

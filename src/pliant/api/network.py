@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pliant.api.asked import written_alone
+from pliant.api.asked import place_of, written_alone
 from pliant.api.job import Job, Methods
 from pliant.budget import Budget
 from pliant.compose import resolve
-from pliant.cost import Example, as_example, bare, device_of
+from pliant.cost import Example, as_example, bare
 from pliant.data import Data, Train
 from pliant.data.ready import Metrics, task_of
 from pliant.data.task import Task
@@ -97,7 +97,7 @@ def once(
     """
     asked = resolve(method), Budget.of(budget), train, seed
     place = Path(folder) if folder is not None else None
-    with own_randomness(seed, device_of(model)), written_alone(place, resume=resume):
+    with own_randomness(seed, place_of(model)), written_alone(place, resume=resume):
         read = Data.of(data, seed=seed).read_by(bare(model))
         job = Job(bare(model), read, *asked, as_example(example), resume)
         job.folder = place

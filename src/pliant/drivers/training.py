@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pliant.cost import call
 from pliant.data import Data, Train, unpack
 from pliant.data.criterion import weighted
 from pliant.data.epochs import Epochs
@@ -29,7 +30,7 @@ from pliant.drivers.devices import (
 )
 from pliant.drivers.interrupt import uninterrupted
 from pliant.drivers.schedule import optimizers_of, rate
-from pliant.drivers.score import distillation, forward, scored
+from pliant.drivers.score import distillation, scored
 from pliant.edits import Edit
 from pliant.errors import DataError, TrainingError
 from pliant.run import Run
@@ -258,7 +259,7 @@ class Training:
     def _loss(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Return the loss of the task, and the one to differentiate."""
         labels = unpack(batch)[1]
-        output = forward(self._wrapped(), self.run.inputs_of(batch))
+        output = call(self._wrapped(), self.run.inputs_of(batch))
         if not self.place.step:
             self.guessing = early.chance(self.run, output)
         weighs = self.hooks and self.run.reduction == "none"
@@ -274,7 +275,7 @@ class Training:
                     loss = self.run.loss(loss, output, batch)
         if self.train.distill and self.teacher is not None:
             with torch.no_grad(), self.fabric.autocast():
-                target = forward(self.teacher, self.run.inputs_of(batch))
+                target = call(self.teacher, self.run.inputs_of(batch))
             gap = distillation(output, target, self.train.temperature, self.run.task)
             loss = (1 - self.train.distill) * loss + self.train.distill * gap
         return task, loss

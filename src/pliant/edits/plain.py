@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from pliant.cost import LayerCost
 from pliant.edits.edit import Replaced, layer_of
 from pliant.errors import EditError
 from pliant.nn import kinds
 from pliant.nn.attention import SplitAttention
-from pliant.nn.normed import normed, weight, without_norm
+
+_REVERSED = (*kinds.TABLE, *kinds.TRANSPOSED)
+NORMS = (WeightNorm, SpectralNorm)
+"""Hooks that compute a weight before every call: PyTorch's older way to parametrize."""
 
 
 @dataclass(frozen=True)
@@ -22,8 +27,9 @@ class Plain:
 
     Args:
         layer: name of a ``Conv1D`` of Transformers, an ``nn.MultiheadAttention``, a layer of a
-            class that derives from a Linear or a convolution, or one under weight norm. That it
-            computes the same is for ``pliant.surgery.plain`` to prove.
+            class that derives from a Linear or a convolution, or one whose weight is computed by
+            a parametrization or a hook of PyTorch's. That it computes the same is for
+            ``pliant.surgery.plain`` to prove.
         values: weight and bias of a layer that computes them anew at every call; None takes those
             that it has. They are tensors, not part of the plan.
 
@@ -44,7 +50,7 @@ class Plain:
         module: Any = layer_of(model, self.layer)
         if type(module) is nn.MultiheadAttention:
             new: Any = SplitAttention(module, weights=weights)
-        elif kinds.kind_of(module) not in (None, *kinds.TABLE, *kinds.TRANSPOSED) or normed(module):
+        elif (kind := kinds.kind_of(module)) and (kind not in _REVERSED or computed(module)):
             new = self._single(module, weights=weights)
         else:
             raise EditError(f"{self.layer} is a {type(module).__name__}, which has no plain form.")
@@ -53,13 +59,19 @@ class Plain:
         removed = tuple(p for p in module.parameters() if id(p) not in after)
         added = tuple(p for p in new.parameters() if id(p) not in before)
         kinds.put(model, module, new)
-        without_norm(new)
-        turned = isinstance(new, nn.Linear) and len(removed) == len(added) == 1
+        for handle, hook in list(new._forward_pre_hooks.items()):
+            if isinstance(hook, NORMS):  # it would compute a weight that is no longer there
+                del new._forward_pre_hooks[handle]
+        turned = isinstance(new, nn.Linear) and not isinstance(module, nn.Linear)
+        turned = turned and len(removed) == len(added) == 1
         return Replaced(removed, added, cuts=(torch.t,) if turned else ())
 
     def predict(self, before: LayerCost) -> LayerCost:
-        """Return the cost, which stays."""
-        return before
+        """Return the cost, which stays, but for what a weight was computed from."""
+        if self.values is None:
+            return before
+        params = sum(tensor.numel() for tensor in self.values if tensor is not None)
+        return replace(before, params=params, bytes=params * before.itemsize)
 
     def _single(self, module: Any, *, weights: bool) -> nn.Module:
         own = self.values if self.values is not None and weights else None
@@ -67,21 +79,18 @@ class Plain:
         new = _empty(module, bias=bias is not None)
         if own is not None:
             new.weight.data = own[0].detach().clone()
-            new.weight.requires_grad_(module.weight.requires_grad)
+            new.weight.requires_grad_(any(p.requires_grad for p in module.parameters()))
             if bias is not None:
                 new.bias.data = bias.detach().clone()
             return new.train(module.training)
-        if not weights:
-            return new.train(module.training)
-        if normed(module):
-            new.weight.data = weight(module).detach().clone()
-            new.weight.requires_grad_(any(p.requires_grad for p in module.parameters()))
-        elif (rows := kinds.to_rows(module, module.weight)) is module.weight:
-            new.weight = module.weight
-        else:
-            new.weight.data = rows.detach().clone(memory_format=torch.contiguous_format)
-            new.weight.requires_grad_(module.weight.requires_grad)
-        new.bias = module.bias
+        if weights:
+            rows = kinds.to_rows(module, module.weight)
+            if rows is module.weight:
+                new.weight = module.weight
+            else:
+                new.weight.data = rows.detach().clone(memory_format=torch.contiguous_format)
+                new.weight.requires_grad_(module.weight.requires_grad)
+            new.bias = module.bias
         return new.train(module.training)
 
 
@@ -93,7 +102,7 @@ def _empty(module: Any, *, bias: bool) -> Any:
         outs, ins = kinds.to_rows(module, weight).shape
         return nn.utils.skip_init(nn.Linear, ins, outs, bias, **where)
     names = ["kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"]
-    names += ["output_padding"] if kind in kinds.TRANSPOSED else []
+    names += ["output_padding"] * (kind in kinds.TRANSPOSED)
     return nn.utils.skip_init(
         kind,
         module.in_channels,
@@ -104,12 +113,24 @@ def _empty(module: Any, *, bias: bool) -> Any:
     )
 
 
+def computed(module: nn.Module) -> bool:
+    """Say whether a layer's weight comes from a parametrization or a norm's hook, of PyTorch's."""
+    if kinds.kind_of(module) is None or isinstance(module, kinds.TABLE):
+        return False
+    parts: Any = getattr(module, "parametrizations", {})
+    ways = [way for part in parts.values() for way in part]
+    if ways:
+        return not any(type(way).__module__.startswith("pliant.") for way in ways)
+    hooks = module._forward_pre_hooks.values()
+    return any(isinstance(hook, NORMS) and hook.name == "weight" for hook in hooks)
+
+
 def hidden(module: nn.Module) -> bool:
     """Say whether a layer may be a plain one in another class: it owns little beside its weight."""
     known = kinds.kind_of(module)
     if known is None or type(module) in (*kinds.LINEAR, *kinds.CONV):
         return False
-    if known in (*kinds.TABLE, *kinds.TRANSPOSED) or type(module).__module__.startswith("pliant."):
+    if known in _REVERSED or type(module).__module__.startswith("pliant."):
         return False
     owned = dict(module.named_parameters())
     parts = [*module.children(), *module.buffers()]

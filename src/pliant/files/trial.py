@@ -6,7 +6,6 @@ there already, the dense network and the bytes of the file.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from pliant.cost import twin
 from pliant.edits import Insert, Settle, Swap, Widen, layer_of, replay
 from pliant.errors import ArtifactError
 from pliant.files.manifest import Manifest
-from pliant.nn.normed import copyable
 
 MOST_LEVELS = 64  # dots in a name
 FEW_EDITS, MOST_EDITS = 2000, 32  # edits of any model, and more for each of its modules
@@ -161,9 +160,8 @@ def _without_data(model: nn.Module) -> nn.Module:
         if isinstance(tensor, nn.Parameter):
             empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = empty
-    copyable(model)
     try:
-        return copy.deepcopy(model, memo)
+        return twin(model, memo)
     except Exception as error:  # a model's own attributes may refuse to be copied in any way
         raise ArtifactError(
             f"needs a model that copy.deepcopy can copy, and this one fails ({error}): pass the "

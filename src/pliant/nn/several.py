@@ -43,7 +43,8 @@ def _fused(layer: nn.Module) -> dict[str, Tensor]:
     own = type(layer).__module__.startswith(("torch.", "pliant."))
     if own or isinstance(layer, Several) or parametrize.is_parametrized(layer):
         return {}
-    held = {n: p for n, p in layer._parameters.items() if p is not None and p.is_floating_point()}
+    tensors = {name: p for name, p in layer._parameters.items() if p is not None}
+    held: dict[str, Tensor] = {name: p for name, p in tensors.items() if p.is_floating_point()}
     if kind_of(layer) is nn.Embedding and type(layer).forward is not nn.Embedding.forward:
         return held if list(held) == ["weight"] and held["weight"].numel() <= TABLE else {}
     if kind_of(layer):

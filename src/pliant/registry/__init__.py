@@ -1,4 +1,4 @@
-"""The list of methods: the only global state."""
+"""The list of all methods, by name: the package's only global state."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pliant.budget import Budget
-from pliant.cost import Example, as_example, bare, count, fitted
+from pliant.cost import Example, as_example, bare, check_held, check_open, count, fitted
 from pliant.data import Data
 from pliant.data.digest import digest_of
 from pliant.data.epochs import planned
@@ -24,6 +24,7 @@ from pliant.observe.finite import check_example, check_weights, in_words
 from pliant.plan.planner import Planner
 from pliant.registry import build, check_options
 from pliant.run.hooks import Hooks
+from pliant.run.journal import Journal
 from pliant.run.progress import Run
 from pliant.surgery.followers import Followers
 from pliant.surgery.optim import Optimizers, check_holds
@@ -93,6 +94,8 @@ def start(
             'the loss as a function of (output, batch, reduction="mean") that takes "none" too.'
         )
     model, given = bare(model), as_example(example)
+    check_open(model)
+    check_held(model)
     if data is not None:
         data = Data.of(data, seed=seed).read_by(model)
     if not given:
@@ -127,12 +130,11 @@ def start(
         steps=steps or (plan.steps if plan else 0),
         seed=seed,
         generator=torch.Generator().manual_seed(seed),
-        edits=edits,
+        journal=Journal(edits, origin=digest_of(*model.state_dict().values())),
         criterion=criterion or task_loss,
         task=known,
         epochs=plan,
         followers=Followers(copies=tuple(copies)),
-        origin=digest_of(*model.state_dict().values()),
     )
     run.limits()  # a malformed budget is refused now
     run.optimizer = optimizer

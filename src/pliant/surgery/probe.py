@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pliant.cost import Example, call, fitted, repeated, samples_of
+from pliant.cost import Example, call, fitted, repeated, samples_of, twin
 from pliant.edits.prune import channel_axis, sides
 from pliant.observe.outputs import answers
 from pliant.surgery.marks import Block, Slot, Union, codes_of, covered, met, together
@@ -29,7 +28,7 @@ def spread(
     model: nn.Module, examples: Sequence[Example], marks: Sequence[float], heads: bool
 ) -> Probe:
     """Mark the outputs of every layer of a copy of a network, and see where they arrive."""
-    network = copy.deepcopy(model).eval()
+    network = twin(model).eval()
     for example in examples:
         samples_of(network, example)  # asked before there are marks, and remembered
     probe = Probe(network, examples[0], heads=heads)

@@ -134,7 +134,7 @@ def a_branch_that_gives_nothing_leaves_first() -> None:
         block.bn2.weight.zero_()  # type: ignore[union-attr, operator]
         block.bn2.bias.zero_()  # type: ignore[union-attr, operator]
     for estimator in ("gaussian", "ksg", "probe", "dcor"):
-        method = MILayers(estimator=estimator, ratio=0.25)
+        method = MILayers(estimator=estimator, ratio=0.25)  # one of four
         run = start(copy.deepcopy(model), method, data=data, steps=2)
         found = run.log[0]["information"]
         assert found[dead] == 0
@@ -144,7 +144,7 @@ def a_branch_that_gives_nothing_leaves_first() -> None:
 
 
 def removal_leaves_logits_as_they_were() -> None:
-    model, data = resnet(14)
+    model, data = resnet()
     with torch.no_grad():
         model.layer1[1].bn2.weight.zero_()  # type: ignore[union-attr, operator]
         model.layer1[1].bn2.bias.zero_()  # type: ignore[union-attr, operator]
@@ -159,7 +159,7 @@ def removal_leaves_logits_as_they_were() -> None:
 def blocks_with_an_identity_may_leave() -> None:
     """Of ResNet-20 seven: those that change the width stay, and so do single layers of blocks."""
     model, data = resnet()
-    run = start(model, MILayers(ratio=0.0, samples=16), data=data, steps=2)
+    run = start(model, MILayers(ratio=0.0), data=data, steps=2)
     reasons = dict(run.reasons)
     found = [edit.layer for edit in units(run)]
     assert found == [
@@ -178,7 +178,7 @@ def blocks_with_an_identity_may_leave() -> None:
 def the_blocks_it_may_take_are_those_it_is_told() -> None:
     model, data = resnet()
     for options in ({"only": ("layer1.[01].*",)}, {"exclude": ("layer[23].*", "layer1.2.*")}):
-        run = start(copy.deepcopy(model), MILayers(ratio=0.99, samples=16, **options), data=data)
+        run = start(copy.deepcopy(model), MILayers(ratio=0.99, **options), data=data)
         run.finish()
         assert {edit.layer for edit in run.edits} <= {"layer1.0", "layer1.1"} and run.edits
 
@@ -187,7 +187,7 @@ def costs_fall_as_by_hand() -> None:
     """Two blocks of 16 channels: 2 (2 * 16 * 16 * 9 + 4 * 16) parameters less."""
     model, data = resnet()
     before = sum(p.numel() for p in model.parameters())
-    run = start(model, MILayers(only=("layer1.[01].*",), ratio=0.99, samples=16), data=data)
+    run = start(model, MILayers(only=("layer1.[01].*",), ratio=0.99), data=data)
     run.finish()
     assert [edit.layer for edit in run.edits] == ["layer1.0", "layer1.1"] or len(run.edits) == 2
     assert sum(p.numel() for p in model.parameters()) == before - 2 * (2 * 16 * 16 * 9 + 4 * 16)
@@ -203,7 +203,7 @@ def gains_count_within_a_stage() -> None:
 def disjoint_samples_agree() -> None:
     """Enough samples of one distribution give nearly the same values."""
     model, data = resnet()
-    run = start(model, MILayers(ratio=0.0, samples=16), data=data, steps=2)
+    run = start(model, MILayers(ratio=0.0), data=data, steps=2)
     found, values = units(run), []
     for seed in (1, 2):
         images = torch.randn(512, 3, 16, 16, generator=torch.Generator().manual_seed(seed))

@@ -18,7 +18,7 @@ from pliant.method import Method
 from pliant.registry import In, Paper, register
 from pliant.run import Run
 from pliant.surgery.fold import foldable
-from pliant.surgery.plain import computing
+from pliant.surgery.plain import plain
 
 LONGEST = 100_000  # steps of one stage
 
@@ -131,5 +131,6 @@ class GroupwisePTQ(Method):
 
 def _begin(run: Run) -> None:
     """Keep the weights of layers that compute them at every call, and fold batch norms."""
-    run.apply(*computing(run.model, run.example))
+    computing = [edit for edit in plain(run.model, run.example) if edit.values is not None]
+    run.apply(*computing)
     run.apply(*foldable(run.model, run.example))
