@@ -553,6 +553,29 @@ def test_networks_that_draw_in_eval_mode_are_compared_with_the_same_draws() -> N
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.parametrize("method", ["energy", "groupwise_ptq(independent=2, joint=2)"])
+def test_a_single_number_beside_answers_does_not_outweigh_them(method: str) -> None:
+    """A loss that a network returns has no spread to be measured by."""
+
+    class Losing(nn.Module):
+        def __init__(self, lost: bool) -> None:
+            super().__init__()
+            self.one, self.two, self.lost = nn.Linear(8, 16), nn.Linear(16, 4), lost
+
+        def forward(self, inputs: Tensor) -> Any:
+            hidden = self.one(inputs)
+            found = self.two(hidden)
+            return (found, hidden, hidden.square().mean()) if self.lost else (found, hidden)
+
+    made = []
+    for lost in (True, False):
+        torch.manual_seed(0)
+        rows = torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
+        made.append(pliant.compress(Losing(lost), [rows], method, None))
+    one, other = (dict(result.model.state_dict()) for result in made)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_fidelity_by_hand() -> None:
     """The second network answers twice what the first does, and minus that in the last sample."""
 
