@@ -430,6 +430,44 @@ def test_packing_several_weights_costs_what_it_predicts() -> None:
         assert cost(model, (noise(3, 24),)).bytes == predicted.bytes
 
 
+class Positions(nn.Embedding):
+    """Looks up by place, two rows on, as learned positions of language models do."""
+
+    def __init__(self) -> None:
+        super().__init__(30, 16)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(torch.arange(tokens.shape[-1]).expand_as(tokens) + 2)
+
+
+class Placed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.words = Positions(), nn.Embedding(50, 16)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head((self.places(tokens) + self.words(tokens)).mean(1))
+
+
+def test_tables_that_look_up_in_a_way_of_their_own_are_packed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    net, tokens = Placed().eval(), numbers(16, 8)
+    result = pliant.compress(net, [tokens], QUICK)
+    assert not [row.layer for row in result.report.layers if row.form == "dense"]
+    assert result.report.after.bytes < 0.35 * result.report.before.bytes
+    assert result.report.fidelity is not None and result.report.fidelity.error < 0.02
+    result.save(tmp_path / "a.pliant")
+    back = pliant.load(tmp_path / "a.pliant", Placed()).eval()
+    assert torch.equal(back(tokens), result.model(tokens))
+    monkeypatch.setattr("pliant.nn.several.TABLE", 100)
+    large = pliant.compress(net, [tokens], QUICK).report
+    (row,) = [row for row in large.layers if row.form == "dense"]
+    assert row.layer == "places" and "computes something else than Embedding" in row.reason
+
+
 # ---------------------------------------------------------------- networks of others
 
 
@@ -504,7 +542,7 @@ def test_networks_that_ask_their_layers(name: str) -> None:
     assert float((found - wanted).norm() / wanted.norm()) < 0.05
 
 
-class Positions(nn.Embedding):
+class Shifted(nn.Embedding):
     """A table that its network calls with more than a table takes."""
 
     def forward(self, size: Any, start: int = 0, places: Any = None) -> Tensor:  # type: ignore[override]
@@ -515,7 +553,7 @@ def test_a_table_that_looks_up_in_its_own_way_keeps_it_and_is_packed(tmp_path: P
     class Net(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.table, self.out = Positions(16, 8), nn.Linear(8, 4)
+            self.table, self.out = Shifted(16, 8), nn.Linear(8, 4)
 
         def forward(self, x: Tensor) -> Tensor:
             out: Tensor = self.out(x + self.table(None, places=torch.arange(x.shape[1])))

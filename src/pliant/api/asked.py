@@ -4,38 +4,23 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from pliant.budget import Budget
 from pliant.cost import check_held, check_open, device_of, twin
 from pliant.drivers import checkpoint
 from pliant.drivers.lock import owned
-from pliant.errors import BudgetError, ModelError
+from pliant.errors import ModelError
 from pliant.method import Method
 
 
-def budget_of(budget: Budget | str | None) -> Budget | None:
-    """Read a budget."""
-    if budget is None or isinstance(budget, Budget | str):
-        return Budget.parse(budget) if isinstance(budget, str) else budget
-    raise BudgetError(
-        f"A budget must be a Budget, text such as 'params=0.3', or None, not {budget!r}."
-    )
-
-
-def place_of(model: Any) -> torch.device:
-    """Say where a model is, after refusing what is no model."""
-    if not isinstance(model, nn.Module):
-        raise ModelError(
-            f"The model must be a torch.nn.Module, not {type(model).__name__}; "
-            "pliant.zoo.build makes one from a name."
-        )
+def place_of(model: nn.Module) -> torch.device:
+    """Say where a model is, after refusing what is no model, or cannot be compressed."""
+    place = device_of(model)
     check_open(model)
     check_held(model)
-    return device_of(model)
+    return place
 
 
 def patterns(method: Method) -> tuple[tuple[str, ...], tuple[str, ...]]:

@@ -313,7 +313,7 @@ class Job:
     def _findings(self, run: Run, *, lost: bool) -> tuple[str, ...]:
         """Return what went wrong in the training, and what to do."""
         found = [row["finding"] for row in run.log if "finding" in row]
-        late = run.begun and len(run.edits) > run.followed
+        late = run.called.begun and len(run.edits) > run.called.followed
         if lost and late and self.train is not None and not self.train.finetune:
             found.append(LATE)
         return tuple(found)

@@ -13,7 +13,7 @@ from pliant.cost import bare, twin
 from pliant.data import Data
 from pliant.drivers.devices import own_randomness
 from pliant.drivers.score import Score, device_of
-from pliant.errors import ModelError
+from pliant.errors import MethodError, ModelError, must_be
 from pliant.result import Result, Side
 from pliant.run import Run
 
@@ -49,6 +49,7 @@ def conclude(
         ModelError: the dense network is the one that was compressed.
         DataError: the data do not fit.
     """
+    must_be(Run, "run", run, MethodError, "a run from pliant.start(...)")
     if dense is not None and bare(dense) is run.model:
         raise ModelError(
             "The dense network must be a copy from before start(...), but it is the network that "

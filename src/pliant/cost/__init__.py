@@ -5,8 +5,8 @@ what `torch.utils.flop_counter` calls flops. Convolutions, linear layers, attent
 layers have MACs. Normalisation, activation, pooling, dropout, reshaping and embedding look-ups
 are *known* to be zero. Biases count as parameters and not as MACs. Products outside of these layers
 (attention written by hand, a weight that its parent reads, a class of one's own) are counted as
-they run. Only operators that are not PyTorch's own are not seen through: where they run is named
-in `Cost.uncounted`, so a missing number is never a silent 0.
+they run. Operators that are not PyTorch's own cannot be counted: `Cost.uncounted` names the layers
+where they run, so that nobody takes a number that is missing for 0.
 """
 
 import sys

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from pliant.errors import ModelError, PliantError
+from pliant.errors import ModelError, PliantError, must_be
 from pliant.math.alone import forked
 
+A_MODEL = "a torch.nn.Module (pliant.zoo.build makes one from a name)"
 _WRAPPED = {
     "OptimizedModule": "_orig_mod",
     "DataParallel": "module",
@@ -82,7 +83,12 @@ def shapes(inputs: Any) -> str:
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Say where a model's tensors are; on the CPU if it has none."""
+    """Say where a model's tensors are; on the CPU if it has none.
+
+    Raises:
+        ModelError: it is no network.
+    """
+    must_be(nn.Module, "The model", model, ModelError, A_MODEL)
     held = chain(model.parameters(), model.buffers())
     return next((tensor.device for tensor in held), torch.device("cpu"))
 
@@ -180,6 +186,9 @@ def fitted(model: nn.Module, example: Example) -> Example:
         model: whose signature is asked; one that takes anything gets the example as it is.
         example: a tuple, or a mapping.
     """
+    values = tuple(example) if isinstance(example, tuple | list) else ()
+    if len(values) > 1 or (values and isinstance(values[0], Tensor | PackedSequence)):
+        return values  # at once: to ask for a signature takes as long as a small layer
     takes = _signature(model)
     if takes is None:
         return example
@@ -187,8 +196,9 @@ def fitted(model: nn.Module, example: Example) -> Example:
         known = _known(takes, example)
         alone = not known and example and _binds(takes, example)
         return (example,) if alone else known
-    values = tuple(example)
-    if len(values) != 1 or isinstance(values[0], Tensor | PackedSequence):
+    words = "a tuple of inputs, or a mapping by name"
+    must_be((tuple, list), "An example", example, ModelError, words)
+    if not values:
         return values
     (inner,) = values
     if isinstance(inner, Mapping):
@@ -295,7 +305,12 @@ def _moved_copy(thing: Any, device: Any) -> Any:
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """Return the network itself, out of what torch.compile or data parallelism put around it."""
+    """Return the network itself, out of what torch.compile or data parallelism put around it.
+
+    Raises:
+        ModelError: it is no network.
+    """
+    must_be(nn.Module, "The model", model, ModelError, A_MODEL)
     while isinstance(inner := getattr(model, _inside(model), None), nn.Module):
         model = inner
     return model

@@ -7,15 +7,18 @@ from itertools import chain
 import torch
 from torch import nn
 
-from pliant.errors import ModelError
+from pliant.cost.call import A_MODEL
+from pliant.errors import ModelError, must_be
 
 
 def check_open(model: nn.Module) -> None:
     """Refuse a network whose layers cannot be seen, or have no shape yet.
 
     Raises:
-        ModelError: it is compiled by TorchScript, in part or whole, or a parameter is lazy.
+        ModelError: it is compiled by TorchScript, in part or whole, a parameter is lazy, or it is
+            no network.
     """
+    must_be(nn.Module, "The model", model, ModelError, A_MODEL)
     for name, module in model.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             raise ModelError(

@@ -77,7 +77,7 @@ def check_heard(run: Run, how: str) -> None:
     Raises:
         MethodError: it changes the loss, and the trainer left it out.
     """
-    if (run.method.uses("loss") or run.method.uses("weigh")) and not run.heard:
+    if (run.method.uses("loss") or run.method.uses("weigh")) and not run.called.heard:
         raise MethodError(
             f"{type(run.method).__name__} changes the loss, but the trainer took a step without "
             f"asking it: {how}."

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -16,13 +17,14 @@ from pliant.cost import Example, call, call_alike, counted, device_of, evaluatin
 from pliant.data import Data, unpack
 from pliant.data.guess import guess, squashed
 from pliant.data.measures import Metric
+from pliant.data.ready import task_of
 from pliant.data.sources import moved
 from pliant.data.splits import Split
 from pliant.data.task import Task, main_output
-from pliant.errors import DataError, PliantError, TrainingError
+from pliant.errors import DataError, ModelError, PliantError, TrainingError, must_be
 from pliant.math.alone import forked
 from pliant.math.divergence import divergence
-from pliant.observe.outputs import answers
+from pliant.observe.outputs import answers, wide_answers
 from pliant.result import Fidelity
 from pliant.run import Run
 
@@ -71,12 +73,12 @@ class Score:
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    data: Data,
+    data: Any,
     split: Split = "val",
     *,
     batch: int = 256,
     device: torch.device | str | None = None,
-    task: Task | None = None,
+    task: Task | str | None = None,
 ) -> Score:
     """Score a network on a split, in eval mode and without autocast.
 
@@ -84,17 +86,23 @@ def evaluate(
 
     Args:
         model: any network.
-        data: labels that are whole numbers are classes; others are targets of a regression.
+        data: a `Data`, or whatever `Data.of` reads; labels that are whole numbers are classes,
+            others are targets of a regression.
         split: which part of the data.
         batch: samples per forward call; a loader has its own.
         device: where to compute, the model is moved there; where it is now if None.
-        task: what is scored; guessed from the first batch where there is no doubt if None.
+        task: what is scored, such as ``"binary"``; guessed from the first batch where there is no
+            doubt if None.
 
     Raises:
         DataError: the split is absent, empty or without labels, or the task is in doubt.
-        ModelError: the model fails on a batch.
+        ModelError: the model fails on a batch, or the device is none.
+        MethodError: there is no such task.
     """
-    device = torch.device(device) if device is not None else device_of(model)
+    device, task = _device(model, device), task_of(task)
+    must_be(Integral, "batch", batch, DataError, "a whole number")
+    if not isinstance(data, Data):
+        data = Data.of(data).read_by(model)
     model.to(device)
     losses = count = 0.0
     rows: dict[str, list[Tensor]] = defaultdict(list)
@@ -125,6 +133,17 @@ def evaluate(
         rows=known.get(task.main, torch.empty(0)),
         metric=task.metrics.get(task.main),
     )
+
+
+def _device(model: nn.Module, asked: torch.device | str | None) -> torch.device:
+    here = device_of(model)
+    try:
+        return here if asked is None else torch.device(asked)
+    except (RuntimeError, TypeError) as error:
+        words = str(error).splitlines()[0]
+        raise ModelError(
+            f'device must be a device of PyTorch, such as "cpu", not {asked!r}: {words}'
+        ) from error
 
 
 def guessed(model: nn.Module, batch: Any) -> Task:
@@ -176,7 +195,7 @@ def distillation(output: Any, teacher: Any, temperature: float, task: Task | Non
         return divergence(mine, other, temperature)
     gaps = [
         (one - other).square().mean() / other.var(correction=0).clamp(min=TINY)
-        for one, other in zip(answers(output), answers(teacher), strict=True)
+        for one, other in zip(wide_answers(output), wide_answers(teacher), strict=True)
     ]
     return torch.stack(gaps).sum()
 

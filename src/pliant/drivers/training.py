@@ -4,7 +4,6 @@ import gc
 import math
 import operator
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -33,7 +32,7 @@ from pliant.drivers.interrupt import uninterrupted
 from pliant.drivers.schedule import optimizers_of, rate
 from pliant.drivers.score import distillation, scored
 from pliant.edits import Edit
-from pliant.errors import AccuracyWarning, DataError, TrainingError
+from pliant.errors import DataError, TrainingError
 from pliant.run import Run
 
 if TYPE_CHECKING:
@@ -254,11 +253,7 @@ class Training:
         """Say once in a phase that its learning rate destroys what the network knew."""
         if len(self.first) == self.place.step < early.watched(self.train, self.steps):
             self.first.append(loss)
-            now = early.destroyed(self.first, self.guessing)
-            if now is not None:
-                said = early.said(self.name, self.train, self.first, now)
-                self.run.note(finding=said)
-                warnings.warn(said, AccuracyWarning, stacklevel=2)
+            if early.look(self.run, self.first, self.guessing, self.train.lr, self.name):
                 self.first.clear()  # of this phase no more is watched
 
     def _loss(self, batch: Any) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import BytesIO, StringIO
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -20,9 +21,9 @@ from torch.export import Dim, ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
-from pliant.codecs.container import check_replaceable
+from pliant.codecs.container import check_replaceable, path_of
 from pliant.cost import Example, bare, call, call_alike, twin
-from pliant.errors import ArtifactError, ModelError, OutputError, require
+from pliant.errors import ArtifactError, ModelError, OutputError, must_be, require
 from pliant.files.qdq import deployable, narrowed
 from pliant.files.traceable import traceable
 from pliant.nn.coded import decoded
@@ -83,7 +84,8 @@ def to_onnx(
     """
     for module in ("onnx", "onnxscript", "onnxruntime"):
         require(module, "onnx")
-    path = Path(path)
+    path = path_of(path)
+    must_be(Real, "tolerance", tolerance, ModelError, "a number")
     check_replaceable(path, "ONNX", _is_onnx)
     model = bare(model)
     network, batch = _prepared(model, example)
@@ -141,7 +143,7 @@ def to_program(
         OutputError: a file of another kind is there, or the file cannot be written.
     """
     if path is not None:
-        check_replaceable(Path(path), ".pt2", _is_program)
+        check_replaceable(path_of(path), ".pt2", _is_program)
     network, batch = _prepared(model, example)
     args, kwargs = ((), dict(batch)) if isinstance(batch, Mapping) else (batch, None)
     traceable(traced := twin(network), batch)

@@ -36,4 +36,4 @@ def traceable(network: nn.Module, batch: Example) -> None:
     def forward(*args: Any, **kwargs: Any) -> Any:
         return without_caches(compute(*args, **kwargs))
 
-    network.forward = forward  # type: ignore[method-assign]
+    network.forward = forward

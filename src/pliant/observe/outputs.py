@@ -52,6 +52,18 @@ def answers(output: Any) -> list[Tensor]:
     return found
 
 
+def wide_answers(output: Any) -> list[Tensor]:
+    """Take the answers without single numbers, such as a loss beside them: those have no spread.
+
+    Where there is nothing else, they are the answers.
+
+    Raises:
+        ModelError: as for `answers`.
+    """
+    found = answers(output)
+    return [tensor for tensor in found if tensor.dim()] or found
+
+
 def without_caches(output: Any) -> Any:
     """Return an output without what a network keeps for its next call; itself, if it has none."""
     if isinstance(output, Mapping):

@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any
 
 import torch
@@ -62,6 +63,8 @@ class Probe:
     count: int = 0  # its samples
     unclear: bool = False  # whether marks arrived that cannot be told apart
     heads: bool = False  # whether heads leave whole
+    headed: bool = False  # whether an axis became heads and their width
+    lossy: bool = False  # whether marks may have been taken out on their way
     mark: float = math.nan  # in the place of marked values, or added to them
     kept: dict[tuple[str, torch.Size, str], Tensor] = field(default_factory=dict)  # for one sample
 
@@ -104,8 +107,10 @@ class Probe:
             rows = slice(self.count, self.count + len(codes))
             self.blocks.append(Block(source, codes, rows))
             self.count = rows.stop
-        with torch.no_grad(), slow_attention(), Parted(self._tie_parts, heads=self.heads):
-            output = call(self.model, first_sample(self.example, self.model, self.count))
+        sample = first_sample(self.example, self.model, self.count)
+        with torch.no_grad(), slow_attention(), Parted(self._tie_parts, heads=self.heads) as seen:
+            output = call(self.model, sample)
+        self.headed, self.lossy = self.headed or seen.headed, self.lossy or seen.lossy
         arrived = torch.zeros(self.count, dtype=torch.bool)
         for tensor in answers(output):
             if tensor.dim():
@@ -194,6 +199,7 @@ class Probe:
         return ~torch.isclose(tensor, tensor[:1], rtol=1e-4, atol=1e-6, equal_nan=True)
 
     def _reader(self, slot: Slot) -> Callable[..., None]:
+        @_unseen
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             if args and isinstance(args[0], Tensor):
                 self._read(slot, args[0], channel_axis(module, args[0]))
@@ -201,6 +207,7 @@ class Probe:
         return hook
 
     def _mixer(self, name: str) -> Callable[..., None]:
+        @_unseen
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             given = args[0] if args else None
             if not isinstance(given, Tensor) or not isinstance(output, Tensor):
@@ -221,6 +228,7 @@ class Probe:
         compute, kept = module.forward, self.kept
         features = isinstance(module, nn.Linear)
 
+        @_unseen
         def forward(input: Tensor, output_size: Any = None) -> Tensor:
             more = () if output_size is None else (output_size,)  # of a transposed convolution
             axis = input.dim() - 1 if features else 1
@@ -286,6 +294,17 @@ class Probe:
 
 def _unchanged(x: Tensor) -> Tensor:
     return x
+
+
+def _unseen(work: Callable[..., Any]) -> Callable[..., Any]:
+    """Let `Parted` see nothing of work that is not the network's."""
+
+    @wraps(work)
+    def done(*args: Any, **kwargs: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return work(*args, **kwargs)
+
+    return done
 
 
 def first_sample(example: Example, model: nn.Module, count: int = 1) -> Example:

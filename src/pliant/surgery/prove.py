@@ -27,6 +27,9 @@ Leaving = Mapping[str, Sequence[int]]
 
 UNEVEN = "it can lose channels only with as many of others, which have another number of them"
 WITHOUT = "without some of its channels"
+AGAIN: Mapping[str, dict[str, Any]] = {"heads": {"heads": True}, "marks": {"marks": MOVES}}
+"""How to trace again by what a first trace has seen: heads leave whole, not-a-number is lost."""
+
 CLOSE = 1e-4  # largest difference that rounding may make, relative to the largest output
 
 
@@ -53,11 +56,10 @@ def cuttable(
     random = randomized(model)
     others = reaching(random, example, batches)
     examples = [example, *others]
-    good, uneven, reasons = _traced(random, examples)
-    # Not-a-number may have been taken out on its way (a mask, a check, a distribution), and heads
-    # of attention leave whole.
-    for other in ({"heads": True}, {"marks": MOVES}) if uneven or _lost(reasons) else ():
-        again = _traced(random, examples, **other)
+    seen = set[str]()
+    good, uneven, reasons = _traced(random, examples, seen=seen)
+    for name in [name for name in AGAIN if name in seen] if uneven or _lost(reasons) else ():
+        again = _traced(random, examples, **AGAIN[name])
         if _channels(again[0]) > _channels(good):
             good, uneven, reasons = again
     for group in uneven:

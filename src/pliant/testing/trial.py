@@ -23,6 +23,7 @@ from pliant.run import Run, start
 from pliant.testing.toys import Toy
 
 BATCH, EPOCHS = 8, 2
+MOST = 4  # batches of an epoch by hand
 KEPT = 128  # compressions and walks, each some hundred kilobytes
 PLAN = Train(epochs=EPOCHS, batch=BATCH, lr=0.01, device="cpu")
 
@@ -62,9 +63,11 @@ def once(make: Callable[..., T]) -> Callable[..., T]:
 
     def shared(method: Any, at: Any, *more: Any, **how: Any) -> T:
         key = type(method), at, repr((method, more, how))
-        if key not in made:
-            while len(made) >= KEPT:
-                made.pop(next(iter(made)))  # the oldest: checks of one method follow one another
+        if key in made:
+            made[key] = made.pop(key)  # asked for last
+        else:
+            while len(made) >= KEPT:  # checks of one method are neighbours: the others go
+                made.pop(next(iter(made)))
             try:
                 made[key] = make(method, at, *more, **how)
             except Exception as error:  # every check that needs it shall say the same
@@ -76,6 +79,17 @@ def once(make: Callable[..., T]) -> Callable[..., T]:
 
     shared.forget = made.clear  # type: ignore[attr-defined]
     return shared
+
+
+PASSED: set[Any] = set()
+
+
+def unless_passed(check: Callable[[], None], *of: Any) -> None:
+    """Make a check, unless it has passed in this process: on the same things it would again."""
+    key = of or check
+    if key not in PASSED:
+        check()
+        PASSED.add(key)
 
 
 shared_trial = once(trial)
@@ -107,11 +121,12 @@ def put_in(model: nn.Module) -> list[str]:
 
 @dataclass
 class Walk:
-    """A training by hand: the run, and what was noticed on the way."""
+    """A training by hand: the run, what was noticed on the way, and what was saved where."""
 
     run: Run
     optimizer: SGD
     strange: list[str] = field(default_factory=list)
+    saved: dict[int, bytes] = field(default_factory=dict)
 
 
 def begin(method: Method, toy: Toy, budget: Budget | None) -> Walk:
@@ -128,7 +143,7 @@ def begin(method: Method, toy: Toy, budget: Budget | None) -> Walk:
             example=toy.inputs(1),
             optimizer=optimizer,
             epochs=EPOCHS,
-            batch=BATCH,
+            batch=max(BATCH, toy.samples // MOST),  # where many samples are asked for
         )
     return Walk(run, optimizer, strange)
 
@@ -136,31 +151,60 @@ def begin(method: Method, toy: Toy, budget: Budget | None) -> Walk:
 def walk(method: Method, toy: Toy, budget: Budget | None, *, stop: int | None = None) -> Walk:
     """Train and finish by hand; at step ``stop`` save all, begin afresh, load and go on."""
     with torch.random.fork_rng(devices=[]):
-        return _walked(method, toy, budget, stop)
+        now = begin(method, toy, budget)
+        if stop is None:
+            return _finished(now)
+        _steps(now, stop)
+        return resumed(_saved(now), method, toy, budget)
 
 
 shared_walk = once(walk)
 """Like `walk`, but equal ones are one."""
 
 
-def _walked(method: Method, toy: Toy, budget: Budget | None, stop: int | None) -> Walk:
-    now = begin(method, toy, budget)
-    for step in range(now.run.steps):
-        if step == stop:
-            now = _again(now, method, toy, budget)
-        _step(now, next(iter(now.run.batches())), step)
-        assert now.run.epochs is not None
-        if now.run.step == now.run.epochs.began(now.run.epoch + 1):
-            now.run.after_epoch()
+def resumed(saved: bytes, method: Method, toy: Toy, budget: Budget | None) -> Walk:
+    """What a process does that resumes: a fresh run, then edits, tensors and optimizer."""
+    kept = torch.load(io.BytesIO(saved), weights_only=True)  # plain values and tensors only
+    with torch.random.fork_rng(devices=[]):
+        new = begin(method, toy, budget)
+        new.run.load_state_dict(kept["run"])
+        new.run.model.load_state_dict(kept["model"])
+        new.optimizer.load_state_dict(kept["optimizer"])
+        return _finished(new)
+
+
+def _finished(now: Walk) -> Walk:
+    """Take the steps that are left and finish; save at two of them all that a process needs."""
+    whole = now.run.steps
+    for stop in (whole // 4, whole - 1):
+        if now.run.step <= stop:
+            _steps(now, stop)
+            now.saved[stop] = _saved(now)
+    _steps(now, whole)
     with _own_randomness("finalize", now.strange):
         now.run.finish(strict=False)
     return now
 
 
+def _steps(now: Walk, end: int) -> None:
+    for step in range(now.run.step, end):
+        _step(now, next(iter(now.run.batches())), step)
+        assert now.run.epochs is not None
+        if now.run.step == now.run.epochs.began(now.run.epoch + 1):
+            now.run.after_epoch()
+
+
+def _saved(now: Walk) -> bytes:
+    buffer = io.BytesIO()
+    rows: dict[str, Any] = {"run": now.run, "model": now.run.model, "optimizer": now.optimizer}
+    torch.save({name: one.state_dict() for name, one in rows.items()}, buffer)
+    return buffer.getvalue()
+
+
 def _step(now: Walk, batch: Any, step: int) -> None:
     run = now.run
     run.model.train()
-    torch.manual_seed(step)  # dropout is the same in a resumed training
+    torch.default_generator.manual_seed(step)  # dropout is the same in a resumed training
     now.optimizer.zero_grad()
     inputs, labels = unpack(batch)
     output = call(run.model, inputs)
@@ -187,22 +231,3 @@ def _own_randomness(hook: str, strange: list[str]) -> Iterator[None]:
     yield
     if not torch.equal(before, torch.get_rng_state()):
         strange.append(f"{hook} drew from the global random state instead of run.generator")
-
-
-def _again(old: Walk, method: Method, toy: Toy, budget: Budget | None) -> Walk:
-    """What a process does that resumes: a fresh run, then edits, tensors and optimizer."""
-    saved = {
-        "run": old.run.state_dict(),
-        "model": old.run.model.state_dict(),
-        "optimizer": old.optimizer.state_dict(),
-    }
-    buffer = io.BytesIO()
-    torch.save(saved, buffer)
-    buffer.seek(0)
-    saved = torch.load(buffer, weights_only=True)  # plain values and tensors only
-    new = begin(method, toy, budget)
-    new.run.load_state_dict(saved["run"])
-    new.run.model.load_state_dict(saved["model"])
-    new.optimizer.load_state_dict(saved["optimizer"])
-    new.strange += old.strange
-    return new

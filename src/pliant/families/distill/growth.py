@@ -15,7 +15,7 @@ from pliant.data.sources import moved
 from pliant.data.splits import Split
 from pliant.edits import Edit, Prune, Widen, replay
 from pliant.edits.widen import NEW
-from pliant.errors import EditError, ModelError, first_few
+from pliant.errors import EditError, nothing_for
 from pliant.run import Run
 from pliant.surgery.batchnorm import absorb, recalibrate
 from pliant.surgery.graph import Group, Slot
@@ -36,14 +36,10 @@ def narrow(run: Run, share: float) -> None:
     """
     run.unwrap()
     groups, reasons = cuttable(run.model, run.example)
-    for layer, reason in reasons.items():
-        run.keep(layer, reason)
+    run.keep_all(reasons)
     if not groups:
-        why = first_few(reasons)
-        raise ModelError(
-            "The model has no layer that could be narrower: it needs two layers in a row "
-            f"({why or 'it has no layers with channels'})."
-        )
+        what = "layer that could be narrower: it needs two layers in a row"
+        raise nothing_for(what, reasons, "it has no layers with channels")
     leaving = {}
     for group in groups:
         kept = max(FEWEST, math.ceil(share * len(group.units) - 1e-9))

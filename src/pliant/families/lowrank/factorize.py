@@ -10,7 +10,7 @@ from typing import Literal
 from pliant.budget import Option
 from pliant.cost import twin
 from pliant.edits import Factor
-from pliant.errors import ModelError, first_few
+from pliant.errors import nothing_for
 from pliant.families.lowrank.options import forms_of, options, spared, with_kernels
 from pliant.families.lowrank.refit import reconstruct as refit
 from pliant.math.forms import FORMS, max_ranks
@@ -50,14 +50,10 @@ def subjects(
         MethodError: a name pattern matches no layer.
     """
     layers, reasons = run.factorizable(only, exclude, every=every and run.clock is None)
-    for name, reason in reasons.items():
-        run.keep(name, reason)
+    run.keep_all(reasons)
     if not layers:
-        why = first_few(reasons)
-        raise ModelError(
-            "The model has no layer to factorize: it needs a convolution with groups=1, a Linear "
-            f"or an Embedding{f' ({why})' if why else ''}."
-        )
+        needs = "it needs a convolution with groups=1, a Linear or an Embedding"
+        raise nothing_for(f"layer to factorize: {needs}", reasons)
     return layers
 
 

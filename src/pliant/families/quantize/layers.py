@@ -78,7 +78,7 @@ def packable(
         else:
             chosen[name] = module
     calls = _called(model, example, chosen)
-    for name in [name for name in chosen if calls.get(name) and not looks_up(chosen[name])]:
+    for name in [name for name in chosen if calls.get(name) and not weights_of(chosen[name])]:
         found.reasons[name] = calls[name]
         del chosen[name]
     many = {n for n, m in chosen.items() if weights_of(m) and (calls.get(n) or not looks_up(m))}

@@ -10,7 +10,7 @@ from pliant.budget import Option
 from pliant.edits import Edit, Pack, Quantize
 from pliant.edits.pack import flat
 from pliant.edits.quantize import MOST
-from pliant.errors import ModelError, first_few
+from pliant.errors import nothing_for
 from pliant.families.quantize.layers import Layers
 from pliant.math.quantize import Grouping
 from pliant.nn import kinds
@@ -138,14 +138,10 @@ def smaller(run: Run, ways: Choices, reasons: dict[str, str]) -> dict[str, list[
             found[name] = fit
         else:
             reasons[name] = "packed it would take more bytes"
-    for name, reason in reasons.items():
-        run.keep(name, reason)
+    run.keep_all(reasons)
     if not found:
-        why = first_few(reasons)
-        raise ModelError(
-            "The model has no layer to quantize: it needs a convolution, a Linear, an Embedding, "
-            f"a recurrent layer or attention{f' ({why})' if why else ''}."
-        )
+        needs = "a convolution, a Linear, an Embedding, a recurrent layer or attention"
+        raise nothing_for(f"layer to quantize: it needs {needs}", reasons)
     return found
 
 

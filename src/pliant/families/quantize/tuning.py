@@ -23,7 +23,7 @@ from pliant.errors import ModelError
 from pliant.families.quantize.tunable import tunables
 from pliant.math.quantize import FLOOR, levels
 from pliant.nn import kinds
-from pliant.observe.outputs import answers, logits
+from pliant.observe.outputs import logits, wide_answers
 from pliant.observe.watch import beside, recording
 
 Outputs = Literal["classes", "values"]
@@ -336,7 +336,7 @@ def _train(
 
 def _divergence(given: Any, wanted: Any, goal: Goal) -> tuple[Tensor, Tensor]:
     """Compare all answers: as the goal has it, and by relative squared error."""
-    pairs = list(zip(answers(given), answers(wanted), strict=True))
+    pairs = list(zip(wide_answers(given), wide_answers(wanted), strict=True))
     errors = [_relative(mine, other) for mine, other in pairs]
     scores = _scores(wanted) if goal.outputs == "classes" else None
     apart = [

@@ -87,8 +87,7 @@ class HAC(Method):
         for name, module in run.model.named_modules():
             if isinstance(module, Packed):
                 reasons[name] = WHOLE
-        for name, reason in reasons.items():
-            run.keep(name, reason)
+        run.keep_all(reasons)
         run.state.update(layers=list(layers), shared=False, masks={}, index={}, levels={})
         self._prune(run, self._level(run, layers, 0.0 if run.limits() else self.prune))
 
