@@ -112,7 +112,7 @@ def _answers(model: nn.Module, data: Data) -> Tensor:
 
 
 def _run(model: nn.Module, data: Data, plan: Mapping[str, Any], seed: int, **changes: Any) -> Any:
-    method = replace(build(plan["spec"]), samples=plan["samples"], **changes)
+    method = replace(build(plan["spec"]), **{"samples": plan["samples"], **changes})
     run = start(model, method, data=data, seed=seed)
     run.finish()
     return run
