@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import pliant
 from pliant import zoo
 from pliant.edits import Factor
 from pliant.errors import ArtifactError, MissingExtraError, ModelError, OutputError
@@ -295,23 +296,49 @@ def test_without_the_extra_the_message_names_it(
         to_onnx(nn.Linear(4, 4), tmp_path / "a.onnx", noise(1, 4))
 
 
-@pytest.mark.slow
+class KeepsCache:
+    """Keys and values for the next call, in a class that exporters do not know."""
+
+    def __init__(self, keys: Tensor) -> None:
+        self.keys = keys
+
+
+class Decoder(nn.Module):
+    """Answers by name, with what it keeps for its next call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> dict[str, Any]:
+        return {"logits": self.inner(x) * scale, "past_key_values": KeepsCache(x)}
+
+
 def test_what_a_network_keeps_for_its_next_call_is_not_exported(tmp_path: Path) -> None:
-    """No exporter knows caches of keys and values; experts go the way that all of them know."""
-    t = pytest.importorskip("transformers")
-    pytest.importorskip("onnxruntime")
-    words = {"vocab_size": 60, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 1}
-    answering = t.T5ForConditionalGeneration(t.T5Config(**words, num_heads=2)).eval()
-    small = {"vocab_size": 60, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1, "num_local_experts": 4}
-    routed = t.MixtralForCausalLM(t.MixtralConfig(**small, **heads)).eval()
-    tokens = torch.arange(32).reshape(4, 8)
-    assert "past_key_values" in answering(tokens, decoder_input_ids=tokens)
-    for model in (answering, routed):
-        given = {"input_ids": tokens}
-        given |= {"decoder_input_ids": tokens} if model is answering else {}
-        kind, way = type(model), getattr(model.config, "_experts_implementation", None)
-        made = to_onnx(model, tmp_path / "a.onnx", given)
-        assert made.max_difference < 1e-4
-        assert type(model) is kind
-        assert getattr(model.config, "_experts_implementation", None) == way
+    model, x = Decoder().eval(), torch.randn(2, 6)
+    exported = to_onnx(model, tmp_path / "m.onnx", {"x": x})
+    assert exported.max_difference < 1e-5 and "forward" not in vars(model)
+    assert set(to_program(model, (x,)).module()(x)) == {"logits"}
+    rounded = pliant.compress(model, torch.randn(32, 6), "groupwise_ptq(independent=1, joint=1)")
+    to_onnx(rounded.model, tmp_path / "q.onnx", {"x": x})
+    assert b"QuantizeLinear" in (tmp_path / "q.onnx").read_bytes()
+
+
+class Drawing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b(self.a(x * (torch.rand_like(x) < 0.5)).relu())
+        return out
+
+
+def test_a_network_that_draws_at_random_is_compared_by_the_same_draws(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Drawing(), torch.randn(64, 8)
+    for method in ("groupwise_ptq(bits=8, independent=1, joint=1)", "magnitude"):
+        found = pliant.compress(model, x, method, "bytes=0.95").report.fidelity
+        assert found is not None and found.error < 0.2
+    with pytest.raises(ArtifactError, match="draws random numbers"):
+        to_onnx(model, tmp_path / "m.onnx", (x,))

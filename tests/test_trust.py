@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from typer.testing import CliRunner
 
 import pliant
+from pliant import zoo
 from pliant.cli import app
 from pliant.cli import folder as folders
 from pliant.data import Data, Train
@@ -26,7 +27,7 @@ from pliant.drivers.lock import NAME, owned
 from pliant.edits import Insert, Nest, Rerank, Settle, replay
 from pliant.errors import ArtifactError, OutputError, PliantError, TrainingError, shown
 from pliant.files import artifact
-from tests.counts import calls
+from tests.counts import calls, largest
 from tests.reliability import files, flips
 
 PLAN = Train(epochs=2, batch=8, device="cpu", checkpoint_every=1)
@@ -65,6 +66,16 @@ def tensors(result: Any) -> list[Tensor]:
 
 
 # ---------------------------------------------------------------- files
+
+
+def test_a_small_file_that_names_a_large_network_builds_none(tmp_path: Path) -> None:
+    path = artifact.save(tmp_path / "a.pliant", zoo.build("lenet5"), (), source="vgg16-bn")
+
+    def load() -> None:
+        with pytest.raises(ArtifactError, match="another architecture than this VGG"):
+            pliant.load(path)
+
+    assert largest(load) <= path.stat().st_size
 
 
 def test_two_thousand_changed_files_hold_no_surprise(tmp_path: Path) -> None:

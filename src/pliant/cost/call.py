@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from pliant.errors import ModelError, PliantError, must_be
+from pliant.math.alone import forked
 
 A_MODEL = "a torch.nn.Module (pliant.zoo.build makes one from a name)"
 _WRAPPED = {
@@ -56,6 +57,18 @@ def call(model: nn.Module, example: Example) -> Any:
             f"forward fails with {type(error).__name__}: {error}; {lacking(error)}check that model "
             "and data fit."
         ) from error
+
+
+def call_alike(model: nn.Module, example: Example, seed: int = 0) -> Any:
+    """Call a model so that what it draws at random is the same whenever and in whichever network.
+
+    A network that masks at random is so compared with itself, and not with another mask. The
+    caller's random states stay untouched.
+    """
+    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
+    with forked(devices):
+        torch.manual_seed(seed)
+        return call(model, example)
 
 
 def shapes(inputs: Any) -> str:

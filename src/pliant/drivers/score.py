@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from pliant.cost import Example, call, counted, device_of, evaluating
+from pliant.cost import Example, call, call_alike, counted, device_of, evaluating
 from pliant.data import Data, unpack
 from pliant.data.guess import guess, squashed
 from pliant.data.measures import Metric
@@ -21,7 +21,6 @@ from pliant.data.ready import task_of
 from pliant.data.sources import moved
 from pliant.data.splits import Split
 from pliant.data.task import Task, main_output
-from pliant.drivers.devices import own_randomness
 from pliant.errors import DataError, ModelError, PliantError, TrainingError, must_be
 from pliant.math.alone import forked
 from pliant.math.divergence import divergence
@@ -229,7 +228,7 @@ def fidelity(
     same: list[Tensor] = []
     with evaluating(dense), evaluating(small):
         for given in inputs:
-            wanted, found = (_drawn_alike(network, given) for network in (dense, small))
+            wanted, found = call_alike(dense, given), call_alike(small, given)
             pairs = list(zip(answers(wanted), answers(found), strict=True))
             if any(one.shape != other.shape for one, other in pairs):
                 return None  # as many answers as it likes, as detectors give them
@@ -248,12 +247,6 @@ def fidelity(
         samples=sum(map(len, cosines)),
         where=where,
     )
-
-
-def _drawn_alike(model: nn.Module, inputs: Example) -> Any:
-    """Call a model, with the same random numbers each time: some draw even in eval mode."""
-    with own_randomness(0, device_of(model)):
-        return call(model, inputs)
 
 
 def _finite(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:

@@ -235,6 +235,22 @@ def load(
     return built
 
 
+def check_fits(path: str | Path, manifest: Manifest, shapes: nn.Module) -> None:
+    """Refuse a file that does not fit a network, before one with real tensors is built for it.
+
+    Args:
+        path: of the file.
+        manifest: what `inspect` has read of it.
+        shapes: the dense network on the device "meta"; it stays as it is.
+
+    Raises:
+        ArtifactError: the file was made from another architecture, or its edits do not fit.
+    """
+    path = path_of(path)
+    with reading(path):
+        _compare(manifest, tried(manifest, shapes, shapes, most=bound(path, shapes)))
+
+
 def _built(
     path: Path, manifest: Manifest, model: nn.Module | Callable[[], nn.Module] | None
 ) -> nn.Module:

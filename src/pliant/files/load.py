@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pliant import zoo
@@ -70,7 +71,14 @@ def _of_zoo(manifest: Manifest, path: str | Path) -> Callable[[], nn.Module] | N
     if source not in zoo.NETWORKS:
         return None
     classes = classes_of(manifest, path)
-    return lambda: zoo.build(source, classes=classes)
+
+    def build() -> nn.Module:
+        with torch.device("meta"):  # a small file must not ask for a large network
+            shapes = zoo.build(source, classes=classes)
+        artifact.check_fits(path, manifest, shapes)
+        return zoo.build(source, classes=classes)
+
+    return build
 
 
 def classes_of(manifest: Manifest, path: str | Path) -> int | None:

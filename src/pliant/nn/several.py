@@ -45,11 +45,16 @@ def _fused(layer: nn.Module) -> dict[str, Tensor]:
         return {}
     tensors = {name: p for name, p in layer._parameters.items() if p is not None}
     held: dict[str, Tensor] = {name: p for name, p in tensors.items() if p.is_floating_point()}
-    if kind_of(layer) is nn.Embedding and type(layer).forward is not nn.Embedding.forward:
+    if looks_up(layer):
         return held if list(held) == ["weight"] and held["weight"].numel() <= TABLE else {}
     if kind_of(layer):
         return {}
     return {n: p for n, p in held.items() if p.dim() == 3 and min(p.shape) > 1}
+
+
+def looks_up(layer: nn.Module) -> bool:
+    """Say whether a layer is a table with a forward of its own, such as shifted positions."""
+    return kind_of(layer) is nn.Embedding and type(layer).forward is not nn.Embedding.forward
 
 
 def _rows(weight: Tensor) -> Tensor:

@@ -64,19 +64,19 @@ def wide_answers(output: Any) -> list[Tensor]:
     return [tensor for tensor in found if tensor.dim()] or found
 
 
-def without_kept(output: Any) -> Any:
-    """Take what a network keeps for its next call out of what it gives; the rest is as it was."""
+def without_caches(output: Any) -> Any:
+    """Return an output without what a network keeps for its next call; itself, if it has none."""
     if isinstance(output, Mapping):
-        parts: Any = {key: part for key, part in output.items() if not _is_kept(key, part)}
-    elif type(output) is tuple:
-        parts = tuple(part for part in output if not _is_kept("", part))
-    else:
-        return output
-    return output if len(parts) == len(output) else parts
+        left = {k: v for k, v in output.items() if k not in KEPT and not _is_cache(v)}
+        return left if len(left) < len(output) else output
+    if type(output) is tuple:
+        some = tuple(part for part in output if not _is_cache(part))
+        return some if len(some) < len(output) else output
+    return output
 
 
-def _is_kept(name: str, part: Any) -> bool:
-    return name in KEPT or "Cache" in type(part).__name__
+def _is_cache(value: Any) -> bool:
+    return "Cache" in type(value).__name__
 
 
 def alike(wanted: Sequence[Tensor], found: Sequence[Tensor], tolerance: float) -> bool:
@@ -96,7 +96,7 @@ def _held(value: Any, seen: set[int]) -> Iterator[Tensor]:
 
 
 def _is_no_answer(value: Any) -> bool:
-    return isinstance(value, str | bytes | type | nn.Module) or "Cache" in type(value).__name__
+    return isinstance(value, str | bytes | type | nn.Module) or _is_cache(value)
 
 
 def _parts(value: Any) -> list[Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pliant.cost import Example, call, twin
+from pliant.cost import Example, call_alike, twin
 from pliant.edits import Edit, replay
 from pliant.edits.prune import Prune, sides
 from pliant.errors import EditError
@@ -273,9 +273,9 @@ def differs(whole: nn.Module, example: Example, random: nn.Module, edits: Sequen
     replay(edited, edits)
     sample = first_sample(example, random)
     with torch.no_grad(), slow_attention():
-        wanted = answers(call(whole, sample))
+        wanted = answers(call_alike(whole, sample))
         try:
-            found = answers(call(edited, sample))
+            found = answers(call_alike(edited, sample))
         except Exception as error:  # a model may fail in any way
             cause = error.__cause__ or error
             line = str(cause).strip().splitlines()[0] if str(cause).strip() else ""

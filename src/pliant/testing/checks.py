@@ -208,8 +208,15 @@ class Suite:
     def unless_passed(self, check: Callable[[], None]) -> None:
         """One check, unless it has passed in this process on the same toy."""
         toy = self.smallest if check == self.odd_values else self.first
+        self._once(check, check.__name__, toy)
+
+    def look(self, check: Callable[[Trial], None], toy: Toy) -> None:
+        """Look at a compression of a toy, unless this check has done so in this process."""
+        self._once(lambda: check(self.trial(toy)), check.__name__, toy)
+
+    def _once(self, check: Callable[[], None], name: str, toy: Toy) -> None:
         given = type(self.method), repr((self.method, self.budget))
-        unless_passed(check, check.__name__, *given, toy)
+        unless_passed(check, name, *given, toy)
 
     @cached_property
     def first(self) -> Toy:
@@ -266,7 +273,7 @@ class Suite:
 
     def on_the_first(self, check: Callable[[Trial], None]) -> None:
         """One check of one compression."""
-        check(self.trial(self.first))
+        self.look(check, self.first)
 
     def handles(self, toy: Toy) -> None:
         """All checks of one compression, on a hard architecture."""
@@ -274,7 +281,7 @@ class Suite:
             return
         for check in OF_A_TRIAL:
             try:
-                check(self.trial(toy))
+                self.look(check, toy)
             except AssertionError as error:
                 raise AssertionError(f"{check.__name__}: {error}") from error
 

@@ -170,8 +170,15 @@ def blocks_below_the_cutoff_go() -> None:
 
 def a_cap_holds_and_ties_go_by_weight() -> None:
     found = told("0", 0.0, 0.0, 0.0, 0.0)
-    assert dropped(found, 0.0, 0.75) == found[:0:-1]  # the weights of the last are the smallest
-    assert len(dropped(found, 0.0, 0.74)) == 2 and not dropped(found, 0.0, 0.24)
+    first, second = found[3], found[1]  # the weights of the last are the smallest
+    assert dropped(found, 0.0, 0.5) == [first, second]
+    assert dropped(found, 0.0, 0.49) == [first] and not dropped(found, 0.0, 0.24)
+
+
+def every_output_keeps_an_input() -> None:
+    """However little it depends on all of them: without any it would be a constant."""
+    found = told("0", 0.1, 0.2, 0.8, 0.9)
+    assert dropped(found, 1.0, 0.99) == [found[0], found[2]]
 
 
 def run_of_four(model: nn.Module) -> Run:
@@ -312,6 +319,7 @@ CASES = (
             constant_units_are_no_noise,
             blocks_below_the_cutoff_go,
             a_cap_holds_and_ties_go_by_weight,
+            every_output_keeps_an_input,
             groups_need_not_divide,
             samples_are_as_many_of_each_class,
             unrelated_inputs_are_let_go,

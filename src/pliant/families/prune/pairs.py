@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -151,16 +152,21 @@ def blocks(
 def dropped(found: Sequence[Block], cutoff: float, cap: float) -> list[Block]:
     """Return the blocks that depend least: up to a cutoff, and up to a share of each layer.
 
-    Of equal levels those of the smallest weights go first.
+    Of equal levels those of the smallest weights go first. The last block of a group of outputs
+    stays: without inputs they would be constants, and what lies behind them cut off.
     """
     gone = []
     for layer in dict.fromkeys(block.layer for block in found):
         own = [block for block in found if block.layer == layer]
         most, total = cap * sum(block.size for block in own) + 1e-9, 0
+        left = Counter(block.rows for block in own)
         for block in sorted(own, key=lambda b: (b.level, b.energy)):
+            if left[block.rows] == 1:
+                continue
             total += block.size
             if block.level > cutoff or total > most:
                 break
+            left[block.rows] -= 1
             gone.append(block)
     return gone
 

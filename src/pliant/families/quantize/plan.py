@@ -57,12 +57,14 @@ class Written:
         reasons = dict(layers.reasons)
         sums = unread(run.model, layers.reading, run.example)[:-1] if self.integer else []
         for name, layer in (layers.single | layers.several).items():
-            if name in layers.several:
-                found[name] = [self._several(name, layer, width) for width in bits]
-            elif name not in layers.reading and not self.rows:
+            table = kinds.kind_of(layer) in kinds.TABLE
+            if table and not self.rows:
                 reasons[name] = "rows of tables were to stay in floating point: see rows"
+            elif name in layers.several:
+                own = (self.rows,) if table and not run.limits() else bits
+                found[name] = [self._several(name, layer, width) for width in own]
             elif name not in layers.tied:
-                own = (self.rows,) if name not in layers.reading else bits
+                own = (self.rows or self.ends,) if name not in layers.reading else bits
                 own = (self.ends,) if name in self._ends(layers) else own
                 own = bits if run.limits() and name not in layers.reading else own
                 found[name] = [self._single(name, layer, w, layers, sums) for w in own]

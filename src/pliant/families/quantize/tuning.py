@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from pliant.cost import Example, call
+from pliant.cost import Example, call, call_alike
 from pliant.errors import ModelError
 from pliant.families.quantize.tunable import tunables
 from pliant.math.quantize import FLOOR, levels
@@ -280,7 +280,7 @@ def _loss(
         targets[name].append(output.clone())
 
     with torch.no_grad(), beside(teacher, blocks, keep):
-        wanted = call(teacher, batch)
+        wanted = call_alike(teacher, batch)
     errors: list[Tensor] = []
 
     def see(name: str, args: Any, kwargs: Any, output: Tensor) -> None:
@@ -290,7 +290,7 @@ def _loss(
 
     layers = [layer for _, layer in tunables(student)]
     with beside(student, blocks, see, copies=False), recording(layers):
-        given = call(student, batch)
+        given = call_alike(student, batch)
     apart, error = _divergence(given, wanted, goal)
     features = torch.stack(errors).sum() if errors else apart.new_zeros(())
     return goal.features * features + goal.answers * apart, error
