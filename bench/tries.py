@@ -38,7 +38,7 @@ from pliant.surgery.prove import ignore
 
 Values = dict[str, Any]
 Tries = Mapping[str, Any]
-COLUMNS = ("network", "ranks", "channels", "bits", "torch_pruning", "files", "onnx")
+COLUMNS = ("network", "ranks", "channels", "bits", "files", "onnx", "torch_pruning")
 PRELOADED = ["torchvision", "timm", "transformers", "diffusers", "ultralytics.nn.tasks"]
 PRELOADED += ["segmentation_models_pytorch", "torch_pruning", "bench.tries"]
 MODULES = {"segmentation-models-pytorch": "segmentation_models_pytorch"}
