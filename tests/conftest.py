@@ -1,5 +1,7 @@
 """What all tests share: where the optional data lies, and a cache that outlives a session."""
 
+import functools
+import importlib.metadata
 import os
 import signal
 from pathlib import Path
@@ -34,6 +36,12 @@ def decoded_images_stay(request: pytest.FixtureRequest) -> None:
 def ctrl_c_is_heard() -> None:
     """Let SIGINT interrupt as ever: a job that a shell began in the background ignores it."""
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fabric_reads_all_packages_once() -> None:
+    """Keep the entry points: Fabric asks for them, in hundreds of files, whenever it begins."""
+    importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
 
 
 @pytest.fixture(scope="session")

@@ -5,13 +5,18 @@ from typing import Any
 
 import pytest
 import torch
+from sklearn.metrics import jaccard_score
 from torch import nn
 
 from bench.data import pooled_digits
-from bench.experiments import train_family
+from bench.experiments import search_items, train_family
 from bench.experiments.layers_family import FixedShifts
+from bench.merged import deep, merged, mixture, step_seconds
+from bench.scenes import mean_iou, scenes
 from bench.small import cnn
+from pliant.cost import cost
 from pliant.data import Data
+from pliant.nn.mobile import MBConv, MobileNetwork, Space
 from pliant.run import start
 
 
@@ -80,3 +85,35 @@ def test_right_labels_are_counted_among_the_surest() -> None:
     scores = torch.tensor([[4.0, 0.0], [0.0, 3.0], [2.0, 0.0], [0.0, 1.0]])
     data = Data(train=(scores, torch.tensor([0, 1, 1, 0])))
     assert train_family.right(model, data, torch.tensor([0, 0, 1, 0]), 0.5) == 0.5
+
+
+def test_scenes_have_the_class_that_the_far_patch_says_and_are_scored_as_scikit_learn_does() -> (
+    None
+):
+    images, masks = scenes(6, 32, 64, seed=0)
+    for image, mask, kind in zip(images, masks, [0, 1, 2, 0, 1, 2], strict=True):
+        assert mask.unique().tolist() == [0, 1 + kind] and not mask[:, :32].any()
+        assert int((image[:, :, :12] > 1).sum((1, 2)).argmax()) == kind
+    found = torch.randint(4, masks.shape, generator=torch.Generator().manual_seed(0))
+    wanted = jaccard_score(masks.flatten(), found.flatten(), average="macro")
+    assert mean_iou(found, masks, 4) == pytest.approx(wanted)
+
+
+def test_filters_of_all_sizes_merge_into_one_or_stand_side_by_side() -> None:
+    stage = {"channels": 4, "blocks": 2, "stride": 1, "ops": ["mbconv_k7_e2"]}
+    row = {"inputs": 1, "stem": 4, "kernel": [3, 3], "stride": [1, 1], "stages": [stage]}
+    space, x = Space.from_plain({**row, "head": 4, "eps": 1e-5}), torch.zeros(1, 1, 8, 8)
+    plain, one, many = (MobileNetwork(space) for _ in range(3))
+    assert deep(plain) == ["blocks.0.layers.3", "blocks.1.layers.3"]
+    costs = [cost(m, (x,)).macs for m in (plain, merged(one, (3, 5, 7)), mixture(many, (3, 5, 7)))]
+    filters = 2 * 8 * 8 * 8
+    assert costs[0] == costs[1] and costs[2] - costs[0] == filters * (9 + 25)
+    assert step_seconds(one, torch.randn(2, 1, 8, 8), torch.tensor([0, 1])) > 0
+    assert one.blocks[0].layers[3].logits.grad.any()  # type: ignore[index, union-attr]
+
+
+def test_the_fastest_of_those_as_accurate_counts() -> None:
+    rows = [{"accuracy": a, "predicted_ms": t} for a, t in ((0.5, 1.0), (0.6, 3.0), (0.7, 2.0))]
+    assert [search_items.reached(a, rows) for a in (0.4, 0.55, 0.8)] == [1.0, 2.0, 3.0]
+    deep_filter = nn.Sequential(MBConv(4, 4, 5, 3, 1, 1e-5))
+    assert search_items.made_up(2.0, 0.5)(deep_filter, ()) == pytest.approx(0.0115)

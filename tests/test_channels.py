@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import pliant
 from pliant.edits.prune import Prune, channel_axis, sides
+from pliant.surgery.graph import trace
 from pliant.surgery.prove import cuttable
 
 
@@ -197,3 +198,29 @@ def test_heads_of_packed_attention_leave() -> None:
     assert result.report.met and result.model(x).shape == (16, 3)
     cut = {edit.layer.rpartition(".")[2] for edit in result.edits if isinstance(edit, Prune)}
     assert {"linear1", "query", "value"} & cut
+
+
+@pytest.mark.parametrize(
+    ("between", "wanted"),
+    [
+        (lambda x: F.max_pool2d(F.pad(x, (1, 1)).relu(), 2).flatten(1), set()),
+        (lambda x: x.unflatten(1, (2, 4)).flatten(1), {"heads"}),
+        (lambda x: torch.where(x > 0, x, x * 0).flatten(1), {"marks"}),
+    ],
+)
+def test_a_trace_says_what_another_might_find(
+    between: Callable[[Tensor], Tensor], wanted: set[str]
+) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm = nn.Conv2d(2, 8, 3, padding=1), nn.BatchNorm2d(8)
+            self.second = nn.LazyLinear(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.second(between(self.norm(self.first(x))))
+
+    model, example, seen = Net().eval(), (torch.randn(1, 2, 4, 4),), set[str]()
+    model(*example)
+    trace(model, example, seen=seen)
+    assert seen == wanted

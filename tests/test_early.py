@@ -93,6 +93,42 @@ def test_fine_tuning_is_watched_too() -> None:
         compressed(trained(), "kd", train=plan)
 
 
+@pytest.mark.parametrize(("rate", "times"), [(30.0, 1), (1e-4, 0)])
+def test_lightning_is_watched_too(rate: float, times: int) -> None:
+    """Its own optimizer's rate is named; `conclude` carries the finding into the report."""
+    pl = pytest.importorskip("lightning.pytorch")
+    from pliant.drivers.lightning import PliantCallback
+
+    run = pliant.start(trained(), "energy", "params=0.9", data=DATA, steps=8)
+
+    class Lit(pl.LightningModule):  # type: ignore[misc, name-defined]
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = run.model
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.Adam(self.parameters(), rate)
+
+    quiet = {name: False for name in ("logger", "enable_progress_bar", "enable_model_summary")}
+    trainer = pl.Trainer(
+        max_steps=8,
+        accelerator="cpu",
+        enable_checkpointing=False,
+        callbacks=[PliantCallback(run)],
+        **quiet,
+    )
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*samples(256, 1)), 32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.fit(Lit(), loader)
+        result = pliant.conclude(run, DATA, dense=trained())
+    assert len(found(result)) == times
+    assert all(f"learning rate ({rate:g}) is too high" in text for text in found(result))
+
+
 def test_what_was_seen_is_resumed(tmp_path: Path) -> None:
     """Killed after two steps, the finding comes all the same."""
 
@@ -133,6 +169,8 @@ def test_layers_that_change_at_the_very_end_want_training() -> None:
         ([0.1, 9.0], math.log(10), False),  # one batch says little
         ([0.1, 9.0, 0.1, 0.1, 0.1, 0.1, 0.1], math.log(10), False),
         ([0.1, 2.0, 2.2], None, True),
+        ([0.1, 2.0, math.nan], None, True),
+        ([0.1, math.nan, math.nan], math.log(10), True),
         ([0.1, 0.5, 0.6], None, False),
         ([0.0, 0.5, 0.6], None, False),
     ],

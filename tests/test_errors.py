@@ -285,7 +285,7 @@ def test_a_model_that_fails_in_forward_is_refused() -> None:
 
 def test_what_is_no_model_is_refused() -> None:
     model: Any = "lenet5"
-    refused(ModelError, "not str", lambda: pliant.compress(model, data(), Never()))
+    refused(ModelError, "not 'lenet5'", lambda: pliant.compress(model, data(), Never()))
 
 
 @pytest.mark.parametrize("method", ["nrmf", "trp", "energy", "evbmf"])

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import pliant
 from pliant import zoo
 from pliant.edits import Factor
 from pliant.errors import ArtifactError, MissingExtraError, ModelError, OutputError
@@ -293,3 +294,51 @@ def test_without_the_extra_the_message_names_it(
     monkeypatch.setattr("importlib.import_module", missing)
     with pytest.raises(MissingExtraError, match=r'pip install "pliant\[onnx\]"'):
         to_onnx(nn.Linear(4, 4), tmp_path / "a.onnx", noise(1, 4))
+
+
+class KeepsCache:
+    """Keys and values for the next call, in a class that exporters do not know."""
+
+    def __init__(self, keys: Tensor) -> None:
+        self.keys = keys
+
+
+class Decoder(nn.Module):
+    """Answers by name, with what it keeps for its next call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    def forward(self, x: Tensor, scale: float = 1.0) -> dict[str, Any]:
+        return {"logits": self.inner(x) * scale, "past_key_values": KeepsCache(x)}
+
+
+def test_what_a_network_keeps_for_its_next_call_is_not_exported(tmp_path: Path) -> None:
+    model, x = Decoder().eval(), torch.randn(2, 6)
+    exported = to_onnx(model, tmp_path / "m.onnx", {"x": x})
+    assert exported.max_difference < 1e-5 and "forward" not in vars(model)
+    assert set(to_program(model, (x,)).module()(x)) == {"logits"}
+    rounded = pliant.compress(model, torch.randn(32, 6), "groupwise_ptq(independent=1, joint=1)")
+    to_onnx(rounded.model, tmp_path / "q.onnx", {"x": x})
+    assert b"QuantizeLinear" in (tmp_path / "q.onnx").read_bytes()
+
+
+class Drawing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.b(self.a(x * (torch.rand_like(x) < 0.5)).relu())
+        return out
+
+
+def test_a_network_that_draws_at_random_is_compared_by_the_same_draws(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Drawing(), torch.randn(64, 8)
+    for method in ("groupwise_ptq(bits=8, independent=1, joint=1)", "magnitude"):
+        found = pliant.compress(model, x, method, "bytes=0.95").report.fidelity
+        assert found is not None and found.error < 0.2
+    with pytest.raises(ArtifactError, match="draws random numbers"):
+        to_onnx(model, tmp_path / "m.onnx", (x,))

@@ -417,3 +417,35 @@ def test_two_inputs_taken_for_inputs_and_labels_are_refused_with_how_to_write_th
     with pytest.raises(ModelError, match="or by name"):
         pliant.cost(Both(), (a,))
     assert pliant.compress(Both(), ((a, b),), "energy", "params=0.9").report.met
+
+
+@pytest.mark.parametrize(
+    "given", [(A, None), [(row, None) for row in A], [(rows, None) for rows in A.split(20)]]
+)
+def test_none_in_the_place_of_labels_stands_for_none(given: Any) -> None:
+    net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4))
+    assert pliant.compress(net, given, "nrmf(samples=20)", "params=0.9").report.met
+    assert pliant.compress(Two(), ((A, B), None), "nrmf(samples=20)", "params=0.9").report.met
+
+
+def test_text_is_no_label_of_a_ready_task() -> None:
+    net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4))
+    texts = ["cat"] * len(A)
+    for given in ((A, texts), list(zip(A, texts, strict=True))):
+        with pytest.raises(DataError, match="number the classes, or name task='none'"):
+            pliant.compress(net, given, "nrmf(samples=20)", "params=0.9")
+        assert pliant.compress(net, given, "energy", "params=0.9", task="none").report.met
+
+
+@pytest.mark.parametrize("method", ["nrmf", "group_fisher", "groupwise_ptq(joint=0)"])
+def test_a_batch_that_the_network_cannot_read_is_refused_wherever_it_comes(method: str) -> None:
+    net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4))
+    batches = [A[:8], A[8:16], torch.randn(8, 5)]
+    with pytest.raises(ModelError, match=r"inputs of shape \(8, 5\).*check that model and data"):
+        pliant.compress(net, batches, method, "bytes=0.9")
+
+
+def test_three_things_of_which_one_is_no_input_are_refused_with_what_to_leave_out() -> None:
+    net = nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 4))
+    with pytest.raises(ModelError, match="leave out what is neither"):
+        pliant.compress(net, (A, Y, torch.arange(40)), "energy", "params=0.9")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import pliant
 from pliant.data import Train
-from pliant.errors import AccuracyWarning, BudgetError, ModelError
+from pliant.errors import AccuracyWarning, BudgetError, MethodError, ModelError
 from pliant.result import Report
 from tests.test_early import DATA, trained
 
@@ -28,6 +28,32 @@ def begun(net: nn.Module, budget: str = "params=0.8", data: pliant.Data = DATA) 
         net, pliant.method("nrmf"), pliant.Budget.parse(budget), data=data, optimizer=optimizer,
         steps=EPOCHS * 16, task="classification",
     )  # fmt: skip
+
+
+def test_a_run_takes_text_and_data_as_people_have_it() -> None:
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*DATA.train), 32)
+    run = pliant.start(trained(), "energy(p=0.8)", "params=0.8", data=loader)
+    assert run.method == pliant.method("energy(p=0.8)")
+    assert run.budget == pliant.Budget(params=0.8)
+    assert run.data is not None and run.data.has("train")
+
+
+@pytest.mark.parametrize(
+    ("method", "budget", "error", "said"),
+    [
+        (type(pliant.method("energy")), None, MethodError, "must be a method, or text such as"),
+        (7, None, MethodError, "not 7"),
+        ("enrgy", None, MethodError, "energy"),
+        ("energy(p=-1)", None, MethodError, "p"),
+        ("energy", 0.3, BudgetError, "text such as 'params=0.3'"),
+        ("energy", "params", BudgetError, "params"),
+    ],
+)
+def test_what_a_run_cannot_take_is_said(
+    method: Any, budget: Any, error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        pliant.start(trained(), method, budget, data=DATA)
 
 
 def walk(run: pliant.Run) -> None:

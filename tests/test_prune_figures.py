@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from bench.claim import shown
 from pliant.registry import entries
 
 RESULTS = Path(__file__).resolve().parents[1] / "bench" / "results"
@@ -53,3 +54,12 @@ def test_who_does_not_beat_magnitude_says_so(bench: str) -> None:
         name = row["claim"].removesuffix(" is better than magnitude")
         if name in METHODS and name != row["claim"] and row["state"] != "holds":
             assert bench in [each["bench"] for each in said(name)], name
+
+
+def test_pages_say_which_claims_of_their_papers_did_not_show() -> None:
+    if not (RESULTS / "prune-items.json").exists():
+        pytest.skip("the bench prune-items has no result yet")
+    for row in result("prune-items")["claims"]:
+        name, _, text = row["claim"].partition(": ")
+        page = " ".join((METHODS[name].kind.__doc__ or "").split())
+        assert (f"{text} ({shown(row)})" in page) is (row["state"] != "holds"), (name, text)

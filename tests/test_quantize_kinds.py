@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pliant
@@ -429,6 +430,44 @@ def test_packing_several_weights_costs_what_it_predicts() -> None:
         assert cost(model, (noise(3, 24),)).bytes == predicted.bytes
 
 
+class Positions(nn.Embedding):
+    """Looks up by place, two rows on, as learned positions of language models do."""
+
+    def __init__(self) -> None:
+        super().__init__(30, 16)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(torch.arange(tokens.shape[-1]).expand_as(tokens) + 2)
+
+
+class Placed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.places, self.words = Positions(), nn.Embedding(50, 16)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head((self.places(tokens) + self.words(tokens)).mean(1))
+
+
+def test_tables_that_look_up_in_a_way_of_their_own_are_packed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    net, tokens = Placed().eval(), numbers(16, 8)
+    result = pliant.compress(net, [tokens], QUICK)
+    assert not [row.layer for row in result.report.layers if row.form == "dense"]
+    assert result.report.after.bytes < 0.35 * result.report.before.bytes
+    assert result.report.fidelity is not None and result.report.fidelity.error < 0.02
+    result.save(tmp_path / "a.pliant")
+    back = pliant.load(tmp_path / "a.pliant", Placed()).eval()
+    assert torch.equal(back(tokens), result.model(tokens))
+    monkeypatch.setattr("pliant.nn.several.TABLE", 100)
+    large = pliant.compress(net, [tokens], QUICK).report
+    (row,) = [row for row in large.layers if row.form == "dense"]
+    assert row.layer == "places" and "computes something else than Embedding" in row.reason
+
+
 # ---------------------------------------------------------------- networks of others
 
 
@@ -501,3 +540,79 @@ def test_networks_that_ask_their_layers(name: str) -> None:
     assert result.report.after.bytes < 0.4 * result.report.before.bytes
     wanted, found = model(**x)[0], result.model.eval()(**x)[0]
     assert float((found - wanted).norm() / wanted.norm()) < 0.05
+
+
+class Shifted(nn.Embedding):
+    """A table that its network calls with more than a table takes."""
+
+    def forward(self, size: Any, start: int = 0, places: Any = None) -> Tensor:  # type: ignore[override]
+        return super().forward(torch.arange(size) if places is None else places)
+
+
+def test_a_table_that_looks_up_in_its_own_way_keeps_it_and_is_packed(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.out = Shifted(16, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.out(x + self.table(None, places=torch.arange(x.shape[1])))
+            return out
+
+    x = torch.randn(32, 5, 8)
+    result = pliant.compress(Net(), x, "groupwise_ptq(independent=1, joint=1)")
+    forms = {row.layer: row.form for row in result.report.layers}
+    assert forms["table"] == "w8" and forms["out"].startswith("w")
+    result.save(tmp_path / "m.pliant")
+    with torch.no_grad():
+        assert torch.equal(pliant.load(tmp_path / "m.pliant", Net())(x), result.model(x))
+
+
+class Borrowing(nn.Module):
+    """Multiplies by the weight of a projection that it never calls, as Swin does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = F.linear(x, self.qkv.weight, self.qkv.bias).chunk(3, -1)
+        out: Tensor = self.out((q @ k.transpose(-1, -2)).softmax(-1) @ v)
+        return out
+
+
+def test_a_weight_that_the_module_around_reads_is_packed(tmp_path: Path) -> None:
+    x = torch.randn(32, 5, 16)
+    result = pliant.compress(Borrowing(), x, "groupwise_ptq(independent=1, joint=1)")
+    assert result.report.after.bytes < 0.4 * result.report.before.bytes
+    assert result.report.fidelity is not None and result.report.fidelity.error < 0.1
+    result.save(tmp_path / "m.pliant")
+    with torch.no_grad():
+        assert torch.equal(pliant.load(tmp_path / "m.pliant", Borrowing())(x), result.model(x))
+
+
+class Called(nn.Embedding):
+    """A table that its network calls with more than a table takes."""
+
+    def forward(self, size: Any, start: int = 0, places: Any = None) -> Tensor:  # type: ignore[override]
+        return super().forward(torch.arange(size) if places is None else places)
+
+
+def test_a_large_subclass_that_is_called_with_more_is_left_alone_with_the_reason(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("pliant.nn.several.TABLE", 100)
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.out = Called(16, 8), nn.Linear(8, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.out(x + self.table(None, places=torch.arange(x.shape[1])))
+            return out
+
+    result = pliant.compress(Net(), torch.randn(32, 5, 8), "groupwise_ptq(independent=1, joint=1)")
+    reasons = {row.layer: row.reason for row in result.report.layers}
+    assert reasons["table"] == "its class Called is called with more than Embedding is"
+    assert not reasons["out"]

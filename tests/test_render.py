@@ -258,6 +258,29 @@ def test_page_draws_the_cells_that_a_search_ended_with() -> None:
     assert "sep_conv_3x3" in drawn and "skip_connect" not in drawn
 
 
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"sizes": {"conv1": 3, "stage.<0>": 7}}, ["k3", "conv1", "k7", "stage.<0>"]),
+        ({"ops": ["mbconv_k5_e3", "skip_connect"]}, ["k5 e3", "1", "skip", "2"]),
+        ({"depths": [2, 3]}, ["2 blocks", "1", "3 blocks", "2"]),
+    ],
+)
+def test_page_draws_the_sizes_and_blocks_that_a_search_ended_with(
+    row: dict[str, Any], said: list[str]
+) -> None:
+    first = {"step": 0, "epoch": 0, **{key: type(value)() for key, value in row.items()}}
+    history = (first, {"step": 1, "epoch": 1, **row}, {"step": 2, "epoch": 2, "loss": 1.0})
+    images = [a for tag, a in read(html(resnet20(history=history))).tags if tag == "img"]
+    drawn = b64decode(images[0]["src"].removeprefix("data:image/svg+xml;base64,")).decode()
+    parts = ElementTree.fromstring(drawn)
+    kind = "{http://www.w3.org/2000/svg}"
+    assert [text.text for text in parts.iter(f"{kind}text")][1:] == said
+    sides = [float(square.attrib["width"]) for square in parts.iter(f"{kind}rect")]
+    kernels = [int(word[1]) if word[0] == "k" else 0 for word in said[::2]]
+    assert sides == [9 * kernel for kernel in kernels]
+
+
 def test_page_has_every_layer_and_every_fact() -> None:
     report = resnet20()
     said = " ".join(read(html(report)).words)

@@ -1,5 +1,6 @@
 """Every task is told where there is no doubt, refused in a sentence where there is, and judged."""
 
+import copy
 import importlib
 import math
 import re
@@ -532,6 +533,47 @@ def test_a_regression_that_explains_nothing_has_nothing_to_lose() -> None:
 
 
 # ---------------------------------------------------------------- fidelity
+
+
+def test_networks_that_draw_in_eval_mode_are_compared_with_the_same_draws() -> None:
+    """As masked autoencoders and samplers do: two copies agree, and the caller's state stays."""
+
+    class Shuffles(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, inputs: Tensor) -> Tensor:
+            return self.linear(inputs)[:, torch.rand(8).argsort()]
+
+    net, inputs = Shuffles(), torch.randn(4, 8)
+    before = torch.get_rng_state()
+    found = fidelity(net, copy.deepcopy(net), [(inputs,)], "val")
+    assert found is not None and found.error == 0
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("method", ["energy", "groupwise_ptq(independent=2, joint=2)"])
+def test_a_single_number_beside_answers_does_not_outweigh_them(method: str) -> None:
+    """A loss that a network returns has no spread to be measured by."""
+
+    class Losing(nn.Module):
+        def __init__(self, lost: bool) -> None:
+            super().__init__()
+            self.one, self.two, self.lost = nn.Linear(8, 16), nn.Linear(16, 4), lost
+
+        def forward(self, inputs: Tensor) -> Any:
+            hidden = self.one(inputs)
+            found = self.two(hidden)
+            return (found, hidden, hidden.square().mean()) if self.lost else (found, hidden)
+
+    made = []
+    for lost in (True, False):
+        torch.manual_seed(0)
+        rows = torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
+        made.append(pliant.compress(Losing(lost), [rows], method, None))
+    one, other = (dict(result.model.state_dict()) for result in made)
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_fidelity_by_hand() -> None:

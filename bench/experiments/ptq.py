@@ -8,6 +8,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +112,7 @@ def _answers(model: nn.Module, data: Data) -> Tensor:
 
 
 def _run(model: nn.Module, data: Data, plan: Mapping[str, Any], seed: int, **changes: Any) -> Any:
-    method = build(plan["spec"])
-    options = {name: getattr(method, name) for name in method.__dataclass_fields__}
-    method = type(method)(**{**options, "samples": plan["samples"], **changes})
+    method = replace(build(plan["spec"]), **{"samples": plan["samples"], **changes})
     run = start(model, method, data=data, seed=seed)
     run.finish()
     return run

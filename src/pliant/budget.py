@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pliant.cost import Cost, LayerCost
-from pliant.errors import BudgetError
+from pliant.errors import BudgetError, must_be
 
 Limits = Mapping[str, float]
 """Absolute upper bounds by axis, for example ``{"params": 60_000}``."""
@@ -70,6 +70,15 @@ class Budget:
                 )
 
     @classmethod
+    def of(cls, budget: Budget | str | None) -> Budget | None:
+        """Read a budget where it is text, and let it be where it is one or none.
+
+        Raises:
+            BudgetError: it is something else, or the text is malformed.
+        """
+        return budget if budget is None or isinstance(budget, Budget) else cls.parse(budget)
+
+    @classmethod
     def parse(cls, text: str) -> Budget:
         """Read ``"params=0.3,macs=12M"``: fractions, percentages, counts with k, M or G.
 
@@ -79,6 +88,8 @@ class Budget:
         Raises:
             BudgetError: an axis is unknown or a value is not a number.
         """
+        words = "a Budget, text such as 'params=0.3', or None"
+        must_be(str, "A budget", text, BudgetError, words)
         axes = {*AXES, "drop"}
         values: dict[str, Any] = {}
         for item in filter(None, (part.strip() for part in text.split(","))):

@@ -5,6 +5,7 @@ import re
 import unicodedata
 from collections.abc import Mapping
 from types import ModuleType
+from typing import Any
 
 _LONG, _WHOLE = 400, 4000  # characters of a word, of a message
 _HIDDEN = {"Cc", "Cf", "Co", "Cs", "Zl", "Zp"}  # what steers a terminal or cannot be seen
@@ -112,6 +113,34 @@ def require(module: str, extra: str) -> ModuleType:
         ) from error
 
 
-def first_few(reasons: Mapping[str, str]) -> str:
-    """Write the first three of the reasons why layers are left alone, for a sentence."""
-    return "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
+def must_be(kinds: Any, what: str, value: Any, error: type[PliantError], words: str) -> None:
+    """Refuse an argument of another type.
+
+    Args:
+        kinds: what it may be an instance of; a class is none.
+        what: the argument, for the message.
+        value: what came.
+        error: to raise.
+        words: what it must be, for the message.
+
+    Raises:
+        PliantError: it is something else.
+    """
+    if isinstance(value, type) or not isinstance(value, kinds):
+        kind = value if isinstance(value, type) else type(value)
+        short = value is None or isinstance(value, int | float | str | bytes)
+        raise error(f"{what} must be {words}, not {repr(value) if short else kind.__name__}.")
+
+
+def nothing_for(
+    what: str, reasons: Mapping[str, str], none: str = "it has no layers"
+) -> ModelError:
+    """Return the refusal of a network in which there is nothing for a method to change.
+
+    Args:
+        what: is missing, and what the method needs: the middle of a sentence.
+        reasons: why layers are left alone; the first three are named.
+        none: what to say where there are none to be left.
+    """
+    few = "; ".join(f"{name}: {reason}" for name, reason in list(reasons.items())[:3])
+    return ModelError(f"The model has no {what} ({few or none}).")

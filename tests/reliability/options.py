@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from pliant import methods
 from pliant.registry.options import default, settable
 from pliant.testing import Case, counted, solved, trial
@@ -90,6 +92,7 @@ def _tried(case: Case) -> Iterator[dict[str, Any]]:
                 noticed = not counted.differs(*pair)
         elif passes:
             with ignored(kind, option):
+                _forget()
                 noticed = _fails(check)
         if not noticed:
             by = "examples"
@@ -107,12 +110,13 @@ def _tried(case: Case) -> Iterator[dict[str, Any]]:
 def _forget() -> None:
     for shared in (trial.shared_walk, trial.shared_trial, solved.shared_solved):
         shared.forget()
+    trial.PASSED.clear()
 
 
 def _fails(test: Callable[[], None]) -> bool:
     try:
         test()
-    except Exception:  # whichever: it was noticed
+    except (Exception, pytest.fail.Exception):  # whichever: it was noticed
         return True
     return False
 

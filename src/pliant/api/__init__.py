@@ -1,4 +1,4 @@
-"""The verbs: one call each, from what a user has to what a user wants."""
+"""One call each: compress, recover, cluster, analyze, and what is built on these four."""
 
 from pliant.api.job import CONTROL
 from pliant.api.own import conclude

@@ -23,7 +23,7 @@ from pliant.api.report import cuts, layer_rows, side, timed, versions, where_tim
 from pliant.api.verdict import judge, said
 from pliant.budget import LOSE, Budget
 from pliant.compose import Stage, bounds, check_axes
-from pliant.cost import Example, cost, device_of
+from pliant.cost import Example, cost, device_of, twin
 from pliant.data import Data, Train
 from pliant.data.splits import Split
 from pliant.data.task import Task
@@ -215,7 +215,7 @@ class Job:
         found, score = self._side(network, run)
         if score is None or not run.has_inputs or not math.isfinite(score.value):
             return found, score
-        again = copy.deepcopy(network)
+        again = twin(network)
         if not recalibrate(again, run.inputs(RECALIBRATED)):
             return found, score
         anew, better = self._side(again, run)
@@ -313,7 +313,7 @@ class Job:
     def _findings(self, run: Run, *, lost: bool) -> tuple[str, ...]:
         """Return what went wrong in the training, and what to do."""
         found = [row["finding"] for row in run.log if "finding" in row]
-        late = run.begun and len(run.edits) > run.followed
+        late = run.called.begun and len(run.edits) > run.called.followed
         if lost and late and self.train is not None and not self.train.finetune:
             found.append(LATE)
         return tuple(found)

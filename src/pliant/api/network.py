@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from pliant.api.asked import budget_of, place_of, written_alone
+from pliant.api.asked import place_of, written_alone
 from pliant.api.job import Job, Methods
 from pliant.budget import Budget
 from pliant.compose import resolve
@@ -95,7 +95,7 @@ def once(
             to compress.
         TrainingError: loss or weights stopped being finite.
     """
-    asked = resolve(method), budget_of(budget), train, seed
+    asked = resolve(method), Budget.of(budget), train, seed
     place = Path(folder) if folder is not None else None
     with own_randomness(seed, place_of(model)), written_alone(place, resume=resume):
         read = Data.of(data, seed=seed).read_by(bare(model))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from torch import nn
@@ -10,11 +9,11 @@ from torch import nn
 from pliant.api.job import Job
 from pliant.api.measured import scored_split
 from pliant.api.report import side
-from pliant.cost import bare
+from pliant.cost import bare, twin
 from pliant.data import Data
 from pliant.drivers.devices import own_randomness
 from pliant.drivers.score import Score, device_of
-from pliant.errors import ModelError
+from pliant.errors import MethodError, ModelError, must_be
 from pliant.result import Result, Side
 from pliant.run import Run
 
@@ -50,6 +49,7 @@ def conclude(
         ModelError: the dense network is the one that was compressed.
         DataError: the data do not fit.
     """
+    must_be(Run, "run", run, MethodError, "a run from pliant.start(...)")
     if dense is not None and bare(dense) is run.model:
         raise ModelError(
             "The dense network must be a copy from before start(...), but it is the network that "
@@ -58,7 +58,7 @@ def conclude(
     run.finish(strict=strict)
     given = Data.of(run.data if data is None else data, seed=run.seed).read_by(run.model)
     method: Any = run.method
-    network = run.model if dense is None else copy.deepcopy(bare(dense)).to(device_of(run.model))
+    network = run.model if dense is None else twin(bare(dense)).to(device_of(run.model))
     with own_randomness(run.seed, device_of(run.model)):
         job = Job(network, given, method, run.budget, None, run.seed, run.example, resume=False)
         job.task, job.split = run.task, scored_split(given, run.task)

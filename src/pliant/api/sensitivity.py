@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,7 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from pliant.api.verdict import judge
-from pliant.cost import bare, count
+from pliant.cost import bare, count, twin
 from pliant.data import Data
 from pliant.data.ready import task_of
 from pliant.data.splits import Split
@@ -85,7 +84,7 @@ def sensitivity(
         raise MethodError(f"A layer is made smaller by rank or by width, not by {kind!r}.")
     if not shares or not all(0 < share < 1 for share in shares):
         raise MethodError(f"Shares of a layer must be between 0 and 1, but {shares!r} came.")
-    began, network = time.monotonic(), copy.deepcopy(bare(model)).eval()
+    began, network = time.monotonic(), twin(bare(model)).eval()
     read = Data.of(data, seed=seed).read_by(network)
     split = _split(read)
     with own_randomness(seed, device_of(network)):

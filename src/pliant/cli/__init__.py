@@ -1,4 +1,4 @@
-"""The command line: every command is a thin layer over what Python has too."""
+"""The command line: each command reads its options and calls a function that Python has too."""
 
 from typing import Annotated
 

@@ -38,9 +38,7 @@ def auto(
     batch: Annotated[int | None, typer.Option(help="samples per batch")] = None,
     optimizer: Annotated[str | None, typer.Option(help="sgd or adamw")] = None,
     weights: Annotated[str | None, typer.Option(help="safetensors file, or a known name")] = None,
-    architecture: Annotated[
-        str | None, typer.Option(help="what builds the dense network of a .pliant file")
-    ] = None,
+    architecture: source.Architecture = None,
     out: Annotated[
         Path | None, typer.Option(help="folder of the run (default: runs/MODEL-auto)")
     ] = None,

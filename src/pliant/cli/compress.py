@@ -104,9 +104,7 @@ def compress(
         str | None,
         typer.Option(help="safetensors file with the network's weights, or mnist5k for lenet5"),
     ] = None,
-    architecture: Annotated[
-        str | None, typer.Option(help="what builds the dense network of a .pliant file")
-    ] = None,
+    architecture: source.Architecture = None,
     control: Annotated[
         bool | None,
         typer.Option(

@@ -6,7 +6,7 @@ import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Annotated, Any, ParamSpec, TypeVar
 
 import typer
 from rich.console import Console
@@ -19,6 +19,7 @@ from pliant.result import Report
 
 P = ParamSpec("P")
 R = TypeVar("R")
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 REFUSED, DROPPED, INTERRUPTED = 2, 3, 130  # exit codes
 
 

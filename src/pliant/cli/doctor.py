@@ -5,10 +5,9 @@ import os
 import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from rich.text import Text
 
 from pliant.cli import console
@@ -31,7 +30,7 @@ EXTRAS = {
 
 @console.refusals
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Say which versions, threads, runtimes and extras are here, and what is missing for what."""
     found = look()

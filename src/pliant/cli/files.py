@@ -30,19 +30,13 @@ def report(
 def export(
     file: Annotated[str, typer.Argument(help="a .pliant file, or any MODEL of compress")],
     onnx: Annotated[Path, typer.Option(help="where to write ONNX")],
-    architecture: Annotated[
-        str | None, typer.Option(help="what builds the dense network of a .pliant file")
-    ] = None,
-    weights: Annotated[
-        str | None, typer.Option(help="safetensors file with the network's weights")
-    ] = None,
-    shape: Annotated[
-        str | None, typer.Option("--input", help="shape of one input, such as 3,32,32")
-    ] = None,
+    architecture: source.Architecture = None,
+    weights: source.Weights = None,
+    shape: source.Shape = None,
     force: Annotated[
         bool, typer.Option("--force", "--overwrite", help="replace an earlier ONNX file")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Write a compressed network as ONNX, and compare its outputs with onnxruntime."""
     if not onnx.parent.is_dir():

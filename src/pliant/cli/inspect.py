@@ -26,18 +26,12 @@ SHARES = (0.9, 0.95, 0.98)
 
 @console.refusals
 def inspect(
-    model: Annotated[str, typer.Argument(help="a zoo name, module:callable, or a .pliant file")],
+    model: source.Model,
     data: Annotated[str | None, typer.Option(help="takes the input shape from data")] = None,
     size: images.Size = None,
-    weights: Annotated[
-        str | None, typer.Option(help="safetensors file with the network's weights")
-    ] = None,
-    architecture: Annotated[
-        str | None, typer.Option(help="what builds the dense network of a .pliant file")
-    ] = None,
-    shape: Annotated[
-        str | None, typer.Option("--input", help="shape of one input, such as 3,32,32")
-    ] = None,
+    weights: source.Weights = None,
+    architecture: source.Architecture = None,
+    shape: source.Shape = None,
     sensitivity: Annotated[
         str | None,
         typer.Option(help="rank or width: what each layer costs when it shrinks alone; needs data"),
@@ -46,7 +40,7 @@ def inspect(
         Path | None, typer.Option(help="page (.html) or numbers (.json) of the sensitivity")
     ] = None,
     seed: Annotated[int, typer.Option(help="of random weights")] = 0,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Show what every layer's spectrum allows: ranks by energy and by EVBMF, and break-even.
 

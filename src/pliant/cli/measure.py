@@ -21,13 +21,9 @@ def measure(
     ] = "onnxruntime",
     threads: Annotated[int | None, typer.Option(help="of one inference (default: all)")] = None,
     batch: Annotated[int | None, typer.Option(help="samples of one inference")] = None,
-    architecture: Annotated[
-        str | None, typer.Option(help="what builds the dense network of a .pliant file")
-    ] = None,
-    shape: Annotated[
-        str | None, typer.Option("--input", help="shape of one input, such as 3,32,32")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    architecture: source.Architecture = None,
+    shape: source.Shape = None,
+    as_json: console.AsJson = False,
 ) -> None:
     """Measure MODEL on a target; with OTHER in turn with it, and say which one is faster.
 

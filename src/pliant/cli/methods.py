@@ -20,7 +20,7 @@ def methods(
     verb: Annotated[
         Verb | None, typer.Option(help="only what compresses, recovers, clusters or analyzes")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """List the methods by family: verb, what each saves and does, where it was published."""
     found = entries(family=family, verb=verb)
@@ -33,7 +33,7 @@ def methods(
 @console.refusals
 def show(
     name: Annotated[str, typer.Argument(help="of the method")],
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Show one method: its paper, what it saves, and every option with its default."""
     entry = get(name)

@@ -1,9 +1,8 @@
 """`pliant zoo`: the networks that can be named, what they read and how large they are."""
 
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 
 from pliant import zoo
 from pliant.cli import console
@@ -12,7 +11,7 @@ from pliant.render import table, words
 
 @console.refusals
 def networks(
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """List the networks of the zoo: their input, classes and parameters, trained weights if any."""
     rows = [_row(name, network) for name, network in zoo.NETWORKS.items()]

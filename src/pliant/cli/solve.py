@@ -18,7 +18,6 @@ from pliant.render import table, words
 from pliant.render.finding import finding_html
 from pliant.result import Finding, Solution
 
-JSON = Annotated[bool, typer.Option("--json", help="print JSON")]
 SEED = Annotated[int, typer.Option(help="of everything random")]
 OUT = Annotated[
     Path | None, typer.Option(help="where to write: .npy the main value, .npz all values")
@@ -35,7 +34,7 @@ def recover(
     method: Annotated[str, typer.Option(help="a name, or one with options")] = "nonconvex_tsvd",
     out: OUT = None,
     seed: SEED = 0,
-    as_json: JSON = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Fill in what is missing of a tensor, or take out gross errors."""
     _check_place(out)
@@ -58,7 +57,7 @@ def cluster(
     ] = "product_grassmann_lrr",
     out: OUT = None,
     seed: SEED = 0,
-    as_json: JSON = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Divide samples into groups."""
     _check_place(out)
@@ -74,24 +73,20 @@ def cluster(
 
 @console.refusals
 def analyze(
-    model: Annotated[str, typer.Argument(help="a zoo name, module:callable, or a .pliant file")],
+    model: source.Model,
     data: Annotated[str, typer.Option(help="mnist5k, digits, a folder of images, module:callable")],
     method: Annotated[str, typer.Option(help="a name, or one with options")] = "output_sensitivity",
     size: images.Size = None,
     normalize: images.Normalize = "auto",
     augment: images.Augment = "auto",
-    weights: Annotated[
-        str | None, typer.Option(help="safetensors file with the network's weights")
-    ] = None,
-    architecture: Annotated[
-        str | None, typer.Option(help="what builds the dense network of a .pliant file")
-    ] = None,
+    weights: source.Weights = None,
+    architecture: source.Architecture = None,
     out: Annotated[
         Path | None,
         typer.Option(help="where to write: a .json file, or a folder for that and a page"),
     ] = None,
     seed: SEED = 0,
-    as_json: JSON = False,
+    as_json: console.AsJson = False,
 ) -> None:
     """Find something out about a network, and leave it as it is."""
     with _place_of(out):

@@ -9,9 +9,10 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 from torch import nn
 
 from pliant import zoo
@@ -22,6 +23,12 @@ from pliant.files.load import classes_of
 from pliant.math.alone import forked
 
 SUFFIX = ".pliant"
+Model = Annotated[str, typer.Argument(help="a zoo name, module:callable, or a .pliant file")]
+Architecture = Annotated[
+    str | None, typer.Option(help="what builds the dense network of a .pliant file")
+]
+Weights = Annotated[str | None, typer.Option(help="safetensors file with the network's weights")]
+Shape = Annotated[str | None, typer.Option("--input", help="shape of one input, such as 3,32,32")]
 MOST_DIMS, MOST_NUMBERS = 6, 2**24  # of an input that a file may ask for
 
 

@@ -14,12 +14,12 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError
 
 from pliant.codecs.disk import regular
-from pliant.errors import ArtifactError, EditError, OutputError
+from pliant.errors import ArtifactError, EditError, OutputError, must_be
 
 MANIFEST, WEIGHTS = "manifest.json", "weights.safetensors"
 MANIFEST_LIMIT = 16 * 2**20  # bytes; the largest networks have thousands of tensors: a few MB
@@ -43,6 +43,16 @@ def pack(path: Path, manifest: bytes, weights: bytes) -> None:
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "x") as archive:
         _write(archive, MANIFEST, manifest)
         _write(archive, WEIGHTS, weights)
+
+
+def path_of(path: Any) -> Path:
+    """Take the path of a file.
+
+    Raises:
+        ArtifactError: it is none.
+    """
+    must_be(str | os.PathLike, "A path", path, ArtifactError, "text or a pathlib.Path")
+    return Path(path)
 
 
 def check_replaceable(path: Path, kind: str, known: Callable[[Path], bool]) -> None:

@@ -96,7 +96,8 @@ class Chain(Method):
         while run.state["stage"] + 1 < len(self.stages):
             stage = run.state["stage"] + 1
             if self._end(run, stage) > self._end(run, stage - 1):
-                run.unended.append(f"{name_of(self.stages[stage].method)} was not trained at all")
+                name = name_of(self.stages[stage].method)
+                run.journal.unended.append(f"{name} was not trained at all")
             self._enter(run, stage, run.step)
             self._leave(run)
         run.state.pop("entered", None)
@@ -168,7 +169,7 @@ class Chain(Method):
         clock = replace(part.clock, final=None) if part.clock and budget.latency else None
         own = replace(part.planner, budget=budget, clock=clock)
         name = name_of(part.method)
-        run.missed.extend(f"after {name}, {miss}" for miss in own.misses(own.measured()))
+        run.journal.missed.extend(f"after {name}, {miss}" for miss in own.misses(own.measured()))
 
     def _end(self, run: Run, stage: int) -> int:
         """The step at which the share of a stage is over."""

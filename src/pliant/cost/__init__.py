@@ -5,8 +5,8 @@ what `torch.utils.flop_counter` calls flops. Convolutions, linear layers, attent
 layers have MACs. Normalisation, activation, pooling, dropout, reshaping and embedding look-ups
 are *known* to be zero. Biases count as parameters and not as MACs. Products outside of these layers
 (attention written by hand, a weight that its parent reads, a class of one's own) are counted as
-they run. Only operators that are not PyTorch's own are not seen through: where they run is named
-in `Cost.uncounted`, so a missing number is never a silent 0.
+they run. Operators that are not PyTorch's own cannot be counted: `Cost.uncounted` names the layers
+where they run, so that nobody takes a number that is missing for 0.
 """
 
 import sys
@@ -26,16 +26,18 @@ from pliant.cost.call import (
     as_example,
     bare,
     call,
+    call_alike,
     device_of,
     evaluating,
     fitted,
-    lacking,
     mapped,
     tensors,
 )
 from pliant.cost.macs import OWN, Formula, Packed, formula_of, products
 from pliant.cost.owned import FLOAT, itemsize, numbers, own, stored_bytes, subtree
+from pliant.cost.refused import check_held, check_open
 from pliant.cost.sample import Samples, counted, one_sample, repeated, samples_of
+from pliant.cost.twin import twin
 from pliant.errors import ModelError
 from pliant.math.alone import forked
 
@@ -46,18 +48,21 @@ __all__ = [
     "Samples",
     "as_example",
     "bare",
+    "check_held",
+    "check_open",
     "call",
+    "call_alike",
     "cost",
     "count",
     "counted",
     "device_of",
     "evaluating",
     "fitted",
-    "lacking",
     "layer_costs",
     "mapped",
     "module_cost",
     "one_sample",
+    "twin",
     "repeated",
     "samples_of",
     "tensors",
@@ -273,7 +278,7 @@ def _measure(
 
 def _watched(model: nn.Module, example: Example) -> tuple[dict[str, nn.Module], _Watch]:
     """Run a model, and see what each of its modules does."""
-    _refuse_lazy(model)
+    check_open(model)
     layers = dict(_layers(model))
     watch = _Watch()
     with _measuring(model), ExitStack() as hooks:
@@ -322,16 +327,8 @@ def _whole(
 
 
 def _run(model: nn.Module, sample: Example, watch: _Watch) -> None:
-    try:
-        with _Operations(watch):
-            call(model, sample)
-    except Exception as error:
-        shapes = ", ".join(str(tuple(t.shape)) for t in tensors(sample)) or "no tensor"
-        raise ModelError(
-            f"{type(model).__name__} must run on one sample, but fails on input {shapes} "
-            f"({type(error).__name__}: {error}); {lacking(error)}pass an example that the model "
-            "accepts."
-        ) from error
+    with _Operations(watch):
+        call(model, sample)
 
 
 def _row(layer: nn.Module, seen: _Seen, products: int) -> LayerCost:
@@ -384,12 +381,3 @@ def _modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             continue
         yield name, part
         hidden.update(id(inner) for inner in subtree(part) if inner is not part)
-
-
-def _refuse_lazy(model: nn.Module) -> None:
-    for name, parameter in model.named_parameters():
-        if isinstance(parameter, nn.parameter.UninitializedParameter):
-            raise ModelError(
-                f"Parameters must have a shape, but {name!r} is still lazy; "
-                "run the model once on real data before measuring it."
-            )

@@ -14,12 +14,18 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from pliant.errors import ModelError, PliantError, must_be
+from pliant.math.alone import forked
+
+A_MODEL = "a torch.nn.Module (pliant.zoo.build makes one from a name)"
 _WRAPPED = {
     "OptimizedModule": "_orig_mod",
     "DataParallel": "module",
     "DistributedDataParallel": "module",
 }
 """Classes of wrappers, and where each keeps the network; by name, to load neither."""
+
+_SHOWN = 6  # inputs whose shapes a refusal names
 
 Example = tuple[Any, ...] | Mapping[str, Any]
 
@@ -30,6 +36,9 @@ def call(model: nn.Module, example: Example) -> Any:
     Its tensors go to the device of the model, which may have moved since the example was made.
     They are copied, since a model may write into what it reads. How the model takes them is asked
     of its `forward`: see `fitted`.
+
+    Raises:
+        ModelError: the model fails on these inputs.
     """
     held = next(chain(model.parameters(), model.buffers()), None)
     device = None if held is None else held.device  # without tensors it reads any
@@ -38,23 +47,69 @@ def call(model: nn.Module, example: Example) -> Any:
         return tensor.to(device, copy=True)
 
     given = mapped(move, fitted(model, example), lambda thing: _moved_copy(thing, device))
-    return model(**given) if isinstance(given, Mapping) else model(*given)
+    try:
+        return model(**given) if isinstance(given, Mapping) else model(*given)
+    except PliantError:
+        raise
+    except Exception as error:  # a model may object in any way
+        raise ModelError(
+            f"{type(bare(model)).__name__} must take inputs of shape {shapes(given)}, but its "
+            f"forward fails with {type(error).__name__}: {error}; {lacking(error)}check that model "
+            "and data fit."
+        ) from error
+
+
+def call_alike(model: nn.Module, example: Example, seed: int = 0) -> Any:
+    """Call a model so that what it draws at random is the same whenever and in whichever network.
+
+    A network that masks at random is so compared with itself, and not with another mask. The
+    caller's random states stay untouched.
+    """
+    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
+    with forked(devices):
+        torch.manual_seed(seed)
+        return call(model, example)
+
+
+def shapes(inputs: Any) -> str:
+    """Write down the shapes of a forward call's inputs, and the kind of what is no tensor."""
+    named = isinstance(inputs, Mapping)
+    values = inputs.items() if named else (("", value) for value in inputs)
+    found = [
+        (f"{name}=" if named else "") + (str(tuple(v.shape)) if isinstance(v, Tensor) else _kind(v))
+        for name, v in values
+    ]
+    return ", ".join(found[:_SHOWN]) + (f" and {len(found) - _SHOWN} more" * (len(found) > _SHOWN))
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Say where a model's tensors are; on the CPU if it has none."""
+    """Say where a model's tensors are; on the CPU if it has none.
+
+    Raises:
+        ModelError: it is no network.
+    """
+    must_be(nn.Module, "The model", model, ModelError, A_MODEL)
     held = chain(model.parameters(), model.buffers())
     return next((tensor.device for tensor in held), torch.device("cpu"))
 
 
 def lacking(error: Exception) -> str:
-    """Say how several inputs are written, where a call failed for want of one; else nothing."""
-    if not isinstance(error, TypeError) or "required positional argument" not in str(error):
+    """Say what to change, where that can be told from how a call failed; else nothing."""
+    if "nference tensor" in str(error):
+        return "it runs in torch.inference_mode: use torch.no_grad in forward instead; "
+    if not isinstance(error, TypeError):
         return ""
-    return (
-        "a pair (a, b) is read as inputs and labels, so write two inputs of one call as "
-        "((a, b),) or by name; "
-    )
+    if "required positional argument" in str(error):
+        return (
+            "a pair (a, b) is read as inputs and labels, so write two inputs of one call as "
+            "((a, b),) or by name; "
+        )
+    if "positional argument" in str(error) and "given" in str(error):
+        return (
+            "of a tuple the last is read as labels and all before it as inputs, so leave out "
+            "what is neither; "
+        )
+    return ""
 
 
 def mapped(
@@ -131,6 +186,9 @@ def fitted(model: nn.Module, example: Example) -> Example:
         model: whose signature is asked; one that takes anything gets the example as it is.
         example: a tuple, or a mapping.
     """
+    values = tuple(example) if isinstance(example, tuple | list) else ()
+    if len(values) > 1 or (values and isinstance(values[0], Tensor | PackedSequence)):
+        return values  # at once: to ask for a signature takes as long as a small layer
     takes = _signature(model)
     if takes is None:
         return example
@@ -138,8 +196,9 @@ def fitted(model: nn.Module, example: Example) -> Example:
         known = _known(takes, example)
         alone = not known and example and _binds(takes, example)
         return (example,) if alone else known
-    values = tuple(example)
-    if len(values) != 1 or isinstance(values[0], Tensor | PackedSequence):
+    words = "a tuple of inputs, or a mapping by name"
+    must_be((tuple, list), "An example", example, ModelError, words)
+    if not values:
         return values
     (inner,) = values
     if isinstance(inner, Mapping):
@@ -191,6 +250,14 @@ def _signature(model: nn.Module) -> inspect.Signature | None:
     return takes
 
 
+def _kind(value: Any) -> str:
+    """Name the kind of an input that is no tensor, with what it holds."""
+    inside = next(tensors(value), None)
+    many = f" of {len(value)}" if isinstance(value, list | tuple | Mapping) else ""
+    first = "" if inside is None else f", the first {tuple(inside.shape)}"
+    return f"{type(value).__name__}{many}{first}"
+
+
 _BY_NAME = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -238,7 +305,12 @@ def _moved_copy(thing: Any, device: Any) -> Any:
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """Return the network itself, out of what torch.compile or data parallelism put around it."""
+    """Return the network itself, out of what torch.compile or data parallelism put around it.
+
+    Raises:
+        ModelError: it is no network.
+    """
+    must_be(nn.Module, "The model", model, ModelError, A_MODEL)
     while isinstance(inner := getattr(model, _inside(model), None), nn.Module):
         model = inner
     return model

@@ -28,6 +28,7 @@ from pliant.data.sources import (
     Tensors,
     is_indexed,
     is_pair,
+    is_text,
     seeded,
     unpack,
 )
@@ -69,6 +70,8 @@ def in_memory(part: Any) -> Tensors | Columns | Items | None:
         return Tensors(as_tensor(part[0]), as_tensor(part[1]))
     if isinstance(part, PackedSequence) or not isinstance(part, Mapping | tuple):
         return None
+    if _is_unlabelled(part):
+        return in_memory((part[0],))
     whole = _arrays(part)
     found, (inputs, labels) = list(tensors(whole)), unpack(whole)
     last = labels is None or isinstance(labels, Tensor)
@@ -234,10 +237,15 @@ def _is_arrays(part: Any) -> bool:
     return pair and all(hasattr(each, "__array__") for each in part)
 
 
+def _is_unlabelled(part: Any) -> bool:
+    """Say whether something is (inputs, None)."""
+    return isinstance(part, tuple) and not is_named(part) and part[1:] == (None,)
+
+
 def _arrays(value: Any) -> Any:
     """Make tensors of the arrays in mappings and tuples, and of lists of numbers."""
     if isinstance(value, Mapping):
-        return {name: _arrays(part) for name, part in value.items() if not _is_text(part)}
+        return {name: _arrays(part) for name, part in value.items() if not is_text(part)}
     if is_named(value):
         return type(value)(*map(_arrays, value))
     if type(value) is tuple:
@@ -251,10 +259,6 @@ def _arrays(value: Any) -> Any:
     return value
 
 
-def _is_text(part: Any) -> bool:
-    return isinstance(part, list) and all(isinstance(each, str | bytes) for each in part)
-
-
 def _only(value: Any, *kinds: type) -> bool:
     """Say whether a nested value holds nothing but some kinds."""
     if isinstance(value, kinds) and not isinstance(value, list):
@@ -266,9 +270,11 @@ def _only(value: Any, *kinds: type) -> bool:
 
 
 def _pairs(part: Any) -> Items | None:
-    """A pair of lists of one length, or of a list and labels, as a data set of pairs."""
-    pair = type(part) is tuple and len(part) == 2 and isinstance(part[0], list)
-    if not pair or not isinstance(part[1], list | Tensor | np.ndarray) or not len(part[0]):
+    """A pair of lists of one length, or of inputs and labels, as a data set of pairs."""
+    rows = list | Tensor | np.ndarray
+    if type(part) is not tuple or len(part) != 2 or not all(isinstance(p, rows) for p in part):
         return None
-    fits = len(part[0]) == len(part[1]) and _only(part[0], Tensor, np.ndarray)
+    if isinstance(part[0], Tensor | np.ndarray) and not is_text(part[1]):
+        return None
+    fits = 0 < len(part[0]) == len(part[1]) and _only(list(part[0]), Tensor, np.ndarray)
     return Items(list(zip(*part, strict=True))) if fits else None

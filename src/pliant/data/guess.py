@@ -21,7 +21,7 @@ from pliant.data.ready import (
     regression,
     segmentation,
 )
-from pliant.data.sources import IGNORED, unpack
+from pliant.data.sources import IGNORED, is_text, unpack
 from pliant.data.task import INSTEAD, Task, is_whole, labels_of, main_output
 from pliant.errors import DataError, ModelError
 
@@ -56,6 +56,11 @@ def guess(output: Any, batch: Any, model: nn.Module | None = None) -> Task:
     Raises:
         DataError: there are no labels, they do not fit, or there is a doubt; it says what to pass.
     """
+    if is_text(unpack(batch)[1]):
+        raise DataError(
+            "Labels must be numbers, but text came: number the classes, or name task='none' to "
+            "compare with the dense network alone."
+        )
     if model is not None and not isinstance(unpack(batch)[1], Tensor | None):
         return own()  # boxes and the like are for the network itself
     labels, scores = labels_of(batch), main_output(output)

@@ -32,7 +32,7 @@ from pliant.data.measures import Metric
 from pliant.data.numbers import image_loss, image_psnr, image_ssim, number_loss, number_rows
 from pliant.data.sources import LABELS
 from pliant.data.task import Task, own_loss, parameters
-from pliant.errors import MethodError
+from pliant.errors import MethodError, must_be
 
 Metrics = Mapping[str, Any]
 """Names, each with a `Metric`, or with (function, "higher" or "lower")."""
@@ -209,6 +209,7 @@ def task_of(
         raise MethodError(f"A task must be one of {', '.join(READY)}, or a Task, not {task!r}.")
     if loss is not None and not callable(loss):
         raise MethodError(f"loss= must be a function of (output, batch), not {loss!r}.")
+    must_be(Mapping | None, "metrics", metrics, MethodError, "a mapping of names to metrics")
     more = {name: _metric(name, given) for name, given in (metrics or {}).items()}
     if known is None and loss is None and not more:
         return None

@@ -44,7 +44,10 @@ def unpack(batch: Any) -> tuple[Example, Any]:
         return inputs, getattr(batch, name) if name else None
     alone = not isinstance(batch, list | tuple) or isinstance(batch, PackedSequence)
     if not alone and len(batch) > 1:
-        return tuple(batch[:-1]), batch[-1]
+        *inputs, labels = batch
+        if labels is None or (isinstance(labels, list) and all(each is None for each in labels)):
+            return tuple(inputs), None
+        return tuple(inputs), labels
     return ((batch,) if alone else tuple(batch)), None
 
 
@@ -271,6 +274,11 @@ def is_pair(part: Any) -> bool:
         and len(part) == 2
         and all(isinstance(item, Tensor) for item in part)
     )
+
+
+def is_text(part: Any) -> bool:
+    """Say whether something is a list of text."""
+    return isinstance(part, list) and bool(part) and all(isinstance(p, str | bytes) for p in part)
 
 
 def is_indexed(part: Any) -> bool:

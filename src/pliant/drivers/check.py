@@ -5,9 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pliant.cost import device_of, evaluating
+from pliant.cost import call, device_of, evaluating
 from pliant.data import Data, unpack
-from pliant.drivers.score import forward, moved
+from pliant.drivers.score import moved
 from pliant.errors import DataError, MethodError, PliantError, TrainingError
 from pliant.run import Run
 
@@ -77,7 +77,7 @@ def check_heard(run: Run, how: str) -> None:
     Raises:
         MethodError: it changes the loss, and the trainer left it out.
     """
-    if (run.method.uses("loss") or run.method.uses("weigh")) and not run.heard:
+    if (run.method.uses("loss") or run.method.uses("weigh")) and not run.called.heard:
         raise MethodError(
             f"{type(run.method).__name__} changes the loss, but the trainer took a step without "
             f"asking it: {how}."
@@ -105,7 +105,7 @@ def check_call(model: nn.Module, data: Data) -> None:
     """
     if data.has("train"):
         with evaluating(model), torch.no_grad():
-            forward(model, moved(data.example_for(model), device_of(model)))
+            call(model, moved(data.example_for(model), device_of(model)))
 
 
 def not_finite(model: nn.Module, batch: Any = None) -> str:
@@ -128,7 +128,7 @@ def not_finite(model: nn.Module, batch: Any = None) -> str:
     try:
         if batch is not None:
             with torch.no_grad():
-                forward(model, unpack(batch)[0])
+                call(model, unpack(batch)[0])
     except PliantError:
         pass  # the loss is what is being explained
     finally:

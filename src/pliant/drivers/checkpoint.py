@@ -45,7 +45,7 @@ def identity(run: Run, data: Data, train: Train) -> dict[str, str]:
         "task": str(run.task or ""),
         "train": _listed(plan),
         "target": _listed(place) or "none",
-        "digest of the weights": run.origin,
+        "digest of the weights": run.journal.origin,
         "digest of the inputs": inputs,
         "digest of the labels": labels,
     }

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from numbers import Integral
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pliant.data import Train
-from pliant.errors import TrainingError
+from pliant.errors import MethodError, TrainingError, must_be
 from pliant.math.alone import forked
 
 if TYPE_CHECKING:
@@ -63,7 +64,12 @@ def fast_layout(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
-    """Seed the global random state for a while, and put the caller's back; other threads wait."""
+    """Seed the global random state for a while, and put the caller's back; other threads wait.
+
+    Raises:
+        MethodError: the seed is no whole number.
+    """
+    must_be(Integral, "seed", seed, MethodError, "a whole number")
     with forked([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -12,17 +13,18 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.dropout import _DropoutNd
 
-from pliant.cost import Example, call, counted, device_of, evaluating, lacking
+from pliant.cost import Example, call, call_alike, counted, device_of, evaluating
 from pliant.data import Data, unpack
 from pliant.data.guess import guess, squashed
 from pliant.data.measures import Metric
+from pliant.data.ready import task_of
 from pliant.data.sources import moved
 from pliant.data.splits import Split
 from pliant.data.task import Task, main_output
-from pliant.errors import DataError, ModelError, PliantError, TrainingError
+from pliant.errors import DataError, ModelError, PliantError, TrainingError, must_be
 from pliant.math.alone import forked
 from pliant.math.divergence import divergence
-from pliant.observe.outputs import answers
+from pliant.observe.outputs import answers, wide_answers
 from pliant.result import Fidelity
 from pliant.run import Run
 
@@ -71,12 +73,12 @@ class Score:
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
-    data: Data,
+    data: Any,
     split: Split = "val",
     *,
     batch: int = 256,
     device: torch.device | str | None = None,
-    task: Task | None = None,
+    task: Task | str | None = None,
 ) -> Score:
     """Score a network on a split, in eval mode and without autocast.
 
@@ -84,17 +86,23 @@ def evaluate(
 
     Args:
         model: any network.
-        data: labels that are whole numbers are classes; others are targets of a regression.
+        data: a `Data`, or whatever `Data.of` reads; labels that are whole numbers are classes,
+            others are targets of a regression.
         split: which part of the data.
         batch: samples per forward call; a loader has its own.
         device: where to compute, the model is moved there; where it is now if None.
-        task: what is scored; guessed from the first batch where there is no doubt if None.
+        task: what is scored, such as ``"binary"``; guessed from the first batch where there is no
+            doubt if None.
 
     Raises:
         DataError: the split is absent, empty or without labels, or the task is in doubt.
-        ModelError: the model fails on a batch.
+        ModelError: the model fails on a batch, or the device is none.
+        MethodError: there is no such task.
     """
-    device = torch.device(device) if device is not None else device_of(model)
+    device, task = _device(model, device), task_of(task)
+    must_be(Integral, "batch", batch, DataError, "a whole number")
+    if not isinstance(data, Data):
+        data = Data.of(data).read_by(model)
     model.to(device)
     losses = count = 0.0
     rows: dict[str, list[Tensor]] = defaultdict(list)
@@ -103,7 +111,7 @@ def evaluate(
         for sample in data.batches(split, batch):
             sample = moved(sample, device)
             task = task or guessed(model, sample)
-            output = forward(model, task.inputs(sample))
+            output = call(model, task.inputs(sample))
             size = counted(unpack(sample)[0])
             if task.loss is not None:
                 losses += float(task.total(output, sample)) * size
@@ -127,10 +135,21 @@ def evaluate(
     )
 
 
+def _device(model: nn.Module, asked: torch.device | str | None) -> torch.device:
+    here = device_of(model)
+    try:
+        return here if asked is None else torch.device(asked)
+    except (RuntimeError, TypeError) as error:
+        words = str(error).splitlines()[0]
+        raise ModelError(
+            f'device must be a device of PyTorch, such as "cpu", not {asked!r}: {words}'
+        ) from error
+
+
 def guessed(model: nn.Module, batch: Any) -> Task:
     """Tell the task from a batch: see `pliant.data.guess.guess`."""
     inputs = unpack(batch)[0]
-    return squashed(guess(forward(model, inputs), batch, model), model, inputs)
+    return squashed(guess(call(model, inputs), batch, model), model, inputs)
 
 
 @contextmanager
@@ -162,31 +181,6 @@ def _classes(task: Task, output: Any) -> int:
     return 0 if task.scores is None else task.scores(output).shape[-1]
 
 
-def forward(model: nn.Module, inputs: Any) -> Any:
-    """Call a model, and name the inputs' shape if it fails.
-
-    Raises:
-        ModelError: the model fails.
-    """
-    try:
-        return call(model, inputs)
-    except Exception as error:
-        raise ModelError(
-            f"The model must take inputs of shape {shapes(inputs)}, but its forward fails with "
-            f"{type(error).__name__}: {error}; {lacking(error)}check that model and data fit."
-        ) from error
-
-
-def shapes(inputs: Any) -> str:
-    """Write down the shapes of a forward call's inputs."""
-    named = isinstance(inputs, Mapping)
-    values = inputs.items() if named else (("", value) for value in inputs)
-    return ", ".join(
-        (f"{name}=" if named else "") + str(tuple(v.shape) if isinstance(v, Tensor) else type(v))
-        for name, v in values
-    )
-
-
 def distillation(output: Any, teacher: Any, temperature: float, task: Task | None = None) -> Tensor:
     """Return how far an output is from a teacher's.
 
@@ -201,7 +195,7 @@ def distillation(output: Any, teacher: Any, temperature: float, task: Task | Non
         return divergence(mine, other, temperature)
     gaps = [
         (one - other).square().mean() / other.var(correction=0).clamp(min=TINY)
-        for one, other in zip(answers(output), answers(teacher), strict=True)
+        for one, other in zip(wide_answers(output), wide_answers(teacher), strict=True)
     ]
     return torch.stack(gaps).sum()
 
@@ -234,7 +228,7 @@ def fidelity(
     same: list[Tensor] = []
     with evaluating(dense), evaluating(small):
         for given in inputs:
-            wanted, found = forward(dense, given), forward(small, given)
+            wanted, found = call_alike(dense, given), call_alike(small, given)
             pairs = list(zip(answers(wanted), answers(found), strict=True))
             if any(one.shape != other.shape for one, other in pairs):
                 return None  # as many answers as it likes, as detectors give them

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pliant.cost import counted, device_of, evaluating
+from pliant.cost import call, counted, device_of, evaluating
 from pliant.data import Data, unpack
 from pliant.data.classes import binary_loss, binary_view, class_loss, class_view
 from pliant.data.guess import axis_of, guess, squashed
@@ -17,7 +17,7 @@ from pliant.data.ready import classification, fed
 from pliant.data.sources import Tensors, moved
 from pliant.data.splits import Split
 from pliant.data.task import Task, labels_of, main_output, own_loss
-from pliant.drivers.score import forward, scoring
+from pliant.drivers.score import scoring
 from pliant.errors import DataError, MethodError, ModelError, PliantError
 from pliant.run import Run
 
@@ -101,7 +101,7 @@ def _of(
     inputs, labels = unpack(batch)
     if task is None and labels is not None and not isinstance(labels, Tensor):
         return _own(guess(None, batch, model), model, batch)
-    output = forward(model, inputs)
+    output = call(model, inputs)
     scores, whole = _every(data, split, main_output(output), batch)
     shown = scores if isinstance(output, Tensor) else {"logits": scores}
     task = guess(shown, whole, model) if task is None else _on_axis(task, scores, whole, output)
@@ -159,7 +159,7 @@ def _own(task: Task, model: nn.Module, batch: Any) -> Task:
         tried = replace(task, trains=trains)
         try:
             with scoring(model, tried):
-                own_loss(forward(model, tried.inputs(batch)))
+                own_loss(call(model, tried.inputs(batch)))
         except PliantError as error:
             said = error
         else:
@@ -178,7 +178,7 @@ def _try(task: Task, model: nn.Module, batch: Any, split: Split, *, trains: bool
     """
     few = _cut(batch)
     with scoring(model, task), torch.set_grad_enabled(trains):
-        output = forward(model, task.inputs(few))
+        output = call(model, task.inputs(few))
         if trains or task.loss is not None:
             loss = _asked("loss", split, task.total, output, few)
             learns = any(p.requires_grad for p in model.parameters())

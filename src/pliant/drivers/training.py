@@ -4,7 +4,6 @@ import gc
 import math
 import operator
 import time
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from pliant.cost import call
 from pliant.data import Data, Train, unpack
 from pliant.data.criterion import weighted
 from pliant.data.epochs import Epochs
@@ -30,9 +30,9 @@ from pliant.drivers.devices import (
 )
 from pliant.drivers.interrupt import uninterrupted
 from pliant.drivers.schedule import optimizers_of, rate
-from pliant.drivers.score import distillation, forward, scored
+from pliant.drivers.score import distillation, scored
 from pliant.edits import Edit
-from pliant.errors import AccuracyWarning, DataError, TrainingError
+from pliant.errors import DataError, TrainingError
 from pliant.run import Run
 
 if TYPE_CHECKING:
@@ -253,17 +253,13 @@ class Training:
         """Say once in a phase that its learning rate destroys what the network knew."""
         if len(self.first) == self.place.step < early.watched(self.train, self.steps):
             self.first.append(loss)
-            now = early.destroyed(self.first, self.guessing)
-            if now is not None:
-                said = early.said(self.name, self.train, self.first, now)
-                self.run.note(finding=said)
-                warnings.warn(said, AccuracyWarning, stacklevel=2)
+            if early.look(self.run, self.first, self.guessing, self.train.lr, self.name):
                 self.first.clear()  # of this phase no more is watched
 
     def _loss(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Return the loss of the task, and the one to differentiate."""
         labels = unpack(batch)[1]
-        output = forward(self._wrapped(), self.run.inputs_of(batch))
+        output = call(self._wrapped(), self.run.inputs_of(batch))
         if not self.place.step:
             self.guessing = early.chance(self.run, output)
         weighs = self.hooks and self.run.reduction == "none"
@@ -279,7 +275,7 @@ class Training:
                     loss = self.run.loss(loss, output, batch)
         if self.train.distill and self.teacher is not None:
             with torch.no_grad(), self.fabric.autocast():
-                target = forward(self.teacher, self.run.inputs_of(batch))
+                target = call(self.teacher, self.run.inputs_of(batch))
             gap = distillation(output, target, self.train.temperature, self.run.task)
             loss = (1 - self.train.distill) * loss + self.train.distill * gap
         return task, loss

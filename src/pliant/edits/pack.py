@@ -52,7 +52,8 @@ class Pack:
         if not self.layer or not several.weights_of(module):
             raise EditError(
                 f"{self.layer or 'The model'} must be an LSTM, GRU, RNN, a cell of one, a "
-                "MultiheadAttention, or have parameters of three axes, to be packed, and not "
+                "MultiheadAttention, a table of a class of its own, or have parameters of three "
+                "axes, to be packed, and not "
                 f"{type(module).__name__}."
             )
         if list(self.shapes) != flat(several.shapes_of(module)) or not self._fits():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from bisect import bisect_left
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pliant.budget import Budget
-from pliant.cost import Cost, Example, cost
+from pliant.cost import Cost, Example, cost, twin
 from pliant.edits import Edit, Nest, Settle, complete, layer_of, note
 from pliant.edits.nest import cut
 from pliant.edits.settle import MEANS, VARIANCES
@@ -86,7 +85,7 @@ def cuttable(edits: Iterable[Edit]) -> bool:
 
 def of_size(model: nn.Module, edits: Sequence[Edit], size: int) -> nn.Module:
     """Return a copy of an elastic network that is cut to one of its sizes."""
-    found = copy.deepcopy(model)
+    found = twin(model)
     shrink(found, edits, size)
     return found
 

@@ -28,6 +28,7 @@ from pliant.codecs.container import (
     is_pliant,
     opened,
     pack,
+    path_of,
     read,
     read_manifest,
     reading,
@@ -80,7 +81,7 @@ def save(
         OutputError: a file of another kind is there, or the file cannot be written; an existing
             one is as it was.
     """
-    path, model = Path(path), bare(model)
+    path, model = path_of(path), bare(model)
     check_replaceable(path, ".pliant", is_pliant)
     if encode is not None and encode not in codec.CHOICES:
         raise ArtifactError(
@@ -183,7 +184,7 @@ def inspect(path: str | Path) -> Manifest:
     Raises:
         ArtifactError: the file is missing, damaged, foreign or too new.
     """
-    path = Path(path)
+    path = path_of(path)
     with opened(path) as archive, reading(path):
         return parse(read_manifest(archive))
 
@@ -210,7 +211,7 @@ def load(
         ArtifactError: the file is missing, damaged, foreign, too new, or made from another
             architecture. Nothing is loaded then, and the model is as it was.
     """
-    path = Path(path)
+    path = path_of(path)
     with opened(path) as archive:
         if manifest is None:
             with reading(path):

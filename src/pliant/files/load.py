@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from pliant import zoo
 from pliant.budget import Budget
+from pliant.codecs.container import path_of
 from pliant.cost import Cost, Example
 from pliant.edits import Edit, Nest
 from pliant.edits import sizes as elastic
@@ -52,7 +53,8 @@ def load(
         BudgetError: even the smallest size is too large.
     """
     place = None if target is None else as_target(target)
-    path = model_file(Path(path)) if Path(path).is_dir() else path
+    path = path_of(path)
+    path = model_file(path) if path.is_dir() else path
     manifest = artifact.inspect(path)
     dense = model if model is not None else _of_zoo(manifest, path)
     if at is None:

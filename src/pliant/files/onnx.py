@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 import os
 import tempfile
@@ -12,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from io import BytesIO, StringIO
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +21,13 @@ from torch.export import Dim, ExportedProgram
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves, tree_map
 
-from pliant.codecs.container import check_replaceable
-from pliant.cost import Example, bare, call
-from pliant.errors import ArtifactError, ModelError, OutputError, require
+from pliant.codecs.container import check_replaceable, path_of
+from pliant.cost import Example, bare, call, call_alike, twin
+from pliant.errors import ArtifactError, ModelError, OutputError, must_be, require
 from pliant.files.qdq import deployable, narrowed
+from pliant.files.traceable import traceable
 from pliant.nn.coded import decoded
+from pliant.observe.outputs import answers, without_caches
 
 ONE_FILE = 2 * 1000**3  # bytes; protobuf ends at 2 GiB, so larger weights lie beside the graph
 NARROW_OPSET = 21  # the first with integers of 4 bits
@@ -82,15 +84,17 @@ def to_onnx(
     """
     for module in ("onnx", "onnxscript", "onnxruntime"):
         require(module, "onnx")
-    path = Path(path)
+    path = path_of(path)
+    must_be(Real, "tolerance", tolerance, ModelError, "a number")
     check_replaceable(path, "ONNX", _is_onnx)
     model = bare(model)
     network, batch = _prepared(model, example)
     args, kwargs = ((), dict(batch)) if isinstance(batch, Mapping) else (batch, None)
-    traced = copy.deepcopy(network)
+    traced = twin(network)
     needs = deployable(traced)
     if needs.apart:
         tolerance = max(tolerance, needs.apart * _largest(_outputs(network, batch)))
+    traceable(traced, batch)
     with _exporting(model, "ONNX"), _quiet():
         program = torch.onnx.export(
             traced,
@@ -115,7 +119,7 @@ def to_onnx(
         with _quiet():
             program.save(temporary, external_data=size >= ONE_FILE)
         difference = _compare_onnx(network, temporary, example)
-        _accept(model, difference, tolerance, "onnxruntime")
+        _accept(network, difference, tolerance, "onnxruntime", batch)
         written = sum(file.stat().st_size for file in temporary.parent.iterdir())
     return Exported(path, difference, written, written_for)
 
@@ -139,17 +143,18 @@ def to_program(
         OutputError: a file of another kind is there, or the file cannot be written.
     """
     if path is not None:
-        check_replaceable(Path(path), ".pt2", _is_program)
+        check_replaceable(path_of(path), ".pt2", _is_program)
     network, batch = _prepared(model, example)
     args, kwargs = ((), dict(batch)) if isinstance(batch, Mapping) else (batch, None)
+    traceable(traced := twin(network), batch)
     with _exporting(model, "a program"), _quiet():
-        program = torch.export.export(network, args, kwargs, dynamic_shapes=_dynamic(batch))
+        program = torch.export.export(traced, args, kwargs, dynamic_shapes=_dynamic(batch))
     captured = program.module()
     differences = [
         _difference(_outputs(network, inputs), _outputs(captured, inputs))
         for inputs in (_resized(example, rows) for rows in BATCHES)
     ]
-    _accept(model, max(differences), tolerance, "torch.export")
+    _accept(network, max(differences), tolerance, "torch.export", batch)
     if path is not None:
         buffer = BytesIO()  # PyTorch's own writer hides why a disk refuses
         with _quiet():
@@ -166,7 +171,7 @@ def _prepared(model: nn.Module, example: Example) -> tuple[nn.Module, Any]:
     """Copy the network and make a batch of two that it runs on: ones are often special."""
     name, batch = type(model).__name__, _resized(example, 2)
     try:
-        network = copy.deepcopy(decoded(model)).cpu().eval()
+        network = twin(decoded(model)).cpu().eval()
     except Exception as error:  # a model's own attributes may refuse to be copied in any way
         raise ModelError(
             f"{name} must be copied before it is exported, and cannot ({_first_line(error)}): "
@@ -330,7 +335,8 @@ def _feed(names: list[str], inputs: Any) -> dict[str, Any]:
 
 def _outputs(network: Any, inputs: Any) -> list[Tensor]:
     with torch.no_grad():
-        return [leaf for leaf in tree_leaves(call(network, inputs)) if isinstance(leaf, Tensor)]
+        leaves = tree_leaves(without_caches(call(network, inputs)))
+        return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 
 def _largest(outputs: list[Tensor]) -> float:
@@ -357,8 +363,17 @@ def _difference(wanted: Any, found: Any) -> float:
     return worst
 
 
-def _accept(model: nn.Module, difference: float, tolerance: float, runtime: str) -> None:
+def _accept(
+    model: nn.Module, difference: float, tolerance: float, runtime: str, batch: Any
+) -> None:
     if not difference <= tolerance:
+        with torch.no_grad():
+            draws = [answers(call_alike(model, batch, seed)) for seed in range(2)]
+        if not all(map(torch.equal, *draws)):
+            raise ArtifactError(
+                f"The exported {type(model).__name__} cannot be compared: it draws random numbers "
+                "in evaluation, so no two calls agree; give these numbers as an input."
+            )
         raise ArtifactError(
             f"The exported {type(model).__name__} must give the same outputs, but under {runtime} "
             f"they differ by up to {difference:.3g} where {tolerance:g} is allowed: nothing was "

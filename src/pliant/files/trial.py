@@ -6,7 +6,6 @@ there already, the dense network and the bytes of the file.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from pliant.cost import twin
 from pliant.edits import Insert, Settle, Swap, Widen, layer_of, replay
 from pliant.errors import ArtifactError
 from pliant.files.manifest import Manifest
@@ -161,7 +161,7 @@ def _without_data(model: nn.Module) -> nn.Module:
             empty = nn.Parameter(empty, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = empty
     try:
-        return copy.deepcopy(model, memo)
+        return twin(model, memo)
     except Exception as error:  # a model's own attributes may refuse to be copied in any way
         raise ArtifactError(
             f"needs a model that copy.deepcopy can copy, and this one fails ({error}): pass the "

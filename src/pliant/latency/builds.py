@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 
+from pliant.cost import twin
 from pliant.edits import Edit
 from pliant.math.alone import forked
 
 
 def built(model: nn.Module, edits: Sequence[Edit]) -> nn.Module:
     """Build a plan with numbers of no meaning: they do not change the time."""
-    network = copy.deepcopy(model).cpu().eval()
+    network = twin(model).cpu().eval()
     with torch.no_grad(), forked():
         for edit in edits:
             for parameter in edit.apply(network, weights=False).added:
@@ -30,6 +30,6 @@ def edited(layer: nn.Module, edit: Edit) -> nn.Module:
     for name in path:
         inner.add_module(name, nn.Sequential())
         inner = inner.get_submodule(name)  # type: ignore[assignment]
-    inner.add_module(child, copy.deepcopy(layer))
+    inner.add_module(child, twin(layer))
     edit.apply(model, weights=False)
     return model.get_submodule(edit.layer)

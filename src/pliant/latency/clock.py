@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 
 from pliant.budget import Option
-from pliant.cost import Example, LayerCost
+from pliant.cost import Example, LayerCost, twin
 from pliant.edits import Edit, Factor
 from pliant.errors import BudgetError
 from pliant.latency.builds import built, edited
@@ -70,7 +69,7 @@ class Clock:
     ) -> Clock:
         """Measure a dense network on a target, or recall what was remembered of both."""
         target = as_target(target)
-        dense = copy.deepcopy(model).cpu().eval()
+        dense = twin(model).cpu().eval()
         found = recalled(saved, dense, target) or {
             "table": LatencyTable.of(target),
             "timing": measure(dense, example, target),

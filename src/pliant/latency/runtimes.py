@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import io
 import itertools
 import logging
@@ -26,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
-from pliant.cost import Example, tensors
+from pliant.cost import Example, tensors, twin
 from pliant.errors import ModelError, require
 from pliant.math.alone import forked
 
@@ -89,7 +88,7 @@ def copies_of(layer: nn.Module) -> list[nn.Module]:
     """Copy a layer with other weights, as often as a measurement needs."""
     size = sum(t.nbytes for t in layer.parameters())
     count = COPIES[0] if size < LARGE else max(2, min(COPIES[1], CACHES // size))
-    made = [copy.deepcopy(layer) for _ in range(count)]
+    made = [twin(layer) for _ in range(count)]
     devices = sorted({p.device.index for p in layer.parameters() if p.is_cuda})
     with torch.no_grad(), forked(devices):
         for parameter in (p for each in made for p in each.parameters()):
@@ -226,7 +225,7 @@ def _torch(model: nn.Module, inputs: Example, target: Settings) -> Build:
         return channels_last(value)
 
     def build() -> Callable[[], Any]:
-        network: Any = copy.deepcopy(model).to(target.device, dtype).eval()
+        network: Any = twin(model).to(target.device, dtype).eval()
         for tensor in itertools.chain(network.parameters(), network.buffers()):
             tensor.data = channels_last(tensor.data)
         given = tree_map(put, inputs)
@@ -323,7 +322,7 @@ def _in_float32(model: nn.Module, inputs: Example) -> tuple[nn.Module, Any]:
     def put(value: Any) -> Any:
         return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
 
-    return copy.deepcopy(model).cpu().float().eval(), tree_map(put, on_cpu(inputs))
+    return twin(model).cpu().float().eval(), tree_map(put, on_cpu(inputs))
 
 
 class _Flat(nn.Module):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import inspect
 import json
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pliant.cost import Example
+from pliant.cost import Example, twin
 from pliant.errors import MethodError, ModelError
 from pliant.latency.runtimes import BUILT_IN, Sampler, batched, copies_of, on_cpu, samplers
 
@@ -192,7 +191,7 @@ class Target:
 
     def _own(self, model: nn.Module, inputs: Example) -> Sampler:
         assert self.function is not None
-        function, network, given = self.function, copy.deepcopy(model).cpu().eval(), on_cpu(inputs)
+        function, network, given = self.function, twin(model).cpu().eval(), on_cpu(inputs)
         return lambda: _seconds(function(network, given))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pliant.codecs import tensors
+from pliant.cost import twin
 from pliant.nn.layers import replace
 
 TILE = 1 << 20  # numbers of a kernel that are decoded at once
@@ -119,7 +119,7 @@ def decoded(model: nn.Module) -> nn.Module:
     """Put plain layers in the place of all coded ones, in a copy; without any, return the model."""
     if not any(isinstance(module, Coded) for module in model.modules()):
         return model
-    model = copy.deepcopy(model)
+    model = twin(model)
     for name, module in list(model.named_modules()):
         if isinstance(module, Coded):
             kind = next(plain for plain, own in _KINDS.items() if own is type(module))

@@ -21,6 +21,7 @@ from pliant.nn.kinds import kind_of, take_after
 from pliant.nn.packed import Bits, Packing, Values
 from pliant.nn.quantized import Quantized
 
+TABLE = 2**24  # numbers of the largest table that is unpacked at every call
 OUT = "out_proj"  # of attention: a linear layer of its own, which is read and never called
 
 
@@ -28,7 +29,9 @@ def weights_of(layer: nn.Module) -> dict[str, Tensor]:
     """Return the matrices of a layer with several, by name; empty if it is of no such kind.
 
     A layer of any other class has those that lie on top of one another in parameters of three
-    axes, one for each expert, for example: (experts, rows, columns).
+    axes, one for each expert, for example: (experts, rows, columns). A table of a class that looks
+    its rows up in a way of its own, as those of positions do, has its one matrix, unless that is
+    too large to be unpacked at every call.
     """
     if type(layer) not in KINDS:
         return _fused(layer)
@@ -38,10 +41,20 @@ def weights_of(layer: nn.Module) -> dict[str, Tensor]:
 
 def _fused(layer: nn.Module) -> dict[str, Tensor]:
     own = type(layer).__module__.startswith(("torch.", "pliant."))
-    if own or isinstance(layer, Several) or kind_of(layer) or parametrize.is_parametrized(layer):
+    if own or isinstance(layer, Several) or parametrize.is_parametrized(layer):
         return {}
-    held = ((name, p) for name, p in layer._parameters.items() if p is not None)
-    return {n: p for n, p in held if p.dim() == 3 and min(p.shape) > 1 and p.is_floating_point()}
+    tensors = {name: p for name, p in layer._parameters.items() if p is not None}
+    held: dict[str, Tensor] = {name: p for name, p in tensors.items() if p.is_floating_point()}
+    if looks_up(layer):
+        return held if list(held) == ["weight"] and held["weight"].numel() <= TABLE else {}
+    if kind_of(layer):
+        return {}
+    return {n: p for n, p in held.items() if p.dim() == 3 and min(p.shape) > 1}
+
+
+def looks_up(layer: nn.Module) -> bool:
+    """Say whether a layer is a table with a forward of its own, such as shifted positions."""
+    return kind_of(layer) is nn.Embedding and type(layer).forward is not nn.Embedding.forward
 
 
 def _rows(weight: Tensor) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,7 +11,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pliant.cost import Example, call
+from pliant.cost import Example, call, tensors, twin
 from pliant.errors import ModelError
 from pliant.observe.outputs import logits
 
@@ -70,7 +69,7 @@ class Teacher:
     """A frozen copy of a network as it is now."""
 
     def __init__(self, model: nn.Module) -> None:
-        self.network: nn.Module | None = copy.deepcopy(model).eval().requires_grad_(False)
+        self.network: nn.Module | None = twin(model).eval().requires_grad_(False)
 
     @torch.no_grad()
     def scores(self, inputs: Example, device: torch.device) -> Tensor:
@@ -113,7 +112,7 @@ class Tap:
 
     def __init__(self, layer: nn.Module) -> None:
         self.value: Tensor | None = None
-        self._handle = layer.register_forward_pre_hook(self._see)
+        self._handle = layer.register_forward_pre_hook(self._see, with_kwargs=True)
 
     def take(self) -> Tensor:
         """Return what the layer read in its last call, and forget it.
@@ -134,6 +133,6 @@ class Tap:
         self._handle.remove()
         self.value = None
 
-    def _see(self, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+    def _see(self, layer: nn.Module, args: Any, kwargs: Any) -> None:
         if layer.training and not is_other_batch():
-            self.value = inputs[0]
+            self.value = next(tensors((args, kwargs)), None)

@@ -20,7 +20,7 @@ from pliant.math.reads import Alike, Diagonal, Gram, Reads, Rows, over
 from pliant.math.svd import self_product
 from pliant.nn.kinds import TABLE, TRANSPOSED, channels_last, kernel
 from pliant.nn.layers import Factorizable
-from pliant.observe.outputs import answers
+from pliant.observe.outputs import wide_answers
 from pliant.observe.watch import capture, samples
 
 WIDE = 4096  # outputs beyond which only their own sensitivities are kept, not those of pairs
@@ -316,7 +316,7 @@ def surprise(result: Any, generator: torch.Generator) -> Tensor:
     Raises:
         ModelError: an output is not a number, or the network gives none.
     """
-    outputs = [output.float() for output in answers(result)]
+    outputs = [output.float() for output in wide_answers(result)]
     if any(output.isnan().any() or output.isposinf().any() for output in outputs):
         raise ModelError(
             "The network must give finite outputs to be looked at, but some are not: its weights "
@@ -336,7 +336,8 @@ def _moved(output: Tensor, generator: torch.Generator) -> Tensor:
     """Go in a random direction; masked numbers, which are minus infinity, stay out of it."""
     direction = torch.randn(output.shape, generator=generator).to(output.device)
     moves = torch.where(output.isneginf(), 0.0, output) * direction
-    return moves.sum() / max(1, output[:1].numel()) ** 0.5
+    each = output[0].numel() if output.dim() and len(output) else 1
+    return moves.sum() / max(1, each) ** 0.5
 
 
 def _spread(output: Tensor) -> Tensor:

@@ -52,6 +52,33 @@ def answers(output: Any) -> list[Tensor]:
     return found
 
 
+def wide_answers(output: Any) -> list[Tensor]:
+    """Take the answers without single numbers, such as a loss beside them: those have no spread.
+
+    Where there is nothing else, they are the answers.
+
+    Raises:
+        ModelError: as for `answers`.
+    """
+    found = answers(output)
+    return [tensor for tensor in found if tensor.dim()] or found
+
+
+def without_caches(output: Any) -> Any:
+    """Return an output without what a network keeps for its next call; itself, if it has none."""
+    if isinstance(output, Mapping):
+        left = {k: v for k, v in output.items() if k not in KEPT and not _is_cache(v)}
+        return left if len(left) < len(output) else output
+    if type(output) is tuple:
+        some = tuple(part for part in output if not _is_cache(part))
+        return some if len(some) < len(output) else output
+    return output
+
+
+def _is_cache(value: Any) -> bool:
+    return "Cache" in type(value).__name__
+
+
 def alike(wanted: Sequence[Tensor], found: Sequence[Tensor], tolerance: float) -> bool:
     """Say whether tensors are the same, but for a share of the largest number of each."""
     return len(wanted) == len(found) and all(
@@ -69,7 +96,7 @@ def _held(value: Any, seen: set[int]) -> Iterator[Tensor]:
 
 
 def _is_no_answer(value: Any) -> bool:
-    return isinstance(value, str | bytes | type | nn.Module) or "Cache" in type(value).__name__
+    return isinstance(value, str | bytes | type | nn.Module) or _is_cache(value)
 
 
 def _parts(value: Any) -> list[Any]:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from pliant.cost import Example, call, counted, evaluating, tensors
+from pliant.errors import ModelError
 
 
 @contextmanager
@@ -25,7 +26,8 @@ def capture(
     """Call ``see(name, input, output)`` at every forward of the named layers, inside the block.
 
     The model is in eval mode meanwhile; hooks are removed and the training flags restored at the
-    end, also after an exception.
+    end, also after an exception. What is seen is what the layer itself reads and gives: hooks of
+    the user's own have changed the input by then, and not yet the output.
 
     Args:
         model: any module.
@@ -44,30 +46,58 @@ def capture(
 
     layers = list(layers)
     handles = [
-        model.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True)
+        model.get_submodule(name).register_forward_hook(hook(name), with_kwargs=True, prepend=True)
         for name in layers
     ]
-    if gradients:
-        handles += [
-            model.get_submodule(name).register_forward_pre_hook(record_gradients) for name in layers
-        ]
+    modules = [model.get_submodule(name) for name in layers]
     try:
-        with evaluating(model), torch.set_grad_enabled(gradients):
+        with evaluating(model), torch.set_grad_enabled(gradients), recording(modules):
             yield
     finally:
         for handle in handles:
             handle.remove()
 
 
+@contextmanager
+def recording(layers: Iterable[nn.Module]) -> Iterator[None]:
+    """Record gradients of layers, if the caller does, where the model switches them off."""
+    wanted = torch.is_grad_enabled()
+    handles = [layer.register_forward_pre_hook(record_gradients) for layer in layers if wanted]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def record_gradients(module: nn.Module, args: Any) -> None:
-    """Switch gradients on, as a hook before a layer: who switched them off puts back what was."""
-    if not torch.is_inference_mode_enabled():
-        torch.set_grad_enabled(True)
+    """Switch gradients on, as a hook before a layer: who switched them off puts back what was.
+
+    Raises:
+        ModelError: the model runs in inference mode, where there are none.
+    """
+    if torch.is_inference_mode_enabled():
+        raise ModelError(
+            f"Gradients by what {type(module).__name__} reads are needed, but the model runs it in "
+            "torch.inference_mode: use torch.no_grad in forward instead."
+        )
+    torch.set_grad_enabled(True)
 
 
 def first_tensor(args: Any, kwargs: Any) -> Any:
     """Return the first tensor of a call, None where there is none."""
     return next(tensors((args, kwargs)), None)
+
+
+def with_first(
+    args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Change the first tensor of a call, whether it comes by place or by name."""
+    for place, value in enumerate(args):
+        if isinstance(value, Tensor):
+            return (*args[:place], change(value), *args[place + 1 :]), kwargs
+    name = next((name for name, value in kwargs.items() if isinstance(value, Tensor)), None)
+    return args, kwargs if name is None else {**kwargs, name: change(kwargs[name])}
 
 
 def samples(example: Example) -> int:
@@ -154,7 +184,7 @@ class Stepped:
             raise _Left
 
 
-class _Left(Exception):
+class _Left(BaseException):
     """Ends a pass that nobody wants to go on."""
 
 
@@ -173,7 +203,8 @@ def beside(
     Args:
         model: any module.
         names: of its submodules.
-        see: gets the arguments as they were before the module could change them in place.
+        see: gets the arguments as the caller gave them, before any hook, or the module in place,
+            changed them; and the output as the caller gets it, after all hooks.
         copies: whether the arguments are copied for that; else they are None.
     """
     given: dict[str, Any] = {}
@@ -195,7 +226,8 @@ def beside(
     try:
         for name in names:
             module = model.get_submodule(name)
-            handles.append(module.register_forward_pre_hook(before(name), with_kwargs=True))
+            first = module.register_forward_pre_hook(before(name), with_kwargs=True, prepend=True)
+            handles.append(first)
             handles.append(module.register_forward_hook(after(name), with_kwargs=True))
         yield
     finally:

@@ -1,1 +1,1 @@
-"""From scores and limits to a plan: one allocator, and the planner of a run."""
+"""From scores and limits to a plan of edits: the allocator, and the planner of each run."""

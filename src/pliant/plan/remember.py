@@ -24,8 +24,14 @@ class Looking(Protocol):
     seed: int
     generator: torch.Generator
     state: dict[str, Any]
-    log: list[dict[str, Any]]
-    reasons: dict[str, str]
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        """The history."""
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """Why layers are left alone."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The list of methods: the only global state."""
+"""The list of all methods, by name: the package's only global state."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from importlib.metadata import entry_points
 from typing import Any, Literal, TypeVar
 
 from pliant.budget import AXES
-from pliant.errors import MethodError
+from pliant.errors import MethodError, must_be
 from pliant.registry.options import In, OptionRow, fault, rows, settable
 
 __all__ = [
@@ -210,6 +210,7 @@ def build(spec: str) -> Any:
     >>> build("energy(p=0.9)").p
     0.9
     """
+    must_be(str, "A method's name", spec, MethodError, 'text such as "nrmf(p=0.9)"')
     try:
         node = ast.parse(spec.strip(), mode="eval").body
         if isinstance(node, ast.Name):

@@ -6,6 +6,7 @@ from html import escape
 
 from pliant.nn.genotype import Genotype
 from pliant.render import tables, words
+from pliant.render.blocks import blocks_svg, chosen
 from pliant.render.canvas import Plot
 from pliant.render.document import cell, document, facts, method, section, table
 from pliant.render.figures import plots
@@ -112,17 +113,22 @@ def _stages(report: Report, plot: Plot | None) -> str:
 
 
 def _cells_found(report: Report) -> str:
-    """Draw the cells that an architecture search ended with; nothing without one."""
+    """Draw what an architecture search ended with: cells, or a choice for each layer."""
     found = [row["genotype"] for row in report.history if "genotype" in row]
-    if not found:
+    if found:
+        said = "A box per node, a row per edge with its operation."
+        drawn = genotype_svg(Genotype.from_plain(found[-1]), "Cells found by the search")
+    elif layers := chosen(report.history):
+        said = "A square as large as its kernel for each layer, and what was chosen for it."
+        drawn = blocks_svg(layers, "Found by the search")
+    else:
         return ""
-    drawn = genotype_svg(Genotype.from_plain(found[-1]), "Cells found by the search")
     # As an image, so that its styles stay its own.
     source = f"data:image/svg+xml;base64,{b64encode(drawn.encode()).decode()}"
     return (
         '<section aria-labelledby="head-genotype"><h2 id="head-genotype">Architecture</h2>'
-        '<p class="caption">A box per node, a row per edge with its operation.</p>'
-        f'<img class="wide" alt="The cells that were found" src="{source}"></section>'
+        f'<p class="caption">{said}</p>'
+        f'<img class="wide" alt="What the search found" src="{source}"></section>'
     )
 
 

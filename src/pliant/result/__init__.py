@@ -1,4 +1,4 @@
-"""What each verb returns: plain data, and the tensors it is about."""
+"""What each verb returns: tensors or a network, and a report about them in plain data."""
 
 from pliant.result.compressed import Fidelity, LayerRow, Report, Result, Side, Verdict
 from pliant.result.found import Curves, Finding, Heat, Solution, Views

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pliant.budget import Budget
-from pliant.cost import Example, as_example, bare, count, fitted
+from pliant.cost import Example, as_example, bare, check_held, check_open, count, fitted
 from pliant.data import Data
 from pliant.data.digest import digest_of
 from pliant.data.epochs import planned
@@ -16,13 +17,14 @@ from pliant.data.guess import task_loss
 from pliant.data.ready import Metrics, task_of
 from pliant.data.task import Task
 from pliant.edits import Edit
-from pliant.errors import MethodError, ModelError
+from pliant.errors import MethodError, ModelError, must_be
 from pliant.latency import Where
 from pliant.latency.clock import Clock
 from pliant.observe.finite import check_example, check_weights, in_words
 from pliant.plan.planner import Planner
-from pliant.registry import check_options
+from pliant.registry import build, check_options
 from pliant.run.hooks import Hooks
+from pliant.run.journal import Journal
 from pliant.run.progress import Run
 from pliant.surgery.followers import Followers
 from pliant.surgery.optim import Optimizers, check_holds
@@ -30,10 +32,10 @@ from pliant.surgery.optim import Optimizers, check_holds
 
 def start(
     model: nn.Module,
-    method: Hooks[Run],
-    budget: Budget | None = None,
+    method: Hooks[Run] | str,
+    budget: Budget | str | None = None,
     *,
-    data: Data | None = None,
+    data: Any = None,
     example: Example = (),
     optimizer: Optimizers = None,
     steps: int = 0,
@@ -52,9 +54,9 @@ def start(
 
     Args:
         model: any network.
-        method: a ``Method``; ``pliant.method("nrmf")`` builds one from its name.
-        budget: what the result may cost.
-        data: for methods that calibrate on data.
+        method: a ``Method``, or text such as ``"nrmf(p=0.9)"``.
+        budget: what the result may cost, or text such as ``"params=0.3"``.
+        data: for methods that calibrate on data: whatever ``Data.of`` reads.
         example: inputs of one forward call, (input,) or by name; taken from ``data`` if not given.
         optimizer: hand it over, or all of several, and its state follows every edit.
         steps: optimizer steps that your loop will take; methods schedule themselves by it. If it
@@ -82,7 +84,9 @@ def start(
             finite.
         DataError: the example has no row, or is not finite.
     """
-    check_options(method)
+    method, budget = _method(method), Budget.of(budget)
+    for what, number in (("steps", steps), ("epochs", epochs), ("batch", batch), ("seed", seed)):
+        must_be(Real, what, number, MethodError, "a number")
     known = task_of(task, loss, metrics)
     if known is not None and known.loss is not None and method.uses("weigh") and not known.weighs:
         raise MethodError(
@@ -90,8 +94,10 @@ def start(
             'the loss as a function of (output, batch, reduction="mean") that takes "none" too.'
         )
     model, given = bare(model), as_example(example)
+    check_open(model)
+    check_held(model)
     if data is not None:
-        data = data.read_by(model)
+        data = Data.of(data, seed=seed).read_by(model)
     if not given:
         if data is None:
             raise ModelError(
@@ -124,12 +130,11 @@ def start(
         steps=steps or (plan.steps if plan else 0),
         seed=seed,
         generator=torch.Generator().manual_seed(seed),
-        edits=edits,
+        journal=Journal(edits, origin=digest_of(*model.state_dict().values())),
         criterion=criterion or task_loss,
         task=known,
         epochs=plan,
         followers=Followers(copies=tuple(copies)),
-        origin=digest_of(*model.state_dict().values()),
     )
     run.limits()  # a malformed budget is refused now
     run.optimizer = optimizer
@@ -141,3 +146,10 @@ def start(
         run.close()
         raise
     return run
+
+
+def _method(method: Any) -> Hooks[Run]:
+    method = build(method) if isinstance(method, str) else method
+    must_be(Hooks, "method", method, MethodError, 'a method, or text such as "nrmf(p=0.9)"')
+    check_options(method)
+    return method

@@ -1,7 +1,7 @@
 """What a run calls of a method."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from torch import Tensor
 
@@ -11,6 +11,7 @@ from pliant.edits import Edit
 R = TypeVar("R", contravariant=True)  # the run itself, which knows these hooks
 
 
+@runtime_checkable
 class Hooks(Protocol[R]):
     """What a run calls: see `pliant.method.Method`, which does nothing at each of these moments."""
 

@@ -5,7 +5,6 @@ Longer than other files: a loop and a method find all that they may call in one 
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -18,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils._pytree import tree_map
 
 from pliant.budget import Budget
-from pliant.cost import Cost, Example, LayerCost, device_of
+from pliant.cost import Cost, Example, LayerCost, device_of, twin
 from pliant.data import Data, unpack
 from pliant.data.criterion import Reduction, weighted
 from pliant.data.draws import Draws, ranks
@@ -37,6 +36,7 @@ from pliant.observe.outputs import logits
 from pliant.plan.planner import Planner
 from pliant.run.ended import unended
 from pliant.run.hooks import Hooks
+from pliant.run.journal import Called, Journal
 from pliant.surgery.batchnorm import recalibrate
 from pliant.surgery.followers import Followers
 from pliant.surgery.optim import Optimizers, add_gradient, cancel_decay, check_rate
@@ -63,23 +63,16 @@ class Run:
         step: optimizer steps taken.
         epoch: epochs completed.
         state: tensors and plain values of the method: the resumable part.
-        edits: what has been done to the model, in order.
-        log: the history that the report draws.
-        reasons: for every layer left alone, why.
-        missed: what stages of a chain missed of budgets of their own.
-        unended: what was still to be done in the training when it was over.
+        journal: edits, history and reasons, which the report tells.
         criterion: the loss of the task, from outputs and labels.
         task: what the network is for, None until that is known.
         epochs: what each epoch trains on, where the loop was told; see `batches`.
         followers: optimizers and copies, which go along with every edit.
-        heard: whether the loss was asked for since the last step.
-        begun: whether a loop trains it.
+        called: what the training loop has called so far.
         aside: what to take out of the model at the end, and what is kept beside it until then.
         finished: whether the compression has been made permanent.
-        followed: how many edits were followed by a step.
         began: of a view, step and epoch of the whole run at which its own clock began.
         observe: called whenever a stage of a chain is over; what it returns enters the history.
-        origin: digest of the weights that the run began with.
     """
 
     model: nn.Module
@@ -92,23 +85,36 @@ class Run:
     step: int = 0
     epoch: int = 0
     state: dict[str, Any] = field(default_factory=dict)
-    edits: list[Edit] = field(default_factory=list)
-    log: list[dict[str, Any]] = field(default_factory=list)
-    reasons: dict[str, str] = field(default_factory=dict)
-    missed: list[str] = field(default_factory=list)
-    unended: list[str] = field(default_factory=list)
+    journal: Journal = field(default_factory=Journal)
     criterion: Callable[..., Tensor] = task_loss
     task: Task | None = None
     epochs: Epochs | None = None
     followers: Followers = field(default_factory=Followers)
-    heard: bool = False
-    begun: bool = False
+    called: Called = field(default_factory=Called)
     aside: Aside = field(default_factory=Aside)
     finished: bool = False
-    followed: int = 0
     began: tuple[int, int] = (0, 0)
     observe: Callable[[Run], Mapping[str, Any]] | None = None
-    origin: str = ""
+
+    @property
+    def edits(self) -> list[Edit]:
+        """What has been done to the model, in order."""
+        return self.journal.edits
+
+    @property
+    def log(self) -> list[dict[str, Any]]:
+        """The history that the report draws."""
+        return self.journal.log
+
+    @property
+    def reasons(self) -> dict[str, str]:
+        """For every layer left alone, why."""
+        return self.journal.reasons
+
+    @property
+    def missed(self) -> list[str]:
+        """What stages of a chain missed of budgets of their own."""
+        return self.journal.missed
 
     @property
     def budget(self) -> Budget | None:
@@ -232,7 +238,7 @@ class Run:
         Raises:
             MethodError: the method weighs samples, and the loss is one number.
         """
-        self.heard = True
+        self.called.heard = True
         with self._in_words():
             if self.method.uses("weigh"):
                 weights = self.method.weigh(self, loss.detach(), output, batch)
@@ -248,8 +254,8 @@ class Run:
         Raises:
             MethodError: the method chooses the data of an epoch, and the loop took others.
         """
-        self.begun, whole = True, not self.aside.path  # not a view of a part
-        self.followed = len(self.edits)
+        whole = not self.aside.path  # not a view of a part
+        self.called.begun, self.called.followed = True, len(self.edits)
         if whole and self.method.uses("epoch"):
             check_epoch(self.epochs, self.epoch, type(self.method).__name__)
             check_rate(self._rate(), self.optimizers, type(self.method).__name__)
@@ -270,7 +276,7 @@ class Run:
                 replaced, so that the new ones do not train.
         """
         self.followers.stale.check()
-        self.heard = False
+        self.called.heard = False
         self.step += 1
         with self._in_words():
             self.method.after_step(self)
@@ -542,10 +548,15 @@ class Run:
         """Record why a layer stays as it is; where times are known, they are the reason."""
         self.reasons[layer] = (self.clock and self.clock.why_not(layer)) or reason
 
+    def keep_all(self, reasons: Mapping[str, str]) -> None:
+        """Record of several layers, by name, why they stay as they are."""
+        for layer, reason in reasons.items():
+            self.keep(layer, reason)
+
     def scope(self, key: str, *, budget: Budget | None = None, **changes: Any) -> Run:
         """Return a view of this run with a state of its own, for one part of a composed method.
 
-        Model, edits, log, reasons and what was missed are shared.
+        Model and journal are shared.
 
         Args:
             key: of the part's state.
@@ -561,16 +572,16 @@ class Run:
         Args:
             budget: to plan for; the run's own if None.
         """
-        model, edits = copy.deepcopy(self.model), list(self.edits)
+        model, edits = twin(self.model), list(self.edits)
         own = replace(self.planner, model=model, edits=edits, budget=budget or self.budget)
         return replace(
             self,
             model=model,
             planner=own,
-            edits=edits,
+            journal=replace(self.journal, edits=edits, reasons={}),
+            called=replace(self.called),
             followers=Followers(),
             state={},
-            reasons={},
             aside=Aside(),
         )
 
@@ -600,9 +611,9 @@ class Run:
 
     def _unended(self, late: Sequence[str]) -> str:
         """Say what was still to be done in a training that ended too early; "" if nothing was."""
-        if self.step >= self.steps or not (self.begun or self.step):  # or was never trained
+        if self.step >= self.steps or not (self.called.begun or self.step):  # or was never trained
             return ""
-        return unended(self.unended, late, self.step, self.steps)
+        return unended(self.journal.unended, late, self.step, self.steps)
 
 
 def _copied(state: Any, device: torch.device | None = None) -> Any:

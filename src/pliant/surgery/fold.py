@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
-from pliant.cost import Example, call
+from pliant.cost import Example, call, twin
 from pliant.edits import Edit, Fold, Merge, replay
 from pliant.edits.merge import fits
 from pliant.observe.outputs import alike, answers
@@ -56,7 +55,7 @@ def mergeable(model: nn.Module, example: Example) -> list[Merge]:
     Raises:
         ModelError: the network answers with no tensor that could be compared.
     """
-    merged, known = copy.deepcopy(model), _known(model, example)
+    merged, known = twin(model), _known(model, example)
     found: list[Merge] = []
     refused: set[Merge] = set()
     while pairs := _apart([m for m in _merges(merged, example) if m not in refused]):
@@ -185,7 +184,7 @@ def _noise(example: Example) -> Any:
 
 
 def _same(model: nn.Module, edits: Sequence[Edit], known: Known) -> bool:
-    edited = copy.deepcopy(model)
+    edited = twin(model)
     replay(edited, edits)
     try:
         return all(alike(had, _outputs(edited, inputs), TOLERANCE) for inputs, had in known)

@@ -67,6 +67,7 @@ def trace(
     *,
     marks: Sequence[float] = (math.nan,),
     heads: bool = False,
+    seen: set[str] | None = None,
 ) -> tuple[list[Group], dict[str, str]]:
     """Find the groups of channels that may leave a network, and why other layers keep theirs.
 
@@ -79,6 +80,8 @@ def trace(
         others: further ones, for layers to which not every sample is routed.
         marks: not-a-number, or `MOVES`, which pass where a network takes such numbers out.
         heads: whether the heads that an axis of channels is cut into leave whole.
+        seen: gets the names of what another trace may find more by: "heads" where an axis is cut
+            into heads, "marks" where not-a-number may have been taken out on its way.
 
     Returns:
         The groups in the order of the model, not proven yet, and for every layer none of whose
@@ -93,6 +96,9 @@ def trace(
         raise
     except Exception:  # a model may object to such numbers in any way
         probe = spread(model, [example, *others], MOVES, heads)
+    if seen is not None:
+        flags = {"heads": probe.headed, "marks": probe.lossy}
+        seen |= {name for name, flag in flags.items() if flag}
     _pin_unreadable(model, example, probe)
     probe.tie_groups()
     return _groups(probe), _reasons(probe)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pliant.edits import Replaced
-from pliant.errors import MethodError, TrainingError
+from pliant.errors import MethodError, TrainingError, must_be
 
 Optimizers = Optimizer | Sequence[Optimizer] | None
 """What a caller may have: one optimizer, several, or none."""
@@ -31,7 +31,10 @@ def check_holds(model: nn.Module, optimizers: Optimizers) -> None:
         TrainingError: it holds none of the model.
     """
     mine = {id(parameter) for parameter in model.parameters()}
+    words = "an optimizer of PyTorch, or a list of them"
+    must_be(Optimizer | Sequence | None, "optimizer", optimizers, TrainingError, words)
     for optimizer in several(optimizers):
+        must_be(Optimizer, "optimizer", optimizer, TrainingError, words)
         groups = optimizer.param_groups
         if not any(id(parameter) in mine for group in groups for parameter in group["params"]):
             raise TrainingError(

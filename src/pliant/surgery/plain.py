@@ -7,11 +7,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
-from pliant.cost import Example, call, evaluating, tensors
-from pliant.edits.plain import Plain, hidden
+from pliant.cost import Example, call, evaluating, tensors, twin
+from pliant.edits.plain import Plain, computed, hidden
 from pliant.math.alone import forked
 from pliant.nn.layers import shared_weights
 from pliant.surgery.probe import slow_attention
@@ -26,7 +25,9 @@ def plain(model: nn.Module, example: Example) -> list[Plain]:
 
     A ``Conv1D`` of Transformers becomes a Linear, a packed ``nn.MultiheadAttention`` four of them;
     a class that derives from a Linear or a convolution becomes this, with the weight that it
-    computes, where that gives the same on what it reads, and on inputs of another size.
+    computes, where that gives the same on what it reads, and on inputs of another size. So does a
+    layer whose weight comes from a parametrization, or from a hook of an older one: what it would
+    keep to while it trains, such as a spectral norm, holds for factors no more.
 
     Args:
         model: not touched.
@@ -37,8 +38,7 @@ def plain(model: nn.Module, example: Example) -> list[Plain]:
         name: module
         for name, module in model.named_modules()
         if name
-        and (hidden(module) or type(module) is nn.MultiheadAttention)
-        and not parametrize.is_parametrized(module)
+        and (hidden(module) or computed(module) or type(module) is nn.MultiheadAttention)
         and not any(f"{name}.{own}" in tied for own, _ in module.named_parameters())
     }
     if not found:
@@ -72,7 +72,10 @@ def _proven(name: str, module: nn.Module, args: Any, kwargs: Any) -> Plain | Non
     """The edit for one layer, None if it computes something else."""
     with torch.no_grad(), forked(), slow_attention(), evaluating(module):
         edits = [Plain(name)]
-        if not isinstance(module, nn.MultiheadAttention):
+        if computed(module):
+            weight, bias = (getattr(module, own) for own in ("weight", "bias"))
+            edits = [Plain(name, values=(weight.detach().clone(), bias))]
+        elif not isinstance(module, nn.MultiheadAttention):
             weight = _weight_in_use(module, args, kwargs)
             own: Any = module
             if weight is not None and weight[0].shape == own.weight.shape:
@@ -85,15 +88,15 @@ def _proven(name: str, module: nn.Module, args: Any, kwargs: Any) -> Plain | Non
 
 def _same(module: nn.Module, edit: Plain, args: Any, kwargs: Any) -> bool:
     holder = nn.Module()
-    holder.layer = module
     try:
+        holder.layer = twin(module)
         Plain("layer", edit.values).apply(holder)
         for more in (args, _larger(module, args)):
             wanted, found = (list(tensors(m(*more, **kwargs))) for m in (module, holder.layer))
             if len(wanted) != len(found) or not all(map(_close, wanted, found)):
                 return False
         for mode in (True, False):  # and where it trains, but for dropout of attention
-            if isinstance(module, nn.MultiheadAttention):
+            if isinstance(module, nn.MultiheadAttention) or computed(module):
                 break
             module.train(mode)
             holder.layer.train(mode)

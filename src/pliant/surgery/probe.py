@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pliant.cost import Example, call, fitted, repeated, samples_of
+from pliant.cost import Example, call, fitted, repeated, samples_of, twin
 from pliant.edits.prune import channel_axis, sides
 from pliant.observe.outputs import answers
 from pliant.surgery.marks import Block, Slot, Union, codes_of, covered, met, together
@@ -28,7 +28,7 @@ def spread(
     model: nn.Module, examples: Sequence[Example], marks: Sequence[float], heads: bool
 ) -> Probe:
     """Mark the outputs of every layer of a copy of a network, and see where they arrive."""
-    network = copy.deepcopy(model).eval()
+    network = twin(model).eval()
     for example in examples:
         samples_of(network, example)  # asked before there are marks, and remembered
     probe = Probe(network, examples[0], heads=heads)
@@ -63,6 +63,8 @@ class Probe:
     count: int = 0  # its samples
     unclear: bool = False  # whether marks arrived that cannot be told apart
     heads: bool = False  # whether heads leave whole
+    headed: bool = False  # whether an axis became heads and their width
+    lossy: bool = False  # whether marks may have been taken out on their way
     mark: float = math.nan  # in the place of marked values, or added to them
     kept: dict[tuple[str, torch.Size, str], Tensor] = field(default_factory=dict)  # for one sample
 
@@ -105,8 +107,10 @@ class Probe:
             rows = slice(self.count, self.count + len(codes))
             self.blocks.append(Block(source, codes, rows))
             self.count = rows.stop
-        with torch.no_grad(), slow_attention(), Parted(self._tie_parts, heads=self.heads):
-            output = call(self.model, first_sample(self.example, self.model, self.count))
+        sample = first_sample(self.example, self.model, self.count)
+        with torch.no_grad(), slow_attention(), Parted(self._tie_parts, heads=self.heads) as seen:
+            output = call(self.model, sample)
+        self.headed, self.lossy = self.headed or seen.headed, self.lossy or seen.lossy
         arrived = torch.zeros(self.count, dtype=torch.bool)
         for tensor in answers(output):
             if tensor.dim():
@@ -195,6 +199,7 @@ class Probe:
         return ~torch.isclose(tensor, tensor[:1], rtol=1e-4, atol=1e-6, equal_nan=True)
 
     def _reader(self, slot: Slot) -> Callable[..., None]:
+        @_unseen
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             if args and isinstance(args[0], Tensor):
                 self._read(slot, args[0], channel_axis(module, args[0]))
@@ -202,6 +207,7 @@ class Probe:
         return hook
 
     def _mixer(self, name: str) -> Callable[..., None]:
+        @_unseen
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             given = args[0] if args else None
             if not isinstance(given, Tensor) or not isinstance(output, Tensor):
@@ -222,6 +228,7 @@ class Probe:
         compute, kept = module.forward, self.kept
         features = isinstance(module, nn.Linear)
 
+        @_unseen
         def forward(input: Tensor, output_size: Any = None) -> Tensor:
             more = () if output_size is None else (output_size,)  # of a transposed convolution
             axis = input.dim() - 1 if features else 1
@@ -287,6 +294,17 @@ class Probe:
 
 def _unchanged(x: Tensor) -> Tensor:
     return x
+
+
+def _unseen(work: Callable[..., Any]) -> Callable[..., Any]:
+    """Let `Parted` see nothing of work that is not the network's."""
+
+    @wraps(work)
+    def done(*args: Any, **kwargs: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return work(*args, **kwargs)
+
+    return done
 
 
 def first_sample(example: Example, model: nn.Module, count: int = 1) -> Example:

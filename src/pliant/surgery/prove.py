@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pliant.cost import Example, call
+from pliant.cost import Example, call_alike, twin
 from pliant.edits import Edit, replay
 from pliant.edits.prune import Prune, sides
 from pliant.errors import EditError
@@ -28,6 +27,9 @@ Leaving = Mapping[str, Sequence[int]]
 
 UNEVEN = "it can lose channels only with as many of others, which have another number of them"
 WITHOUT = "without some of its channels"
+AGAIN: Mapping[str, dict[str, Any]] = {"heads": {"heads": True}, "marks": {"marks": MOVES}}
+"""How to trace again by what a first trace has seen: heads leave whole, not-a-number is lost."""
+
 CLOSE = 1e-4  # largest difference that rounding may make, relative to the largest output
 
 
@@ -54,11 +56,10 @@ def cuttable(
     random = randomized(model)
     others = reaching(random, example, batches)
     examples = [example, *others]
-    good, uneven, reasons = _traced(random, examples)
-    # Not-a-number may have been taken out on its way (a mask, a check, a distribution), and heads
-    # of attention leave whole.
-    for other in ({"heads": True}, {"marks": MOVES}) if uneven or _lost(reasons) else ():
-        again = _traced(random, examples, **other)
+    seen = set[str]()
+    good, uneven, reasons = _traced(random, examples, seen=seen)
+    for name in [name for name in AGAIN if name in seen] if uneven or _lost(reasons) else ():
+        again = _traced(random, examples, **AGAIN[name])
         if _channels(again[0]) > _channels(good):
             good, uneven, reasons = again
     for group in uneven:
@@ -253,7 +254,7 @@ def _every_second(group: Group) -> list[int]:
 
 def _problem(random: nn.Module, examples: Sequence[Example], edits: Sequence[Prune]) -> str:
     """Say what goes wrong in a cut network, or nothing."""
-    whole = copy.deepcopy(random)
+    whole = twin(random)
     ignore(whole, edits)
     found = (differs(whole, example, random, edits) for example in examples)
     return next(filter(None, found), "")
@@ -268,23 +269,24 @@ def differs(whole: nn.Module, example: Example, random: nn.Module, edits: Sequen
         random: not touched either; a copy of it is edited.
         edits: what is to be done.
     """
-    edited = copy.deepcopy(random)
+    edited = twin(random)
     replay(edited, edits)
     sample = first_sample(example, random)
     with torch.no_grad(), slow_attention():
-        wanted = answers(call(whole, sample))
+        wanted = answers(call_alike(whole, sample))
         try:
-            found = answers(call(edited, sample))
+            found = answers(call_alike(edited, sample))
         except Exception as error:  # a model may fail in any way
-            line = str(error).strip().splitlines()[0] if str(error).strip() else ""
-            return f"the forward pass fails ({type(error).__name__}: {line[:120]})"
+            cause = error.__cause__ or error
+            line = str(cause).strip().splitlines()[0] if str(cause).strip() else ""
+            return f"the forward pass fails ({type(cause).__name__}: {line[:120]})"
     same = alike(wanted, found, CLOSE)
     return "" if same else "the rest of the network computes something else"
 
 
 def randomized(model: nn.Module) -> nn.Module:
     """Copy a model with other weights, none of which is special as zeros and ones are."""
-    model = copy.deepcopy(model).eval()
+    model = twin(model).eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.parameters():

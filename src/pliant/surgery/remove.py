@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pliant.cost import Example, call
+from pliant.cost import Example, call, twin
 from pliant.edits import Remove
 from pliant.errors import EditError
 from pliant.nn.filters import WEIGHTED
@@ -166,7 +165,7 @@ def _problem(
     random: nn.Module, example: Example, edits: Sequence[Remove], seen: dict[str, list[_Call]]
 ) -> str:
     """Say what goes wrong in a network without some blocks, or nothing."""
-    whole = copy.deepcopy(random)
+    whole = twin(random)
     try:
         for edit in edits:
             _close(whole, edit, seen)

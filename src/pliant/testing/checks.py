@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property, partial
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +14,8 @@ from torch import nn
 from pliant.budget import Budget
 from pliant.data import Data
 from pliant.drivers.loop import fit
-from pliant.edits import Edit, to_json
-from pliant.errors import MethodError, MissingExtraError, PliantError
-from pliant.files.onnx import to_onnx
+from pliant.edits import Edit
+from pliant.errors import MethodError, PliantError
 from pliant.method import Method
 from pliant.registry import build, entry_of, plain
 from pliant.run import start
@@ -34,6 +31,7 @@ from pliant.testing.compressed import (
     saved,
 )
 from pliant.testing.described import must
+from pliant.testing.exported import exports
 from pliant.testing.toys import SPECIAL, TOYS, Toy
 from pliant.testing.trial import (
     PLAN,
@@ -42,10 +40,11 @@ from pliant.testing.trial import (
     begin,
     outputs,
     put_in,
+    resumed,
     shared_trial,
     shared_walk,
     trial,
-    walk,
+    unless_passed,
 )
 
 Check = tuple[str, Callable[[], None]]
@@ -118,7 +117,7 @@ def checks_for(case: Case) -> Iterator[Check]:
         else:
             yield f"works_as_{spec}", partial(solved.works, variant, toys, case.refuses)
     for own in case.own:
-        yield own.__name__.removeprefix("_"), own
+        yield own.__name__.removeprefix("_"), partial(unless_passed, own)
     more = case.variants, case.witnesses
     yield from counted.checks(method, toys, bounds, case.refuses, *more)
 
@@ -201,10 +200,23 @@ class Suite:
             self.works_without_data_or_says_so,
             self.budgets_are_met_or_refused,
         ):
-            yield method_check.__name__, method_check
+            yield method_check.__name__, partial(self.unless_passed, method_check)
         if self.entry is not None:
-            yield "odd_values_work_or_are_refused", self.odd_values
+            yield "odd_values_work_or_are_refused", partial(self.unless_passed, self.odd_values)
         yield "exports_to_onnx", self.exports
+
+    def unless_passed(self, check: Callable[[], None]) -> None:
+        """One check, unless it has passed in this process on the same toy."""
+        toy = self.smallest if check == self.odd_values else self.first
+        self._once(check, check.__name__, toy)
+
+    def look(self, check: Callable[[Trial], None], toy: Toy) -> None:
+        """Look at a compression of a toy, unless this check has done so in this process."""
+        self._once(lambda: check(self.trial(toy)), check.__name__, toy)
+
+    def _once(self, check: Callable[[], None], name: str, toy: Toy) -> None:
+        given = type(self.method), repr((self.method, self.budget))
+        unless_passed(check, name, *given, toy)
 
     @cached_property
     def first(self) -> Toy:
@@ -261,7 +273,7 @@ class Suite:
 
     def on_the_first(self, check: Callable[[Trial], None]) -> None:
         """One check of one compression."""
-        check(self.trial(self.first))
+        self.look(check, self.first)
 
     def handles(self, toy: Toy) -> None:
         """All checks of one compression, on a hard architecture."""
@@ -269,7 +281,7 @@ class Suite:
             return
         for check in OF_A_TRIAL:
             try:
-                check(self.trial(toy))
+                self.look(check, toy)
             except AssertionError as error:
                 raise AssertionError(f"{check.__name__}: {error}") from error
 
@@ -294,9 +306,10 @@ class Suite:
 
     def resume_equals_uninterrupted(self) -> None:
         """Saved in the middle and loaded into a fresh run, all ends in the same tensors."""
-        whole = self.walk().run
-        for stop in (whole.steps // 4, whole.steps - 1):
-            other = walk(self.method, self.first, self.budget, stop=stop).run
+        whole, saved = self.walk().run, self.walk().saved
+        must(saved, "no step was taken at which it could be saved")
+        for stop, kept in saved.items():
+            other = resumed(kept, self.method, self.first, self.budget).run
             must(other.edits == whole.edits, f"resumed at step {stop}, other edits came out")
             same_tensors(whole.model, other.model, f"resumed at step {stop}")
             must(str(other.state) == str(whole.state), f"resumed at step {stop}, other state")
@@ -372,19 +385,5 @@ class Suite:
         must(not wrong, f"{'; '.join(wrong)}: refuse the value in prepare")
 
     def exports(self) -> None:
-        """As ONNX the result gives equal outputs; done once for all that end in the same layers."""
-        toy = self.smallest
-        result = self.trial(toy).result
-        kind = f"{toy.name} {[{**row, 'ranks': ''} for row in to_json(result.edits)]}"
-        if kind in _EXPORTED and toy.given is None:
-            return
-        model = copy.deepcopy(result.model)
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                to_onnx(model, Path(folder) / "toy.onnx", toy.inputs(2))
-            except MissingExtraError:
-                return
-        _EXPORTED.add(kind)
-
-
-_EXPORTED: set[str] = set()
+        """As ONNX the result gives equal outputs."""
+        exports(self.trial(self.smallest))

@@ -21,7 +21,7 @@ from pliant.registry.options import fits, hints, ranges, settable
 from pliant.testing.case import usual_budget
 from pliant.testing.solved import Problem, problems, shared_solved, verb_of
 from pliant.testing.toys import Toy
-from pliant.testing.trial import shared_walk
+from pliant.testing.trial import shared_walk, unless_passed
 
 SHOWN = 3  # networks at most
 TRIES = 5  # values of one option on the first network, and two on others
@@ -55,9 +55,9 @@ def checks(
     kept = [one for one in shown if one.name not in (refuses or {})][:SHOWN]
     methods = [method, *map(build, variants)]
     for field in settable(type(method)):
-        own = (witnesses or {}).get(field.name)
-        check = own or partial(counts, methods, field.name, kept, budget)
-        yield f"{field.name}_counts", check
+        own = (witnesses or {}).get(field.name)  # of several options perhaps
+        here = partial(counts, methods, field.name, kept, budget)
+        yield f"{field.name}_counts", partial(unless_passed, own) if own else here
 
 
 def counts(
@@ -91,15 +91,30 @@ def differs(method: Any, other: Any, at: Toy | Problem, budget: Budget | None) -
 def pairs(
     methods: Sequence[Any], option: str, shown: Sequence[Toy | Problem], budget: Budget | None
 ) -> Iterator[tuple[Any, Any, Toy | Problem, Budget | None]]:
-    """Yield a method, the same with another value of an option, what to show both, and a budget."""
-    for method in methods:
-        options = plain(method)["options"]
-        for place, at in enumerate(shown):
-            names = _names(at.model()) if isinstance(at, Toy) else []
-            values = list(islice(others(method, option, names), 2 if place else TRIES))
-            for limit in dict.fromkeys([budget] if place else [budget, None]):
-                for value in values:
-                    yield method, type(method)(**_tuples({**options, option: value})), at, limit
+    """Yield a method, the same with another value of an option, what to show both, and a budget.
+
+    What shows it most often comes first: an option that counts does so with nearly any value, but
+    some do in a variant only, or without a budget, and a few on another network than the first.
+    """
+    for places in (shown[:1], shown[1:]):
+        first = places == shown[:1]
+        rows = [
+            (method, at, limit, list(islice(_methods(method, option, at), TRIES if first else 2)))
+            for at in places
+            for method in methods
+            for limit in dict.fromkeys([budget, None] if first else [budget])
+        ]
+        for number in range(TRIES):
+            for method, at, limit, found in rows:
+                if number < len(found):
+                    yield method, found[number], at, limit
+
+
+def _methods(method: Any, option: str, at: Toy | Problem) -> Iterator[Any]:
+    """Yield a method with other values of one option."""
+    options = plain(method)["options"]
+    for value in others(method, option, _names(at.model()) if isinstance(at, Toy) else []):
+        yield type(method)(**_tuples({**options, option: value}))
 
 
 def _names(model: nn.Module) -> list[str]:
@@ -187,9 +202,9 @@ def _near(now: Any) -> Iterator[Any]:
         yield from zip(*rows, strict=False)
         yield from (now[:-1], now[::-1]) if now else ()
         return
-    numbers = (2 * now, 1, now // 2, 4, now + 1, now - 1, 0)
+    numbers = (1, 4, 2 * now, now // 2, now + 1, now - 1, 0)  # what differs most comes first
     if isinstance(now, float):
-        numbers = (2 * now, now / 2, 0.25, 10 * now, 0.75, 0.0, 1.0)
+        numbers = (0.25, 10 * now, 0.75, 2 * now, now / 2, 0.0, 1.0)
     yield from map(type(now), numbers)
 
 

@@ -39,7 +39,7 @@ class Toy:
     def model(self, seed: int = 0) -> nn.Module:
         """Build the network, the same one for the same seed; the random state stays as it is."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
             return self.build()
 
     def inputs(self, count: int) -> Example:

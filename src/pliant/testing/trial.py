@@ -14,15 +14,16 @@ from torch.optim import SGD
 
 from pliant.api import compress
 from pliant.budget import Budget
+from pliant.cost import call
 from pliant.data import Train, unpack
 from pliant.data.guess import task_loss
-from pliant.drivers.score import forward
 from pliant.method import Method
 from pliant.result import Result
 from pliant.run import Run, start
 from pliant.testing.toys import Toy
 
 BATCH, EPOCHS = 8, 2
+MOST = 4  # batches of an epoch by hand
 KEPT = 128  # compressions and walks, each some hundred kilobytes
 PLAN = Train(epochs=EPOCHS, batch=BATCH, lr=0.01, device="cpu")
 
@@ -62,9 +63,11 @@ def once(make: Callable[..., T]) -> Callable[..., T]:
 
     def shared(method: Any, at: Any, *more: Any, **how: Any) -> T:
         key = type(method), at, repr((method, more, how))
-        if key not in made:
-            while len(made) >= KEPT:
-                made.pop(next(iter(made)))  # the oldest: checks of one method follow one another
+        if key in made:
+            made[key] = made.pop(key)  # asked for last
+        else:
+            while len(made) >= KEPT:  # checks of one method are neighbours: the others go
+                made.pop(next(iter(made)))
             try:
                 made[key] = make(method, at, *more, **how)
             except Exception as error:  # every check that needs it shall say the same
@@ -78,6 +81,17 @@ def once(make: Callable[..., T]) -> Callable[..., T]:
     return shared
 
 
+PASSED: set[Any] = set()
+
+
+def unless_passed(check: Callable[[], None], *of: Any) -> None:
+    """Make a check, unless it has passed in this process: on the same things it would again."""
+    key = of or check
+    if key not in PASSED:
+        check()
+        PASSED.add(key)
+
+
 shared_trial = once(trial)
 """Like `trial`, but equal ones are one."""
 
@@ -85,7 +99,7 @@ shared_trial = once(trial)
 def outputs(model: nn.Module, inputs: Any) -> list[Tensor]:
     """Return all tensors that a model gives, without gradients."""
     with torch.no_grad():
-        found = forward(model, inputs)
+        found = call(model, inputs)
     leaves = torch.utils._pytree.tree_leaves(dict(found) if hasattr(found, "keys") else found)
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
@@ -107,11 +121,12 @@ def put_in(model: nn.Module) -> list[str]:
 
 @dataclass
 class Walk:
-    """A training by hand: the run, and what was noticed on the way."""
+    """A training by hand: the run, what was noticed on the way, and what was saved where."""
 
     run: Run
     optimizer: SGD
     strange: list[str] = field(default_factory=list)
+    saved: dict[int, bytes] = field(default_factory=dict)
 
 
 def begin(method: Method, toy: Toy, budget: Budget | None) -> Walk:
@@ -128,7 +143,7 @@ def begin(method: Method, toy: Toy, budget: Budget | None) -> Walk:
             example=toy.inputs(1),
             optimizer=optimizer,
             epochs=EPOCHS,
-            batch=BATCH,
+            batch=max(BATCH, toy.samples // MOST),  # where many samples are asked for
         )
     return Walk(run, optimizer, strange)
 
@@ -136,34 +151,63 @@ def begin(method: Method, toy: Toy, budget: Budget | None) -> Walk:
 def walk(method: Method, toy: Toy, budget: Budget | None, *, stop: int | None = None) -> Walk:
     """Train and finish by hand; at step ``stop`` save all, begin afresh, load and go on."""
     with torch.random.fork_rng(devices=[]):
-        return _walked(method, toy, budget, stop)
+        now = begin(method, toy, budget)
+        if stop is None:
+            return _finished(now)
+        _steps(now, stop)
+        return resumed(_saved(now), method, toy, budget)
 
 
 shared_walk = once(walk)
 """Like `walk`, but equal ones are one."""
 
 
-def _walked(method: Method, toy: Toy, budget: Budget | None, stop: int | None) -> Walk:
-    now = begin(method, toy, budget)
-    for step in range(now.run.steps):
-        if step == stop:
-            now = _again(now, method, toy, budget)
-        _step(now, next(iter(now.run.batches())), step)
-        assert now.run.epochs is not None
-        if now.run.step == now.run.epochs.began(now.run.epoch + 1):
-            now.run.after_epoch()
+def resumed(saved: bytes, method: Method, toy: Toy, budget: Budget | None) -> Walk:
+    """What a process does that resumes: a fresh run, then edits, tensors and optimizer."""
+    kept = torch.load(io.BytesIO(saved), weights_only=True)  # plain values and tensors only
+    with torch.random.fork_rng(devices=[]):
+        new = begin(method, toy, budget)
+        new.run.load_state_dict(kept["run"])
+        new.run.model.load_state_dict(kept["model"])
+        new.optimizer.load_state_dict(kept["optimizer"])
+        return _finished(new)
+
+
+def _finished(now: Walk) -> Walk:
+    """Take the steps that are left and finish; save at two of them all that a process needs."""
+    whole = now.run.steps
+    for stop in (whole // 4, whole - 1):
+        if now.run.step <= stop:
+            _steps(now, stop)
+            now.saved[stop] = _saved(now)
+    _steps(now, whole)
     with _own_randomness("finalize", now.strange):
         now.run.finish(strict=False)
     return now
 
 
+def _steps(now: Walk, end: int) -> None:
+    for step in range(now.run.step, end):
+        _step(now, next(iter(now.run.batches())), step)
+        assert now.run.epochs is not None
+        if now.run.step == now.run.epochs.began(now.run.epoch + 1):
+            now.run.after_epoch()
+
+
+def _saved(now: Walk) -> bytes:
+    buffer = io.BytesIO()
+    rows: dict[str, Any] = {"run": now.run, "model": now.run.model, "optimizer": now.optimizer}
+    torch.save({name: one.state_dict() for name, one in rows.items()}, buffer)
+    return buffer.getvalue()
+
+
 def _step(now: Walk, batch: Any, step: int) -> None:
     run = now.run
     run.model.train()
-    torch.manual_seed(step)  # dropout is the same in a resumed training
+    torch.default_generator.manual_seed(step)  # dropout is the same in a resumed training
     now.optimizer.zero_grad()
     inputs, labels = unpack(batch)
-    output = forward(run.model, inputs)
+    output = call(run.model, inputs)
     loss = run.loss(task_loss(output, labels, run.reduction), output, batch)
     loss.backward()
     with _own_randomness("before_step", now.strange):
@@ -187,22 +231,3 @@ def _own_randomness(hook: str, strange: list[str]) -> Iterator[None]:
     yield
     if not torch.equal(before, torch.get_rng_state()):
         strange.append(f"{hook} drew from the global random state instead of run.generator")
-
-
-def _again(old: Walk, method: Method, toy: Toy, budget: Budget | None) -> Walk:
-    """What a process does that resumes: a fresh run, then edits, tensors and optimizer."""
-    saved = {
-        "run": old.run.state_dict(),
-        "model": old.run.model.state_dict(),
-        "optimizer": old.optimizer.state_dict(),
-    }
-    buffer = io.BytesIO()
-    torch.save(saved, buffer)
-    buffer.seek(0)
-    saved = torch.load(buffer, weights_only=True)  # plain values and tensors only
-    new = begin(method, toy, budget)
-    new.run.load_state_dict(saved["run"])
-    new.run.model.load_state_dict(saved["model"])
-    new.optimizer.load_state_dict(saved["optimizer"])
-    new.strange += old.strange
-    return new

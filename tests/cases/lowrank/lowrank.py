@@ -143,6 +143,17 @@ def search_ends_in_the_middle() -> None:
     assert edits == [0, 1, 1, 1]
 
 
+def a_search_does_not_grow_with_the_training_for_ever() -> None:
+    """A tenth of 40 steps, and 100 of 5,000: the strength is for so many."""
+    for steps, searched in ((40, 4), (1_000, 100), (5_000, 100)):
+        run = run_of(conv(PLANTED), method := NRMF(samples=0, p=0.7), steps=steps)
+        method.prepare(run)
+        for run.step in range(1, searched + 1):
+            assert not run.state["factorized"], (steps, run.step)
+            method.after_step(run)
+        assert run.state["factorized"], steps
+
+
 def a_layer_leaves_the_search_early() -> None:
     """Ranks 2 and 2 lose 1.25 of 14.25; shrunken by 0.8, 0.04 of 6.32."""
     for alpha, edits in ((0.0, []), (0.5, [Factor("0", "tucker2", (2, 2))])):
@@ -369,6 +380,7 @@ CASES = [
             gradient_is_alpha_times_the_polar_factor,
             r3_and_r4_by_one_energy,
             search_ends_in_the_middle,
+            a_search_does_not_grow_with_the_training_for_ever,
             a_layer_leaves_the_search_early,
             an_early_search_plans_as_often_however_long_it_is,
             controller_steers_to_the_budget,

@@ -180,6 +180,19 @@ def milliseconds_lead_elsewhere_than_macs() -> None:
 # ---------------------------------------------------------------- budgets
 
 
+def milliseconds_are_met_or_refused() -> None:
+    """A budget that the whole network meets takes nothing, one below all widths is refused."""
+    method, target = HFP(rounds=1, samples=16, least=0.25), Target.of(stairs)
+    for bound, met in ((6.0, True), (1e3, True), (0.4, False)):
+        model, data = convolutions()
+        if not met:
+            with pytest.raises(BudgetError, match="cannot be met"):
+                start(model, method, Budget(latency=bound), data=data, target=target)
+            continue
+        run = start(model, method, Budget(latency=bound), data=data, target=target)
+        assert 1000 * stairs(model, ()) <= bound and bool(run.edits) is (bound < 10)
+
+
 def as_few_leave_as_the_budget_asks() -> None:
     """The filter that left last put back, the budget is missed; without any need none leaves."""
     model, data = convolutions()
@@ -231,6 +244,7 @@ CASES = (
             sums_over_layers_are_those_of_the_target,
             a_step_counts_for_each_of_its_units,
             milliseconds_lead_elsewhere_than_macs,
+            milliseconds_are_met_or_refused,
             as_few_leave_as_the_budget_asks,
             gains_need_inputs,
         ),

@@ -227,6 +227,7 @@ def a_shortcut_is_not_penalized() -> None:
 
 def what_the_loss_misses_stays() -> None:
     """Of five units two are read; without a rise allowed, only those that do nothing leave."""
+    torch.manual_seed(0)
     model = pair(1.0, 2.0, 3.0, 4.0, 5.0)
     with torch.no_grad():
         model.get_parameter("2.weight")[:, [1, 2, 4]] = 0

@@ -63,6 +63,22 @@ def importance_is_that_of_the_power_method() -> None:
     assert torch.allclose(projection_importance(x, labels, 3, 2), wanted, atol=1e-6)
 
 
+def importance_is_that_of_scikit_learn() -> None:
+    """From the weights, scores and loadings of its projection, of 1 to 3 components."""
+    from sklearn.cross_decomposition import PLSRegression
+
+    x, labels = features(3)
+    y = torch.eye(3, dtype=torch.float64)[labels]
+    for parts in (1, 2, 3):
+        known = PLSRegression(parts, scale=True, max_iter=10_000, tol=1e-14).fit(x, y)
+        scores, loadings = (torch.tensor(k) for k in (known.x_scores_, known.y_loadings_))
+        share = scores.square().sum(0) * loadings.square().sum(0)
+        weights = F.normalize(torch.tensor(known.x_weights_), dim=0)
+        wanted = (7 * (weights.square() @ share) / share.sum()).sqrt()
+        found = projection_importance(x, labels, 3, parts)
+        assert torch.allclose(found, wanted, atol=1e-6), parts
+
+
 def features_that_are_dead_or_not_finite() -> None:
     x, labels = features()
     x[:, 3] = 0
@@ -229,6 +245,7 @@ CASES = [
         own=(
             squares_of_importance_sum_to_the_features,
             importance_is_that_of_the_power_method,
+            importance_is_that_of_scikit_learn,
             features_that_are_dead_or_not_finite,
             published_depths_have_published_sizes,
             stages_grow_by_all_or_nothing,

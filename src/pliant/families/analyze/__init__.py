@@ -1,1 +1,1 @@
-"""What methods that look at a network share: inputs, scores, heads, evidence, hulls."""
+"""What methods that analyze a network share: its inputs, features, heads and decisions."""

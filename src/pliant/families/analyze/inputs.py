@@ -110,13 +110,7 @@ def logits(model: nn.Module, inputs: Example) -> Tensor:
     Raises:
         ModelError: the model fails, gives no such rows, or gives probabilities.
     """
-    try:
-        found: Any = call(model, inputs)
-    except Exception as error:  # a model may fail in any way
-        raise ModelError(
-            f"The model fails in forward on these inputs ({type(error).__name__}: {error}); check "
-            "that model and data fit."
-        ) from error
+    found: Any = call(model, inputs)
     named = found.get("logits") if isinstance(found, Mapping) else getattr(found, "logits", found)
     if not isinstance(named, Tensor) or named.dim() != 2:
         raise ModelError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -11,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pliant.cost import call
+from pliant.cost import call, twin
 from pliant.observe.moments import patches
 from pliant.observe.watch import capture
 
@@ -152,7 +151,7 @@ def ablated(
         keep: the largest tap of each kernel, a random one, or their mean in all places.
         generator: draws the taps.
     """
-    changed = copy.deepcopy(model)
+    changed = twin(model)
     for layer in wide(changed).values():
         weight = layer.weight.data
         flat = weight.flatten(2)

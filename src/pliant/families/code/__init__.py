@@ -1,1 +1,1 @@
-"""Few values for many numbers."""
+"""What coding methods share: layers whose weights take only a few distinct values."""

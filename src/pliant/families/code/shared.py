@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +13,8 @@ from torch import Tensor
 from pliant.codecs import address_map, tensors
 from pliant.errors import BudgetError, ModelError
 from pliant.families.code.sharing import draw, kmeans, mask, nearest, representatives
+from pliant.nn.layers import Factorizable
+from pliant.run import Run
 
 MOST = 0.999  # highest pruning level that a budget may ask for
 HALVINGS = 12  # of the interval in which that level is searched
@@ -96,6 +98,50 @@ def coded_bytes(found: Shared, weight: Tensor, form: str) -> int:
         address_map.predict(counts[counts > 0], zeros, shape, weight.element_size(), each)
         for each in (address_map.FORMS if form == "auto" else (form,))
     )
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How the weights of every layer come to share values.
+
+    Args:
+        values: distinct ones of a layer at most.
+        how: see `shared`.
+        zeros: share values among the pruned weights too.
+        form: as which kernels are coded: see `coded_bytes`.
+    """
+
+    values: int
+    how: Literal["pq", "ws"]
+    zeros: bool
+    form: str
+
+    def of(self, weight: Tensor, level: float, generator: torch.Generator) -> Shared:
+        """Prune a weight and share a few values among it: see `shared`."""
+        return shared(weight, level, self.values, self.how, generator, zeros=self.zeros)
+
+    def gains(self, found: Shared, weight: Tensor) -> bool:
+        """Whether a kernel is smaller when it is coded."""
+        return coded_bytes(found, weight, self.form) < weight.nbytes
+
+    def lowest(self, run: Run, layers: Mapping[str, Factorizable], least: float) -> float:
+        """Return the lowest pruning level from ``least`` on that meets the budget in bytes.
+
+        Raises:
+            BudgetError: no level does.
+        """
+        bound = run.limits().get("bytes")
+        if bound is None:
+            return least
+        weights = [module.weight.detach() for module in layers.values()]
+        rest = run.planner.now().bytes - sum(weight.nbytes for weight in weights)
+
+        def total(level: float) -> int:
+            generator = twin(run.generator)
+            found = [(weight, self.of(weight, level, generator)) for weight in weights]
+            return rest + sum(min(w.nbytes, coded_bytes(f, w, self.form)) for w, f in found)
+
+        return lowest_level(total, least, bound, rest)
 
 
 def lowest_level(total: Callable[[float], int], least: float, bound: float, rest: int) -> float:

@@ -1,1 +1,1 @@
-"""What methods share that learn from more than labels."""
+"""What distilling methods share: losses of a teacher, groups of classes, networks that grow."""

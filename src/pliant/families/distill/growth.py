@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -11,12 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pliant.cost import call, evaluating
+from pliant.cost import call, evaluating, twin
 from pliant.data.sources import moved
 from pliant.data.splits import Split
 from pliant.edits import Edit, Prune, Widen, replay
 from pliant.edits.widen import NEW
-from pliant.errors import EditError, ModelError, first_few
+from pliant.errors import EditError, nothing_for
 from pliant.run import Run
 from pliant.surgery.batchnorm import absorb, recalibrate
 from pliant.surgery.graph import Group, Slot
@@ -37,14 +36,10 @@ def narrow(run: Run, share: float) -> None:
     """
     run.unwrap()
     groups, reasons = cuttable(run.model, run.example)
-    for layer, reason in reasons.items():
-        run.keep(layer, reason)
+    run.keep_all(reasons)
     if not groups:
-        why = first_few(reasons)
-        raise ModelError(
-            "The model has no layer that could be narrower: it needs two layers in a row "
-            f"({why or 'it has no layers with channels'})."
-        )
+        what = "layer that could be narrower: it needs two layers in a row"
+        raise nothing_for(what, reasons, "it has no layers with channels")
     leaving = {}
     for group in groups:
         kept = max(FEWEST, math.ceil(share * len(group.units) - 1e-9))
@@ -124,7 +119,7 @@ def carried(
         values: in the place of parameters, by name.
         edits: of the model.
     """
-    other = copy.deepcopy(model)
+    other = twin(model)
     with torch.no_grad():
         for name, value in values.items():
             other.get_parameter(name).copy_(value)
@@ -183,7 +178,7 @@ def judged(run: Run, cuts: Sequence[Prune], samples: int) -> tuple[float, int]:
         cuts: made on a copy, whose batch norms are re-estimated then.
         samples: of the validation split, or of the training split where there is none.
     """
-    model = copy.deepcopy(run.model)
+    model = twin(run.model)
     replay(model, cuts)
     recalibrate(model, run.inputs(CALIBRATED))
     assert run.data is not None

@@ -1,1 +1,1 @@
-"""What methods that bring layers of their own share."""
+"""What layer methods share: which layers are replaced, and how the new ones are counted."""

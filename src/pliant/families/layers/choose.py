@@ -40,8 +40,7 @@ def chosen(
     taken = {name: layer for name, layer in layers.items() if name not in reasons}
     if needs and not taken:
         raise ModelError(f"{needs}, but the model has none that it may take: see {see}.")
-    for name, reason in reasons.items():
-        run.keep(name, reason)
+    run.keep_all(reasons)
     return taken
 
 

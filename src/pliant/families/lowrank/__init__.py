@@ -1,1 +1,1 @@
-"""Ranks, forms and factors: planned for a budget, and fitted to data."""
+"""What low-rank methods share: ranks and forms planned for a budget, factors fitted to data."""

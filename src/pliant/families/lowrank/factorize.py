@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Literal
 
 from pliant.budget import Option
+from pliant.cost import twin
 from pliant.edits import Factor
-from pliant.errors import ModelError, first_few
+from pliant.errors import nothing_for
 from pliant.families.lowrank.options import forms_of, options, spared, with_kernels
 from pliant.families.lowrank.refit import reconstruct as refit
 from pliant.math.forms import FORMS, max_ranks
@@ -50,14 +50,10 @@ def subjects(
         MethodError: a name pattern matches no layer.
     """
     layers, reasons = run.factorizable(only, exclude, every=every and run.clock is None)
-    for name, reason in reasons.items():
-        run.keep(name, reason)
+    run.keep_all(reasons)
     if not layers:
-        why = first_few(reasons)
-        raise ModelError(
-            "The model has no layer to factorize: it needs a convolution with groups=1, a Linear "
-            f"or an Embedding{f' ({why})' if why else ''}."
-        )
+        needs = "it needs a convolution with groups=1, a Linear or an Embedding"
+        raise nothing_for(f"layer to factorize: {needs}", reasons)
     return layers
 
 
@@ -226,7 +222,7 @@ def factorize(
         reconstruct: training inputs from which the new layers are then refitted, one after the
             other, to what the dense network says; 0 for none.
     """
-    dense = copy.deepcopy(run.model) if run.has_inputs and reconstruct else None
+    dense = twin(run.model) if run.has_inputs and reconstruct else None
     heads = {edit.layer: heads_of(run.model, edit.layer) for edit in edits}
     run.apply(
         *with_kernels(edits, layers, seen),

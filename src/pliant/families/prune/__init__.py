@@ -1,6 +1,7 @@
-"""Channels that leave a network: `pruner` holds the flow, the other rooms what it is made of.
+"""What pruning methods share: `pruner` calls, in turn, what the other modules do.
 
-`scores` say what units are worth, `ranking` puts them in order, `allocate` spends the ratio or the
-budget on them, `schedule` says when, and `channels` is the pattern: what one unit is, and how it
-leaves. Other patterns (whole layers, single weights) stand beside `channels`.
+`channels` finds the groups of channels that can leave, `scores` says what each is worth, `ranking`
+puts them in order, `allocate` takes as few as the ratio or the budget asks for, `schedule` says
+when, and `channels` removes them. `blocks` and `sparse` do for whole blocks and single weights what
+`channels` does for channels.
 """

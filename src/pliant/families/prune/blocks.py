@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from pliant.cost import Example, cost
+from pliant.cost import Example, cost, twin
 from pliant.edits import Remove, replay
-from pliant.errors import BudgetError, DataError, ModelError, first_few
+from pliant.errors import BudgetError, DataError, nothing_for
 from pliant.families.prune.allocate import fewest
 from pliant.latency.clock import AIM
 from pliant.math.information import (
@@ -66,11 +65,8 @@ def units(
         )
     ]
     if needed and not good:
-        why = first_few(reasons)
-        raise ModelError(
-            "The model has no block that can be removed: it needs residual blocks with an identity "
-            f"as shortcut, or layers that keep shapes ({why or 'it has no layers'})."
-        )
+        needs = "residual blocks with an identity as shortcut, or layers that keep shapes"
+        raise nothing_for(f"block that can be removed: it needs {needs}", reasons)
     return good
 
 
@@ -141,7 +137,7 @@ def enough(run: Run, ranked: Sequence[Remove], limits: Mapping[str, float]) -> l
     best: dict[str, float] = {}
 
     def fits(count: int) -> bool:
-        model = copy.deepcopy(run.model)
+        model = twin(run.model)
         replay(model, ranked[:count])
         left = cost(model, run.example)
         now = {axis: float(getattr(left, axis)) for axis in limits if axis != "latency"}

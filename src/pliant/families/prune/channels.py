@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
-from pliant.cost import Example
+from pliant.cost import Example, twin
 from pliant.edits import Prune
-from pliant.errors import ModelError, first_few
+from pliant.errors import nothing_for
 from pliant.run import ROUTED, Run
 from pliant.surgery.batchnorm import absorb, recalibrate
 from pliant.surgery.graph import Group
@@ -43,15 +42,12 @@ def removable(run: Run, only: Sequence[str] = (), exclude: Sequence[str] = ()) -
             if side != "in":
                 reasons[layer] = barred[0]
     touched = {layer for group in good for layer, _ in group.slots}
-    for layer, reason in (unwanted | reasons).items():
-        if layer not in touched:
-            run.keep(layer, reason)
+    left = unwanted | reasons
+    run.keep_all({layer: reason for layer, reason in left.items() if layer not in touched})
     if not good:
-        why = first_few(reasons)
-        raise ModelError(
-            "The model has no channels that can be removed: it needs two layers in a row, of "
-            f"which the first may be narrower ({why or 'it has no layers with channels'})."
-        )
+        needs = "it needs two layers in a row, of which the first may be narrower"
+        what = f"channels that can be removed: {needs}"
+        raise nothing_for(what, reasons, "it has no layers with channels")
     return good
 
 
@@ -153,7 +149,7 @@ def silenced(run: Run, edits: Sequence[Prune]) -> nn.Module:
 
     The copy computes what `remove` would make of the network, in the shapes of before.
     """
-    model = copy.deepcopy(run.model)
+    model = twin(run.model)
     if edits:
         absorb(model, _unread(edits), run.inputs(ABSORBED))
         ignore(model, edits)

@@ -12,7 +12,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from pliant.cost import Example, call
 from pliant.observe.moments import surprise
-from pliant.observe.watch import record_gradients, samples
+from pliant.observe.watch import record_gradients, samples, with_first
 from pliant.surgery.graph import Group
 
 Read = tuple[str, Tensor, GradientEdge]
@@ -89,7 +89,10 @@ def pulls(
         centred: leave out what a channel gives on average.
         again: whether gradients of another loss of the same call will be asked for.
     """
-    layers, values, edges = zip(*seen, strict=True)
+    found = list(seen)
+    if not found:  # none of them was called, as experts may be
+        return
+    layers, values, edges = zip(*found, strict=True)
     gradients: Sequence[Tensor | None] = torch.autograd.grad(
         loss, edges, allow_unused=True, retain_graph=again
     )
@@ -110,18 +113,24 @@ def reading(model: nn.Module, layers: Iterable[str]) -> Iterator[list[Read]]:
     """Note what layers read, each at a node of its own: gradients there came through it alone."""
     seen: list[Read] = []
 
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-        def note(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            record_gradients(module, args)
+    def hook(name: str) -> Callable[..., Any]:
+        def note(read: Tensor) -> Tensor:
             # The sum with a zero that wants gradients: they arrive even if all weights are frozen.
-            given = args[0] + torch.zeros((), dtype=args[0].dtype, requires_grad=True).to(args[0])
+            given = read + torch.zeros((), dtype=read.dtype, requires_grad=True).to(read)
             seen.append((name, given.detach(), get_gradient_edge(given)))
-            return given, *args[1:]
+            return given
 
-        return note
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            record_gradients(module, args)
+            return with_first(args, kwargs, note)
+
+        return before
 
     flags = {module: module.training for module in model.modules()}
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in layers]
+    handles = [
+        model.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True)
+        for name in layers
+    ]
     try:
         with torch.enable_grad():
             model.eval()

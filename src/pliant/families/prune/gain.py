@@ -18,7 +18,7 @@ from pliant.families.prune.fisher import pulls, readers_of_units, reading
 from pliant.families.prune.scores import Groups
 from pliant.observe.moments import surprise
 from pliant.observe.outputs import logits
-from pliant.observe.watch import samples
+from pliant.observe.watch import samples, with_first
 from pliant.surgery.graph import Group
 from pliant.surgery.probe import slow_attention
 
@@ -87,17 +87,18 @@ def gated(model: nn.Module, group: Group, unit: int, gate: float) -> Iterator[No
     def hook(name: str, channels: Sequence[int]) -> Callable[..., Any]:
         axis = -1 if isinstance(model.get_submodule(name), nn.Linear) else 1
 
-        def weaken(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            given = args[0].clone()
-            index = torch.tensor(channels, device=given.device)
-            given.index_copy_(axis, index, gate * given.index_select(axis, index))
-            return given, *args[1:]
+        def weaken(read: Tensor) -> Tensor:
+            index = torch.tensor(channels, device=read.device)
+            return read.clone().index_copy_(axis, index, gate * read.index_select(axis, index))
 
-        return weaken
+        return lambda module, args, kwargs: with_first(args, kwargs, weaken)
 
     places = zip(group.slots, group.units[unit], strict=True)
     read = [(slot[0], channels) for slot, channels in places if slot[1] == "in"]
-    handles = [model.get_submodule(n).register_forward_pre_hook(hook(n, c)) for n, c in read]
+    handles = [
+        model.get_submodule(n).register_forward_pre_hook(hook(n, c), with_kwargs=True)
+        for n, c in read
+    ]
     try:
         yield
     finally:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pliant.cost import evaluating
 from pliant.families.prune.scores import Groups
+from pliant.observe.watch import with_first
 
 T = TypeVar("T")
 
@@ -48,7 +49,8 @@ class Gates:
         places, blocks = _places(model, self.groups, behind or {})
         for layer, at in places.items():
             module = model.get_submodule(layer)
-            self._handles.append(module.register_forward_pre_hook(self._gate(at)))
+            gate = module.register_forward_pre_hook(self._gate(at), with_kwargs=True)
+            self._handles.append(gate)
         for block, at in blocks.items():
             module = model.get_submodule(block)
             self._handles.append(module.register_forward_hook(self._gate_behind(at)))
@@ -80,10 +82,12 @@ class Gates:
         if self._wanted:
             self._passes.append(self._now)
 
-    def _gate(self, places: Tensor) -> Callable[[nn.Module, Any], Any]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-            axis = args[0].dim() - 1 if isinstance(module, nn.Linear) else 1
-            return self._gated(args[0], axis, places), *args[1:]
+    def _gate(self, places: Tensor) -> Callable[..., Any]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            last = isinstance(module, nn.Linear)
+            return with_first(
+                args, kwargs, lambda x: self._gated(x, x.dim() - 1 if last else 1, places)
+            )
 
         return hook
 

@@ -7,7 +7,6 @@ its place, and any shortcut goes on working: an identity, a projection, one that
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pliant.cost import Example, call
+from pliant.cost import Example, call, twin
 from pliant.edits import Edit, Insert, Prune
 from pliant.edits.prune import CONVS
 from pliant.errors import EditError
@@ -151,7 +150,7 @@ def masked(
     model: nn.Module, groups: Sequence[Group], leaving: Leaving, found: Sequence[Region]
 ) -> nn.Module:
     """Copy a network so that regions are zero, and nothing reads other units, where units left."""
-    whole, names = copy.deepcopy(model), {region.group.name for region in found}
+    whole, names = twin(model), {region.group.name for region in found}
     inner = {name: units for name, units in leaving.items() if name not in names}
     ignore(whole, edits_of(whole, groups, inner))
     for region in found:

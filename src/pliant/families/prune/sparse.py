@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pliant.codecs.address_map import masked_size
 from pliant.codecs.tensors import matrix
 from pliant.edits.encode import encoding
-from pliant.errors import BudgetError, ModelError, TrainingError, first_few
+from pliant.errors import BudgetError, TrainingError, nothing_for
 from pliant.families.prune.columns import columns
 from pliant.families.prune.scores import Groups
 from pliant.nn.layers import Factorizable
@@ -38,14 +38,10 @@ def subjects(run: Run, only: Sequence[str] = (), exclude: Sequence[str] = ()) ->
         MethodError: a name pattern matches no layer.
     """
     layers, reasons = run.readable(only, exclude)
-    for name, reason in reasons.items():
-        run.keep(name, reason)
+    run.keep_all(reasons)
     if not layers:
-        why = first_few(reasons)
-        raise ModelError(
-            "The model has no layer whose weights may become zero: it needs a convolution or a "
-            f"linear layer of its own ({why or 'it has none'})."
-        )
+        needs = "it needs a convolution or a linear layer of its own"
+        raise nothing_for(f"layer whose weights may become zero: {needs}", reasons)
     return list(layers)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pliant.cost import Example, call
+from pliant.cost import Example, call, twin
 from pliant.data import batch_of
 from pliant.data.sources import moved
 from pliant.edits.prune import CONVS
@@ -87,7 +86,7 @@ def increases(
         loss: the mean loss of a batch, from its output and the batch.
         gone: units that nothing reads in any case.
     """
-    model = copy.deepcopy(model).eval()
+    model = twin(model).eval()
     replay = Replay(model)
     gates = Gates(model, groups)
     values = gates.split(gates.values)  # views: what is set in them holds for the gates

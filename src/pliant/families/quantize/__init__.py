@@ -1,1 +1,1 @@
-"""Rounding networks to few bits: which layers, at which levels, and fitted to the dense ones."""
+"""What quantizing methods share: layers and levels to choose, and fits to the dense network."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from torch import nn
 
+from pliant.cost import twin
 from pliant.edits import Edit, Quantize, replay
 from pliant.families.quantize.levels import begun
 from pliant.families.quantize.samples import Few
@@ -56,7 +56,7 @@ def fitted(
         few: inputs to look at and to learn from; without any, weights are only rounded.
         stages: how to fit.
     """
-    teacher = copy.deepcopy(run.model).eval().requires_grad_(False)
+    teacher = twin(run.model).eval().requires_grad_(False)
     single = {n: edit for n, edit in plan.items() if isinstance(edit, Quantize)}
     seen = [name for name in single if _reads(teacher, name)]
     flows = observe(teacher, seen, few.look if few else [])
@@ -74,7 +74,7 @@ def fitted(
     }
     if few is None or not free:
         return list(begun_edits.values())
-    student = copy.deepcopy(teacher)
+    student = twin(teacher)
     replay(student, [edit for name, edit in begun_edits.items() if name not in free])
     tunable(student, {name: (single[name].written, values[name]) for name in free})
     _fit(run, teacher, student, free, few, stages)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,10 +11,12 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from pliant.cost import Example, call
+from pliant.data.task import parameters
 from pliant.edits.quantize import unpackable
 from pliant.nn import kinds
 from pliant.nn.layers import KERNELS
-from pliant.nn.several import weights_of
+from pliant.nn.several import looks_up, weights_of
+from pliant.observe.readers import readers
 from pliant.observe.watch import capture
 from pliant.surgery.select import UNCALLED, check_names, matches
 
@@ -76,13 +78,14 @@ def packable(
         else:
             chosen[name] = module
     calls = _called(model, example, chosen)
-    for name in [name for name in chosen if calls.get(name)]:
+    for name in [name for name in chosen if calls.get(name) and not weights_of(chosen[name])]:
         found.reasons[name] = calls[name]
         del chosen[name]
-    _tie(model, chosen, calls, found)
+    many = {n for n, m in chosen.items() if weights_of(m) and (calls.get(n) or not looks_up(m))}
+    _tie(model, chosen, calls.keys() | readers(model, example).keys(), found, many)
     places = {name: place for place, name in enumerate(calls)}
     for name in sorted(chosen, key=lambda name: places.get(name, -1)):
-        (found.several if weights_of(chosen[name]) else found.single)[name] = chosen[name]
+        (found.several if name in many else found.single)[name] = chosen[name]
     found.called = tuple(name for name in calls if name in found.single)
     _others(model, named, found)
     return found
@@ -118,7 +121,8 @@ def _called(model: nn.Module, example: Example, layers: Mapping[str, Any]) -> di
     def see(name: str, given: Any, output: Any) -> None:
         layer = layers[name]
         reason = ""
-        if not weights_of(layer) and type(layer) is not kinds.kind_of(layer):
+        single = looks_up(layer) or not weights_of(layer)
+        if single and type(layer) is not kinds.kind_of(layer):
             reason = _differs(layer, given, output)
         found[name] = found.get(name) or reason
 
@@ -130,6 +134,8 @@ def _called(model: nn.Module, example: Example, layers: Mapping[str, Any]) -> di
 def _differs(layer: Any, given: Any, output: Any) -> str:
     """Say that a subclass computes something of its own; nothing where it does not."""
     kind: Any = kinds.kind_of(layer)
+    if len(parameters(type(layer).forward)) > len(parameters(kind.forward)):
+        return f"its class {type(layer).__name__} is called with more than {kind.__name__} is"
     try:
         plain = kinds.applied(layer, given, layer.weight, getattr(layer, "bias", None))
         same = isinstance(output, Tensor) and plain.shape == output.shape
@@ -141,10 +147,13 @@ def _differs(layer: Any, given: Any, output: Any) -> str:
     return f"its class {type(layer).__name__} computes something else than {kind.__name__} does"
 
 
-def _tie(model: nn.Module, chosen: dict[str, Any], calls: Mapping[str, str], found: Layers) -> None:
+def _tie(
+    model: nn.Module, chosen: dict[str, Any], used: Set[str], found: Layers, many: set[str]
+) -> None:
     """Find out which layers hold one weight, and drop those of which not all can be packed.
 
-    A layer that is never called is packed only if its weight is used by another one.
+    A layer that is never called is packed only if its weight is used by another one, or read by
+    the module around it.
     """
     owners: dict[int, list[str]] = {}
     for name, module in model.named_modules():
@@ -156,12 +165,12 @@ def _tie(model: nn.Module, chosen: dict[str, Any], calls: Mapping[str, str], fou
         weights = list(weights_of(module).values()) or [module.weight]
         owning = {other for weight in weights for other in owners[id(weight)]} - {name}
         others = {other for other in owning if not other.startswith(f"{name}.")}
-        if not calls.keys() & {name, *others}:
+        if not used & {name, *others}:
             found.reasons[name] = UNCALLED
             continue
         if not others:
             continue
-        if reason := _apart(chosen, name, module, others):
+        if reason := _apart(chosen, name, others, many):
             found.reasons[name] = reason
             continue
         first = min((name, *others), key=order.__getitem__)
@@ -171,12 +180,12 @@ def _tie(model: nn.Module, chosen: dict[str, Any], calls: Mapping[str, str], fou
         chosen.pop(name, None)
 
 
-def _apart(chosen: Mapping[str, Any], name: str, module: Any, others: set[str]) -> str:
+def _apart(chosen: Mapping[str, Any], name: str, others: set[str], many: set[str]) -> str:
     """Say why a layer cannot share its packed weight with those that it is tied to."""
     for other in sorted(others):
         if other not in chosen:
             return f"its weight is tied to {other}, which is not packed"
-        if weights_of(module) or weights_of(chosen[other]) or not _alike(module, chosen[other]):
+        if {name, other} & many or not _alike(chosen[name], chosen[other]):
             return f"its weight is tied to {other}, which reads it in another way"
     return ""
 

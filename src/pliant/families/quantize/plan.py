@@ -10,7 +10,7 @@ from pliant.budget import Option
 from pliant.edits import Edit, Pack, Quantize
 from pliant.edits.pack import flat
 from pliant.edits.quantize import MOST
-from pliant.errors import ModelError, first_few
+from pliant.errors import nothing_for
 from pliant.families.quantize.layers import Layers
 from pliant.math.quantize import Grouping
 from pliant.nn import kinds
@@ -57,12 +57,14 @@ class Written:
         reasons = dict(layers.reasons)
         sums = unread(run.model, layers.reading, run.example)[:-1] if self.integer else []
         for name, layer in (layers.single | layers.several).items():
-            if name in layers.several:
-                found[name] = [self._several(name, layer, width) for width in bits]
-            elif name not in layers.reading and not self.rows:
+            table = kinds.kind_of(layer) in kinds.TABLE
+            if table and not self.rows:
                 reasons[name] = "rows of tables were to stay in floating point: see rows"
+            elif name in layers.several:
+                own = (self.rows,) if table and not run.limits() else bits
+                found[name] = [self._several(name, layer, width) for width in own]
             elif name not in layers.tied:
-                own = (self.rows,) if name not in layers.reading else bits
+                own = (self.rows or self.ends,) if name not in layers.reading else bits
                 own = (self.ends,) if name in self._ends(layers) else own
                 own = bits if run.limits() and name not in layers.reading else own
                 found[name] = [self._single(name, layer, w, layers, sums) for w in own]
@@ -136,14 +138,10 @@ def smaller(run: Run, ways: Choices, reasons: dict[str, str]) -> dict[str, list[
             found[name] = fit
         else:
             reasons[name] = "packed it would take more bytes"
-    for name, reason in reasons.items():
-        run.keep(name, reason)
+    run.keep_all(reasons)
     if not found:
-        why = first_few(reasons)
-        raise ModelError(
-            "The model has no layer to quantize: it needs a convolution, a Linear, an Embedding, "
-            f"a recurrent layer or attention{f' ({why})' if why else ''}."
-        )
+        needs = "a convolution, a Linear, an Embedding, a recurrent layer or attention"
+        raise nothing_for(f"layer to quantize: it needs {needs}", reasons)
     return found
 
 

@@ -18,13 +18,13 @@ from torch import Tensor, nn
 from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
-from pliant.cost import Example, call
+from pliant.cost import Example, call, call_alike
 from pliant.errors import ModelError
 from pliant.families.quantize.tunable import tunables
 from pliant.math.quantize import FLOOR, levels
 from pliant.nn import kinds
-from pliant.observe.outputs import answers, logits
-from pliant.observe.watch import beside
+from pliant.observe.outputs import logits, wide_answers
+from pliant.observe.watch import beside, recording
 
 Outputs = Literal["classes", "values"]
 CHECKS = 8  # how often a stage looks at the inputs held out, besides its beginning
@@ -100,11 +100,16 @@ def trained(module: nn.Module) -> list[nn.Parameter]:
 def correct(teacher: nn.Module, student: nn.Module, batches: Iterable[Example]) -> None:
     """Add to every bias by how much rounding changes the mean output of its channel.
 
-    Every layer reads what it reads in the teacher. Layers without a bias stay as they are.
+    Every layer reads what it reads in the teacher. Layers without a bias stay as they are, and so
+    do those whose output a hook changes: it is not what a bias is added to.
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
-    found = {n: m for n, m in tunables(student) if getattr(m.layer, "bias", None) is not None}
+    found = {
+        n: m
+        for n, m in tunables(student)
+        if getattr(m.layer, "bias", None) is not None and not m._forward_hooks
+    }
 
     def see(name: str, args: Any, kwargs: Any, output: Tensor) -> None:
         gap = output - found[name](*args, **kwargs)
@@ -275,7 +280,7 @@ def _loss(
         targets[name].append(output.clone())
 
     with torch.no_grad(), beside(teacher, blocks, keep):
-        wanted = call(teacher, batch)
+        wanted = call_alike(teacher, batch)
     errors: list[Tensor] = []
 
     def see(name: str, args: Any, kwargs: Any, output: Tensor) -> None:
@@ -283,8 +288,9 @@ def _loss(
         if target is not None and target.shape == output.shape:
             errors.append(_relative(output, target))
 
-    with beside(student, blocks, see, copies=False):
-        given = call(student, batch)
+    layers = [layer for _, layer in tunables(student)]
+    with beside(student, blocks, see, copies=False), recording(layers):
+        given = call_alike(student, batch)
     apart, error = _divergence(given, wanted, goal)
     features = torch.stack(errors).sum() if errors else apart.new_zeros(())
     return goal.features * features + goal.answers * apart, error
@@ -330,7 +336,7 @@ def _train(
 
 def _divergence(given: Any, wanted: Any, goal: Goal) -> tuple[Tensor, Tensor]:
     """Compare all answers: as the goal has it, and by relative squared error."""
-    pairs = list(zip(answers(given), answers(wanted), strict=True))
+    pairs = list(zip(wide_answers(given), wide_answers(wanted), strict=True))
     errors = [_relative(mine, other) for mine, other in pairs]
     scores = _scores(wanted) if goal.outputs == "classes" else None
     apart = [

@@ -1,1 +1,1 @@
-"""The bilevel training of searches."""
+"""What searches share: bilevel training, expected costs, and plain networks from mixed ones."""

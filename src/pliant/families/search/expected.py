@@ -5,14 +5,13 @@ Where all shares are 0 or 1 it is the cost of the derived network, to the last d
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from pliant.cost import LayerCost, cost, layer_costs
+from pliant.cost import LayerCost, cost, layer_costs, twin
 from pliant.errors import MethodError
 from pliant.families.search.bilevel import choices
 from pliant.latency import LatencyTable
@@ -125,7 +124,7 @@ def expected(
     """
     rows, parts = layer_costs(model, example), choices(model)
     shapes = {name: rows[name].input for name in parts}
-    plain = copy.deepcopy(model)
+    plain = twin(model)
     prices, first = {}, {}
     for name, part in parts.items():
         layers = part.candidates()
@@ -135,7 +134,7 @@ def expected(
         first[name] = next(iter(layers.values()))
     for name, layer in first.items():
         holder, _, child = name.rpartition(".")
-        setattr(plain.get_submodule(holder), child, copy.deepcopy(layer))
+        setattr(plain.get_submodule(holder), child, twin(layer))
     if axis != "latency":
         whole = getattr(cost(plain, example), axis)
         return Expected(float(whole - sum(float(p[0]) for p in prices.values())), prices)

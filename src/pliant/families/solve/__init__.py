@@ -1,1 +1,1 @@
-"""Solvers of tensors and subspaces: for methods that recover and cluster."""
+"""What methods that recover and cluster share: solvers, tensor models, subspaces."""

@@ -1,1 +1,1 @@
-"""Data that a training method chooses."""
+"""What training methods share: losses at other weights, dropped units, chosen samples."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from pliant.cost import Example, call
+from pliant.cost import Example, call, twin
 from pliant.data import batch_of
 from pliant.errors import ModelError
 from pliant.math.alone import forked
@@ -111,7 +110,7 @@ def check_twice(model: nn.Module, example: Example) -> None:
     Raises:
         ModelError: it cannot be.
     """
-    trial = copy.deepcopy(model).train()
+    trial = twin(model).train()
     with forked(), torch.enable_grad():
         weights = trained(trial)[1]
         squares = logits(call(trial, example)).square().mean()

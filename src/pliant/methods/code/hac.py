@@ -14,7 +14,7 @@ from torch import Tensor
 from pliant.codecs import address_map
 from pliant.cost import Packed
 from pliant.edits.encode import encoding
-from pliant.families.code.shared import MOST, Shared, coded_bytes, lowest_level, shared, twin
+from pliant.families.code.shared import MOST, Shared, Sharing, twin
 from pliant.method import Method
 from pliant.nn.layers import Factorizable
 from pliant.registry import In, Paper, register
@@ -87,10 +87,9 @@ class HAC(Method):
         for name, module in run.model.named_modules():
             if isinstance(module, Packed):
                 reasons[name] = WHOLE
-        for name, reason in reasons.items():
-            run.keep(name, reason)
+        run.keep_all(reasons)
         run.state.update(layers=list(layers), shared=False, masks={}, index={}, levels={})
-        self._prune(run, self._level(run, layers, 0.0 if run.limits() else self.prune))
+        self._prune(run, self._sharing.lowest(run, layers, 0.0 if run.limits() else self.prune))
 
     def before_step(self, run: Run) -> None:
         """Take the gradient off pruned weights."""
@@ -124,6 +123,10 @@ class HAC(Method):
         if not run.step:
             run.recalibrate()
 
+    @property
+    def _sharing(self) -> Sharing:
+        return Sharing(self.values, self.share, self.zeros, self.format)
+
     def _subjects(self, run: Run) -> Layers:
         return {name: run.model.get_submodule(name) for name in run.state["layers"]}  # type: ignore[misc]
 
@@ -131,7 +134,7 @@ class HAC(Method):
     def _prune(self, run: Run, level: float) -> None:
         """Zero the smallest weights of the layers that coding will make smaller."""
         for name, module in self._subjects(run).items():
-            found = self._shared(module.weight, level, twin(run.generator))
+            found = self._sharing.of(module.weight, level, twin(run.generator))
             if not self._left(run, name, found, module.weight):
                 run.state["masks"][name] = found.mask
                 module.weight.mul_(found.mask)
@@ -141,9 +144,9 @@ class HAC(Method):
     def _share(self, run: Run) -> None:
         """Give every weight one of a few values, from now on."""
         layers = self._subjects(run)
-        run.state["level"] = level = self._level(run, layers, run.state["level"])
+        run.state["level"] = level = self._sharing.lowest(run, layers, run.state["level"])
         for name, module in layers.items():
-            found = self._shared(module.weight, level, run.generator)
+            found = self._sharing.of(module.weight, level, run.generator)
             if not self._left(run, name, found, module.weight):
                 run.state["masks"][name] = found.mask
                 run.state["index"][name] = found.index.to(torch.int32)
@@ -153,16 +156,12 @@ class HAC(Method):
 
     def _left(self, run: Run, name: str, found: Shared, weight: Tensor) -> bool:
         """Leave a layer alone from now on if coding would not make it smaller."""
-        if coded_bytes(found, weight, self.format) < weight.nbytes:
+        if self._sharing.gains(found, weight):
             return False
         run.keep(name, NO_GAIN)
         run.state["layers"].remove(name)
         run.state["masks"].pop(name, None)
         return True
-
-    def _shared(self, weight: Tensor, level: float, generator: torch.Generator) -> Shared:
-        """Prune a weight and share a few values among it."""
-        return shared(weight, level, self.values, self.share, generator, zeros=self.zeros)
 
     def _move(self, run: Run, name: str, module: Factorizable) -> None:
         """Move each value by what its weights would have moved; they stay together."""
@@ -170,18 +169,3 @@ class HAC(Method):
         now = Shared(state["masks"][name], state["index"][name], state["levels"][name])
         now.move(module.weight, self.rate)
         module.weight.copy_(now.weight)
-
-    def _level(self, run: Run, layers: Layers, least: float) -> float:
-        """Return the lowest pruning level from ``least`` on that meets the budget."""
-        bound = run.limits().get("bytes")
-        if bound is None:
-            return least
-        rest = run.planner.now().bytes - sum(module.weight.nbytes for module in layers.values())
-
-        def total(level: float) -> int:
-            generator = twin(run.generator)
-            weights = [module.weight.detach() for module in layers.values()]
-            found = [(weight, self._shared(weight, level, generator)) for weight in weights]
-            return rest + sum(min(w.nbytes, coded_bytes(f, w, self.format)) for w, f in found)
-
-        return lowest_level(total, least, bound, rest)

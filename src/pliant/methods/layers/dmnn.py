@@ -39,6 +39,12 @@ class DMNN(Method):
     on the input, and its share is noted at the end. Set ``sparse`` of a stage to run open paths
     alone; whether that is faster is for a measurement to say.
 
+    *Measured* (bench ``layers-items``: a small ResNet, six epochs of 1,024 reduced photographs, two
+    seeds): asked for 0.4, 0.6 and 0.8 of the products, 0.48, 0.80 and 1.00 of them ran on test
+    images: training holds the rate of gates that are drawn, and those that are decided lie above it
+    in a training so short. Asked for half, 24.5 ± 4.0 % are right with two paths, 23.3 ± 0.6 %
+    with one, and 29.8 ± 1.1 % in a narrower network without gates, of fewer products: it trailed.
+
     *Departs from the paper*: controllers have a layer norm in the place of a batch norm, states
     begin anew in each stage, and the categories are the labels themselves. Paths of a block are a
     share of it, also where the paper makes bottlenecks anew, which are left alone here.

@@ -39,6 +39,11 @@ class DRAN(Method):
     the end batch norms become part of the layers before them. The whole network for
     super-resolution is ``pliant.zoo.build("dran-x2")``.
 
+    *Measured* (bench ``enlarge``: four blocks of 16 channels, 500 steps on six photographs, Set5
+    enlarged twice, three seeds): 32.94 ± 0.19 dB beside 33.37 ± 0.08 dB of connections that are
+    fixed, and 33.97 dB of bicubic interpolation: too short a training, in which dynamic ones
+    trailed. Their coefficients hardly differed between images: at their means 32.93 ± 0.20 dB.
+
     *Departs from the paper*: coefficients read the features at the beginning of a row, not the
     image, and blocks keep the skip connection that they have, beside the weighed ones; the frozen
     wiring is ours. The network of the zoo is the paper's.

@@ -45,6 +45,9 @@ class ShiftAttention(Method):
     1.66 times as long as the convolution in PyTorch and 1.23 times in onnxruntime, with
     ``shared`` 0.96 and 0.64 times, when it made its kernel anew at every call.
 
+    After eight epochs (``layers-items``, the same digits and seeds) every pair of channels attends
+    to a single tap, and no accuracy is lost where that alone is left.
+
     *Departs from the paper*: the tap attended to most is kept, also where none has half of the
     attention, in validation during the training too.
 

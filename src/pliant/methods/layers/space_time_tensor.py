@@ -36,6 +36,11 @@ class SpaceTimeTensor(Method):
     ``fold="macs"`` a layer is multiplied out at the end where it takes fewer so. What would not
     become smaller is left alone. The whole network for sequences is ``pliant.zoo.build("stdtnn")``.
 
+    *Measured* (bench ``layers-items``: that network on BasicMotions, forty sequences of a smart
+    watch to learn from and forty to score, five seeds): 97.5 % with 246 parameters beside
+    99.0 ± 1.4 % of a dense layer on the same products, 486, and 72.5 % of logistic regression on
+    raw numbers. From five sequences of each class: 98.0 ± 2.1, 99.0 ± 2.2 and 62 ± 5 %.
+
     *Departs from the paper*: it is a network there, and no way to change one. All weights train
     together; the released code of a sister method trains one factor after the other.
 

@@ -26,6 +26,7 @@ from pliant.method import Method
 from pliant.registry import In, Paper, register
 from pliant.run import Run
 
+LONGEST = 100  # steps of a search whose share is not given: the default strength is for so many
 PLANS = 6  # in a search whose layers may leave early, the one at its end included
 
 
@@ -57,10 +58,11 @@ class NRMF(Method):
     In ``space="whitened"`` a direction counts for what it is worth to the loss, as it does when
     ranks are chosen, and not for its weights; the data is looked at anew ``refresh`` times.
 
-    A fixed strength adds up. For a search of hundreds of steps on a trained network take
-    ``alpha=None``, which raises and lowers it so that the ranks reach a budget of params, macs or
-    bytes as the search ends. With ``early`` a layer is factorized once its ranks in the plan of the
-    whole network, made five times in the search, hold p, and trains on with its momentum.
+    A fixed strength adds up, so the search is short however long the training: a tenth of it, 100
+    steps at most. For a longer ``search`` on a trained network take ``alpha=None``, which raises
+    and lowers it so that the ranks reach a budget of params, macs or bytes as the search ends.
+    With ``early`` a layer is factorized once its ranks in the plan of the whole network, made
+    five times in the search, hold p, and trains on with its momentum.
 
     *Departs from the paper*: its own form is ``PAPER``. The defaults differ where measurements on
     small networks under BatchNorm said so: weak directions shrink more, the norm is kept, the
@@ -79,7 +81,8 @@ class NRMF(Method):
     # k, steps between two shrinkages; fewer where the search is short
     interval: Annotated[int, In(1)] = 15
     keep_norm: bool = True  # leave the norm of a kernel as it is, and change directions only
-    search: Annotated[float, In(0, 1)] = 0.1  # share of the training before the factorization
+    # share of the training before the factorization; None: a tenth, of 100 steps at most
+    search: Annotated[float, In(0, 1)] | None = None
     p: Annotated[float, In(0, 1)] = 0.95  # energy kept, if there is no budget
     form: Form = "auto"  # of the factors; "auto" takes the best per layer
     samples: Annotated[int, In(0)] = 1024  # training inputs to look at; 0 looks at weights only
@@ -144,6 +147,8 @@ class NRMF(Method):
         return Penalty(self.shrinkage, self.space, self.keep_norm, self.samples)
 
     def _search(self, run: Run) -> int:
+        if self.search is None:
+            return min(round(0.1 * run.steps), LONGEST)
         return round(self.search * run.steps)
 
     def _factorize(self, run: Run) -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 from torch import Tensor, nn
 
+from pliant.cost import twin
 from pliant.families.prune.allocate import Goal, allocate, fewest
 from pliant.families.prune.judge import need_inputs, towards_teacher, validation
 from pliant.families.prune.pruner import ChannelPruning, Rounds
@@ -98,7 +98,7 @@ class LREAMC(ChannelPruning):
         ranked, found = up_to(ranked, goal.ratio), self._grams(run, groups)
 
         def tolerable(kept: int) -> bool:
-            model = copy.deepcopy(run.model)
+            model = twin(run.model)
             fold_all(model, groups, by_group(ranked[: len(ranked) - kept]), found, self.ridge)
             recalibrate(model, run.inputs(RECALIBRATED))
             return self._tolerable(run, model)

@@ -44,6 +44,10 @@ class MINT(Method):
     and edges of trees are those of the trees, where the released code mixes up rows; features are
     standardized; ``cap`` holds whatever the ties, of which blocks of small weights go first.
 
+    *Not shown* (bench ``prune-items``, small networks, 2 seeds): at 15 % of the weights it leads
+    blocks by lot (-23.6 ± 0.6 points); at 15 % of the weights it is no worse than blocks of small
+    norms (-46 ± 7.6 points).
+
     >>> MINT(cap=0.9).groups
     8
     """

@@ -39,6 +39,15 @@ class EDNAS(Method):
     milliseconds on the target if one was named, else multiply-accumulates. While the temperature
     of the shares falls they become nearly one-hot. At the end every layer keeps its best size.
 
+    *Measured* (bench ``search-family``: CIFAR-10 of 16 x 16 pixels, networks trained from
+    scratch for six epochs, two seeds): 36.8 ± 0.2 % beside 35.7 ± 1.9 % of random sizes of equal
+    cost and 36.9 ± 0.7 % of kernels of 3, wider: it does not beat random search there. In bench
+    ``search-items`` one of three random assignments was as accurate at less cost, in one of two
+    seeds. A step took 0.66 of the time of a mixture of what each kernel gives, and as many products
+    as one kernel of 7. Where only pixels of a known distance tell the classes apart, it found the
+    size 3 in 9 of 10 seeds and 7 in all, but 5 in one: the weights had learned the task while the
+    shares were nearly even, so the cost decided. With ``strength=0`` it found 5 in 3 of 3 seeds.
+
     *Departs from the paper*: only its abstract was at hand. What it says is here: kernels of
     several resolutions are merged, their sizes are learned by gradients, the cost is that of a
     device. The form of the shares, the objective, warm-up and temperatures are ours. Nested

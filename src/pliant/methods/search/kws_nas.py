@@ -37,6 +37,10 @@ class KWSNAS(Method):
     weights it has. A network that has nothing to choose from is trained with rounded weights
     only: so is the derived one, ``chain("kws_nas", "kws_nas(bits=2)")``.
 
+    *Measured* (bench ``search-family``: CIFAR-10 of 16 x 16 pixels, networks trained from
+    scratch for six epochs, two seeds): 35.0 ± 0.5 % beside 29.6 ± 2.3 % of random blocks of equal
+    cost and 30.4 ± 0.3 % of equal blocks at a smaller width; the search took 6 s.
+
     *Departs from the paper*: biases of the linear layer are kept. The reference cost is what the
     search begins with, if none is given, since that of the paper belongs to one network. Weight
     decay acts on rounded weights. They are stored as numbers of their grid, in floating point:

@@ -39,6 +39,10 @@ class MaxDropout(Method):
     of dropout in the same places. On 3,500 digits (``train-family``): 96.0 ± 0.6 % beside
     96.0 ± 0.2 % and 94.8 ± 0.4 %.
 
+    The largest unit of an image stands out less behind the last rectifier (``layers-items``, 1,500
+    digits, three seeds): 12.2 ± 0.6 times the mean beside 12.9 ± 0.5 of plain training, which was
+    right in 94.5 ± 0.4 % beside 92.3 ± 0.9 %; with ``drop=0.5`` 9.8 ± 0.7 times, at 70.9 ± 1.1 %.
+
     *Departs from the paper*: the released layer works at test time too; this one does not.
 
     >>> MaxDropout(after=("layer1", "layer2")).drop
