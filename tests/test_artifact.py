@@ -141,11 +141,9 @@ def test_a_function_may_build_the_model(file: Path) -> None:
 def test_a_model_that_cannot_be_copied_can_be_built(tmp_path: Path) -> None:
     def build() -> nn.Module:
         torch.manual_seed(0)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model = nn.Sequential(nn.utils.weight_norm(nn.Linear(4, 4)), nn.Linear(4, 4))
-        model[0](torch.randn(1, 4))
-        return model
+        model: Any = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+        model.stream = (value for value in ())
+        return model  # type: ignore[no-any-return]
 
     model, edits = build(), [Factor("1", "svd", (2,))]
     replay(model, edits)

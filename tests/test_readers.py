@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pliant
+from pliant.errors import ModelError
 from pliant.observe.readers import readers
 
 
@@ -39,7 +40,7 @@ def test_nothing_stays_in_the_model() -> None:
     model = Tied()
     readers(model, (torch.randn(2, 8),))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    with pytest.raises(RuntimeError):
+    with pytest.raises(ModelError, match="must take inputs"):
         readers(model, (torch.randn(2, 7),))
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
     assert model.training

@@ -143,11 +143,8 @@ def test_hooks_come_off_after_exceptions_and_between_batches():
     stream = Rows(model, ("0", "12")).stream([toy.inputs(4), toy.inputs(4)])
     next(stream)
     assert not hooks() and model.training  # whoever stops here leaves nothing
-    for broken, error in (
-        ((torch.randn(2, 5, 6, 6),), RuntimeError),
-        ((torch.full((2, 3, 6, 6), torch.nan),), ModelError),
-    ):
-        with pytest.raises(error):
+    for broken in ((torch.randn(2, 5, 6, 6),), (torch.full((2, 3, 6, 6), torch.nan),)):
+        with pytest.raises(ModelError):
             Rows(model, ("0", "12")).all([toy.inputs(4), broken])
         assert not hooks() and model.training
 

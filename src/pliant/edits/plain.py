@@ -78,7 +78,7 @@ class Plain:
         bias = module.bias if own is None else own[1]
         new = _empty(module, bias=bias is not None)
         if own is not None:
-            new.weight.data = own[0].detach().clone()
+            new.weight.data = own[0].detach().clone(memory_format=torch.contiguous_format)
             new.weight.requires_grad_(any(p.requires_grad for p in module.parameters()))
             if bias is not None:
                 new.bias.data = bias.detach().clone()

@@ -92,9 +92,10 @@ def trace(
     """
     try:
         probe = spread(model, [example, *others], marks, heads)
-    except ModelError:
-        raise
-    except Exception:  # a model may object to such numbers in any way
+    except ModelError as error:
+        if error.__cause__ is None:
+            raise
+        # a model may object to such numbers in any way
         probe = spread(model, [example, *others], MOVES, heads)
     if seen is not None:
         flags = {"heads": probe.headed, "marks": probe.lossy}

@@ -179,9 +179,10 @@ def trained(
     spread: bool = False,
 ) -> Run:
     model = TOYS["plain"].model(seed).train()
+    draws = torch.Generator().manual_seed(seed)
     for norm in model.modules():
         if spread and isinstance(norm, nn.BatchNorm2d):
-            nn.init.uniform_(norm.weight, 0.6, 1.4)
+            nn.init.uniform_(norm.weight, 0.6, 1.4, generator=draws)
     optimizer = SGD(model.parameters(), lr, momentum=0.9, weight_decay=0.1)
     data = TOYS["plain"].data()
     run = start(model, method, budget, data=data, optimizer=optimizer, steps=steps)
@@ -230,15 +231,16 @@ def a_higher_price_leaves_less() -> None:
 
 
 def twice_the_price_never_makes_a_block_dearer() -> None:
-    """The median over three networks, whose scales are spread at first, of what is left of it."""
+    """In three networks, whose scales are spread at first: it is as wide as before or less."""
     left = []
     for factor in (1.0, 2.0):
         method = KDStructure(
             blocks=("0", "3"), strengths=(0.2 * factor, 0.2), start=1.0, threshold=0.5
         )
-        runs = [trained(method, steps=16, lr=0.05, seed=seed, spread=True) for seed in range(3)]
-        left.append(sorted(widths(run)["0"] for run in runs)[1])
-    assert left[1] < left[0], left
+        runs = [trained(method, steps=24, lr=0.05, seed=seed, spread=True) for seed in range(3)]
+        left.append([widths(run)["0"] for run in runs])
+    assert all(twice <= once for once, twice in zip(*left, strict=True)), left
+    assert sum(left[1]) < sum(left[0]), left
 
 
 def the_price_rises_while_the_budget_is_missed() -> None:
