@@ -38,10 +38,11 @@ from pliant.surgery.prove import ignore
 
 Values = dict[str, Any]
 Tries = Mapping[str, Any]
-COLUMNS = ("network", "ranks", "channels", "bits", "torch_pruning", "files", "onnx")
+COLUMNS = ("network", "ranks", "channels", "bits", "files", "onnx", "torch_pruning")
 PRELOADED = ["torchvision", "timm", "transformers", "diffusers", "ultralytics.nn.tasks"]
 PRELOADED += ["segmentation_models_pytorch", "torch_pruning", "bench.tries"]
 MODULES = {"segmentation-models-pytorch": "segmentation_models_pytorch"}
+RIVAL = 30  # seconds on the processor for Torch-Pruning, which may search for ever
 LOST = 0.01  # least share of the parameters that removing channels must save
 
 
@@ -77,7 +78,8 @@ def apart(name: str, tries: Tries, seconds: float) -> Values:
         process.join()
     if "peak_mb" not in values:
         late = process.exitcode == -signal.SIGXCPU
-        why = f"not done after {seconds:g} s in all" if late else "the process died"
+        limit = RIVAL if began == "torch_pruning" else seconds
+        why = f"not done after {limit:g} s" if late else "the process died"
         values[began] = {"why": why, "raw": True}
     return values
 
@@ -91,6 +93,9 @@ def _work(name: str, tries: Tries, seconds: int, answers: Connection) -> None:
     for column in COLUMNS:
         answers.send(("began", column))
         began = time.process_time()
+        if column == "torch_pruning":
+            until = min(seconds, int(began) + RIVAL)
+            resource.setrlimit(resource.RLIMIT_CPU, (until, until + 5))
         found = _tried(getattr(work, column))
         answers.send((column, found | {"seconds": round(time.process_time() - began, 2)}))
         if column == "network" and "why" in found:

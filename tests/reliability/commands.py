@@ -19,7 +19,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from pliant.api import network
+from pliant.api import job
 from pliant.cli import app
 from pliant.cli.console import DROPPED
 from pliant.errors import AccuracyWarning
@@ -87,19 +87,19 @@ def _step(step: Step, home: Any, desk: Path) -> str:
 @contextmanager
 def _seeded(seed: int) -> Iterator[list[Any]]:
     """Add to the seed of every compression, and collect their verdicts."""
-    go, judge, judged = network.Job.go, network.judge, []
+    go, judge, judged = job.Job.go, job.judge, []
 
-    def moved(job: Any, **asked: Any) -> Any:
-        job.seed += seed
-        torch.manual_seed(job.seed)
-        return go(job, **asked)
+    def moved(asking: Any, **asked: Any) -> Any:
+        asking.seed += seed
+        torch.manual_seed(asking.seed)
+        return go(asking, **asked)
 
     def collected(*asked: Any) -> Any:
         judged.append(judge(*asked))
         return judged[-1]
 
-    network.Job.go, network.judge = moved, collected  # type: ignore[method-assign]
+    job.Job.go, job.judge = moved, collected  # type: ignore[method-assign]
     try:
         yield judged
     finally:
-        network.Job.go, network.judge = go, judge  # type: ignore[method-assign]
+        job.Job.go, job.judge = go, judge  # type: ignore[method-assign]

@@ -113,7 +113,10 @@ def guesses(run: Run, states: list[Tensor], labels: Any) -> Tensor | None:
     if not heads or labels.dim() != 1 or labels.is_floating_point():
         return None
     labels = labels.to(states[0].device)
-    each = [F.cross_entropy(h(s), labels) for h, s in zip(heads, states, strict=True)]
+    each = [  # states are in the precision of autocast, heads are called outside of it
+        F.cross_entropy(head(state.to(head.weight.dtype)), labels)
+        for head, state in zip(heads, states, strict=True)
+    ]
     return torch.stack(each).mean()
 
 
