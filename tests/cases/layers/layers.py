@@ -72,6 +72,17 @@ def equal_to_scaled_weight_standardization() -> None:
     )
 
 
+def equal_to_the_layer_of_timm() -> None:
+    """Its constant set to root(2), its gain to ours: the same outputs."""
+    timm = pytest.importorskip("timm", reason="timm is in the environment of `make coverage`")
+    layer = timm.layers.ScaledStdConv2d(4, 6, 3, bias=False, gamma=2**0.5, eps=1e-12).double()
+    inputs, gain = noise(2, 4, 8, 8, seed=2), noise(6, seed=1)
+    with torch.no_grad():
+        layer.gain.copy_(gain.reshape(layer.gain.shape))
+        ours = align(layer.weight, gain, scale=2.0, eps=1e-12)
+        assert torch.allclose(F.conv2d(inputs, ours), layer(inputs), atol=1e-5)
+
+
 def gradients_lie_in_the_sphere_of_centred_filters() -> None:
     """They sum to 0, and are orthogonal to w - mean; a filter of equal weights stays finite."""
     weight = KERNELS[0][0].clone().requires_grad_()
@@ -251,6 +262,7 @@ CASES = [
             mean_and_variance_are_those_of_the_definition,
             filters_of_every_kernel_are_aligned,
             equal_to_scaled_weight_standardization,
+            equal_to_the_layer_of_timm,
             gradients_lie_in_the_sphere_of_centred_filters,
             variance_survives_many_layers,
             a_sample_does_not_see_its_batch,
