@@ -75,7 +75,8 @@ def equal_to_scaled_weight_standardization() -> None:
 def equal_to_the_layer_of_timm() -> None:
     """Its constant set to root(2), its gain to ours: the same outputs."""
     timm = pytest.importorskip("timm", reason="timm is in the environment of `make coverage`")
-    layer = timm.layers.ScaledStdConv2d(4, 6, 3, bias=False, gamma=2**0.5, eps=1e-12).double()
+    layer = timm.layers.ScaledStdConv2d(4, 6, 3, padding=0, bias=False, gamma=2**0.5, eps=1e-12)
+    layer = layer.double()
     inputs, gain = noise(2, 4, 8, 8, seed=2), noise(6, seed=1)
     with torch.no_grad():
         layer.gain.copy_(gain.reshape(layer.gain.shape))
