@@ -40,8 +40,11 @@ def work(make: Any = toy) -> tuple[tries._Work, Answers]:
 def test_there_are_more_than_a_hundred_networks_of_all_packages() -> None:
     packages = {network.package for network in NETWORKS.values()}
     assert len(NETWORKS) >= 150 and len(packages) == 8
-    cells = architectures.cells(SETTINGS)
-    assert [cell.key["network"] for cell in cells] == list(NETWORKS)
+    names = [cell.key["network"] for cell in architectures.cells(SETTINGS)]
+    assert names == SETTINGS["networks"] and len(set(names)) == len(names) >= 100
+    assert {NETWORKS[name].package for name in names} == packages
+    every = architectures.cells({**SETTINGS, "networks": []})
+    assert [cell.key["network"] for cell in every] == list(NETWORKS)
 
 
 def test_a_network_is_the_same_every_time_and_its_norms_have_seen_noise() -> None:
@@ -99,7 +102,7 @@ def test_claims_count_what_works_what_is_wrong_and_raw_errors(works: bool) -> No
     assert [c["value"] for c in claims[-2:]] == ([0, 0] if works else [len(cells)] * 2)
     assert claims[0]["value"] == (100 if works else 0)
     rows = architectures.summary(SETTINGS, cells)
-    assert sum(row["networks"] for row in rows) == len(NETWORKS)
+    assert sum(row["networks"] for row in rows) == len(cells)
     json.dumps([table.rows for table in architectures.tables(SETTINGS, cells)])
 
 

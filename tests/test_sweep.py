@@ -7,6 +7,7 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -58,6 +59,26 @@ def test_every_case_is_made_once_and_refusals_are_kept(tmp_path: Path, mnist5k: 
     assert [row["step"] for row in told] == [1, 2] and told[-1]["seconds_left"] == 0
     again = sweep(net, mnist5k, plan, storage=tmp_path / "study.db", watch=told.append)
     assert again == found and len(told) == 2
+
+
+def test_who_was_taken_for_dead_goes_on(
+    tmp_path: Path, mnist5k: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process ended the trial, and the case waits again: it is made once."""
+    optuna = pytest.importorskip("optuna")
+    net, optimize = zoo.build("lenet5", weights="mnist5k"), optuna.study.Study.optimize
+    late = [True]
+
+    def slow(study: Any, make: Any, **how: Any) -> None:
+        if late and late.pop():
+            raise optuna.exceptions.UpdateFinishedTrialError("Trial#0 has already finished")
+        optimize(study, make, **how)
+
+    monkeypatch.setattr(optuna.study.Study, "optimize", slow)
+    told: list[dict[str, float]] = []
+    plan = cases(["energy"], ["params=0.8"])
+    found = sweep(net, mnist5k, plan, storage=tmp_path / "study.db", watch=told.append)
+    assert len(found) == 1 and found[0]["met"] and [row["step"] for row in told] == [1]
 
 
 @pytest.mark.slow

@@ -132,12 +132,24 @@ def sweep(
         if not waiting:  # with another process, or with one that died and shows no sign of life
             time.sleep(1)
             continue
-        study.optimize(make, n_trials=1, catch=(PliantError,))
+        if not _made(study, make):
+            continue
         done += 1
         over, left = len(rows(study)), len(_open(study, "WAITING"))
         seconds = (time.monotonic() - began) / done * left
         watch({"phase": "sweep", "step": over, "steps": over + left, "seconds_left": seconds})
     return rows(study)
+
+
+def _made(study: Study, make: Callable[[Trial], tuple[float, float]]) -> bool:
+    """Make one case; say whether it counts: who is slow to show life is taken for dead."""
+    from optuna.exceptions import UpdateFinishedTrialError
+
+    try:
+        study.optimize(make, n_trials=1, catch=(PliantError,))
+    except UpdateFinishedTrialError:  # another process has taken it over
+        return False
+    return True
 
 
 def open_study(storage: str | Path) -> Study:
