@@ -149,6 +149,10 @@ def _made(study: Study, make: Callable[[Trial], tuple[float, float]]) -> bool:
         study.optimize(make, n_trials=1, catch=(PliantError,))
     except UpdateFinishedTrialError:  # another process has taken it over
         return False
+    except ValueError as error:  # or has even ended it: Optuna has no class for that
+        if not str(error).startswith("Cannot tell a"):
+            raise
+        return False
     return True
 
 
