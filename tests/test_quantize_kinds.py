@@ -549,23 +549,31 @@ class Shifted(nn.Embedding):
         return super().forward(torch.arange(size) if places is None else places)
 
 
-def test_a_table_that_looks_up_in_its_own_way_keeps_it_and_is_packed(tmp_path: Path) -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table, self.out = Shifted(16, 8), nn.Linear(8, 4)
+class Placing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.out = Shifted(16, 8), nn.Linear(8, 4)
 
-        def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.out(x + self.table(None, places=torch.arange(x.shape[1])))
-            return out
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.out(x + self.table(None, places=torch.arange(x.shape[1])))
+        return out
 
+
+@pytest.mark.parametrize("most", [None, 100])
+def test_a_table_that_is_called_with_more_is_packed_unless_it_is_large(
+    most: int | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if most:
+        monkeypatch.setattr("pliant.nn.several.TABLE", most)
     x = torch.randn(32, 5, 8)
-    result = pliant.compress(Net(), x, "groupwise_ptq(independent=1, joint=1)")
-    forms = {row.layer: row.form for row in result.report.layers}
-    assert forms["table"] == "w8" and forms["out"].startswith("w")
+    result = pliant.compress(Placing(), x, "groupwise_ptq(independent=1, joint=1)")
+    rows = {row.layer: row for row in result.report.layers}
+    said = "its class Shifted is called with more than Embedding is"
+    wanted = ("dense", said) if most else ("w8", "")
+    assert (rows["table"].form, rows["table"].reason) == wanted and not rows["out"].reason
     result.save(tmp_path / "m.pliant")
     with torch.no_grad():
-        assert torch.equal(pliant.load(tmp_path / "m.pliant", Net())(x), result.model(x))
+        assert torch.equal(pliant.load(tmp_path / "m.pliant", Placing())(x), result.model(x))
 
 
 class Borrowing(nn.Module):
@@ -589,30 +597,3 @@ def test_a_weight_that_the_module_around_reads_is_packed(tmp_path: Path) -> None
     result.save(tmp_path / "m.pliant")
     with torch.no_grad():
         assert torch.equal(pliant.load(tmp_path / "m.pliant", Borrowing())(x), result.model(x))
-
-
-class Called(nn.Embedding):
-    """A table that its network calls with more than a table takes."""
-
-    def forward(self, size: Any, start: int = 0, places: Any = None) -> Tensor:  # type: ignore[override]
-        return super().forward(torch.arange(size) if places is None else places)
-
-
-def test_a_large_subclass_that_is_called_with_more_is_left_alone_with_the_reason(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("pliant.nn.several.TABLE", 100)
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.table, self.out = Called(16, 8), nn.Linear(8, 4)
-
-        def forward(self, x: Tensor) -> Tensor:
-            out: Tensor = self.out(x + self.table(None, places=torch.arange(x.shape[1])))
-            return out
-
-    result = pliant.compress(Net(), torch.randn(32, 5, 8), "groupwise_ptq(independent=1, joint=1)")
-    reasons = {row.layer: row.reason for row in result.report.layers}
-    assert reasons["table"] == "its class Called is called with more than Embedding is"
-    assert not reasons["out"]

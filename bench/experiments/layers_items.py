@@ -4,7 +4,7 @@ What is trained is small: each study is of one method, and asks one question.
 """
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,10 +13,11 @@ import torch.nn.functional as F
 from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 
+from bench import studies
 from bench.claim import claim, judged
 from bench.compress import Values, scored
 from bench.data import SMALL
-from bench.experiments import Cell, Cells, Table, by_seed, paired, pick, values
+from bench.experiments import Cell, Cells, Table, by_seed, paired
 from bench.motions import basic_motions
 from bench.scenes import mean_iou, scenes
 from bench.small import cnn, method_of, seeded
@@ -363,33 +364,15 @@ def _judged(asked: Mapping[str, Any], cells: Cells) -> dict[str, Any]:
 
 def summary(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
     """Give the means of what was measured."""
-    rows = []
-    for study, name in _rivals(settings):
-        found = [cell["values"] for cell in pick(cells, study=study, rival=name)]
-        means = {key: mean([row[key] for row in found]) for key in (found[0] if found else {})}
-        rows.append({"study": study, "rival": name, "seeds": len(found), **means})
-    return rows
-
-
-def _rivals(settings: Settings) -> Iterator[tuple[str, str]]:
-    for study, plan in settings["studies"].items():
-        for name in plan["rivals"]:
-            yield study, name
+    return studies.summary(settings, cells)
 
 
 def tables(settings: Settings, cells: Cells) -> list[Table]:
     """Give a table for each study."""
-    found = []
-    for study, plan in settings["studies"].items():
-        words, rows = plan["words"], []
-        for name in plan["rivals"]:
-            rows.append([name, *(_said(cells, study, name, key) for key in words)])
-        found.append(Table(plan["title"], ["", *words.values()], rows))
-    return found
+    return studies.tables(settings, cells, _said)
 
 
-def _said(cells: Cells, study: str, name: str, key: str) -> str:
-    rows = values(cells, key, study=study, rival=name)
+def _said(rows: list[Any], key: str) -> str:
     if key in ("accuracy", "joint", "settled", "miou", "rises"):
         return plus_minus([100 * value for value in rows])
     if key in ("params", "macs", "samples"):

@@ -14,6 +14,7 @@ from scipy.stats import spearmanr
 from torch import nn
 from torch.optim import SGD
 
+from bench import studies
 from bench.claim import claim, judged
 from bench.compress import Values, compress, scored
 from bench.data import SMALL
@@ -366,29 +367,15 @@ def better(cells: Cells, seed: int) -> list[str]:
 
 def summary(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
     """Give the means of what was measured."""
-    rows = []
-    for study, plan in settings["studies"].items():
-        for name in plan["rivals"]:
-            found = [cell["values"] for cell in pick(cells, study=study, rival=name)]
-            keys = [k for k in (found[0] if found else {}) if isinstance(found[0][k], int | float)]
-            means = {key: mean([row[key] for row in found]) for key in keys}
-            rows.append({"study": study, "rival": name, "seeds": len(found), **means})
-    return rows
+    return studies.summary(settings, cells)
 
 
 def tables(settings: Settings, cells: Cells) -> list[Table]:
     """Give a table for each study."""
-    found = []
-    for study, plan in settings["studies"].items():
-        words, rows = plan["words"], []
-        for name in plan["rivals"]:
-            rows.append([name, *(_said(cells, study, name, key) for key in words)])
-        found.append(Table(plan["title"], ["", *words.values()], rows))
-    return found
+    return studies.tables(settings, cells, _said)
 
 
-def _said(cells: Cells, study: str, name: str, key: str) -> str:
-    rows = values(cells, key, study=study, rival=name)
+def _said(rows: list[Any], key: str) -> str:
     if not rows or isinstance(rows[0], str):
         return "; ".join(map(str, rows)) or "–"
     if key == "accuracy":

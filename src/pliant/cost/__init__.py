@@ -290,7 +290,8 @@ def _watched(model: nn.Module, example: Example) -> tuple[dict[str, nn.Module], 
             hooks.callback(enter.remove)
             leave = module.register_forward_hook(watch.leave(name, formula), with_kwargs=True)
             hooks.callback(leave.remove)
-        _run(model, sample, watch)
+        with _Operations(watch):
+            call(model, sample)
     return layers, watch
 
 
@@ -324,11 +325,6 @@ def _whole(
             for child, part in module.named_children()
         ),
     )
-
-
-def _run(model: nn.Module, sample: Example, watch: _Watch) -> None:
-    with _Operations(watch):
-        call(model, sample)
 
 
 def _row(layer: nn.Module, seen: _Seen, products: int) -> LayerCost:

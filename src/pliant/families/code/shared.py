@@ -137,7 +137,7 @@ class Sharing:
         rest = run.planner.now().bytes - sum(weight.nbytes for weight in weights)
 
         def total(level: float) -> int:
-            generator = twin(run.generator)
+            generator = same_draws(run.generator)
             found = [(weight, self.of(weight, level, generator)) for weight in weights]
             return rest + sum(min(w.nbytes, coded_bytes(f, w, self.form)) for w, f in found)
 
@@ -171,6 +171,6 @@ def lowest_level(total: Callable[[float], int], least: float, bound: float, rest
     return high
 
 
-def twin(generator: torch.Generator) -> torch.Generator:
+def same_draws(generator: torch.Generator) -> torch.Generator:
     """Return a generator that will draw the same numbers, and leave this one as it is."""
     return torch.Generator().set_state(generator.get_state())

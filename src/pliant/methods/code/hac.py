@@ -14,7 +14,7 @@ from torch import Tensor
 from pliant.codecs import address_map
 from pliant.cost import Packed
 from pliant.edits.encode import encoding
-from pliant.families.code.shared import MOST, Shared, Sharing, twin
+from pliant.families.code.shared import MOST, Shared, Sharing, same_draws
 from pliant.method import Method
 from pliant.nn.layers import Factorizable
 from pliant.registry import In, Paper, register
@@ -134,7 +134,7 @@ class HAC(Method):
     def _prune(self, run: Run, level: float) -> None:
         """Zero the smallest weights of the layers that coding will make smaller."""
         for name, module in self._subjects(run).items():
-            found = self._sharing.of(module.weight, level, twin(run.generator))
+            found = self._sharing.of(module.weight, level, same_draws(run.generator))
             if not self._left(run, name, found, module.weight):
                 run.state["masks"][name] = found.mask
                 module.weight.mul_(found.mask)

@@ -43,7 +43,9 @@ class SSAL(Method):
     run's first group. They are not kept for joint prediction.
 
     In the bench ``distill-family`` the network alone did not gain: 0.3 +- 0.2 points behind plain
-    training, in twice the time, and random groups were as good as those by mistakes.
+    training, in twice the time, and random groups were as good as those by mistakes. Together with
+    its heads it trailed as well (``layers-items``, digits, five seeds): 92.2 ± 1.1 % beside
+    93.7 ± 1.1 % of plain training, and 92.5 ± 0.7 % alone.
 
     >>> SSAL(groups=(2, 3, 5)).weights
     (0.8, 0.9, 1.0)

@@ -41,9 +41,9 @@ class ShiftAttention(Method):
     *Measured* (bench ``layers-family``: a small CNN on 1,500 digits, four epochs from random
     weights, three seeds): 85.9 ± 1.1 % with 45,632 MACs, beside 92.5 ± 1.0 % of
     convolutions with 296,512; 84.1 ± 1.4 % with ``shared``. Shared taps that were fixed
-    beforehand have 85.7 ± 1.0 %: it gained nothing by learning them. A layer of 32 channels took
-    1.66 times as long as the convolution in PyTorch and 1.23 times in onnxruntime, with
-    ``shared`` 0.96 and 0.64 times, when it made its kernel anew at every call.
+    beforehand have 85.7 ± 1.0 %: it gained nothing by learning them. A layer of 32 channels takes
+    1.11 times as long as the convolution in PyTorch and 1.00 times in onnxruntime, with
+    ``shared`` 0.50 and 0.64 times (bench ``layers-family-longer``).
 
     After eight epochs (``layers-items``, the same digits and seeds) every pair of channels attends
     to a single tap, and no accuracy is lost where that alone is left.

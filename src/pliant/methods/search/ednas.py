@@ -46,7 +46,7 @@ class EDNAS(Method):
     seeds. A step took 0.66 of the time of a mixture of what each kernel gives, and as many products
     as one kernel of 7. Where only pixels of a known distance tell the classes apart, it found the
     size 3 in 9 of 10 seeds and 7 in all, but 5 in one: the weights had learned the task while the
-    shares were nearly even, so the cost decided. With ``strength=0`` it found 5 in 3 of 3 seeds.
+    shares were nearly even, so the cost decided.
 
     *Departs from the paper*: only its abstract was at hand. What it says is here: kernels of
     several resolutions are merged, their sizes are learned by gradients, the cost is that of a
