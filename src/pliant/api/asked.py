@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from pliant.cost import check_held, check_open, device_of, twin
+from pliant.cost import check_model, device_of, twin
 from pliant.drivers import checkpoint
 from pliant.drivers.lock import owned
 from pliant.errors import ModelError
@@ -17,10 +17,8 @@ from pliant.method import Method
 
 def place_of(model: nn.Module) -> torch.device:
     """Say where a model is, after refusing what is no model, or cannot be compressed."""
-    place = device_of(model)
-    check_open(model)
-    check_held(model)
-    return place
+    check_model(model)
+    return device_of(model)
 
 
 def patterns(method: Method) -> tuple[tuple[str, ...], tuple[str, ...]]:

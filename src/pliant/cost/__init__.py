@@ -35,7 +35,7 @@ from pliant.cost.call import (
 )
 from pliant.cost.macs import OWN, Formula, Packed, formula_of, products
 from pliant.cost.owned import FLOAT, itemsize, numbers, own, stored_bytes, subtree
-from pliant.cost.refused import check_held, check_open
+from pliant.cost.refused import check_model, check_open
 from pliant.cost.sample import Samples, counted, one_sample, repeated, samples_of
 from pliant.cost.twin import twin
 from pliant.errors import ModelError
@@ -48,10 +48,9 @@ __all__ = [
     "Samples",
     "as_example",
     "bare",
-    "check_held",
-    "check_open",
     "call",
     "call_alike",
+    "check_model",
     "cost",
     "count",
     "counted",
@@ -62,10 +61,10 @@ __all__ = [
     "mapped",
     "module_cost",
     "one_sample",
-    "twin",
     "repeated",
     "samples_of",
     "tensors",
+    "twin",
 ]
 
 

@@ -1,4 +1,4 @@
-"""Networks that cannot be looked into, each refused in a sentence."""
+"""Networks that cannot be looked into, or hold no numbers: each refused in a sentence."""
 
 from __future__ import annotations
 
@@ -34,12 +34,13 @@ def check_open(model: nn.Module) -> None:
             )
 
 
-def check_held(model: nn.Module) -> None:
-    """Refuse a network whose numbers are nowhere.
+def check_model(model: nn.Module) -> None:
+    """Refuse a network that cannot be compressed: it cannot be looked into, or has no numbers.
 
     Raises:
-        ModelError: a parameter or buffer lies on the device "meta".
+        ModelError: as for `check_open`, or a parameter or buffer lies on the device "meta".
     """
+    check_open(model)
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         if tensor.is_meta:
             raise ModelError(

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from pliant.budget import Budget
-from pliant.cost import Example, as_example, bare, check_held, check_open, count, fitted
+from pliant.cost import Example, as_example, bare, check_model, count, fitted
 from pliant.data import Data
 from pliant.data.digest import digest_of
 from pliant.data.epochs import planned
@@ -94,8 +94,7 @@ def start(
             'the loss as a function of (output, batch, reduction="mean") that takes "none" too.'
         )
     model, given = bare(model), as_example(example)
-    check_open(model)
-    check_held(model)
+    check_model(model)
     if data is not None:
         data = Data.of(data, seed=seed).read_by(model)
     if not given:

@@ -40,8 +40,8 @@ class BMResNet(Method):
     weights, three seeds): 63.4 ± 1.0 % beside 92.5 ± 1.0 % of convolutions, and 49.8 ± 4.5 %
     where all are converted at once. Of a trained network, as in the paper, six more epochs leave
     70.0 ± 1.3 %, or 90.9 ± 0.2 % where the first half is converted, beside 94.9 ± 0.1 % (bench
-    ``layers-family-longer``). A layer of 32 channels takes 15 times as long as the convolution in PyTorch and 69
-    times in onnxruntime.
+    ``layers-family-longer``). A layer of 32 channels takes 15 times as long as the convolution in
+    PyTorch and 69 times in onnxruntime.
 
     *Departs from the paper*: conversions share out the training evenly, and no best checkpoint is
     kept between them. The optimizer's weight decay is kept off the logarithms, which it would
