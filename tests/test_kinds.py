@@ -10,7 +10,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations
 
 import pliant
 from pliant.cost import cost, layer_costs
@@ -363,49 +362,3 @@ def test_all_kinds_train_on_in_low_rank(name: str) -> None:
     for method in ("energy", "nrmf(form='tucker2')"):
         result = pliant.compress(net(), data, method, "params=0.8", train=train)
         assert result.report.met and result.model(x).isfinite().all()
-
-
-def vocoder(norm: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        norm(nn.Conv1d(2, 12, 3, padding=1)), nn.ReLU(),
-        norm(nn.ConvTranspose1d(12, 12, 4, stride=2, padding=1)), nn.ReLU(),
-        norm(nn.Conv1d(12, 12, 3)), nn.ReLU(),
-        nn.Conv1d(12, 2, 3),
-    )  # fmt: skip
-
-
-NORMED = [parametrizations.weight_norm, parametrizations.spectral_norm, nn.utils.weight_norm]
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
-@pytest.mark.parametrize("method", ["energy", "magnitude", "groupwise_ptq(activations=0)", "hac"])
-@pytest.mark.parametrize("norm", NORMED)
-def test_weights_that_a_norm_computes_are_taken_as_they_are(
-    norm: Any, method: str, tmp_path: Path
-) -> None:
-    x = torch.randn(4, 2, 16)
-    dense = vocoder(norm).eval()
-    before = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
-    result = pliant.compress(dense, None, method, "bytes=0.8", example=x)
-    assert all(torch.equal(before[name], now) for name, now in dense.state_dict().items())
-    touched = {row.layer for row in result.report.layers if row.form != "dense"}
-    assert {"0", "2", "4"} <= touched
-    result.save(tmp_path / "m.pliant")
-    again = pliant.load(tmp_path / "m.pliant", vocoder(norm))
-    with torch.no_grad():
-        assert torch.equal(again(x), result.model(x))
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm. is deprecated")
-@pytest.mark.parametrize("norm", NORMED)
-def test_a_normed_layer_becomes_a_plain_one_of_the_same_outputs(norm: Any) -> None:
-    model, x = vocoder(norm).eval(), torch.randn(4, 2, 16)
-    wanted, before, edits = model(x), layer_costs(model, (x,)), plain(model, (x,))
-    assert [edit.layer for edit in edits] == ["0", "2", "4"]
-    replay(model, edits)
-    assert torch.allclose(model(x), wanted, atol=1e-6)
-    after = layer_costs(model, (x,))
-    for edit in edits:
-        assert edit.predict(before[edit.layer]).params == after[edit.layer].params
-    assert not any("parametrizations" in name for name, _ in model.named_parameters())
