@@ -12,16 +12,8 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils._pytree import tree_leaves
 
 from pliant.cost import tensors
-from pliant.data.sources import (
-    Batches,
-    Columns,
-    Items,
-    Source,
-    Tensors,
-    generator,
-    seeded,
-    unpack,
-)
+from pliant.data.chance import generator, seeded
+from pliant.data.sources import Batches, Columns, Items, Source, Tensors, unpack
 from pliant.data.splits import Data, Split
 
 WHOLE = 2**26  # numbers: tensors up to this size are read whole

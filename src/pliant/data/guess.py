@@ -271,7 +271,8 @@ def squashed(task: Task, model: nn.Module, inputs: Example) -> Task:
     """Take account of a network that gives probabilities where the task reads logits."""
     if task.name not in ("binary", "multi-label") or not ends_in_sigmoid(model, inputs):
         return task
-    made = (multi_label if task.name == "multi-label" else binary)(probabilities=True)
+    make = multi_label if task.name == "multi-label" else binary
+    made = make(probabilities=True, void=task.options.get("void"))
     metrics = {**task.metrics, **made.metrics}
     ready = getattr(task.loss, "func", None) is binary_loss
     return replace(made, metrics=metrics, loss=made.loss if ready else task.loss)

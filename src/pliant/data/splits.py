@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from pliant.cost import Example, counted, one_sample
-from pliant.data.asking import once_only, read, runs, source_of, splits_of
+from pliant.data.asking import once_only, read, source_of, splits_of
+from pliant.data.chance import generator, key_of
 from pliant.data.sound import check_pair, check_split, first_batch
 from pliant.data.sources import (
     Batches,
@@ -19,12 +20,11 @@ from pliant.data.sources import (
     Loose,
     Source,
     Tensors,
-    generator,
-    key_of,
     rows_of_rank,
     unpack,
 )
 from pliant.data.streams import cut, drawn, last_tenth, made, most, prepared
+from pliant.data.trials import runs
 from pliant.errors import DataError
 
 Split = Literal["train", "val", "test"]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from pliant.data.guess import axis_of, guess, squashed
 from pliant.data.ready import classification, fed
 from pliant.data.sources import Tensors, moved
 from pliant.data.splits import Split
-from pliant.data.task import Task, labels_of, main_output, own_loss
+from pliant.data.task import INSTEAD, Task, labels_of, main_output, own_loss
 from pliant.drivers.score import scoring
 from pliant.errors import DataError, MethodError, ModelError, PliantError
 from pliant.run import Run
@@ -100,7 +101,7 @@ def _of(
         return _completed(task, model, data, split, batch, trains=trains)
     inputs, labels = unpack(batch)
     if task is None and labels is not None and not isinstance(labels, Tensor):
-        return _own(guess(None, batch, model), model, batch)
+        return _own(guess(None, batch, model), model, batch, asked=False)
     output = call(model, inputs)
     scores, whole = _every(data, split, main_output(output), batch)
     shown = scores if isinstance(output, Tensor) else {"logits": scores}
@@ -110,7 +111,7 @@ def _of(
     if view is class_loss:
         class_view(shown, whole, **{k: task.options.get(k) for k in ("axis", "void")})
     elif view is binary_loss:
-        binary_view(shown, whole)
+        binary_view(shown, whole, void=task.options.get("void"))
     return task
 
 
@@ -152,7 +153,7 @@ def _on_axis(task: Task, scores: Tensor, batch: Any, output: Any) -> Task:
     )
 
 
-def _own(task: Task, model: nn.Module, batch: Any) -> Task:
+def _own(task: Task, model: nn.Module, batch: Any, *, asked: bool = True) -> Task:
     """Find out how a network with its own loss reads its labels, and in which mode it gives it."""
     task = fed(task, model)
     for trains in (False, True):
@@ -166,7 +167,8 @@ def _own(task: Task, model: nn.Module, batch: Any) -> Task:
             return tried
     raise ModelError(
         f"Labels of this kind ({type(unpack(batch)[1]).__name__}) are for a network that returns "
-        f"its own loss when it is called with them, but {type(model).__name__} does not: {said}"
+        f"its own loss when it is called with them, but {type(model).__name__} does not: "
+        f"{said if asked else INSTEAD + '.'}"
     ) from said
 
 
@@ -189,6 +191,20 @@ def _try(task: Task, model: nn.Module, batch: Any, split: Split, *, trains: bool
                 )
         for name, metric in task.metrics.items():
             _asked(name, split, metric.rows, output, few, counted(unpack(few)[0]))
+    if trains and not task.trains:  # some give more while they train
+        with unchanged(model), scoring(model, replace(task, trains=True)), torch.no_grad():
+            _asked("loss", split, task.total, call(model, task.inputs(few)), few)
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Put the buffers of a network back at the end of the block."""
+    known = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in known:
+            buffer.copy_(value)
 
 
 def _asked(name: str, split: Split, function: Any, *args: Any) -> Any:
@@ -198,16 +214,19 @@ def _asked(name: str, split: Split, function: Any, *args: Any) -> Any:
         raise
     except Exception as error:  # it is not our code
         raise MethodError(
-            f"{name!r} must be computed from the output and a batch of the {split} split, but "
-            f"raises {type(error).__name__}: {error}; call it yourself to see where."
+            f"{name!r} is called with the output and a whole batch of the {split} split, such as "
+            f"(inputs, labels), but raises {type(error).__name__}: {error}; of a criterion of "
+            "output and labels write lambda output, batch: criterion(output, batch[1])."
         ) from error
 
 
 def _cut(batch: Any) -> Any:
     """Keep the first samples of a batch of tensors that are cut alike."""
+    if not isinstance(batch, Mapping | list | tuple):
+        return batch
     size = counted(unpack(batch)[0])
     values = list(batch.values()) if isinstance(batch, Mapping) else batch
-    if isinstance(values, Tensor) or size <= TRIED:
+    if size <= TRIED:
         return batch
     alike = all(isinstance(v, Tensor) and v.dim() and len(v) == size for v in values)
     if not alike:
