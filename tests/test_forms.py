@@ -2,19 +2,24 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 import pliant
 from pliant import Data, Train
+from pliant.cost import tensors
 from pliant.data import unpack
 from pliant.data.asking import in_memory
 from pliant.data.classes import binary_hits, binary_loss
+from pliant.data.readers import load
 from pliant.data.ready import multi_label, task_of
 from pliant.data.sources import Batches, Columns, Items
 from pliant.data.together import as_tensor
@@ -51,7 +56,7 @@ def rows(count: int = 32) -> tuple[Tensor, Tensor]:
 def test_an_item_with_one_label_is_a_sample(label: object) -> None:
     data = Data.of([(torch.randn(10, 16), label)] * 20).read_by(Pooled())
     assert isinstance(data.source("train"), Items)
-    assert next(tensor.shape for tensor in data.example()) == (1, 10, 16)
+    assert next(tensors(data.example())).shape == (1, 10, 16)
 
 
 @pytest.mark.parametrize("network", [Pooled(), Recurrent()])
@@ -127,7 +132,7 @@ def test_labels_in_a_mapping_or_tuple_belong_to_inputs() -> None:
 
 
 def test_a_stream_says_how_to_give_it_a_length() -> None:
-    class Stream(IterableDataset):  # type: ignore[type-arg]
+    class Stream(IterableDataset):
         def __iter__(self) -> Iterator[tuple[Tensor, int]]:
             return ((x, n % 4) for n, x in enumerate(rows(40)[0]))
 
@@ -188,9 +193,9 @@ def test_a_value_may_stand_for_no_label() -> None:
 
 def test_a_criterion_of_labels_is_refused_with_what_to_write() -> None:
     train = Train(epochs=1, batch=16)
-    given = {"loss": nn.CrossEntropyLoss()}
+    loss = nn.CrossEntropyLoss()
     with pytest.raises(MethodError, match=r"lambda output, batch: criterion\(output, batch\[1\]\)"):
-        pliant.compress(nn.Linear(16, 4), rows(), "norm_loss", train=train, **given)
+        pliant.compress(nn.Linear(16, 4), rows(), "norm_loss", train=train, loss=loss)
 
 
 def test_functions_of_ones_own_get_copies() -> None:
@@ -241,3 +246,45 @@ def test_a_loss_that_is_no_number_at_once_blames_no_learning_rate() -> None:
     train = Train(epochs=1, batch=16)
     with pytest.raises(TrainingError, match="nothing was trained yet"):
         pliant.compress(nn.Linear(16, 4), rows(), "norm_loss", train=train, loss=loss)
+
+
+# ---------------------------------------------------------------- images
+
+
+def _image(path: Path, pixels: np.ndarray, **more: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path, **more)
+
+
+def test_images_as_cameras_write_them(tmp_path: Path) -> None:
+    half = np.zeros((24, 16, 3), np.uint8)
+    half[:12] = 255
+    aside = Image.Exif()
+    aside[0x0112] = 6  # turn it clockwise
+    for name in ("a", "b"):
+        _image(tmp_path / name / "0.png", half)
+        _image(tmp_path / name / "1.png", np.rot90(half).copy(), exif=aside.tobytes())
+    Image.fromarray(half).save(
+        tmp_path / "a" / "2.jpg", "MPO", save_all=True, append_images=[Image.fromarray(half)]
+    )
+    images = load(str(tmp_path)).train[0].float()
+    assert images.shape[1:] == (3, 24, 16)
+    assert images[:, :, :10].mean() > 250 and images[:, :, 14:].mean() < 5
+
+
+def test_a_palette_of_greys_is_grey(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        grey = Image.fromarray(np.arange(64, dtype=np.uint8).reshape(8, 8)).convert("P")
+        (tmp_path / name).mkdir()
+        grey.save(tmp_path / name / "0.png")
+    assert load(str(tmp_path)).train[0].shape == (2, 1, 8, 8)
+
+
+def test_folders_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    for name in ("train/a", "train/b", "test"):
+        _image(tmp_path / name / "0.png", np.zeros((8, 8, 3), np.uint8))
+    with pytest.raises(DataError, match="lie in no folder of a class, while those of train do"):
+        load(str(tmp_path))
+    (tmp_path / "train" / "a" / "again").symlink_to(tmp_path / "train" / "a")
+    with pytest.raises(DataError, match="again is a link to a folder that holds it"):
+        load(str(tmp_path))

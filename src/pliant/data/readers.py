@@ -30,7 +30,7 @@ from pliant.data.streams import last_tenth
 from pliant.errors import DataError, MissingExtraError, PliantError, require
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of three colours
-_FORMAT = 2  # of the cache; raise it when decoding changes
+_FORMAT = 3  # of the cache; raise it when decoding changes
 
 
 Normalize = Literal["auto", "imagenet", "data", "none"]

@@ -18,8 +18,13 @@ from pliant.math.alone import forked
 from pliant.observe.outputs import answers
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-_SEQUENCES = (nn.RNNBase, nn.MultiheadAttention, nn.Transformer)
-_SEQUENCES += (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
+_SEQUENCES: tuple[type[nn.Module], ...] = (
+    nn.RNNBase,
+    nn.MultiheadAttention,
+    nn.Transformer,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoderLayer,
+)
 
 
 @dataclass(frozen=True)
