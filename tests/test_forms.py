@@ -23,6 +23,7 @@ from pliant.data.readers import load
 from pliant.data.ready import multi_label, task_of
 from pliant.data.sources import Batches, Columns, Items
 from pliant.data.together import as_tensor
+from pliant.drivers.loop import evaluate
 from pliant.errors import DataError, MethodError, ModelError, TrainingError
 
 
@@ -288,3 +289,59 @@ def test_folders_that_cannot_be_read_are_named(tmp_path: Path) -> None:
     (tmp_path / "train" / "a" / "again").symlink_to(tmp_path / "train" / "a")
     with pytest.raises(DataError, match="again is a link to a folder that holds it"):
         load(str(tmp_path))
+
+
+# ---------------------------------------------------------------- decoders
+
+
+def _translator() -> tuple[nn.Module, Tensor, Tensor]:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1}
+    sizes |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2}
+    sizes |= {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "max_position_embeddings": 16}
+    torch.manual_seed(0)
+    network = transformers.BartForConditionalGeneration(
+        transformers.BartConfig(vocab_size=40, **sizes)
+    ).eval()
+    read, said = torch.randint(3, 40, (20, 6)), torch.randint(3, 40, (20, 8))
+    said[:, 6:] = -100
+    return network, read, said
+
+
+def test_a_decoder_reads_labels_moved_by_one() -> None:
+    network, read, said = _translator()
+    whole = {"input_ids": read, "labels": said}
+    batches = [{name: part[i : i + 10] for name, part in whole.items()} for i in (0, 10)]
+    samples = [{name: part[i] for name, part in whole.items()} for i in range(20)]
+    lists = [{name: part.tolist() for name, part in sample.items()} for sample in samples]
+    moved = network.prepare_decoder_input_ids_from_labels(said)  # type: ignore[operator]
+    for given in (whole, batches, iter(batches), samples, lists, DataLoader(samples, 10)):
+        data = Data(train=given) if given is not whole else Data(train=whole)
+        first = next(data.read_by(network).batches("train", 10))
+        assert torch.equal(first["decoder_input_ids"], moved[:10])
+    assert Data(train=read).read_by(network).source("train").labels is None
+
+
+def test_an_encoder_decoder_is_scored_as_it_scores_itself() -> None:
+    network, read, said = _translator()
+    with torch.no_grad():
+        wanted = float(network(input_ids=read, labels=said).loss)
+    data = Data(test={"input_ids": read, "labels": said}).read_by(network)
+    assert evaluate(network, data, "test").loss == pytest.approx(wanted, rel=1e-5)
+
+
+def test_labels_of_other_names_serve_a_network_that_returns_its_loss() -> None:
+    class Answers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.score = nn.Linear(16, 1)
+
+        def forward(self, x: Tensor, start: Tensor | None = None) -> dict[str, Tensor]:
+            logits = self.score(x)[..., 0]
+            return {"logits": logits} | (
+                {} if start is None else {"loss": F.cross_entropy(logits, start)}
+            )
+
+    data = {"x": torch.randn(20, 6, 16), "start": torch.arange(20) % 6}
+    report = pliant.compress(Answers(), data, "norm_loss", train=Train(epochs=1)).report
+    assert report.task == "own"

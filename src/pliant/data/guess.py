@@ -260,7 +260,8 @@ def _doubt(what: str, scores: Tensor, labels: Tensor) -> DataError:
     return DataError(
         f"{what}, but the network gives {tuple(scores.shape)} and the labels are {labels.dtype} "
         f"{tuple(labels.shape)}, so the task is in doubt: name it, task='classification', "
-        f"'regression', 'binary', 'multi-label', 'segmentation' or another, or {INSTEAD}."
+        f"'regression', 'binary', 'multi-label', 'segmentation' or another, 'own' if the network "
+        f"returns its loss when it is called with labels, or {INSTEAD}."
     )
 
 

@@ -142,7 +142,7 @@ def labels_of(batch: Any) -> Tensor:
     if labels is None:
         raise DataError(
             "Training and scoring need labels, but the batch has none: give (inputs, labels), "
-            "or a mapping with labels."
+            "call them labels in a mapping, or name task='own' if the network returns its loss."
         )
     if not isinstance(labels, Tensor):
         raise DataError(

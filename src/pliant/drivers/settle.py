@@ -14,7 +14,7 @@ from pliant.cost import call, counted, device_of, evaluating
 from pliant.data import Data, unpack
 from pliant.data.classes import binary_loss, binary_view, class_loss, class_view
 from pliant.data.guess import axis_of, guess, squashed
-from pliant.data.ready import classification, fed
+from pliant.data.ready import classification, fed, own
 from pliant.data.sources import Tensors, moved
 from pliant.data.splits import Split
 from pliant.data.task import INSTEAD, Task, labels_of, main_output, own_loss
@@ -48,6 +48,8 @@ def settle(
     telling: list[Split] = ["train"] if data.has("train") else []  # the most labels there are
     found = {split: _first(model, data, split) for split in dict.fromkeys((*telling, *splits))}
     labelled = {s: b for s, b in found.items() if unpack(b)[1] is not None or _judges(task)}
+    if task is None and trains and "train" not in labelled and _returns_loss(model, found["train"]):
+        task, labelled = own(), found  # its labels have names of their own
     if trains and "train" not in labelled:
         labels_of(found["train"])  # says what is missing
     if not labelled.keys() & set(splits):
@@ -82,6 +84,14 @@ def settle_run(run: Run) -> bool:
 def _judges(task: Task | None) -> bool:
     """Whether a task may do without labels: a loss and metrics of one's own know best."""
     return task is not None and task.name in ("custom", "own")
+
+
+def _returns_loss(model: nn.Module, batch: Any) -> bool:
+    """Whether a network calls a loss so for what it was given."""
+    with evaluating(model), torch.no_grad():
+        output = call(model, unpack(batch)[0])
+    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    return isinstance(found, Tensor) and found.numel() == 1
 
 
 def _first(model: nn.Module, data: Data, split: Split) -> Any:
