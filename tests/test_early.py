@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 import pliant
 from pliant.data import Train
-from pliant.drivers import early
 from pliant.errors import AccuracyWarning
 from pliant.render import words
 from pliant.render.markdown import markdown
 from pliant.result import Report
+from pliant.run import early
 
 CLASSES = 4
 
@@ -127,6 +127,114 @@ def test_lightning_is_watched_too(rate: float, times: int) -> None:
         result = pliant.conclude(run, DATA, dense=trained())
     assert len(found(result)) == times
     assert all(f"learning rate ({rate:g}) is too high" in text for text in found(result))
+
+
+def by_hand(run: pliant.Run, rate: float, *, asked: bool = True, warm: int = 0) -> None:
+    """A plain loop of eight steps more than its warm-up, which asks for its loss or does not."""
+    optimizer = torch.optim.Adam(run.model.parameters(), rate)
+    run.optimizer = optimizer
+    for step, (inputs, labels) in enumerate(LOADER):
+        if step == 8 + warm:
+            break
+        optimizer.param_groups[0]["lr"] = rate if step >= warm else rate * 1e-6 * (step + 1)
+        optimizer.zero_grad()
+        output = run.model(inputs)
+        loss = nn.functional.cross_entropy(output, labels)
+        loss = run.loss(loss, output, (inputs, labels)) if asked else loss
+        loss.backward()
+        run.before_step()
+        optimizer.step()
+        run.after_step()
+
+
+ROWS = torch.utils.data.TensorDataset(*samples(2048, 1))
+LOADER = torch.utils.data.DataLoader(ROWS, 32)
+
+
+@pytest.mark.parametrize(
+    ("rate", "asked", "warm", "times"),
+    [(30.0, True, 0, 1), (1e-4, True, 0, 0), (30.0, False, 0, 0), (30.0, True, 40, 1)],
+)
+def test_a_plain_loop_is_watched_too(rate: float, asked: bool, warm: int, times: int) -> None:
+    """By the loss that it shows to `Run.loss`, and for as long as its rate rises."""
+    run = pliant.start(trained(), "energy", "params=0.9", data=DATA, steps=8 + warm)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        by_hand(run, rate, asked=asked, warm=warm)
+    assert [Path(one.filename).name for one in said if one.category is AccuracyWarning] == [
+        Path(__file__).name
+    ] * times
+    result = pliant.conclude(run, DATA, dense=trained(), strict=False)
+    assert len(found(result)) == times
+    assert all(f"learning rate ({rate:g}) is too high" in text for text in found(result))
+
+
+def test_a_cut_is_not_taken_for_a_learning_rate() -> None:
+    """What it costs shows at once, while the rate stays as gentle as it was."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", AccuracyWarning)
+        run = pliant.start(trained(), "nrmf(search=0.5)", "params=0.3", data=DATA, steps=8)
+        by_hand(run, 1e-5)
+    assert run.edits and len(run.first.losses) == 4 and run.first.losses[0] > 0.5
+
+
+class Answers(nn.Module):
+    """A network as Transformers calls it: it gives its loss where it gets labels."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, inputs: Tensor, labels: Tensor | None = None, **more: Any) -> Any:
+        scores = self.net(inputs)
+        if labels is None:
+            return {"logits": scores}
+        total = nn.functional.cross_entropy(scores, labels, reduction="sum")
+        return {"loss": total / more.get("num_items_in_batch", len(labels)), "logits": scores}
+
+
+@pytest.mark.parametrize(
+    ("rate", "own", "parts", "times"),
+    [(30.0, True, 1, 1), (30.0, False, 8, 1), (1e-4, False, 1, 0)],
+)
+def test_transformers_are_watched_too(
+    rate: float, own: bool, parts: int, times: int, tmp_path: Path
+) -> None:
+    """Whether the model gives its loss or the run computes it."""
+    hf = pytest.importorskip("transformers")
+    from pliant.drivers.hf import PliantCallback, loss_function
+
+    run = pliant.start(trained(), "energy", "params=0.9", data=DATA, steps=8)
+    trainer = hf.Trainer(
+        Answers(run.model),
+        hf.TrainingArguments(
+            str(tmp_path),
+            max_steps=8,
+            learning_rate=rate,
+            max_grad_norm=0.0,
+            per_device_train_batch_size=32 // parts,
+            gradient_accumulation_steps=parts,
+            report_to="none",
+            use_cpu=True,
+            disable_tqdm=True,
+            logging_strategy="no",
+            save_strategy="no",
+        ),
+        train_dataset=[{"inputs": x, "labels": y} for x, y in zip(*samples(256, 1), strict=True)],
+        callbacks=[PliantCallback(run)],
+        compute_loss_func=loss_function(run) if own else None,
+    )
+    trainer.remove_callback(hf.PrinterCallback)
+    inputs, labels = samples(256, 1)
+    known = float(nn.functional.cross_entropy(run.model(inputs), labels))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer.train()
+        result = pliant.conclude(run, DATA, dense=trained())
+    assert len(found(result)) == times
+    assert all(f"learning rate ({rate:g}) is too high" in text for text in found(result))
+    assert run.first.guessing == pytest.approx(math.log(CLASSES))
+    assert 0.3 < run.first.losses[0] / known < 3  # of a batch, not of its part in a step
 
 
 def test_what_was_seen_is_resumed(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from pliant.cost import tensors
 from pliant.data import unpack
 from pliant.data.asking import in_memory
 from pliant.data.classes import binary_hits, binary_loss
+from pliant.data.digest import digests
 from pliant.data.readers import load
 from pliant.data.ready import multi_label, task_of
 from pliant.data.sources import Batches, Columns, Items
@@ -345,3 +346,66 @@ def test_labels_of_other_names_serve_a_network_that_returns_its_loss() -> None:
     data = {"x": torch.randn(20, 6, 16), "start": torch.arange(20) % 6}
     report = pliant.compress(Answers(), data, "norm_loss", train=Train(epochs=1)).report
     assert report.task == "own"
+
+
+# ---------------------------------------------------------------- training
+
+
+def test_a_second_look_at_lists_and_data_sets_sees_all_labels() -> None:
+    x, y = rows(64)
+    other = y.clone()
+    other[61] = 3 - other[61]
+
+    def digest(given: Any) -> str:
+        return digests(Data(train=given))[1]
+
+    def batches(labels: Tensor) -> list[tuple[Tensor, Tensor]]:
+        return list(zip(x.split(8), labels.split(8), strict=True))
+
+    for make in (batches, lambda labels: DataLoader(TensorDataset(x, labels), 8)):
+        assert digest(make(y)) == digest(make(y)) != digest(make(other))
+
+
+def test_another_loss_is_another_training(tmp_path: Path) -> None:
+    def run(loss: Any, *, resume: bool) -> object:
+        train = Train(epochs=1, batch=16)
+        more: Any = {"train": train, "folder": tmp_path, "resume": resume, "loss": loss}
+        return pliant.compress(nn.Linear(16, 4), rows(), "norm_loss", **more)
+
+    torch.manual_seed(0)
+    run(lambda output, batch: F.cross_entropy(output, batch[1]), resume=False)
+    torch.manual_seed(0)
+    with pytest.raises(TrainingError, match="its loss is"):
+        run(lambda output, batch: F.cross_entropy(output, batch[1]) * 2, resume=True)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_the_callers_mode_does_not_stop_a_training(mode: Any) -> None:
+    with mode():
+        result = pliant.compress(nn.Linear(16, 4), rows(), "norm_loss", train=Train(epochs=1))
+    assert result.report.history
+
+
+def test_lbfgs_starts_afresh_behind_an_edit() -> None:
+    torch.manual_seed(0)
+    network = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4))
+    x, y = rows()
+    optimizer = torch.optim.LBFGS(network.parameters(), 0.1, max_iter=2)
+    budget, data = pliant.Budget(params=0.7), Data(train=(x, y))
+    method = pliant.method("nrmf(search=0.3)")
+    run = pliant.start(network, method, budget, data=data, optimizer=optimizer, steps=6)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(network(x), y)
+        loss.backward()
+        return loss
+
+    for _ in range(6):
+        closure()
+        run.before_step()
+        optimizer.step(closure)  # type: ignore[arg-type]
+        run.after_step()
+    run.finish()
+    held = {id(p) for p in optimizer.param_groups[0]["params"]}
+    assert run.edits and held == {id(p) for p in network.parameters()}

@@ -69,6 +69,7 @@ class PliantCallback(_Callback):
         self.run = run
         self._scores = settle_run(run)
         self._edits = len(run.edits)
+        self._parts = 1  # of a step: the batches over which a loss is divided
 
     def restore(self, checkpoint: str | Path) -> None:
         """Bring a fresh run to a checkpoint of the Trainer; its edits are replayed.
@@ -112,6 +113,9 @@ class PliantCallback(_Callback):
             )
         check_trainer(self.run, state.max_steps)
         self._check_settings(args, state)
+        self._parts = args.gradient_accumulation_steps
+        model = kwargs.get("model", self.run.model)
+        self.run.hook(model.register_forward_hook(self._hear, with_kwargs=True))
         optimizer = kwargs.get("optimizer")
         if optimizer is not None:
             wrapped = isinstance(optimizer, AcceleratedOptimizer)
@@ -146,6 +150,13 @@ class PliantCallback(_Callback):
         """Finish the run; whether the budget is met is for the caller to see."""
         agree(self.run.model, args.world_size, weights=False)
         self.run.finish(strict=False)
+
+    def _hear(self, model: Any, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
+        """Take the loss that a model gives with its output, which is what trains it."""
+        loss = output.get("loss") if model.training and isinstance(output, Mapping) else None
+        if loss is not None:
+            parts = self._parts if "num_items_in_batch" in kwargs else 1
+            self.run.hear(parts * loss.detach(), output, kwargs)
 
     def _check_settings(self, args: Any, state: Any) -> None:
         """Refuse settings under which a hook would see what it must not, or not see the data."""

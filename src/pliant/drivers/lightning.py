@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 
 from torch.utils.hooks import RemovableHandle
 
-from pliant.drivers import early
 from pliant.drivers.check import (
     check_heard,
     check_one_device,
@@ -91,7 +90,6 @@ class PliantCallback(_Callback):
         self._steps = 0  # of the Trainer, at the last hook
         self._taken = run.step  # of the run, at the last hook
         self._by_hand = False  # whether training_step calls the run's steps
-        self._first: list[float] | None = []  # losses of the first steps, None: no more is watched
         self._edits = len(run.edits)
         self._loading: RemovableHandle | None = None  # of the hook that replays edits
 
@@ -130,7 +128,6 @@ class PliantCallback(_Callback):
             check_trainer(self.run, trainer.estimated_stepping_batches)
         self.run.optimizer = list(trainer.optimizers) or self.run.optimizers
         self._steps, self._by_hand = trainer.global_step, len(trainer.optimizers) > 1
-        self._first = None if self.run.step else []
 
     def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
         """Gradients are complete."""
@@ -149,6 +146,8 @@ class PliantCallback(_Callback):
         if trainer.global_step == self._steps:
             return
         self._steps = trainer.global_step
+        if self.run.first.heard is None and isinstance(outputs, Mapping) and "loss" in outputs:
+            self.run.hear(outputs["loss"])
         if not self._by_hand:
             agree(self.run.model, trainer.world_size, weights=False)
             self.run.after_step()
@@ -159,7 +158,6 @@ class PliantCallback(_Callback):
                 "training_step, and run.after_step() after them."
             )
         self._taken = self.run.step
-        self._watch(trainer, outputs)
         self._check_edits(trainer)
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -179,16 +177,6 @@ class PliantCallback(_Callback):
         """Leave no hook in the network."""
         self.run.close()
         self._forget()
-
-    def _watch(self, trainer: Any, outputs: Any) -> None:
-        """Say once that the learning rate destroys what the network knew."""
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
-        if loss is None or self._first is None or len(self._first) == early.STEPS:
-            return
-        self._first.append(float(loss))
-        rate = trainer.optimizers[0].param_groups[0]["lr"]
-        if early.look(self.run, self._first, None, rate):
-            self._first = None
 
     def _forget(self) -> None:
         if self._loading is not None:

@@ -18,7 +18,7 @@ from pliant.cost import call, counted
 from pliant.data import Data, Train, unpack
 from pliant.data.criterion import weighted
 from pliant.data.epochs import Epochs
-from pliant.drivers import checkpoint, early
+from pliant.drivers import checkpoint
 from pliant.drivers.check import not_finite, trains
 from pliant.drivers.devices import (
     agree,
@@ -34,7 +34,7 @@ from pliant.drivers.schedule import optimizers_of, rate
 from pliant.drivers.score import distillation, scored
 from pliant.edits import Edit
 from pliant.errors import DataError, TrainingError
-from pliant.run import Run
+from pliant.run import FirstSteps, Run
 
 if TYPE_CHECKING:
     from lightning_fabric import Fabric
@@ -79,8 +79,6 @@ class Training:
     identity: dict[str, str] = field(default_factory=dict)
     began: float = 0.0
     taken: int = 0  # steps since then
-    first: list[float] = field(default_factory=list)  # losses of the phase, while they are watched
-    guessing: float | None = None  # the loss by chance, where answers are classes
 
     @property
     def hooks(self) -> bool:
@@ -110,6 +108,7 @@ class Training:
         if self.teacher is not None:
             self.teacher = self.fabric.to_device(self.teacher.eval())
         if saved is None:
+            self.run.first = FirstSteps(self.name, self.train.lr)
             self._set_up()
         else:
             self._restore(saved)
@@ -122,7 +121,8 @@ class Training:
             self.clean = False
             agree(self.run.model, self.fabric.world_size)
             self.run.finish(strict=False)
-            self.place, self.first = Place(FINETUNE), []
+            self.place = Place(FINETUNE)
+            self.run.first = FirstSteps(self.name, self.train.lr, edits=len(self.run.edits))
             self._set_up()
             self.save()
         if self.place.phase == FINETUNE:
@@ -144,7 +144,6 @@ class Training:
                 "identity": self.identity,
                 "threads": torch.get_num_threads(),
                 "place": vars(self.place),
-                "first": [*self.first, math.nan if self.guessing is None else self.guessing],
                 "run": self.run.state_dict(),
                 "model": self.run.model.state_dict(),
                 "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -156,8 +155,6 @@ class Training:
     def _restore(self, saved: dict[str, Any]) -> None:
         """Edits first, with shapes only; then the tensors."""
         self.place = Place(**saved["place"])
-        *self.first, guessing = saved.get("first", [math.nan])
-        self.guessing = None if math.isnan(guessing) else guessing
         if self.place.phase == SEARCH:
             self._set_up()
         self.run.load_state_dict(saved["run"])
@@ -193,7 +190,6 @@ class Training:
         for batch in self._batches() if place.batch < last else ():
             with self._whole():
                 loss = self._step(batch)
-                self._look(loss)
                 place.batch, place.step = place.batch + 1, place.step + 1
                 place.total, place.seconds = place.total + loss, time.monotonic() - began
             every = self.train.checkpoint_every
@@ -249,21 +245,20 @@ class Training:
         if self.hooks:
             agree(self.run.model, self.fabric.world_size, weights=False)
             self.run.after_step()
+        else:
+            self.run.judge()
         return float(task.detach())
-
-    def _look(self, loss: float) -> None:
-        """Say once in a phase that its learning rate destroys what the network knew."""
-        if len(self.first) == self.place.step < early.watched(self.train, self.steps):
-            self.first.append(loss)
-            if early.look(self.run, self.first, self.guessing, self.train.lr, self.name):
-                self.first.clear()  # of this phase no more is watched
 
     def _loss(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Return the loss of the task, and the one to differentiate."""
         labels = unpack(batch)[1]
+<<<<<<< HEAD
         output = self._output(batch)
         if not self.place.step:
             self.guessing = early.chance(self.run, output)
+=======
+        output = call(self._wrapped(), self.run.inputs_of(batch))
+>>>>>>> main
         weighs = self.hooks and self.run.reduction == "none"
         if weighs:
             losses = self.run.task_loss(output, batch, "none")
@@ -280,6 +275,7 @@ class Training:
                 target = call(self.teacher, self.run.inputs_of(batch))
             gap = distillation(output, target, self.train.temperature, self.run.task)
             loss = (1 - self.train.distill) * loss + self.train.distill * gap
+        self.run.hear(task, output, batch)
         return task, loss
 
     def _output(self, batch: Any) -> Any:

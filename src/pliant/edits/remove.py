@@ -16,7 +16,8 @@ from pliant.nn import layers
 class Remove:
     """Lets a whole block or layer pass its input, or leaves the shortcut of a residual block.
 
-    What reads and what gives it must fit each other then. ``pliant.surgery.remove`` finds the
+    What reads and what gives it must fit each other then: where a block appends channels to what
+    it reads, whatever reads them must have lost them before. ``pliant.surgery.remove`` finds the
     blocks for which that is so, and proves it.
 
     Args:
@@ -74,13 +75,14 @@ class Remove:
             for name in self.shortcut.split("."):
                 found = _part(found, name, self)
             return found
-        if before.input != before.output:
+        if before.input != before.output and not _appends(before):
             raise EditError(
                 f"{self.layer} makes {before.output} of {before.input}, so it cannot be removed: "
                 "name a shortcut that does the same."
             )
         kind = nn.ReLU if self.relu else nn.Identity
-        return replace(before, kind=kind.__name__, params=0, macs=0, bytes=0, weight=(), parts=())
+        left = replace(before, params=0, macs=0, bytes=0, weight=(), parts=())
+        return replace(left, kind=kind.__name__, output=before.input)
 
     def _take_out(self, model: nn.Module) -> Replaced:
         """Shorten the row that holds the block."""
@@ -102,6 +104,12 @@ class Remove:
             return module.get_submodule(self.shortcut)
         except AttributeError:
             raise _missing(self) from None
+
+
+def _appends(before: LayerCost) -> bool:
+    """Whether shapes differ as if channels were appended."""
+    given, output = before.input, before.output
+    return len(given) == len(output) > 0 and given[1:] == output[1:] and given[0] < output[0]
 
 
 def _part(before: LayerCost, name: str, edit: Remove) -> LayerCost:

@@ -26,7 +26,7 @@ from pliant.data.guess import guess, task_loss
 from pliant.data.sources import moved
 from pliant.data.task import Task
 from pliant.edits import Edit, Replaced, from_json, made, note, to_json
-from pliant.errors import BudgetError, DataError, PliantError, TrainingError
+from pliant.errors import AccuracyWarning, BudgetError, DataError, PliantError, TrainingError
 from pliant.latency.clock import Clock
 from pliant.nn.layers import Factorizable
 from pliant.observe.aside import Aside, Removable
@@ -34,6 +34,7 @@ from pliant.observe.finite import check_left, in_words
 from pliant.observe.order import called_by
 from pliant.observe.outputs import logits
 from pliant.plan.planner import Planner
+from pliant.run.early import FirstSteps, chance
 from pliant.run.ended import unended
 from pliant.run.hooks import Hooks
 from pliant.run.journal import Called, Journal
@@ -69,6 +70,7 @@ class Run:
         epochs: what each epoch trains on, where the loop was told; see `batches`.
         followers: optimizers and copies, which go along with every edit.
         called: what the training loop has called so far.
+        first: watches whether the learning rate destroys what the network knew.
         aside: what to take out of the model at the end, and what is kept beside it until then.
         finished: whether the compression has been made permanent.
         began: of a view, step and epoch of the whole run at which its own clock began.
@@ -91,6 +93,7 @@ class Run:
     epochs: Epochs | None = None
     followers: Followers = field(default_factory=Followers)
     called: Called = field(default_factory=Called)
+    first: FirstSteps = field(default_factory=FirstSteps)
     aside: Aside = field(default_factory=Aside)
     finished: bool = False
     began: tuple[int, int] = (0, 0)
@@ -230,6 +233,8 @@ class Run:
     def loss(self, loss: Tensor, output: Any, batch: Any) -> Tensor:
         """Return the loss to differentiate; equal to ``loss`` unless the method needs outputs.
 
+        The first losses tell whether the learning rate destroys what the network knew.
+
         Args:
             loss: of the task, computed with ``reduction=run.reduction``.
             output: of the network.
@@ -239,11 +244,23 @@ class Run:
             MethodError: the method weighs samples, and the loss is one number.
         """
         self.called.heard = True
+        self.hear(loss, output, batch)
         with self._in_words():
             if self.method.uses("weigh"):
                 weights = self.method.weigh(self, loss.detach(), output, batch)
                 loss = weighted(loss, weights, output, unpack(batch)[1])
             return self.method.loss(self, loss, output, batch)
+
+    def hear(self, loss: Any, output: Any = None, batch: Any = None) -> None:
+        """Take the loss of a batch, where a loop does not ask `loss`, to watch its first steps.
+
+        Args:
+            loss: of the task, a number or a tensor.
+            output: of the network, if it is known.
+            batch: from which it came.
+        """
+        known = output is not None and self.first.asks
+        self.first.hear(loss, chance(self.task, output, batch, self.model) if known else None)
 
     def before_step(self) -> None:
         """Call when all gradients are there, before the optimizer's step.
@@ -277,9 +294,16 @@ class Run:
         """
         self.followers.stale.check()
         self.called.heard = False
+        self.judge()
         self.step += 1
         with self._in_words():
             self.method.after_step(self)
+
+    def judge(self) -> None:
+        """Warn once, and note in the history, if the learning rate destroys what was known."""
+        if said := self.first.step(self.lr if self.optimizer else None, len(self.edits)):
+            self.note(finding=said)
+            warnings.warn(said, AccuracyWarning, stacklevel=3)
 
     def after_epoch(self) -> None:
         """Call at the end of every epoch."""
@@ -344,6 +368,7 @@ class Run:
             "state": _copied(self.state),
             "edits": to_json(self.edits),
             "log": list(self.log),
+            "first": self.first.state_dict(),
             "reasons": dict(self.reasons),
             "missed": list(self.missed),
             "generator": self.generator.get_state(),
@@ -371,6 +396,7 @@ class Run:
         self.state.clear()
         self.state.update(_copied(saved["state"], device))
         self.log[:] = list(saved["log"])
+        self.first.load_state_dict(saved.get("first", {}))
         self.generator.set_state(saved["generator"])
         self.reasons.clear()
         self.reasons.update(saved["reasons"])

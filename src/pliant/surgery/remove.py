@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,16 +11,19 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pliant.cost import Example, call, twin
-from pliant.edits import Remove
+from pliant.edits import Edit, Prune, Remove
 from pliant.errors import EditError
 from pliant.nn.filters import WEIGHTED
 from pliant.observe.watch import capture
+from pliant.surgery.graph import Group, trace
 from pliant.surgery.probe import first_sample
-from pliant.surgery.prove import differs, randomized
+from pliant.surgery.prove import differs, edits_of, ignore, randomized
 from pliant.surgery.select import UNCALLED
 
 _ENDS = (*WEIGHTED, _BatchNorm)
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+Appended = Mapping[str, Sequence[Group]]
+"""For blocks that append channels to what they read: these channels, and all that reads them."""
 
 
 def removable(model: nn.Module, example: Example) -> tuple[list[Remove], dict[str, str]]:
@@ -28,28 +31,31 @@ def removable(model: nn.Module, example: Example) -> tuple[list[Remove], dict[st
 
     A block is any module with layers in it that is no mere row. It is removable where, if its
     branch gave nothing, it would be an identity or one of its own children (a projection), with a
-    rectifier behind or without. A convolution or Linear is removable where it keeps shapes.
+    rectifier behind or without. A convolution or Linear is removable where it keeps shapes, and a
+    block that appends channels to what it reads, as in a DenseNet, where all that reads these can
+    do without them.
 
     Args:
         model: not touched.
         example: the inputs of one forward call.
 
     Returns:
-        An edit for every such block or layer, in the order of the model, each proven by itself;
-        and a reason for every other.
+        An edit for every such block or layer, in the order of the model, each proven by itself
+        (see `without`); and a reason for every other.
 
     Raises:
         ModelError: the network answers with no tensor that could be compared.
     """
     random = randomized(model)
     seen = _look(random, example)
+    channels = _appended(random, example, seen)
     found, reasons = [], {}
     for name, module in random.named_modules():
         if not name or not _may_leave(module):
             continue
         edits, reasons[name] = _candidates(random, name, seen)
-        for edit in edits:
-            problem = _problem(random, example, [edit], seen)
+        for edit in [Remove(name)] if name in channels else edits:
+            problem = _problem(random, example, [edit], seen, channels)
             if not problem:
                 found.append(edit)
                 del reasons[name]
@@ -62,14 +68,43 @@ def prove_removed(model: nn.Module, example: Example, edits: Sequence[Remove]) -
     """Make sure that a network without some blocks runs, and computes what it did if they gave 0.
 
     Both are tried as copies with random weights: in the whole one the branches of those blocks end
-    in zeros, and layers without a shortcut pass what comes. So it is the structure that is proven.
+    in zeros, layers without a shortcut pass what comes, and nothing reads what blocks append. So it
+    is the structure that is proven.
 
     Raises:
         EditError: the smaller network fails in forward, or computes something else.
     """
     random = randomized(model)
-    if problem := _problem(random, example, edits, _look(random, example)):
+    seen = _look(random, example)
+    if problem := _problem(random, example, edits, seen, _appended(random, example, seen)):
         raise EditError(f"These blocks cannot be removed: without them {problem}.")
+
+
+def appended(model: nn.Module, example: Example) -> Appended:
+    """Find the blocks that append channels to what they read, and where these channels go.
+
+    Args:
+        model: not touched.
+        example: the inputs of one forward call.
+    """
+    random = randomized(model)
+    return _appended(random, example, _look(random, example))
+
+
+def without(model: nn.Module, edits: Sequence[Remove], channels: Appended) -> list[Edit]:
+    """Return the edits that take blocks out of a network, those first that others need for it.
+
+    All that reads what a block appends loses these channels.
+
+    Args:
+        model: as it is before; not touched.
+        edits: the blocks.
+        channels: see `appended`.
+    """
+    groups = [group for edit in edits for group in channels.get(edit.layer, ())]
+    cuts = edits_of(model, groups, {group.name: range(len(group.units)) for group in groups})
+    gone = [edit.layer for edit in edits]
+    return [*(cut for cut in cuts if not any(_within(cut.layer, g) for g in gone)), *edits]
 
 
 def branch_ends(model: nn.Module, example: Example, edits: Sequence[Remove]) -> list[str]:
@@ -158,20 +193,67 @@ def _size(module: nn.Module, child: str) -> int:
     return sum(parameter.numel() for parameter in module.get_submodule(child).parameters())
 
 
+def _appended(
+    model: nn.Module, example: Example, seen: dict[str, list[_Call]]
+) -> dict[str, list[Group]]:
+    blocks = [name for name, module in model.named_modules() if name and _may_leave(module)]
+    more = {name: count for name in blocks if (count := _more(seen.get(name, [])))}
+    groups = trace(model, example)[0] if more else []
+    found = {name: [group for group in groups if _leads_out(group, name)] for name in more}
+    return {name: own for name, own in found.items() if _makes(own) == more[name]}
+
+
+def _more(calls: list[_Call]) -> int:
+    """How many channels a block gives beside those it reads; 0 if it passes not all of them."""
+    given, output = (calls[0].given, calls[0].output) if len(calls) == 1 else (None, None)
+    if not isinstance(given, Tensor) or not isinstance(output, Tensor) or given.dim() < 2:
+        return 0
+    if given.shape[:1] + given.shape[2:] != output.shape[:1] + output.shape[2:]:
+        return 0
+    size = given.shape[1]
+    passed = any(torch.equal(part, given) for part in (output[:, :size], output[:, -size:]))
+    return output.shape[1] - size if passed else 0
+
+
+def _leads_out(group: Group, block: str) -> bool:
+    """Whether channels are made in a block and nowhere else, and read behind it."""
+    inside = [_within(layer, block) for layer, _ in group.slots]
+    makers = all(_within(layer, block) for layer, _ in group.makers)
+    return makers and any(inside) and not all(inside)
+
+
+def _makes(groups: Sequence[Group]) -> int:
+    """How many channels there are in some groups, all those of a unit counted."""
+    return sum(
+        len(unit[group.slots.index(group.makers[0])]) for group in groups for unit in group.units
+    )
+
+
+def _within(name: str, block: str) -> bool:
+    return name == block or name.startswith(f"{block}.")
+
+
 # ---------------------------------------------------------------- proof
 
 
 def _problem(
-    random: nn.Module, example: Example, edits: Sequence[Remove], seen: dict[str, list[_Call]]
+    random: nn.Module,
+    example: Example,
+    edits: Sequence[Remove],
+    seen: dict[str, list[_Call]],
+    channels: Appended,
 ) -> str:
     """Say what goes wrong in a network without some blocks, or nothing."""
     whole = twin(random)
+    leaving = without(random, edits, channels)
     try:
         for edit in edits:
-            _close(whole, edit, seen)
+            if edit.layer not in channels:
+                _close(whole, edit, seen)
     except EditError as error:
         return str(error)
-    return differs(whole, example, random, edits)
+    ignore(whole, [edit for edit in leaving if isinstance(edit, Prune)])
+    return differs(whole, example, random, leaving)
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 import copy
 import math
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,9 +11,11 @@ from sklearn.covariance import LedoitWolf
 from sklearn.feature_selection import mutual_info_regression
 from torch import Tensor, nn
 
+from pliant import compress, load
 from pliant.budget import Budget
+from pliant.cost import cost, module_cost
 from pliant.data import Data
-from pliant.edits import Remove
+from pliant.edits import Remove, replay
 from pliant.errors import BudgetError, DataError
 from pliant.families.prune.blocks import increments, information, units
 from pliant.math.information import (
@@ -24,6 +28,7 @@ from pliant.math.information import (
 )
 from pliant.methods.prune.mi_layers import MILayers
 from pliant.run import start
+from pliant.surgery.remove import appended, removable, without
 from pliant.testing import Case
 from pliant.zoo.resnet_cifar import CifarResNet
 from tests.cases.prune import pair, run_of
@@ -224,6 +229,75 @@ def too_little_is_refused() -> None:
         start(model, MILayers(), Budget(params=0.01), data=data, steps=5)
 
 
+class DenseLayer(nn.Module):
+    """Appends four channels to what it reads, by a bottleneck of six."""
+
+    def __init__(self, reads: int) -> None:
+        super().__init__()
+        self.norm1, self.conv1 = nn.BatchNorm2d(reads), nn.Conv2d(reads, 6, 1, bias=False)
+        self.norm2, self.conv2 = nn.BatchNorm2d(6), nn.Conv2d(6, 4, 3, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.conv1(self.norm1(x).relu())
+        return torch.cat([x, self.conv2(self.norm2(hidden).relu())], 1)
+
+
+def densenet() -> tuple[nn.Sequential, Data]:
+    """Two dense blocks of three layers on eight channels, a transition to ten between them."""
+    torch.manual_seed(0)
+    halves = nn.BatchNorm2d(20), nn.ReLU(), nn.Conv2d(20, 10, 1, bias=False), nn.AvgPool2d(2)
+    model = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1, bias=False),
+        nn.Sequential(*(DenseLayer(8 + 4 * place) for place in range(3))),
+        nn.Sequential(*halves),
+        nn.Sequential(*(DenseLayer(10 + 4 * place) for place in range(3))),
+        *(nn.BatchNorm2d(22), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        nn.Linear(22, 10),
+    )
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                for name in ("weight", "bias", "running_var"):
+                    getattr(module, name).uniform_(0.2, 1.5)
+    images = torch.randn(128, 3, 8, 8) * torch.rand(128, 3, 1, 1) + torch.randn(128, 3, 1, 1)
+    return model.eval(), Data((images, torch.arange(128) % 10), classes=10)
+
+
+def a_dense_layer_leaves_with_all_that_reads_it() -> None:
+    """Logits are those where nothing reads its channels, 12 to 15; costs fall as by hand."""
+    model, data = densenet()
+    found = removable(model, data.example(2))[0]
+    assert [edit.layer for edit in found] == ["1.0", "1.1", "1.2", "3.0", "3.1", "3.2"]
+    masked, images = copy.deepcopy(model), data.train[0][:4]
+    with torch.no_grad():
+        for name in ("1.2.conv1", "2.2"):
+            masked.get_submodule(name).weight[:, 12:16] = 0  # type: ignore[operator]
+        before, wanted = cost(model, (images[:1],)), masked(images)
+        replay(model, without(model, [Remove("1.1")], appended(model, (images,))))
+        assert torch.allclose(model(images), wanted, atol=1e-5)
+    after = cost(model, (images[:1],))
+    alone = Remove("1.1").predict(module_cost(masked, (images[:1],), "1.1"))
+    assert (alone.params, alone.output) == (0, (12, 8, 8))
+    layer, readers = 2 * 12 + 12 * 6 + 2 * 6 + 6 * 4 * 9, 2 * 4 + 4 * 6 + 2 * 4 + 4 * 10
+    assert before.params - after.params == layer + readers
+    assert before.macs - after.macs == 64 * (12 * 6 + 6 * 4 * 9 + 4 * 6 + 4 * 10)
+
+
+def dense_layers_that_say_nothing_leave_first() -> None:
+    """Of both blocks in one cut, as many as the budget asks for; the file is whole."""
+    model, data = densenet()
+    with torch.no_grad():
+        for name in ("1.1", "3.2"):
+            model.get_submodule(f"{name}.conv2").weight.zero_()  # type: ignore[operator]
+    result = compress(model, data, "mi_layers", "params=0.75")
+    removed = {edit.layer for edit in result.edits if isinstance(edit, Remove)}
+    assert removed == {"1.1", "3.2"} and result.report.met
+    with tempfile.TemporaryDirectory() as folder:
+        again = load(result.save(Path(folder) / "dense.pliant"), densenet()[0]).eval()
+    images = data.train[0][:4]
+    assert torch.equal(again(images), result.model.eval()(images))
+
+
 NONE = "no block that can be removed"
 
 CASES = (
@@ -256,6 +330,8 @@ CASES = (
             costs_fall_as_by_hand,
             gains_count_within_a_stage,
             disjoint_samples_agree,
+            a_dense_layer_leaves_with_all_that_reads_it,
+            dense_layers_that_say_nothing_leave_first,
             too_little_is_refused,
         ),
     ),

@@ -22,7 +22,7 @@ from pliant.math.information import (
 from pliant.nn.filters import WEIGHTED
 from pliant.observe.rows import Rows
 from pliant.run import Run
-from pliant.surgery.remove import branch_ends, removable
+from pliant.surgery.remove import Appended, branch_ends, removable, without
 from pliant.surgery.select import readable
 
 SAMPLES, LEAST = 4, 8  # samples for each component, and at all
@@ -33,7 +33,7 @@ _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 def units(
     run: Run, only: Sequence[str] = (), exclude: Sequence[str] = (), *, needed: bool = True
 ) -> list[Remove]:
-    """Return what may leave whole: blocks with an identity as shortcut, and layers in no block.
+    """Return what may leave whole: blocks that pass what they read, and layers in no block.
 
     Of blocks within blocks the inner ones are meant. Why others stay is recorded.
 
@@ -65,7 +65,7 @@ def units(
         )
     ]
     if needed and not good:
-        needs = "residual blocks with an identity as shortcut, or layers that keep shapes"
+        needs = "blocks that add to what they read or append to it, or layers that keep shapes"
         raise nothing_for(f"block that can be removed: it needs {needs}", reasons)
     return good
 
@@ -126,10 +126,18 @@ def increments(values: Sequence[float], edits: Sequence[Remove]) -> list[float]:
     return found
 
 
-def enough(run: Run, ranked: Sequence[Remove], limits: Mapping[str, float]) -> list[Remove]:
+def enough(
+    run: Run, ranked: Sequence[Remove], limits: Mapping[str, float], channels: Appended
+) -> list[Remove]:
     """Return the first of a ranking of blocks without which the network is within limits.
 
     Numbers are counted on copies, milliseconds are measured.
+
+    Args:
+        run: of the network.
+        ranked: blocks, those first that leave first.
+        limits: of the budget, by axis.
+        channels: see `pliant.surgery.remove.appended`.
 
     Raises:
         BudgetError: even without all of them a limit is missed.
@@ -137,12 +145,12 @@ def enough(run: Run, ranked: Sequence[Remove], limits: Mapping[str, float]) -> l
     best: dict[str, float] = {}
 
     def fits(count: int) -> bool:
-        model = twin(run.model)
-        replay(model, ranked[:count])
+        model, edits = twin(run.model), without(run.model, ranked[:count], channels)
+        replay(model, edits)
         left = cost(model, run.example)
         now = {axis: float(getattr(left, axis)) for axis in limits if axis != "latency"}
         if run.clock is not None and "latency" in limits:
-            now["latency"] = run.clock.weigh(run.model, ranked[:count])[0] / AIM
+            now["latency"] = run.clock.weigh(run.model, edits)[0] / AIM
         best.update({axis: min(value, best.get(axis, value)) for axis, value in now.items()})
         return all(value <= limits[axis] for axis, value in now.items())
 

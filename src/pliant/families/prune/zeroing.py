@@ -22,40 +22,48 @@ LARGE = 1e300  # behind all that may leave
 
 
 class Replay:
-    """Runs a network again from some layer on: the layers before give what they gave.
+    """Runs a network again from some layer on: what comes before gives what it gave.
+
+    A block that is over by then is not entered: it gives at once what it gave.
 
     Args:
-        model: a copy to be thrown away; the forward of its innermost modules is replaced.
+        model: a copy to be thrown away; the forward of its modules is replaced.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.order: dict[str, int] = {}  # the last call of each, in order
         self.kept: dict[str, Tensor] = {}
+        self._begun: dict[str, int] = {}  # how many layers were called before the first call
+        self._over: dict[str, int] = {}  # and until the last call was over
         self._calls, self._first = 0, -1
         for name, module in model.named_modules():
-            if not any(True for _ in module.children()):
-                module.forward = self._forward(name, module.forward)
+            inner = not any(True for _ in module.children())
+            module.forward = self._forward(name, module.forward, inner=inner)
 
     def run(self, example: Example) -> Any:
         """Run all of it, and keep what modules gave that were called once."""
-        self.order, self.kept, self._calls, self._first = {}, {}, 0, -1
+        self.kept, self._begun, self._over = {}, {}, {}
+        self._calls, self._first = 0, -1
         return call(self.model, example)
 
     def again(self, example: Example, layers: Iterable[str]) -> Any:
         """Run what comes from the first of some layers on; the input is that of before."""
-        self._first = min((self.order.get(name, 0) for name in layers), default=0)
+        self._first = min((self._begun.get(name, 0) for name in layers), default=0)
         return call(self.model, example)
 
-    def _forward(self, name: str, compute: Callable[..., Any]) -> Callable[..., Any]:
+    def _forward(
+        self, name: str, compute: Callable[..., Any], *, inner: bool
+    ) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
             if self._first >= 0:
-                early = self.order.get(name, math.inf) < self._first
+                early = self._over.get(name, math.inf) <= self._first
                 known = self.kept.get(name) if early else None
                 return compute(*args, **kwargs) if known is None else known.clone()
+            again = name in self._begun
+            self._begun.setdefault(name, self._calls)
             output = compute(*args, **kwargs)
-            again = name in self.order
-            self.order[name], self._calls = self._calls, self._calls + 1
+            self._calls += inner
+            self._over[name] = self._calls
             if isinstance(output, Tensor) and not again:
                 self.kept[name] = output.clone()  # others may work in place
             else:

@@ -15,7 +15,7 @@ from pliant.families.prune.ranking import Scope
 from pliant.math.information import Estimator
 from pliant.registry import In, Paper, register
 from pliant.run import Run
-from pliant.surgery.remove import prove_removed
+from pliant.surgery.remove import appended, prove_removed, without
 
 PAPER = Paper(
     "On the Information of Feature Maps and Pruning of Deep Neural Networks",
@@ -36,12 +36,17 @@ class MILayers(ChannelPruning):
     about the other is estimated as if both were normal (``gaussian``, from canonical
     correlations and a shrunk covariance), from distances to neighbours (``ksg``), by a linear
     probe for the predicted class (``probe``), or as their distance correlation (``dcor``). Blocks
-    with an identity as shortcut may leave, and layers that keep shapes where they lie in no block.
-    Depth shrinks, widths stay. Needs training inputs.
+    with an identity as shortcut may leave, dense ones, which append channels to what they read,
+    with all that reads these channels, and layers that keep shapes where they lie in no block.
+    Depth shrinks, other widths stay. Needs training inputs.
 
     *Departs from the paper*, of which only the aim is known here: the estimators, what they look
-    at and the rounds are inferred. Layers of networks that concatenate stay (DenseNet). It does
-    not stop by the error: ``ratio`` or the budget says how far it goes.
+    at and the rounds are inferred. Dense layers of networks that concatenate what they were given
+    as a list stay (torchvision's DenseNet). It does not stop by the error: ``ratio`` or the budget
+    says how far it goes.
+
+    *Shown* (tests, a DenseNet of two blocks of three layers): without a dense layer logits are
+    those where nothing reads its channels, to 1e-5, and costs fall as counted by hand.
 
     *Measured* (bench ``prune-family``): with 42 % of its multiply-accumulates, trained for 2 epochs
     on 2,000 images, ResNet-20 was right on 46.2 % by ``mi_layers(samples=512)`` and on 69.2 % by
@@ -68,8 +73,9 @@ class MILayers(ChannelPruning):
         need_inputs(run, "mi_layers", "looks at activations of training inputs")
 
     def prepare(self, run: Run) -> None:
-        found = units(run, self.only, self.exclude)
-        enough(run, found, {axis: b for axis, b in run.limits().items() if axis != "latency"})
+        found, channels = units(run, self.only, self.exclude), appended(run.model, run.example)
+        counted = {axis: b for axis, b in run.limits().items() if axis != "latency"}
+        enough(run, found, counted, channels)
         self.cut_if_due(run)
 
     def cut(self, run: Run, goal: Goal, *, last: bool = True) -> None:
@@ -78,11 +84,13 @@ class MILayers(ChannelPruning):
             return
         values = self.worth(run, found)
         ranked = [found[place] for place in sorted(range(len(found)), key=values.__getitem__)]
-        count = round(goal.ratio * len(found))
-        leaving = enough(run, ranked, goal.limits) if goal.limits else ranked[:count]
+        channels = appended(run.model, run.example)
+        leaving = ranked[: round(goal.ratio * len(found))]
+        if goal.limits:
+            leaving = enough(run, ranked, goal.limits, channels)
         if leaving:
             prove_removed(run.model, run.example, leaving)
-            run.apply(*leaving)
+            run.apply(*without(run.model, leaving, channels))
         if last:
             run.recalibrate()
         keep_blocks(run, [edit for edit in found if edit not in leaving])

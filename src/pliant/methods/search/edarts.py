@@ -43,8 +43,8 @@ class EDARTS(Method):
     channels, as PC-DARTS does.
 
     *Measured* (bench ``search-family``: CIFAR-10 of 16 x 16 pixels, networks trained from
-    scratch for six epochs, two seeds): 42.9 % beside 42.0 ± 1.7 % of random cells, so it is
-    not told apart from random search, and 40.1 ± 2.3 % of first-order DARTS. Searched on for 80
+    scratch for six epochs, three seeds): 42.9 % beside 41.8 ± 1.2 % of random cells, so it is
+    not told apart from random search, and 40.8 ± 2.0 % of first-order DARTS. Searched on for 80
     epochs on 64 digits (``skip-collapse``, three seeds), DARTS ends with 6.7 ± 2.1 skip connections
     of 16 edges, where chance would give 4, and this with 2.7 ± 0.6; without its dropout of skips
     there are 2.7 ± 2.1, so what that adds was not shown.

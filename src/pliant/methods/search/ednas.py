@@ -40,8 +40,8 @@ class EDNAS(Method):
     of the shares falls they become nearly one-hot. At the end every layer keeps its best size.
 
     *Measured* (bench ``search-family``: CIFAR-10 of 16 x 16 pixels, networks trained from
-    scratch for six epochs, two seeds): 36.8 ± 0.2 % beside 35.7 ± 1.9 % of random sizes of equal
-    cost and 36.9 ± 0.7 % of kernels of 3, wider: it does not beat random search there. In bench
+    scratch for six epochs, three seeds): 36.8 ± 0.2 % beside 36.2 ± 1.6 % of random sizes of equal
+    cost and 36.6 ± 0.7 % of kernels of 3, wider: it does not beat random search there. In bench
     ``search-items`` one of three random assignments was as accurate at less cost, in one of two
     seeds. A step took 0.66 of the time of a mixture of what each kernel gives, and as many products
     as one kernel of 7. Where only pixels of a known distance tell the classes apart, it found the

@@ -35,14 +35,14 @@ class VPUNAS(Method):
     sampled paths runs. At the end each block keeps its best candidate.
 
     *Measured* (bench ``search-family``: CIFAR-10 of 16 x 16 pixels, networks trained from
-    scratch for six epochs, two seeds): 37.0 ± 2.1 % beside 34.8 ± 3.2 % of random blocks of equal
-    cost, less in both seeds, and 30.9 ± 2.7 % of equal blocks at a smaller width; the search took
-    26 s. The table times each layer alone: networks so small took half to three quarters of its
-    sum. It ranked 20 random ones by a Spearman correlation of 0.98 (bench ``search-items``).
-    Found for onnxruntime, a network had half of the predicted milliseconds of MobileNetV2's blocks
-    at a width as accurate, all at 25 % after four epochs. Two made-up devices got networks that
-    take half of the other's time on their own; these were 17 and 11 points apart on digits, since
-    kernels of 3 had learned less in six epochs than kernels of 7.
+    scratch for six epochs, three seeds): 36.8 ± 1.5 % beside 34.9 ± 2.3 % of random blocks of equal
+    cost, 1.9 ± 0.5 more seed by seed, and 30.4 ± 2.1 % of equal blocks at a smaller width; the
+    search took 32 s. The table times each layer alone: networks so small took half to three
+    quarters of its sum. It ranked 20 random ones by a Spearman correlation of 0.98 (bench
+    ``search-items``). Found for onnxruntime, a network had half of the predicted milliseconds of
+    MobileNetV2's blocks at a width as accurate, all at 25 % after four epochs. Two made-up devices
+    got networks that take half of the other's time on their own; these were 17 and 11 points apart
+    on digits, since kernels of 3 had learned less in six epochs than kernels of 7.
 
     *Departs from the paper*: only its abstract was at hand. What it says is here: a
     differentiable search for error and latency together, measured on the device that shall run
