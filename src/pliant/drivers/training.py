@@ -252,13 +252,7 @@ class Training:
     def _loss(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Return the loss of the task, and the one to differentiate."""
         labels = unpack(batch)[1]
-<<<<<<< HEAD
         output = self._output(batch)
-        if not self.place.step:
-            self.guessing = early.chance(self.run, output)
-=======
-        output = call(self._wrapped(), self.run.inputs_of(batch))
->>>>>>> main
         weighs = self.hooks and self.run.reduction == "none"
         if weighs:
             losses = self.run.task_loss(output, batch, "none")
