@@ -201,8 +201,8 @@ class Training:
         if place.batch < last:
             raise DataError(
                 f"The loader must give as many batches as its length says, {length}, but "
-                f"epoch {place.epoch} ended after {place.batch} that hold samples; correct its "
-                "__len__, and leave empty batches out."
+                f"epoch {place.epoch} ended after {place.batch}; correct its "
+                "__len__, and give no empty batches."
             )
         self._end_epoch()
 
