@@ -57,10 +57,10 @@ def _split(source: Source) -> tuple[Any, Any]:
         given, labels = unpack(source.batch(rows))
         return (len(source), given), labels
     if isinstance(source, Batches) and isinstance(source.loader, list | tuple | Loose):
-        given = [unpack(batch) for batch in source]
-        every = sum(tensor.numel() for tensor in tensors([each[0] for each in given])) <= WHOLE
-        inputs = [each[0] for each in (given if every else given[:STREAMED])]
-        return (len(given), inputs), [each[1] for each in given]
+        pairs = [unpack(batch) for batch in source]
+        every = sum(tensor.numel() for tensor in tensors([pair[0] for pair in pairs])) <= WHOLE
+        shown = [pair[0] for pair in (pairs if every else pairs[:STREAMED])]
+        return (len(pairs), shown), [pair[1] for pair in pairs]
     indexed = source.indexed() if isinstance(source, Batches) else source
     length = source.samples if isinstance(source, Batches) else len(source)
     first, second = (list(_drawn(source, indexed)) for _ in range(2))
