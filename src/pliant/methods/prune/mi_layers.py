@@ -83,7 +83,7 @@ class MILayers(ChannelPruning):
         if leaving:
             prove_removed(run.model, run.example, leaving)
             run.apply(*leaving)
-        if last:
+        if last and run.edits:
             run.recalibrate()
         keep_blocks(run, [edit for edit in found if edit not in leaving])
 
