@@ -91,7 +91,7 @@ class MILayers(ChannelPruning):
         if leaving:
             prove_removed(run.model, run.example, leaving)
             run.apply(*without(run.model, leaving, channels))
-        if last:
+        if last and run.edits:
             run.recalibrate()
         keep_blocks(run, [edit for edit in found if edit not in leaving])
 

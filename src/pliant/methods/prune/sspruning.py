@@ -84,7 +84,8 @@ class SSPruning(ChannelPruning):
         if edits and run.has_inputs:
             absorb(run.model, unread(edits, found), run.inputs(ABSORBED))
         run.apply(*edits)
-        run.recalibrate()
+        if edits:
+            run.recalibrate()
         keep_whole(run, groups)
 
     def _found(self, run: Run) -> tuple[Groups, list[Region]]:
