@@ -376,7 +376,7 @@ def test_reasons_are_in_the_words_of_this_family() -> None:
     assert list(found.single) == ["same"]
     assert found.reasons == {
         "norm": "it holds no matrix: there is nothing to pack",
-        "both": "its class Bilinear has no single weight that could be packed",
+        "both": "no packed form does with its weight what Bilinear does",
         "unused": UNCALLED,
         "scaled": "its class Scaled computes something else than Linear does",
         "normed": "its weight is parametrized: remove the parametrization first",

@@ -162,7 +162,7 @@ def _times(run: Run, layer: str, *, changed: bool) -> tuple[dict[str, float], di
 def _default_reason(run: Run, layer: str, before: LayerCost) -> str:
     """Say of a layer of which the method says nothing why it is as it was."""
     if len(before.weight) > 1:
-        return "the method changes no shapes here"
+        return f"{before.kind} is no kind of layer that this method changes"
     for name, parameter in _parameters(run.model, layer):
         if sum(size > 1 for size in parameter.shape) > 1:
             shape = " x ".join(map(str, parameter.shape))

@@ -47,3 +47,8 @@ def check_model(model: nn.Module) -> None:
                 f"Weights must hold numbers, but {name!r} is a meta tensor, which has a shape "
                 "only: load the weights, or call model.to_empty and initialize them."
             )
+        if tensor.layout != torch.strided:
+            raise ModelError(
+                f"Weights must be dense tensors, but {name!r} is a sparse one "
+                f"({str(tensor.layout).removeprefix('torch.')}): give its to_dense()."
+            )

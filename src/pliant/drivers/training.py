@@ -34,6 +34,7 @@ from pliant.drivers.schedule import optimizers_of, rate
 from pliant.drivers.score import distillation, scored
 from pliant.edits import Edit
 from pliant.errors import DataError, TrainingError
+from pliant.observe.gradients import differentiated
 from pliant.run import FirstSteps, Run
 
 if TYPE_CHECKING:
@@ -234,7 +235,8 @@ class Training:
         if not math.isfinite(value := float(loss.detach())):
             why = not_finite(self.run.model, batch)
             raise TrainingError(self._lost(f"the loss is {value}, and {why}"))
-        self.fabric.backward(loss)
+        with differentiated(self.run.model):
+            self.fabric.backward(loss)
         for optimizer in self.optimizers:
             self.fabric.strategy.precision.unscale_gradients(optimizer)  # of 16-mixed only
         if self.train.clip is not None:

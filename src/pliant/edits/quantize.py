@@ -13,7 +13,7 @@ from pliant.cost import LayerCost
 from pliant.edits.edit import Replaced, layer_of
 from pliant.errors import EditError
 from pliant.math.quantize import best_scales, grouping
-from pliant.nn import kinds
+from pliant.nn import kinds, layers
 from pliant.nn.packed import Bits, Values
 from pliant.nn.product import Product
 from pliant.nn.quantized import Quantized
@@ -153,9 +153,9 @@ def unpackable(model: nn.Module, name: str) -> str | None:
     if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
         return "the MultiheadAttention around it reads this weight, and is packed as a whole"
     if kinds.kind_of(module) is None:
-        return f"its class {type(module).__name__} has no single weight that could be packed"
-    if not isinstance(getattr(module, "weight", None), nn.Parameter):
-        return "its weight is computed anew at every call: remove what computes it first"
+        return f"no packed form does with its weight what {type(module).__name__} does"
+    if reason := layers.unowned(module):
+        return reason
     if module.weight.is_complex():
         return "its weight is complex, and levels lie on a line"
     if getattr(module, "max_norm", None) is not None:

@@ -205,13 +205,14 @@ def load(
         manifest: what `inspect` has read of this very file; read now if None.
 
     Returns:
-        The model.
+        The model, out of what torch.compile or data parallelism put around it.
 
     Raises:
         ArtifactError: the file is missing, damaged, foreign, too new, or made from another
             architecture. Nothing is loaded then, and the model is as it was.
     """
     path = path_of(path)
+    model = _itself(model)
     with opened(path) as archive:
         if manifest is None:
             with reading(path):
@@ -249,6 +250,22 @@ def check_fits(path: str | Path, manifest: Manifest, shapes: nn.Module) -> None:
     path = path_of(path)
     with reading(path):
         _compare(manifest, tried(manifest, shapes, shapes, most=bound(path, shapes)))
+
+
+def _itself(
+    model: nn.Module | Callable[[], nn.Module] | None,
+) -> nn.Module | Callable[[], nn.Module] | None:
+    """Look through wrappers: of a network, or of what a function builds."""
+    if isinstance(model, nn.Module):
+        return bare(model)
+    if not callable(model):
+        return model
+
+    def build() -> Any:
+        found = model()
+        return bare(found) if isinstance(found, nn.Module) else found
+
+    return build
 
 
 def _built(

@@ -120,8 +120,8 @@ def unreadable(
         return "its weight is parametrized: remove the parametrization first"
     if type(module) not in ((*_PLAIN, *_TRANSPOSED) if every else _PLAIN):
         return _foreign(module)
-    if _weight_norm_hooked(module):
-        return "its weight is computed by a forward-pre hook: remove it first"
+    if reason := unowned(module):
+        return reason
     if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.MultiheadAttention):
         return "MultiheadAttention reads this weight directly"
     return _own(model, name, shared)
@@ -158,6 +158,8 @@ def _foreign(module: nn.Module) -> str:
         return "its projections are packed in one tensor, which was not split"
     if isinstance(module, nn.RNNBase):
         return f"{kind} multiplies its matrices within one fused operation, step by step"
+    if isinstance(module, nn.EmbeddingBag):
+        return f"{kind} sums rows while it looks them up, and has no factorized form here"
     if isinstance(module, nn.modules.conv._ConvTransposeNd):
         return f"{kind} has its inputs first: its weight cannot be read as that of a convolution"
     if isinstance(module, _PLAIN):
@@ -165,10 +167,13 @@ def _foreign(module: nn.Module) -> str:
     return f"{kind} has no factorized form here"
 
 
-def _weight_norm_hooked(module: nn.Module) -> bool:
-    return not isinstance(getattr(module, "weight", None), nn.Parameter) and isinstance(
-        module, (nn.Linear, nn.modules.conv._ConvNd)
-    )
+def unowned(module: Any) -> str | None:
+    """Say why the weight of a layer is no parameter of its own, or None if it is one."""
+    if isinstance(getattr(module, "weight", None), nn.Parameter):
+        return None
+    if "weight" in module._buffers:
+        return "its weight is a buffer, which nothing trains: make it a parameter first"
+    return "its weight is computed by a forward-pre hook: remove it first"
 
 
 def in_layout_of(dense: Tensor, kernel: Tensor) -> Tensor:

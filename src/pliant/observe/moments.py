@@ -20,6 +20,7 @@ from pliant.math.reads import Alike, Diagonal, Gram, Reads, Rows, over
 from pliant.math.svd import self_product
 from pliant.nn.kinds import TABLE, TRANSPOSED, channels_last, kernel
 from pliant.nn.layers import Factorizable
+from pliant.observe.gradients import CHANGED
 from pliant.observe.outputs import wide_answers
 from pliant.observe.watch import capture, samples
 
@@ -287,13 +288,22 @@ def _gather(
         return
     names = [name for name, calls in outputs.items() for _ in calls]
     edges = [edge for calls in outputs.values() for edge in calls]
-    gradients: Sequence[Tensor | None] = torch.autograd.grad(loss, edges, allow_unused=True)
-    for name, gradient in zip(names, gradients, strict=True):
+    for name, gradient in zip(names, _pulled(loss, edges), strict=True):
         if gradient is None:
             continue
         axis = -1 if channels_last(layers[name]) else 1
         rows = torch.atleast_2d(gradient.float()).movedim(axis, -1).flatten(0, -2)
         pulls[name] = _with(pulls.get(name, []), rows)
+
+
+def _pulled(loss: Tensor, edges: Sequence[GradientEdge]) -> Sequence[Tensor | None]:
+    """Return gradients; none where the network overwrites what they need."""
+    try:
+        return torch.autograd.grad(loss, edges, allow_unused=True)
+    except RuntimeError as error:
+        if CHANGED not in str(error):
+            raise
+        return [None] * len(edges)
 
 
 def _with(known: Pull, rows: Tensor) -> Pull:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from pliant.cost import Example, call, fitted, repeated, samples_of, twin
 from pliant.edits.prune import channel_axis, sides
@@ -78,8 +79,7 @@ class Probe:
                 module.forward = self._marking(name, module)
             elif sides(module):
                 module.register_forward_pre_hook(self._reader((name, "channels")))
-                grouped = isinstance(module, nn.GroupNorm)
-                if grouped:  # what it mixes is tied afterwards
+                if _apart(module):
                     module.forward = _unchanged
             kind = type(module).__name__
             if "norm" in kind.lower() and not isinstance(module, _APART):
@@ -164,7 +164,7 @@ class Probe:
         samples = self._by_samples(tensor)
         if samples is None:
             return self._scattered(tensor)
-        return self._marks(samples).flatten(1).any(1).cpu()
+        return self._marks(samples).reshape(self.count, -1).any(1).cpu()
 
     def _by_samples(self, tensor: Tensor) -> Tensor | None:
         """Put the rows of a sample, such as words or windows, behind an axis of samples.
@@ -292,6 +292,12 @@ class Probe:
             if moved or found[block.rows].any():
                 everything = range(self.sizes[block.source])
                 self.pin(block.source, everything, f"{slot[0]} does not read it sample by sample")
+
+
+def _apart(module: nn.Module) -> bool:
+    """Say whether a norm is passed by: what it mixes is tied afterwards, or not of channels."""
+    samples = isinstance(module, _BatchNorm) and module.running_mean is None
+    return samples or isinstance(module, nn.GroupNorm)
 
 
 def _unchanged(x: Tensor) -> Tensor:

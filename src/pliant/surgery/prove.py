@@ -179,6 +179,34 @@ def prove(
         raise EditError(f"These channels cannot be removed: without them {problem}.")
 
 
+def unproven(
+    model: nn.Module,
+    example: Example,
+    groups: Sequence[Group],
+    leaving: Leaving,
+    batches: Iterable[Example] = (),
+) -> dict[str, str]:
+    """Name the groups whose units cannot leave as planned, and say what happens without them.
+
+    It is the proof of `prove`, for all groups at once; where it fails, they are split until those
+    that fail are alone. Nothing is named where all that is planned may leave.
+
+    Args:
+        model: not touched.
+        example: the inputs of one forward call.
+        groups: of channels, proven before for other units.
+        leaving: the units that are to leave.
+        batches: as for `cuttable`.
+    """
+    random = randomized(model)
+    examples = [example, *reaching(random, example, batches)]
+    found: dict[str, str] = {}
+    cut = [group for group in groups if leaving.get(group.name)]
+    while failing := _failing(random, examples, [g for g in cut if g.name not in found], leaving):
+        found |= failing
+    return found
+
+
 def prove_same(model: nn.Module, example: Example, edits: Sequence[Edit], sentence: str) -> None:
     """Make sure that an edited network runs, and computes what it did before.
 
@@ -226,20 +254,23 @@ def silence(model: nn.Module, edits: Iterable[Prune]) -> None:
 
 
 def _failing(
-    random: nn.Module, examples: Sequence[Example], groups: Sequence[Group]
+    random: nn.Module,
+    examples: Sequence[Example],
+    groups: Sequence[Group],
+    leaving: Leaving | None = None,
 ) -> dict[str, str]:
-    """Name the groups that cannot be cut, and what happens then."""
+    """Name the groups that cannot be cut, and what happens then; in halves, if not as planned."""
     if not groups:
         return {}
-    halves = {group.name: _every_second(group) for group in groups}
-    problem = _problem(random, examples, edits_of(random, groups, halves))
+    units = leaving or {group.name: _every_second(group) for group in groups}
+    problem = _problem(random, examples, edits_of(random, groups, units))
     if not problem:
         return {}
     if len(groups) == 1:
         return {groups[0].name: problem}
     middle = len(groups) // 2
-    first = _failing(random, examples, groups[:middle])
-    second = _failing(random, examples, groups[middle:])
+    first = _failing(random, examples, groups[:middle], leaving)
+    second = _failing(random, examples, groups[middle:], leaving)
     if first or second:
         return first | second
     return {group.name: f"and of others {problem}" for group in groups}

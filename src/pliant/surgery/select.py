@@ -37,7 +37,7 @@ def factorizable(
     Raises:
         MethodError: a pattern matches no layer.
     """
-    kinds = (*KERNELS, nn.Embedding) if every else KERNELS
+    kinds = (*KERNELS, nn.Embedding, nn.EmbeddingBag)
     return _split(model, only, exclude, partial(obstacle, every=every), kinds)
 
 

@@ -19,7 +19,7 @@ from pliant.errors import EditError, nothing_for
 from pliant.run import Run
 from pliant.surgery.batchnorm import absorb, recalibrate
 from pliant.surgery.graph import Group, Slot
-from pliant.surgery.prove import cuttable, edits_of, prove
+from pliant.surgery.prove import cuttable, edits_of, unproven
 from pliant.surgery.widen import widened
 
 FEWEST = 2  # channels of a layer that can still be told apart, so that it can grow again
@@ -45,8 +45,8 @@ def narrow(run: Run, share: float) -> None:
         kept = max(FEWEST, math.ceil(share * len(group.units) - 1e-9))
         order = _energies(run.model, group).argsort(stable=True).tolist()
         leaving[group.name] = sorted(order[: max(0, len(order) - kept)])
-    edits = edits_of(run.model, groups, leaving)
-    prove(run.model, run.example, edits)
+    failing = unproven(run.model, run.example, groups, leaving)
+    edits = edits_of(run.model, [g for g in groups if g.name not in failing], leaving)
     if run.has_inputs:
         unread = {edit.layer: edit.removed() for edit in edits if edit.side == "in"}
         absorb(run.model, unread, run.inputs(CALIBRATED))

@@ -218,7 +218,7 @@ def factorize(
         edits: a plan.
         layers: the layers that could have been factorized.
         seen: metrics to factorize in; empty for the weights' own.
-        recalibrate: re-estimate batch norms afterwards, where there is data.
+        recalibrate: re-estimate batch norms afterwards, where there is data and anything changed.
         reconstruct: training inputs from which the new layers are then refitted, one after the
             other, to what the dense network says; 0 for none.
     """
@@ -236,7 +236,7 @@ def factorize(
     for name in layers:
         if name not in changed:
             run.keep(name, "no factorized form at the rank it needs is smaller")
-    if recalibrate:
+    if recalibrate and edits:
         run.recalibrate()
     if dense is not None:
         batch = max(1, min(reconstruct, HELD // _largest(run)))

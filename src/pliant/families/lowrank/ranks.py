@@ -27,6 +27,7 @@ from pliant.math import forms
 from pliant.math.metric import Metric
 from pliant.nn import factorized as rows_of
 from pliant.nn import layers as places
+from pliant.observe.gradients import differentiated
 from pliant.observe.outputs import logits
 from pliant.observe.watch import samples as size_of
 from pliant.run import Run
@@ -156,7 +157,8 @@ def gradients(run: Run, layers: Layers, count: int, *, seed: int) -> dict[str, T
             loss = _summed(run, batch)
             if loss is None:
                 return {}
-            pulls = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
+            with differentiated(run.model):
+                pulls = torch.autograd.grad(loss, list(weights.values()), allow_unused=True)
             for name, pull in zip(weights, pulls, strict=True):
                 found[name] += 0 if pull is None else pull
             done += size_of(unpack(batch)[0])

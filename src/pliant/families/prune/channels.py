@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,12 +10,16 @@ from torch import nn
 
 from pliant.cost import Example, twin
 from pliant.edits import Prune
-from pliant.errors import nothing_for
+from pliant.edits.prune import sides
+from pliant.errors import EditError, nothing_for
 from pliant.run import ROUTED, Run
 from pliant.surgery.batchnorm import absorb, recalibrate
 from pliant.surgery.graph import Group
-from pliant.surgery.prove import cuttable, ignore
+from pliant.surgery.prove import WITHOUT, cuttable, ignore
 from pliant.surgery.select import readable
+
+OVER_ALL = "it takes its statistics over all of its channels, so these stay"
+OTHERS = "{} keeps its channels: they leave convolutions, Linear layers and norms of channels only"
 
 ABSORBED = 256  # samples that say what leaving channels give on average
 REHEARSED = 512  # samples from which batch norms are re-estimated in a copy that is only tried
@@ -42,13 +46,27 @@ def removable(run: Run, only: Sequence[str] = (), exclude: Sequence[str] = ()) -
             if side != "in":
                 reasons[layer] = barred[0]
     touched = {layer for group in good for layer, _ in group.slots}
-    left = unwanted | reasons
+    left = _others(run.model) | unwanted | reasons
     run.keep_all({layer: reason for layer, reason in left.items() if layer not in touched})
     if not good:
         needs = "it needs two layers in a row, of which the first may be narrower"
         what = f"channels that can be removed: {needs}"
-        raise nothing_for(what, reasons, "it has no layers with channels")
+        raise nothing_for(what, unwanted | reasons, "it has no layers with channels")
     return good
+
+
+def _others(model: nn.Module) -> dict[str, str]:
+    """Say of layers without sides that can be cut why their channels stay."""
+    found = {}
+    for name, module in model.named_modules():
+        if not any(True for _ in module.parameters(recurse=False)) or sides(module):
+            continue
+        kind = type(module).__name__
+        if "norm" in kind.lower():
+            found[name] = OVER_ALL
+        elif type(module).__module__.startswith("torch."):
+            found[name] = OTHERS.format(kind)
+    return found
 
 
 @dataclass
@@ -82,6 +100,31 @@ def _found(run: Run) -> tuple[list[Group], dict[str, str]]:
         found.groups, found.reasons = cuttable(run.model, run.example, routed(run))
         found.shapes = _shapes(run.model)
     return list(found.groups), dict(found.reasons)
+
+
+def leave_out(run: Run, groups: Sequence[Group], failing: Mapping[str, str]) -> list[Group]:
+    """Return the groups without those that cannot leave, and record why these do not.
+
+    Args:
+        run: later cuts do not find them again.
+        groups: of channels.
+        failing: what happens without some units, by the name of their group.
+
+    Raises:
+        EditError: no group is left.
+    """
+    left = [group for group in groups if group.name not in failing]
+    if not left:
+        first = next(iter(failing.values()))
+        raise EditError(f"These channels cannot be removed: without them {first}.")
+    stay = {layer for group in left for layer, _ in group.slots}
+    for group in groups:
+        for layer, side in group.slots if group.name in failing else ():
+            if side != "in" and layer not in stay:
+                run.keep(layer, f"{WITHOUT} {failing[group.name]}")
+    for found in run.aside.all(Found):
+        found.groups = [group for group in found.groups if group.name not in failing]
+    return left
 
 
 def _shapes(model: nn.Module) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from pliant.cost import Example, call
+from pliant.observe.gradients import differentiated
 from pliant.observe.moments import surprise
 from pliant.observe.watch import record_gradients, samples, with_first
 from pliant.surgery.graph import Group
@@ -93,9 +94,10 @@ def pulls(
     if not found:  # none of them was called, as experts may be
         return
     layers, values, edges = zip(*found, strict=True)
-    gradients: Sequence[Tensor | None] = torch.autograd.grad(
-        loss, edges, allow_unused=True, retain_graph=again
-    )
+    with differentiated(model):
+        gradients: Sequence[Tensor | None] = torch.autograd.grad(
+            loss, edges, allow_unused=True, retain_graph=again
+        )
     for layer, value, gradient in zip(layers, values, gradients, strict=True):
         if gradient is None or not value.numel():
             continue

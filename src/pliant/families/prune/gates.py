@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from pliant.cost import evaluating
 from pliant.families.prune.scores import Groups
+from pliant.observe.gradients import differentiated
 from pliant.observe.watch import with_first
 
 T = TypeVar("T")
@@ -131,7 +132,9 @@ def effects(
             parameter.requires_grad_(False)
         for batch in batches:
             with evaluating(model), torch.enable_grad():
-                loss(batch).backward()
+                given = loss(batch)
+                with differentiated(model):
+                    given.backward()
             yield gates.take()
     finally:
         gates.remove()

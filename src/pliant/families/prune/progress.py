@@ -12,13 +12,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from pliant.edits import Edit, Prune
-from pliant.families.prune.channels import keep_whole, remove
+from pliant.families.prune.channels import keep_whole, leave_out, remove
 from pliant.families.prune.scores import Groups, Rows, Scores, importance, rows_of, weakest
 from pliant.families.prune.soft import fade
 from pliant.nn.kinds import in_rows, to_rows
 from pliant.run import Run
 from pliant.surgery.graph import Group
-from pliant.surgery.prove import Leaving, edits_of, prove
+from pliant.surgery.prove import Leaving, edits_of, unproven
 
 Course = Literal["exponential", "linear"]
 Criterion = Literal["path", "net", "sum"]
@@ -182,8 +182,9 @@ def take(run: Run, groups: Groups, leaving: Leaving, *, norms: bool, last: bool)
     """
     for group in groups:
         reset(run.model, run.optimizers, group, run.state["fresh"][group.name], norms=norms)
-    if edits := edits_of(run.model, groups, leaving):
-        prove(run.model, run.example, edits)
+    if failing := unproven(run.model, run.example, groups, leaving):
+        groups = leave_out(run, groups, failing)
+    edits = edits_of(run.model, groups, leaving)
     remove(run, edits, recalibrate=last)
     run.restate(merged(run.edits))
     if last:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from pliant.families.prune.allocate import Goal, allocate, check_reachable, on_the_way
-from pliant.families.prune.channels import keep_whole, removable, remove, routed
+from pliant.families.prune.channels import keep_whole, leave_out, removable, remove, routed
 from pliant.families.prune.ranking import Scope, floors_of, ranking
 from pliant.families.prune.schedule import MOST_ROUNDS, Schedule
 from pliant.families.prune.scores import Groups, Scores
@@ -14,7 +14,7 @@ from pliant.method import Method
 from pliant.plan.remember import remembered
 from pliant.registry import In
 from pliant.run import Run
-from pliant.surgery.prove import Leaving, edits_of, prove
+from pliant.surgery.prove import Leaving, edits_of, unproven
 
 Ratio = Annotated[float, In(0, 1, open="high")]
 Share = Annotated[float, In(0, 1)]
@@ -123,14 +123,21 @@ class ChannelPruning(Method):
 
         Raises:
             BudgetError: the limits cannot be met; the message names what is reachable.
-            EditError: the network does not run without these units.
+            EditError: the network runs without the units of no group.
         """
         groups = self.groups(run)
         run.state.setdefault("floors", floors_of(groups, self.least))
-        leaving = self.allocation(run, groups, goal)
+        groups, leaving = self._proven(run, groups, goal)
         edits = edits_of(run.model, groups, leaving)
-        if edits:
-            prove(run.model, run.example, edits, routed(run))
         self.adjust(run, groups, leaving)
         remove(run, edits, recalibrate=last)
         keep_whole(run, groups)
+
+    def _proven(self, run: Run, groups: Groups, goal: Goal) -> tuple[Groups, Leaving]:
+        """Plan what leaves; groups that cannot leave so are left out, and the rest goes further."""
+        while True:
+            leaving = self.allocation(run, groups, goal)
+            failing = unproven(run.model, run.example, groups, leaving, routed(run))
+            if not failing:
+                return groups, leaving
+            groups = leave_out(run, groups, failing)

@@ -21,7 +21,7 @@ from pliant.families.prune.scores import Groups
 from pliant.nn.layers import Factorizable
 from pliant.observe.order import order
 from pliant.run import Run
-from pliant.surgery.prove import cuttable, edits_of, prove
+from pliant.surgery.prove import cuttable, edits_of, unproven
 from pliant.surgery.select import readable
 
 Masks = Mapping[str, Tensor]
@@ -152,7 +152,6 @@ def drop_unread(run: Run, only: Sequence[str], exclude: Sequence[str]) -> None:
     chosen, _ = readable(run.model, only=only, exclude=exclude, every=True)
     groups, _ = cuttable(run.model, run.example)
     mine = [g for g in groups if all(layer in chosen for layer, _ in g.makers)]
-    edits = edits_of(run.model, mine, unread(run.model, mine))
-    if edits:
-        prove(run.model, run.example, edits)
-        run.apply(*edits)
+    leaving = unread(run.model, mine)
+    failing = unproven(run.model, run.example, mine, leaving)
+    run.apply(*edits_of(run.model, [g for g in mine if g.name not in failing], leaving))

@@ -25,6 +25,7 @@ from pliant.families.quantize.samples import Shown
 from pliant.families.quantize.tunable import tunables
 from pliant.math.quantize import FLOOR, levels
 from pliant.nn import kinds
+from pliant.observe.gradients import differentiated
 from pliant.observe.outputs import logits, wide_answers
 from pliant.observe.watch import beside, recording
 
@@ -173,7 +174,8 @@ def independent(
         with torch.enable_grad():
             gap = found[name](*args, **kwargs).float() - output.float()
             if gap.numel():  # not an expert to which nothing was routed
-                gap.square().mean().backward()
+                with differentiated(found[name]):
+                    gap.square().mean().backward()
 
     def step(batch: Shown) -> None:
         with torch.no_grad(), beside(teacher, blocks, see):
@@ -266,7 +268,8 @@ def joint(
     def step(batch: Shown) -> None:
         with torch.enable_grad():
             loss, _ = _loss(teacher, student, blocks, goal, batch)
-            loss.backward()
+            with differentiated(student):
+                loss.backward()
 
     for _, layer in tunables(student):
         layer.centre()

@@ -42,8 +42,8 @@ class DiscriminantInformation(ChannelPruning):
     by the sum of their scores. Distillation is left to other methods.
 
     *Measured* (bench ``prune-family``): with 50 % of its multiply-accumulates, trained for 2 epochs
-    on 2,000 images, ResNet-20 was right on 71.1 % by ``discriminant_information(search="none",
-    samples=512)`` and on 69.2 % by ``magnitude`` (means of 2 seeds; the difference is within the
+    on 2,000 images, ResNet-20 was right on 70.6 % by ``discriminant_information(search="none",
+    samples=512)`` and on 68.8 % by ``magnitude`` (means of 3 seeds; the difference is within the
     spread).
 
     *Not shown* (bench ``prune-items``, small networks, 2 seeds): channels by lot lead the reversed

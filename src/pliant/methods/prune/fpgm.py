@@ -33,8 +33,8 @@ class FPGM(ChannelPruning):
     after every epoch of a training in which they may come back.
 
     *Measured* (bench ``prune-family``): with 50 % of its multiply-accumulates, trained for 2 epochs
-    on 2,000 images, ResNet-20 was right on 69.2 % by ``fpgm`` and on 69.2 % by ``magnitude`` (means
-    of 2 seeds; the difference is within the spread).
+    on 2,000 images, ResNet-20 was right on 68.6 % by ``fpgm`` and on 68.8 % by ``magnitude`` (means
+    of 3 seeds; the difference is within the spread).
 
     >>> FPGM(ratio=0.3).scope
     'local'

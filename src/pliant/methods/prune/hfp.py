@@ -43,8 +43,8 @@ class HFP(ChannelPruning):
     serves the ranking, while the budget is met by measuring networks and not by adding up layers.
 
     *Measured* (bench ``prune-family``): with 50 % of its multiply-accumulates, trained for 2 epochs
-    on 2,000 images, ResNet-20 was right on 67.3 % by ``hfp(samples=256, rounds=2)`` and on 69.2 %
-    by ``magnitude`` (means of 2 seeds).
+    on 2,000 images, ResNet-20 was right on 67.2 % by ``hfp(samples=256, rounds=2)`` and on 68.8 %
+    by ``magnitude`` (means of 3 seeds).
 
     *Not shown* (bench ``prune-items``, small networks, 2 seeds): at equal latency it is no worse
     than filters of small norm (-4.4 ± 2.2 points); at equal latency it is no worse than channels by

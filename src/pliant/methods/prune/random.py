@@ -26,8 +26,8 @@ class Random(ChannelPruning):
     """Removes channels by lot, with all that belongs to them; the rest of the training repairs.
 
     *Measured* (bench ``prune-family``): with 50 % of its multiply-accumulates, trained for 2 epochs
-    on 2,000 images, ResNet-20 was right on 58.7 % by ``random`` and on 69.2 % by ``magnitude``
-    (means of 2 seeds).
+    on 2,000 images, ResNet-20 was right on 54.6 % by ``random`` and on 68.8 % by ``magnitude``
+    (means of 3 seeds).
 
     >>> Random(ratio=0.3).scope
     'local'

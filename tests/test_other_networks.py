@@ -1,0 +1,177 @@
+"""Networks as other people write them: each compressed, or refused in a true sentence."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import pliant
+from pliant.edits.quantize import unpackable
+from pliant.nn.layers import obstacle
+
+X = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
+Y = torch.arange(32) % 4
+
+
+def mlp() -> nn.Sequential:
+    """A small network."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4)
+    )
+
+
+def test_where_nothing_is_factorized_outputs_stay() -> None:
+    """Batch norms are not re-estimated for nothing."""
+    net = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 4)).eval()
+    result = pliant.compress(net, (X, Y), "energy(p=1.0)")
+    assert not [row for row in result.report.layers if row.form != "dense"]
+    with torch.no_grad():
+        assert torch.equal(net(X), result.model(X))
+
+
+class Spread(nn.Module):
+    """Answers with a number for each sample, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = mlp()
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        made = torch.distributions.Normal(self.net(x), 1.0)
+        return made.mean, made.entropy().sum(1)
+
+
+def test_a_number_for_each_sample_may_be_an_output() -> None:
+    """Marks arrive in outputs of one axis."""
+    result = pliant.compress(Spread(), None, "magnitude", "params=0.6", example=X)
+    assert result.report.met
+
+
+class Overwrites(nn.Module):
+    """Changes in place what its gradients need."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.next = nn.Linear(8, 32), nn.Linear(32, 32)
+        self.head = nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu_()
+        x += self.next(x)
+        found: Tensor = self.head(x)
+        return found
+
+
+def test_a_network_without_gradients_is_looked_at_without_them_or_refused_in_words() -> None:
+    """Statistics do without; training says what is wrong."""
+    assert pliant.compress(Overwrites(), (X, Y), "nrmf", "params=0.6").report.met
+    with pytest.raises(pliant.PliantError, match=r"Overwrites must have gradients .*x = x \+ y"):
+        pliant.compress(Overwrites(), (X, Y), "groupwise_ptq(independent=1, joint=1)")
+
+
+def test_a_file_is_loaded_into_what_is_inside_a_wrapper(tmp_path: Path) -> None:
+    """As a network is compressed inside it."""
+    wrapped: Any = nn.DataParallel(mlp())
+    result = pliant.compress(wrapped, (X, Y), "energy", "params=0.6")
+    result.save(tmp_path / "net.pliant")
+    for model in (nn.DataParallel(mlp()), lambda: nn.DataParallel(mlp())):
+        loaded = pliant.load(tmp_path / "net.pliant", model)
+        assert torch.equal(loaded(X), result.model(X))
+
+
+def test_sparse_weights_are_refused_in_a_sentence() -> None:
+    """They cannot even be copied."""
+    net = mlp()
+    sparse = net[2].weight.detach().to_sparse()
+    net[2].weight = nn.Parameter(sparse, requires_grad=False)
+    with pytest.raises(pliant.PliantError, match="'2.weight' is a sparse one"):
+        pliant.compress(net, (X, Y), "energy", "params=0.6")
+
+
+def test_a_weight_that_is_a_buffer_is_called_one() -> None:
+    """No hook computes it."""
+    net: Any = mlp()
+    values = net[2].weight.detach().clone()
+    del net[2].weight
+    net[2].register_buffer("weight", values)
+    assert "is a buffer" in str(obstacle(net, "2"))
+    assert "is a buffer" in str(unpackable(net, "2"))
+
+
+class Bag(nn.Module):
+    """Reads bags of words."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.net = nn.EmbeddingBag(20, 8), mlp()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        found: Tensor = self.net(self.table(ids))
+        return found
+
+
+REASONS = {
+    "energy": "EmbeddingBag sums rows while it looks them up, and has no factorized form here",
+    "magnitude": "EmbeddingBag keeps its channels",
+    "groupwise_ptq(independent=0, joint=0)": "no packed form does with its weight what Embedding",
+}
+
+
+@pytest.mark.parametrize("method", REASONS)
+def test_every_family_says_in_its_words_why_a_bag_stays(method: str) -> None:
+    """It is none of the layers with one kernel."""
+    ids = torch.randint(0, 20, (32, 5), generator=torch.Generator().manual_seed(0))
+    budget = None if "ptq" in method else "params=0.7"
+    report = pliant.compress(Bag(), (ids, Y), method, budget).report
+    (row,) = [row for row in report.layers if row.layer == "table"]
+    assert row.form == "dense"
+    assert REASONS[method] in row.reason
+
+
+def test_channels_pass_a_batch_norm_that_keeps_no_statistics() -> None:
+    """It mixes samples, but no channels."""
+    norm = nn.BatchNorm1d(16, track_running_stats=False)
+    net = nn.Sequential(nn.Conv1d(3, 16, 3), norm, nn.ReLU(), nn.Flatten(), nn.Linear(16 * 6, 4))
+    images = torch.randn(4, 3, 8, generator=torch.Generator().manual_seed(0))
+    report = pliant.compress(net, None, "magnitude", "params=0.6", example=images).report
+    assert report.met
+
+
+class Fours(nn.Module):
+    """Works where the channels of its first layer are a multiple of four."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.next, self.head = nn.Linear(8, 32), nn.Linear(32, 32), nn.Linear(32, 4)
+        with torch.no_grad():
+            self.first.weight[:5] = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        if x.shape[-1] % 4:
+            raise ValueError("not a multiple of four")
+        found: Tensor = self.head(self.next(x).relu())
+        return found
+
+
+CUTS: dict[str, Any] = {
+    "magnitude": ((X, Y), "magnitude", "params=0.6"),
+    "asrfp": ((X, Y), "asrfp(ratio=0.3)", None),
+}
+
+
+@pytest.mark.parametrize("method", CUTS)
+def test_a_group_that_fails_the_last_proof_stays_and_the_rest_is_cut(method: str) -> None:
+    """Half of its channels might leave, but not as many as is planned."""
+    torch.manual_seed(0)
+    result = pliant.compress(Fours(), *CUTS[method])
+    rows = {row.layer: row for row in result.report.layers}
+    assert rows["first"].form == "dense"
+    assert "multiple of four" in rows["first"].reason
+    assert rows["next"].kept
+    assert result.report.met
