@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import pliant
+import pliant.render.words
 from pliant.edits.quantize import unpackable
 from pliant.nn.layers import obstacle
 
@@ -175,3 +176,26 @@ def test_a_group_that_fails_the_last_proof_stays_and_the_rest_is_cut(method: str
     assert "multiple of four" in rows["first"].reason
     assert rows["next"].kept
     assert result.report.met
+
+
+class Amplified(nn.Module):
+    """Makes large errors of small ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(8, 32), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head((self.first(x) * 200).sin())
+        return found
+
+
+def test_a_report_warns_where_outputs_are_far_from_what_they_were() -> None:
+    """Where nothing is scored, nobody else would."""
+    torch.manual_seed(0)
+    rounded = "groupwise_ptq(independent=0, joint=0)"
+    far = pliant.compress(Amplified(), X, rounded).report
+    assert far.fidelity is not None and far.fidelity.error > 0.5
+    assert "Outputs differ from the dense network's by" in far.findings[0]
+    assert far.findings[0] in pliant.render.words.verdict(far)
+    assert not pliant.compress(mlp(), X, rounded).report.findings
