@@ -6,7 +6,7 @@ import math
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pliant.drivers.score import Score
 from pliant.result import Fidelity, Verdict
@@ -49,6 +49,15 @@ def judge(before: Score | None, after: Score | None, bound: float) -> Verdict:
         samples=samples,
         holds=None if note else float(lost) <= bound,  # who knows nothing has nothing to lose
         note=note,
+    )
+
+
+def alike(one: nn.Module, other: nn.Module) -> bool:
+    """Say whether two networks hold the same numbers under the same names."""
+    mine, its = one.state_dict(), other.state_dict()
+    return mine.keys() == its.keys() and all(
+        isinstance(value, Tensor) and torch.equal(value, its[name].to(value.device))
+        for name, value in mine.items()
     )
 
 
