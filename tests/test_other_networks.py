@@ -242,3 +242,10 @@ def test_attention_with_keys_of_its_own_exports_with_any_batch() -> None:
     graph = torch.export.export(split, (words, words, words), dynamic_shapes=shapes).module()
     more = torch.randn(3, 5, 8)
     assert torch.allclose(graph(more, more, more)[0], packed.eval()(more, more, more)[0], atol=1e-6)
+
+
+def test_a_rounded_network_of_double_precision_exports(tmp_path: Path) -> None:
+    """Its rounded layers compute in single precision there."""
+    result = pliant.compress(mlp().double(), X.double(), "groupwise_ptq(independent=0, joint=0)")
+    written = pliant.to_onnx(result.model, tmp_path / "net.onnx", (X[:2].double(),))
+    assert written.path.exists()
