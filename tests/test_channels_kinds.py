@@ -24,7 +24,7 @@ from pliant.nn.kinds import in_rows, to_rows
 from pliant.surgery.batchnorm import absorb
 from pliant.surgery.graph import Group
 from pliant.surgery.optim import carry
-from pliant.surgery.prove import cuttable, edits_of, ignore, silence
+from pliant.surgery.prove import cuttable, edits_of, ignore, prove, silence
 from pliant.surgery.widen import widened
 
 TRANSPOSED = {1: nn.ConvTranspose1d, 2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
@@ -499,3 +499,87 @@ def test_channels_leave_where_a_sample_is_several_rows() -> None:
 def test_halves_leave_together_where_a_sample_is_several_rows() -> None:
     groups, _ = cuttable(Series(), (torch.randn(2, 7, 6),))
     assert [(group.name, len(group.units)) for group in groups] == [("first", 8), ("second", 5)]
+
+
+# ---------------------------------------------------------------- norms over all channels
+
+
+class ResponseGRN(nn.Module):
+    """Divides what each channel responds by what all do on average."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1, 1, 1, channels))
+        self.bias = nn.Parameter(torch.zeros(1, 1, 1, channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        size = x.norm(dim=(1, 2), keepdim=True)
+        return x + self.weight * (x * size / (size.mean(-1, keepdim=True) + 1e-6)) + self.bias
+
+
+class ChannelsFirstNorm(nn.LayerNorm):
+    """A layer norm over the channels of images."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.movedim(1, -1)).movedim(-1, 1)
+
+
+class NextBlock(nn.Module):
+    """A block all of whose channels pass norms over all channels."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mix = nn.Conv2d(width, width, 3, padding=1, groups=width)
+        self.norm, self.grn = nn.LayerNorm(width), ResponseGRN(24)
+        self.up, self.down = nn.Linear(width, 24), nn.Linear(24, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = self.norm(self.mix(x).movedim(1, -1))
+        return x + self.down(self.grn(self.up(inner).relu())).movedim(-1, 1)
+
+
+class Next(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.first = nn.Conv2d(3, 12, 2, 2), ChannelsFirstNorm(12)
+        self.block, self.one = NextBlock(12), nn.GroupNorm(1, 12)
+        self.last, self.head = nn.RMSNorm(12, elementwise_affine=False), nn.Linear(12, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.last(self.one(self.block(self.first(self.stem(x)))).mean((2, 3))))
+
+
+def test_where_all_else_fails_channels_pass_norms_over_all_of_them(tmp_path: Path) -> None:
+    """Their statistics are then those of what stays, and the report says so."""
+    torch.manual_seed(0)
+    x = torch.randn(4, 3, 8, 8)
+    result = pliant.compress(Next(), None, "magnitude", "params=0.6", example=x)
+    rows = {row.layer: row for row in result.report.layers}
+    assert result.report.met
+    for name in ("first", "block.norm", "block.grn", "one"):
+        assert rows[name].kept is not None and "over fewer channels now" in rows[name].reason
+    width = rows["first"].kept[0]  # type: ignore[index]
+    assert result.model.last.normalized_shape == (width,)
+    assert result.model.one.num_groups == 1
+    result.save(tmp_path / "net.pliant")
+    loaded = pliant.load(tmp_path / "net.pliant", Next())
+    assert torch.equal(loaded.eval()(x), result.model(x))
+
+
+def test_norms_stay_whole_where_other_channels_can_leave() -> None:
+    """What is proven exactly goes first."""
+    net = nn.Sequential(
+        nn.Linear(8, 16), nn.LayerNorm(16), nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)
+    )
+    groups, _ = cuttable(net, (torch.randn(2, 8),))
+    assert [group.name for group in groups] == ["2"]
+
+
+def test_a_cut_past_a_norm_that_computes_something_else_is_refused() -> None:
+    """The rest is compared as if every channel were by itself."""
+    net = nn.Sequential(nn.Linear(8, 16), nn.LayerNorm(16), nn.ReLU(), nn.Linear(16, 4))
+    first, other = tuple(range(8)), tuple(range(8, 16))
+    edits = [Prune("0", "out", first, 16), Prune("1", "channels", first, 16)]
+    prove(net, (torch.randn(2, 8),), [*edits, Prune("3", "in", first, 16)])
+    with pytest.raises(EditError, match="computes something else"):
+        prove(net, (torch.randn(2, 8),), [*edits, Prune("3", "in", other, 16)])

@@ -123,14 +123,15 @@ def twice() -> Net:
 
 
 def shuffled() -> Net:
-    """Channels that a constant order and a normalization over all of them bind."""
+    """Channels that a constant order and a normalization over all of an image bind."""
 
     def run(net: Net, x: Tensor) -> Tensor:
         x = net.stem(x)[:, torch.tensor([3, 1, 2, 0])]
         x = net.next(F.relu(x)).flatten(2).transpose(1, 2)
         return net.head(net.norm(x).mean(1))
 
-    return Net(run, stem=conv(3, 4), next=conv(4, 6), norm=nn.LayerNorm(6), head=nn.Linear(6, 4))
+    norm = nn.LayerNorm((IMAGE[0].shape[2:].numel(), 6))  # of two axes: no channel leaves it
+    return Net(run, stem=conv(3, 4), next=conv(4, 6), norm=norm, head=nn.Linear(6, 4))
 
 
 FOUND: dict[Callable[[], Net], dict[str, int]] = {

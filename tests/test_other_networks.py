@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 import pliant
+import pliant.render.words
 from pliant.edits.quantize import unpackable
+from pliant.nn.attention import SplitAttention
 from pliant.nn.layers import obstacle
 
 X = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
@@ -175,3 +177,75 @@ def test_a_group_that_fails_the_last_proof_stays_and_the_rest_is_cut(method: str
     assert "multiple of four" in rows["first"].reason
     assert rows["next"].kept
     assert result.report.met
+
+
+class Amplified(nn.Module):
+    """Makes large errors of small ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(8, 32), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.head((self.first(x) * 200).sin())
+        return found
+
+
+def test_a_report_warns_where_outputs_are_far_from_what_they_were() -> None:
+    """Where nothing is scored, nobody else would."""
+    torch.manual_seed(0)
+    rounded = "groupwise_ptq(independent=0, joint=0)"
+    far = pliant.compress(Amplified(), X, rounded).report
+    assert far.fidelity is not None and far.fidelity.error > 0.5
+    assert "Outputs differ from the dense network's by" in far.findings[0]
+    assert far.findings[0] in pliant.render.words.verdict(far)
+    assert not pliant.compress(mlp(), X, rounded).report.findings
+
+
+class Sized(nn.Module):
+    """Tells a transposed convolution the size of its output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(3, 16, 3, stride=2, padding=1)
+        self.up = nn.ConvTranspose2d(16, 12, 3, stride=2, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = self.up(self.down(x).relu(), output_size=x.shape[2:])
+        return found
+
+
+@pytest.mark.parametrize(
+    ("again", "budget"),
+    [("energy", "params=0.8"), ("groupwise_ptq(independent=1, joint=1)", None), ("hac", None)],
+)
+def test_the_size_of_an_output_reaches_what_was_compressed_twice(
+    again: str, budget: str | None, tmp_path: Path
+) -> None:
+    """A factor of a transposed convolution may be factorized, rounded or coded itself."""
+    images = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    once = pliant.compress(Sized(), images, "energy(only=['up'])", "params=0.7")
+    twice = pliant.compress(once.model, images, again, budget)
+    assert twice.model(images).shape == (8, 12, 8, 8)
+    twice.save(tmp_path / "net.pliant")
+    loaded = pliant.load(tmp_path / "net.pliant", Sized())
+    assert torch.equal(loaded.eval()(images), twice.model(images))
+
+
+def test_attention_with_keys_of_its_own_exports_with_any_batch() -> None:
+    """Its size is no number in the graph."""
+    packed = nn.MultiheadAttention(8, 2, batch_first=True, add_bias_kv=True)
+    split, words = SplitAttention(packed).eval(), torch.randn(2, 5, 8)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    shapes = {"query": {0: batch}, "key": {0: batch}, "value": {0: batch}}
+    graph = torch.export.export(split, (words, words, words), dynamic_shapes=shapes).module()
+    more = torch.randn(3, 5, 8)
+    assert torch.allclose(graph(more, more, more)[0], packed.eval()(more, more, more)[0], atol=1e-6)
+
+
+def test_a_rounded_network_of_double_precision_exports(tmp_path: Path) -> None:
+    """Its rounded layers compute in single precision there."""
+    result = pliant.compress(mlp().double(), X.double(), "groupwise_ptq(independent=0, joint=0)")
+    written = pliant.to_onnx(result.model, tmp_path / "net.onnx", (X[:2].double(),))
+    assert written.path.exists()

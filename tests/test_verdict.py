@@ -73,13 +73,22 @@ def test_the_network_before_gets_the_same_batch_norms() -> None:
     torch.manual_seed(0)
     x = torch.randn(400, 1)
     data = pliant.Data(train=(x, (x[:, 0] > 0).long()), val=(x, (x[:, 0] > 0).long()), classes=2)
-    report = pliant.compress(Normed(50.0), data, "energy(only=['spare'])").report
+    report = pliant.compress(Normed(50.0), data, "energy(p=0.1, only=['spare'])").report
     assert report.before.accuracy is not None and report.before.accuracy > 0.95
     assert report.after.accuracy == pytest.approx(report.before.accuracy, abs=0.02)
     model = Normed(50.0)
     kept = model.norm.running_mean.clone()  # type: ignore[union-attr]
-    pliant.compress(model, data, "energy(only=['spare'])")
+    pliant.compress(model, data, "energy(p=0.1, only=['spare'])")
     assert torch.equal(model.norm.running_mean, kept)  # type: ignore[arg-type]
+
+
+def test_where_nothing_is_changed_nothing_is_lost() -> None:
+    """Neither side gets other batch norms."""
+    x = torch.randn(400, 1)
+    data = pliant.Data(train=(x, (x[:, 0] > 0).long()), val=(x, (x[:, 0] > 0).long()), classes=2)
+    report = pliant.compress(Normed(50.0), data, "energy(p=1.0, only=['spare'])").report
+    assert report.after.accuracy == report.before.accuracy
+    assert report.before.accuracy is not None and report.before.accuracy < 0.8
 
 
 def test_a_loss_is_warned_of_and_a_kept_score_is_not() -> None:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from pliant.api.asked import copied, patterns
 from pliant.api.measured import Control, first_inputs, known, phases, scored_split, short
 from pliant.api.report import cuts, layer_rows, side, timed, versions, where_timed
-from pliant.api.verdict import judge, said
+from pliant.api.verdict import alike, far, judge, said
 from pliant.budget import LOSE, Budget
 from pliant.compose import Stage, bounds, check_axes
 from pliant.cost import Example, cost, device_of, twin
@@ -109,6 +109,8 @@ class Job:
         """
         check_left(run.model, type(self.method).__name__)  # what fine-tuning leaves
         after, small = self._side(run.model, run)
+        if not run.edits and alike(self.model, run.model):
+            dense = after, small  # batch norms were not re-estimated either
         with self._stage("measure"):
             sides = timed(run, dense[0], after)
         near = None if trying() or reference is None else self._fidelity(reference, run)
@@ -116,7 +118,10 @@ class Job:
         bound = LOSE if self.budget is None or self.budget.drop is None else self.budget.drop
         verdict = judge(dense[1], small, bound)
         report = replace(self._report(run, name, sides, rows), sizes=found, verdict=verdict)
-        report = replace(report, findings=self._findings(run, lost=verdict.holds is False))
+        findings = self._findings(run, lost=verdict.holds is False)
+        if verdict.holds is None and self.train is None:  # no score tells what is left
+            findings += far(near)
+        report = replace(report, findings=findings)
         report = replace(report, fidelity=near, task=str(self.task or ""), metrics=self._metrics())
         if verdict.holds is False:
             warnings.warn(said(verdict), AccuracyWarning, stacklevel=4)

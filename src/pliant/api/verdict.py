@@ -6,12 +6,13 @@ import math
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pliant.drivers.score import Score
-from pliant.result import Verdict
+from pliant.result import Fidelity, Verdict
 
 TINY = 1e-12
+FAR = 0.5  # relative error of outputs from which on little of what was learned is left
 SURE = 1.96  # standard errors on either side of an interval of 95 %
 
 
@@ -48,6 +49,29 @@ def judge(before: Score | None, after: Score | None, bound: float) -> Verdict:
         samples=samples,
         holds=None if note else float(lost) <= bound,  # who knows nothing has nothing to lose
         note=note,
+    )
+
+
+def alike(one: nn.Module, other: nn.Module) -> bool:
+    """Say whether two networks hold the same numbers under the same names."""
+    mine, its = one.state_dict(), other.state_dict()
+    return mine.keys() == its.keys() and all(
+        isinstance(value, Tensor) and torch.equal(value, its[name].to(value.device))
+        for name, value in mine.items()
+    )
+
+
+def far(found: Fidelity | None) -> tuple[str, ...]:
+    """Warn in a sentence where outputs are far from the dense network's; else nothing.
+
+    Args:
+        found: how near they are, None where that is not known.
+    """
+    if found is None or found.error <= FAR:
+        return ()
+    return (
+        f"Outputs differ from the dense network's by {found.error:.0%}: little of what it had "
+        "learned is left, so train the result, or compress less.",
     )
 
 

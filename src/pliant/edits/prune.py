@@ -25,6 +25,7 @@ _NORMS = (
     *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
     *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
 )
+_LAST = (nn.LayerNorm, nn.RMSNorm)
 
 
 @dataclass(frozen=True)
@@ -36,13 +37,14 @@ class Prune:
 
     Args:
         layer: name of a Conv1d/2d/3d, ConvTranspose1d/2d/3d, Linear, batch, instance or group
-            norm, PReLU, or of a layer of another class all of whose tensors have a number for
-            every channel.
+            norm, PReLU, LayerNorm or RMSNorm over channels, or of a layer of another class all of
+            whose tensors have a number for every channel.
         side: ``out`` or ``in`` of a convolution or Linear; ``channels`` of a layer that treats
             every channel apart (norms, PReLU, depthwise convolutions, by their input channels).
         keep: indices of the channels that stay, rising. A grouped convolution must keep equally
             many in each of its groups; those of a group norm stay or leave whole, since the
-            statistics of what stays would be others.
+            statistics of what stays would be others. A norm over all channels takes its
+            statistics over fewer of them afterwards.
         of: how many channels there are before.
 
     Raises:
@@ -80,7 +82,7 @@ class Prune:
         return tuple(sorted(set(range(self.of)) - set(self.keep)))
 
     def _check(self, module: nn.Module) -> None:
-        size = sides(module).get(self.side)
+        size = (sides(module) or over_all(module)).get(self.side)
         if size is None:
             raise EditError(
                 f"{self.layer} is a {type(module).__name__}, of which no channels can be removed "
@@ -102,7 +104,8 @@ class Prune:
             )
         if isinstance(module, nn.GroupNorm):
             parts = _by_group(self.keep, self.of, module.num_groups)
-            if {len(part) for part in parts} - {0, self.of // module.num_groups}:
+            whole = {0, self.of // module.num_groups}
+            if module.num_groups > 1 and {len(part) for part in parts} - whole:
                 raise EditError(
                     f"{self.layer} normalizes over groups of {self.of // module.num_groups} "
                     "channels, which must stay or leave whole."
@@ -152,7 +155,8 @@ def resized(before: LayerCost, side: str, k: int, n: int) -> LayerCost:
     others = before.params - whole  # biases, which only outputs have
     params = (math.prod(weight) if weight else 0) + (others if side == "in" else others * k // n)
     counter = _counter(before)
-    place = -1 if len(before.weight) == 2 else 0  # features come last, channels first
+    last = len(before.weight) == 2 or before.kind in [kind.__name__ for kind in _LAST]
+    place = -1 if last else 0  # features come last, channels first
     return replace(
         before,
         params=params,
@@ -179,6 +183,40 @@ def sides(module: nn.Module) -> dict[str, int]:
     if module.groups == module.in_channels > 1:
         return {"channels": module.in_channels}
     return {"in": module.in_channels, "out": module.out_channels}
+
+
+def over_all(module: nn.Module) -> dict[str, int]:
+    """Return the side of a norm that takes its statistics over all of its channels, if it is one.
+
+    PyTorch's layer norm and RMS norm of one axis, a group norm of one group, and layers of other
+    classes that call themselves norms and have a number for every channel.
+    """
+    if type(module) in _LAST:
+        shape: Any = module.normalized_shape
+        return {"channels": shape[0]} if len(shape) == 1 else {}
+    if isinstance(module, nn.GroupNorm):
+        return sides(module) if module.num_groups == 1 else {}
+    kind = type(module).__name__.lower()
+    named = "norm" in kind and not any(word in kind for word in ("batch", "instance", "group"))
+    named = named or kind.endswith("grn") or isinstance(module, _LAST)
+    found = sides(module) if named and not isinstance(module, _NORMS) else {}
+    return found if "channels" in found else {}
+
+
+def without_statistics(module: Any, x: Tensor) -> Tensor:
+    """Compute something else of every channel, by itself, with all tensors of a norm.
+
+    Args:
+        module: a norm over all channels.
+        x: what it reads.
+    """
+    axis = channel_axis(module, x)
+    for tensor in (*module.parameters(), *module.buffers()):
+        if tensor.numel() > 1:
+            shape = [1] * x.dim()
+            shape[axis] = -1
+            x = x * (1 + tensor.reshape(shape))
+    return x
 
 
 def _apart(module: Any) -> tuple[dict[str, int], int]:
@@ -208,6 +246,8 @@ def _apart(module: Any) -> tuple[dict[str, int], int]:
 
 def channel_axis(module: nn.Module, given: Tensor) -> int:
     """Return along which axis of what it reads a layer treats every channel apart."""
+    if type(module) in _LAST:
+        return given.dim() - 1
     plain = type(module) in (*_NORMS, nn.GroupNorm, nn.PReLU)
     tensors, size = ({}, 0) if plain else _apart(module)
     for name, axis in tensors.items():
@@ -278,18 +318,23 @@ def _by_group(keep: tuple[int, ...], of: int, groups: int) -> list[list[int]]:
     return parts
 
 
-def _counts(module: Any, side: str, k: int) -> dict[str, int]:
+def _counts(module: Any, side: str, k: int) -> dict[str, Any]:
     if side == "channels" and _conv(module):
         times = module.out_channels // module.groups
         return {"in_channels": k, "out_channels": k * times, "groups": k}
     if side == "channels" and isinstance(module, nn.GroupNorm):
         width = module.num_channels // module.num_groups
-        return {"num_channels": k, "num_groups": k // width}
+        return {"num_channels": k, "num_groups": max(1, k // width)}
     if side == "channels" and isinstance(module, (*_NORMS, nn.PReLU)):
         return {"num_parameters" if isinstance(module, nn.PReLU) else "num_features": k}
+    if type(module) in _LAST:
+        return {"normalized_shape": (k,)}
     if side == "channels":
         said = {name: value for name, value in vars(module).items() if type(value) is int}
-        return dict.fromkeys([name for name in said if said[name] == _apart(module)[1]], k)
+        size = _apart(module)[1]
+        own: dict[str, Any] = dict.fromkeys([name for name in said if said[name] == size], k)
+        shape = tuple(getattr(module, "normalized_shape", ()))
+        return own | ({"normalized_shape": (k,)} if shape == (size,) else {})
     return {f"{side}_channels" if _conv(module) else f"{side}_features": k}
 
 

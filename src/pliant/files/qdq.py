@@ -175,10 +175,11 @@ class Integers(nn.Module):
         return self.layer.bias
 
     def forward(self, input: Tensor, output_size: Any = None) -> Tensor:
-        """Round, dequantize, apply, round."""
-        x = self._rounded(input, "input", self.layer.bits.input)
-        x = kinds.applied(self, x, self.weight, self.bias, output_size)
-        return self._rounded(x, "output", self.layer.bits.output)
+        """Round, dequantize, apply, round; in single precision, as scales are."""
+        x = self._rounded(input.float(), "input", self.layer.bits.input)
+        bias = None if self.bias is None else self.bias.float()
+        x = kinds.applied(self, x, self.weight.float(), bias, output_size)
+        return self._rounded(x, "output", self.layer.bits.output).to(input.dtype)
 
     def _bias(self, layer: Quantized, scales: Tensor) -> bool:
         """Write the bias in units of what it is added to, as integer kernels want it."""

@@ -98,8 +98,8 @@ class SplitAttention(nn.Module):
         """Add the keys and values that are parameters or zeros."""
         more = 0
         if self.bias_k is not None and self.bias_v is not None:
-            k = torch.cat([k, self.bias_k.expand(len(k), 1, -1)], 1)
-            v, more = torch.cat([v, self.bias_v.expand(len(v), 1, -1)], 1), 1
+            k = torch.cat([k, self.bias_k.expand(k.shape[0], 1, -1)], 1)
+            v, more = torch.cat([v, self.bias_v.expand(v.shape[0], 1, -1)], 1), 1
         if self.add_zero_attn:
             k, v, more = F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1)), more + 1
         return k, v, more
@@ -116,7 +116,7 @@ class SplitAttention(nn.Module):
         found: Tensor | None = None
         if attention is not None:
             added = _added(attention, q)
-            found = added.unflatten(0, (len(q), -1)) if added.dim() == 3 else added
+            found = added.unflatten(0, (q.shape[0], -1)) if added.dim() == 3 else added
         if padding is not None:
             added = _added(padding, q)[:, None, None, :]
             found = added if found is None else found + added

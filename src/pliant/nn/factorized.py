@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pliant.errors import EditError
 from pliant.math import forms
-from pliant.nn.kinds import TRANSPOSED, kernel
+from pliant.nn.kinds import TRANSPOSED, kernel, kind_of
 from pliant.nn.layers import Factorizable, in_layout_of
 
 _CONVS: dict[int, type[nn.Conv1d] | type[nn.Conv2d] | type[nn.Conv3d]] = {
@@ -125,15 +125,17 @@ class TransposedRow(nn.Sequential):
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """Map (N, S, ...) to (N, T, ...), of the size asked for."""
         for part in self:
-            if output_size is None or not isinstance(part, TRANSPOSED):
+            taken: Any = part  # it may have been factorized, rounded or coded itself
+            told = isinstance(taken, TransposedRow) or kind_of(taken) in TRANSPOSED
+            if output_size is None or not told:
                 input = part(input)
                 continue
-            axes = len(part.kernel_size)
+            axes = len(taken.kernel_size)
             geometry = zip(
                 list(output_size)[-axes:],
                 input.shape[-axes:],
-                part.kernel_size,
-                part.stride,
+                taken.kernel_size,
+                taken.stride,
                 strict=True,
             )
             input = part(input, [has if (k, s) == (1, 1) else size for size, has, k, s in geometry])

@@ -67,6 +67,7 @@ def trace(
     *,
     marks: Sequence[float] = (math.nan,),
     heads: bool = False,
+    apart: bool = False,
     seen: set[str] | None = None,
 ) -> tuple[list[Group], dict[str, str]]:
     """Find the groups of channels that may leave a network, and why other layers keep theirs.
@@ -80,6 +81,7 @@ def trace(
         others: further ones, for layers to which not every sample is routed.
         marks: not-a-number, or `MOVES`, which pass where a network takes such numbers out.
         heads: whether the heads that an axis of channels is cut into leave whole.
+        apart: whether norms over all channels are taken as if each channel were by itself.
         seen: gets the names of what another trace may find more by: "heads" where an axis is cut
             into heads, "marks" where not-a-number may have been taken out on its way.
 
@@ -91,12 +93,12 @@ def trace(
         ModelError: the network answers with no tensor that marks could arrive in.
     """
     try:
-        probe = spread(model, [example, *others], marks, heads)
+        probe = spread(model, [example, *others], marks, heads, apart)
     except ModelError as error:
         if error.__cause__ is None:
             raise
         # a model may object to such numbers in any way
-        probe = spread(model, [example, *others], MOVES, heads)
+        probe = spread(model, [example, *others], MOVES, heads, apart)
     if seen is not None:
         flags = {"heads": probe.headed, "marks": probe.lossy}
         seen |= {name for name, flag in flags.items() if flag}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pliant.cost import Example, call, fitted, repeated, samples_of, twin
-from pliant.edits.prune import channel_axis, sides
+from pliant.edits.prune import channel_axis, over_all, sides
 from pliant.observe.outputs import answers
 from pliant.surgery.marks import Block, Slot, Union, codes_of, covered, met, together
 from pliant.surgery.parted import Parted
@@ -26,13 +26,17 @@ UNSEEN = "never called with the samples on the first axis"
 
 
 def spread(
-    model: nn.Module, examples: Sequence[Example], marks: Sequence[float], heads: bool
+    model: nn.Module,
+    examples: Sequence[Example],
+    marks: Sequence[float],
+    heads: bool,
+    apart: bool = False,
 ) -> Probe:
     """Mark the outputs of every layer of a copy of a network, and see where they arrive."""
     network = twin(model).eval()
     for example in examples:
         samples_of(network, example)  # asked before there are marks, and remembered
-    probe = Probe(network, examples[0], heads=heads)
+    probe = Probe(network, examples[0], heads=heads, apart=apart)
     sources = [slot for slot in probe.sizes if slot[1] == "out"]
     # A single channel cannot leave, and ties nothing: elsewhere it is broadcast.
     several = [slot for slot in sources if probe.sizes[slot] > 1]
@@ -64,6 +68,7 @@ class Probe:
     count: int = 0  # its samples
     unclear: bool = False  # whether marks arrived that cannot be told apart
     heads: bool = False  # whether heads leave whole
+    apart: bool = False  # whether norms over all channels are passed by
     headed: bool = False  # whether an axis became heads and their width
     lossy: bool = False  # whether marks may have been taken out on their way
     mark: float = math.nan  # in the place of marked values, or added to them
@@ -72,19 +77,22 @@ class Probe:
     def __post_init__(self) -> None:
         total = 0
         for name, module in self.model.named_modules():
-            for side, size in sides(module).items():
+            for side, size in self._sides(module).items():
                 self.sizes[name, side], self.first[name, side] = size, total
                 total += size
             if "in" in sides(module):
                 module.forward = self._marking(name, module)
-            elif sides(module):
+            elif self._sides(module):
                 module.register_forward_pre_hook(self._reader((name, "channels")))
-                if _apart(module):
+                if _apart(module) or (self.apart and over_all(module)):
                     module.forward = _unchanged
             kind = type(module).__name__
             if "norm" in kind.lower() and not isinstance(module, _APART):
                 module.register_forward_hook(self._mixer(f"{kind} {name}"))
         self.union = Union(list(range(total)))
+
+    def _sides(self, module: nn.Module) -> dict[str, int]:
+        return sides(module) or (over_all(module) if self.apart else {})
 
     def begin(self, example: Example) -> None:
         """Take another sample, and forget what layers gave for the last one."""
@@ -131,7 +139,7 @@ class Probe:
         """
         for (name, side), size in self.sizes.items():
             module, first = self.model.get_submodule(name), self.first[name, side]
-            if isinstance(module, nn.GroupNorm):
+            if isinstance(module, nn.GroupNorm) and not (self.apart and module.num_groups == 1):
                 width = size // module.num_groups
                 for channel in range(size):
                     self.union.join(first + channel, first + channel // width * width)

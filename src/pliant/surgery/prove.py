@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from pliant.cost import Example, call_alike, twin
 from pliant.edits import Edit, replay
-from pliant.edits.prune import Prune, sides
+from pliant.edits.prune import Prune, over_all, sides, without_statistics
 from pliant.errors import EditError
 from pliant.nn.kinds import in_rows
 from pliant.observe.order import called_by
@@ -62,16 +63,29 @@ def cuttable(
         again = _traced(random, examples, **AGAIN[name])
         if _channels(again[0]) > _channels(good):
             good, uneven, reasons = again
+    if not good:  # as a last resort: statistics of norms are then those of what stays
+        good, uneven, reasons = _by_norms(random, examples, (good, uneven, reasons))
     for group in uneven:
         reasons |= {layer: UNEVEN for layer, side in group.slots if side != "in"}
     changed = {layer for group in good for layer, side in group.slots if side != "in"}
     return good, {layer: why for layer, why in reasons.items() if layer not in changed}
 
 
-def _traced(
-    random: nn.Module, examples: Sequence[Example], **how: Any
-) -> tuple[list[Group], list[Group], dict[str, str]]:
-    """Groups that are proven, those that only equal numbers may leave, why layers keep channels."""
+Traced = tuple[list[Group], list[Group], dict[str, str]]
+"""Groups that are proven, those that only equal numbers may leave, why layers keep channels."""
+
+
+def _by_norms(random: nn.Module, examples: Sequence[Example], before: Traced) -> Traced:
+    """Trace again past norms that take their statistics over all channels, where there are any."""
+    if not any(over_all(module) for module in random.modules()):
+        return before
+    found = _traced(random, examples, apart=True)
+    norms = {name for name, module in random.named_modules() if over_all(module)}
+    passed = any(layer in norms for group in found[0] for layer, _ in group.slots)
+    return found if passed else before
+
+
+def _traced(random: nn.Module, examples: Sequence[Example], **how: Any) -> Traced:
     found, reasons = trace(random, examples[0], examples[1:], **how)
     good = found
     while failing := _failing(random, examples, sorted(good, key=lambda g: len(g.slots))):
@@ -127,7 +141,9 @@ def edits_of(model: nn.Module, groups: Iterable[Group], leaving: Leaving) -> lis
     return [
         Prune(name, side, tuple(sorted(set(range(size)) - gone[name, side])), size)
         for name, module in model.named_modules()
-        for side, size in sorted(sides(module).items(), reverse=_grouped(module))
+        for side, size in sorted(
+            (sides(module) or over_all(module)).items(), reverse=_grouped(module)
+        )
         if (name, side) in gone
     ]
 
@@ -302,17 +318,36 @@ def differs(whole: nn.Module, example: Example, random: nn.Module, edits: Sequen
     """
     edited = twin(random)
     replay(edited, edits)
-    sample = first_sample(example, random)
+    sample, norms = first_sample(example, random), norms_cut(random, edits)
     with torch.no_grad(), slow_attention():
-        wanted = answers(call_alike(whole, sample))
+        wanted = answers(call_alike(_apart(whole, norms), sample))
         try:
             found = answers(call_alike(edited, sample))
+            if norms:  # it runs; the rest is compared as if each channel were by itself
+                found = answers(call_alike(_apart(edited, norms), sample))
         except Exception as error:  # a model may fail in any way
             cause = error.__cause__ or error
             line = str(cause).strip().splitlines()[0] if str(cause).strip() else ""
             return f"the forward pass fails ({type(cause).__name__}: {line[:120]})"
     same = alike(wanted, found, CLOSE)
     return "" if same else "the rest of the network computes something else"
+
+
+def norms_cut(model: nn.Module, edits: Iterable[Edit]) -> list[str]:
+    """Name the norms over all channels that edits would leave fewer channels."""
+    cut = [edit.layer for edit in edits if isinstance(edit, Prune)]
+    return [layer for layer in cut if over_all(model.get_submodule(layer))]
+
+
+def _apart(model: nn.Module, norms: Sequence[str]) -> nn.Module:
+    """Copy a network whose norms take no statistics."""
+    if not norms:
+        return model
+    network = twin(model)
+    for name in norms:
+        module: Any = network.get_submodule(name)
+        module.forward = partial(without_statistics, module)
+    return network
 
 
 def randomized(model: nn.Module) -> nn.Module:

@@ -15,11 +15,13 @@ from pliant.errors import EditError, nothing_for
 from pliant.run import ROUTED, Run
 from pliant.surgery.batchnorm import absorb, recalibrate
 from pliant.surgery.graph import Group
-from pliant.surgery.prove import WITHOUT, cuttable, ignore
+from pliant.surgery.prove import WITHOUT, cuttable, ignore, norms_cut
 from pliant.surgery.select import readable
 
 OVER_ALL = "it takes its statistics over all of its channels, so these stay"
 OTHERS = "{} keeps its channels: they leave convolutions, Linear layers and norms of channels only"
+
+FEWER = "it takes its statistics over fewer channels now, which changes what it gives"
 
 ABSORBED = 256  # samples that say what leaving channels give on average
 REHEARSED = 512  # samples from which batch norms are re-estimated in a copy that is only tried
@@ -180,6 +182,8 @@ def remove(run: Run, edits: Sequence[Prune], *, recalibrate: bool = True) -> Non
         absorb(run.model, _unread(edits), run.inputs(ABSORBED))
     known = run.aside.all(Found)
     left = after_cut(known[0].groups, edits) if known and known[0].of(run.model) else []
+    if norms := norms_cut(run.model, edits):
+        run.note(warnings=dict.fromkeys(norms, FEWER))
     run.apply(*edits)
     for found in known:
         found.groups, found.shapes = left, _shapes(run.model) if left else ()

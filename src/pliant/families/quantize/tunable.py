@@ -33,7 +33,7 @@ class Tunable(nn.Module):
     def __init__(self, layer: Any, bits: Bits, values: Values) -> None:
         super().__init__()
         kinds.take_after(self, layer)
-        self.given = layer.weight.dtype
+        self.kind, self.given = kinds.kind_of(layer), layer.weight.dtype
         self.layer = layer.requires_grad_(True).float()
         self.bits, self.index = bits, values.index
         self.zero = {"input": 0, "output": 0}
