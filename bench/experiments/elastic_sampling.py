@@ -42,7 +42,7 @@ def measure(cell: Cell, watch: Callable[[dict[str, Any]], None]) -> dict[str, An
     found = list[nn.Module]()
     for budget in budgets if own else budgets[:1]:
         found += _trained(dense, data, plan, budget, cell.key["seed"])
-    rows = {}
+    rows: dict[str, Any] = {}
     for budget, model in zip(budgets, found, strict=True):
         score = evaluate(model, data, "val")
         rows |= {f"accuracy {budget}": score.accuracy, f"loss {budget}": round(score.loss, 5)}

@@ -158,8 +158,8 @@ def one_step_is_that_of_all_layers() -> None:
     """Weights of 1, 3 and 5 in equal numbers: half of their root mean square, sqrt(35 / 3)."""
     model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(3)))
     with torch.no_grad():
-        for layer, value in zip(model, (1.0, 3.0, 5.0), strict=True):
-            layer.weight.copy_(value * noise(8, 8).sign())
+        for weight, value in zip(model.parameters(), (1.0, 3.0, 5.0), strict=True):
+            weight.copy_(value * noise(8, 8).sign())
     method = GroupwisePTQ(bits=8, activations=0, groups=1, step=0.5)
     run = start(model, method, example=(torch.zeros(1, 8),))
     run.finish()
