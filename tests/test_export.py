@@ -342,3 +342,18 @@ def test_a_network_that_draws_at_random_is_compared_by_the_same_draws(tmp_path: 
         assert found is not None and found.error < 0.2
     with pytest.raises(ArtifactError, match="draws random numbers"):
         to_onnx(model, tmp_path / "m.onnx", (x,))
+
+
+def test_attention_over_windows_and_inputs_within_inputs_are_exported(tmp_path: Path) -> None:
+    class Windows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mix = nn.Linear(8, 24)
+
+        def forward(self, given: dict[str, Any]) -> Tensor:
+            x = given["parts"][0] + given["parts"][1]
+            parts = self.mix(x).unflatten(1, (2, 3)).unsqueeze(1).chunk(3, -1)  # (N, 1, 2, 3, 8)
+            return nn.functional.scaled_dot_product_attention(*parts).flatten(1)
+
+    example = ({"parts": (torch.randn(2, 6, 8), torch.randn(2, 6, 8))},)
+    assert to_onnx(Windows(), tmp_path / "windows.onnx", example).max_difference < 1e-5

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import pliant
 from pliant.cost import cost, layer_costs
 from pliant.edits import Factor, Plain, from_json, replay, to_json
+from pliant.families.lowrank.cuts import add_nuclear, cut
 from pliant.files.onnx import to_onnx
 from pliant.math import forms
 from pliant.nn import kinds
@@ -362,3 +363,36 @@ def test_all_kinds_train_on_in_low_rank(name: str) -> None:
     for method in ("energy", "nrmf(form='tucker2')"):
         result = pliant.compress(net(), data, method, "params=0.8", train=train)
         assert result.report.met and result.model(x).isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["trp(interval=1, form='spatial')", "trp", "cuttlefish"])
+def test_kernels_with_their_inputs_first_are_factorized_while_they_train(method: str) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.up = nn.Embedding(20, 16), nn.ConvTranspose2d(16, 12, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.up(self.table(x)[:, :, None, None]).mean((2, 3))
+
+    torch.manual_seed(0)
+    data = pliant.Data(train=(torch.arange(40) % 20, torch.arange(40) % 12))
+    train = pliant.Train(epochs=2, batch=20)
+    result = pliant.compress(Net(), data, method, "params=0.6", train=train)
+    assert result.report.met
+    assert "up" in {row.layer for row in result.report.layers if row.ranks}
+
+
+@pytest.mark.parametrize("layer", [nn.Embedding(20, 16), nn.ConvTranspose2d(16, 12, 3)])
+def test_cuts_reach_weights_with_their_inputs_first(layer: Any) -> None:
+    before = kinds.kernel(layer).detach().flatten(1).clone()
+    layer.weight.grad = torch.zeros_like(layer.weight)
+    add_nuclear(layer, "output", 1.0)
+    pull = kinds.kernel(layer, layer.weight.grad).flatten(1)
+    u, _, v = torch.linalg.svd(before, full_matrices=False)
+    assert torch.allclose(pull, u @ v, atol=1e-4)  # of the nuclear norm
+    cut(layer, "output", 0.5)
+    after = kinds.kernel(layer).detach().flatten(1)
+    rank = int(torch.linalg.matrix_rank(after, rtol=1e-4))
+    assert rank < min(before.shape)
+    assert torch.allclose(after, u[:, :rank] @ u[:, :rank].T @ before, atol=1e-4)

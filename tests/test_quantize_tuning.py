@@ -14,9 +14,10 @@ from torch import Tensor, nn
 import pliant
 from pliant.data import Data
 from pliant.edits import Quantize, replay
+from pliant.errors import MethodError
 from pliant.families.quantize import tuning
 from pliant.families.quantize.levels import begun
-from pliant.families.quantize.samples import few
+from pliant.families.quantize.samples import Shown, few
 from pliant.families.quantize.tunable import Tunable, tunable, tunables
 from pliant.families.quantize.tuning import Goal, Judge, Rates, correct, independent, joint
 from pliant.methods.quantize.groupwise_ptq import GroupwisePTQ
@@ -131,7 +132,7 @@ def test_the_loss_of_stage_two_is_features_and_answers() -> None:
         (Goal(features=0.0, answers=3.0, outputs="values"), 3 * squared),
         (Goal(), features + divergence),
     ):
-        found, relative = tuning._loss(teacher, student, BLOCKS, goal, x)
+        found, relative = tuning._loss(teacher, student, BLOCKS, goal, Shown(x))
         assert float(found) == pytest.approx(wanted, rel=1e-4)
         assert float(relative) == pytest.approx(squared, rel=1e-4)
 
@@ -140,14 +141,14 @@ def test_stage_two_lowers_features_that_answers_do_not_see() -> None:
     """With answers left out, the features alone pull the network to the dense one."""
     teacher, student, x = pair(bits=2)
     goal = Goal(features=1.0, answers=0.0)
-    judge = Judge(teacher, student, BLOCKS, goal, [x])
+    judge = Judge(teacher, student, BLOCKS, goal, [Shown(x)])
     judge.see()
-    before = float(tuning._loss(teacher, student, BLOCKS, goal, x)[0])
-    batches = iter(lambda: x, None)
+    before = float(tuning._loss(teacher, student, BLOCKS, goal, Shown(x))[0])
+    batches = iter(lambda: Shown(x), None)
     rates = Rates(0.05, 0.005)
     joint(teacher, student, BLOCKS, batches, steps=20, rates=rates, goal=goal, judge=judge)
     judge.best.restore()
-    assert float(tuning._loss(teacher, student, BLOCKS, goal, x)[0]) < 0.8 * before
+    assert float(tuning._loss(teacher, student, BLOCKS, goal, Shown(x))[0]) < 0.8 * before
 
 
 def test_stage_two_begins_where_no_small_step_turns_the_rounding_over() -> None:
@@ -158,10 +159,10 @@ def test_stage_two_begins_where_no_small_step_turns_the_rounding_over() -> None:
         edge = noise(*layer.weight.shape).sign() * 0.499 * level
         layer.layer.weight.data = (layer.weight + edge).detach()
     goal = Goal()
-    judge = Judge(teacher, student, BLOCKS, goal, [x])
+    judge = Judge(teacher, student, BLOCKS, goal, [Shown(x)])
     judge.see()
     rates = Rates(0.01, 0.001)
-    joint(teacher, student, BLOCKS, iter([x]), steps=1, rates=rates, goal=goal, judge=judge)
+    joint(teacher, student, BLOCKS, iter([Shown(x)]), steps=1, rates=rates, goal=goal, judge=judge)
     assert judge.losses[-1] < 1.2 * judge.losses[0]
 
 
@@ -195,7 +196,7 @@ def test_answers_that_are_no_classes_are_compared_by_squared_error() -> None:
     other.boxes.bias.data += 1.0
     x = noise(16, 8)
     goal = Goal(features=0.0)
-    found, relative = tuning._loss(teacher, other, ["body"], goal, (x,))
+    found, relative = tuning._loss(teacher, other, ["body"], goal, Shown((x,)))
     one, two = other(x)["boxes"], teacher(x)["boxes"]
     wanted = float((one - two).square().mean() / two.var(correction=0))
     assert float(found) == pytest.approx(wanted) and float(relative) == pytest.approx(wanted)
@@ -212,10 +213,10 @@ def test_steps_that_ruin_a_block_are_taken_back() -> None:
         teacher,
         student,
         BLOCKS,
-        iter(lambda: x, None),
+        iter(lambda: Shown(x), None),
         steps=4,
         rates=Rates(50.0, 1.0),
-        held=[x],
+        held=[Shown(x)],
     )
     assert all(first == last for first, last in errors.values())
     after = student.state_dict()
@@ -224,12 +225,12 @@ def test_steps_that_ruin_a_block_are_taken_back() -> None:
 
 def test_every_block_ends_in_its_best_state_on_inputs_held_out() -> None:
     teacher, student, x = pair()
-    held = [(noise(32, 3, 8, 8, seed=5),)]
+    held = [Shown((noise(32, 3, 8, 8, seed=5),))]
     errors = independent(
         teacher,
         student,
         BLOCKS,
-        iter(lambda: x, None),
+        iter(lambda: Shown(x), None),
         steps=40,
         rates=Rates(0.02, 0.003),
         held=held,
@@ -264,7 +265,7 @@ def test_a_state_of_lower_loss_and_worse_answers_is_not_kept() -> None:
     tunable(student, {n: (e.written, begun(teacher, e, "range")) for n, e in plan.items()})
     layers = dict(tunables(student))
     layers["classes"].layer.bias.data += torch.tensor([1.0, 0, 0, 0])
-    judge = Judge(teacher, student, ["classes"], Goal(answers=0.0), [x])
+    judge = Judge(teacher, student, ["classes"], Goal(answers=0.0), [Shown(x)])
     judge.see()
     layers["classes"].layer.bias.data -= torch.tensor([0.5, 0, 0, 0])
     layers["boxes"].layer.bias.data += 3.0
@@ -284,11 +285,10 @@ def test_inputs_held_out_are_not_learned_from() -> None:
         example=(torch.zeros(1, 1),),
     )
     found = few(run, 32, 8)
-    look, held = (
-        {v for b in rows for v in b[0].flatten().tolist()} for rows in (found.look, found.held)
-    )
+    rows = found.look, [shown.inputs for shown in found.held]
+    look, held = ({v for b in row for v in b[0].flatten().tolist()} for row in rows)
     stream = found.stream()
-    learned = {v for _ in range(9) for v in next(stream)[0].flatten().tolist()}
+    learned = {v for _ in range(9) for v in next(stream).inputs[0].flatten().tolist()}
     assert (len(look), len(held), len(learned)) == (32, 8, 24)
     assert held | learned == look and not held & learned
     loader = [(inputs[i : i + 8], torch.zeros(8).long()) for i in range(0, 64, 8)]
@@ -296,7 +296,35 @@ def test_inputs_held_out_are_not_learned_from() -> None:
     found = few(run, 32, 8)
     assert (len(found.look), len(found.held)) == (4, 1)
     stream = found.stream()
-    assert not any(torch.equal(next(stream)[0], found.held[0][0]) for _ in range(6))
+    assert not any(torch.equal(next(stream).inputs[0], found.held[0].inputs[0]) for _ in range(6))
+
+
+# ---------------------------------------------------------------- a loss of the user's
+
+
+def test_a_loss_of_the_users_takes_the_place_of_the_answers() -> None:
+    """Of two outputs only the second counts for the loss, so stage 2 fits that one better."""
+    torch.manual_seed(0)
+    x, y = torch.randn(128, 16), torch.randn(128, 4)
+    dense = nn.Sequential(nn.Linear(16, 24), nn.ReLU(), nn.Linear(24, 8))
+
+    def loss(output: Tensor, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return (output[:, 4:] - batch[1]).square().mean()
+
+    spec = "groupwise_ptq(bits=2, ends=2, independent=0, joint=40, features=0.0, lr=0.05)"
+    with_loss = pliant.compress(dense, Data(train=(x, y)), spec, loss=loss)
+    without = pliant.compress(dense, Data(train=(x, y)), spec)
+    (row,) = [row for row in with_loss.report.history if row.get("stage") == "joint"]
+    assert row["by"] == "the task's loss" and min(row["losses"]) < row["losses"][0]
+    with torch.no_grad():
+        scores = [float(loss(each.model(x), (x, y))) for each in (with_loss, without)]
+    assert scores[0] < scores[1]
+
+
+def test_a_loss_that_cannot_be_computed_is_refused_in_words() -> None:
+    x, dense = torch.randn(32, 16), nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+    with pytest.raises(MethodError, match="criterion"):
+        pliant.compress(dense, Data(train=(x, x)), "groupwise_ptq", loss=nn.CrossEntropyLoss())
 
 
 # ---------------------------------------------------------------- rates
@@ -313,13 +341,13 @@ def test_a_step_of_a_weight_is_counted_in_levels(bits: int) -> None:
     scales = {n: m.scales["weight"].detach().clone() for n, m in tunables(student)}
     scales |= {f"{n} input": m.scales["input"].detach().clone() for n, m in tunables(student)}
     rates = Rates(0.25, 0.01)
-    judge = Judge(teacher, student, BLOCKS, Goal(), [x])
+    judge = Judge(teacher, student, BLOCKS, Goal(), [Shown(x)])
     judge.see()
     joint(
         teacher,
         student,
         BLOCKS,
-        iter(lambda: x, None),
+        iter(lambda: Shown(x), None),
         steps=1,
         rates=rates,
         goal=Goal(),

@@ -183,6 +183,23 @@ def test_nothing_that_fits_is_an_error_with_the_nearest(net: nn.Module, data: Da
         pliant.auto(net, data, goal="beauty")
 
 
+def test_what_is_no_faster_does_not_win(net: nn.Module, data: Data) -> None:
+    slower = (Plan(then="hac(values=64)"),)  # as many operations, in fewer bytes
+    with pytest.raises(BudgetError, match="has less latency than the network as it is; hac"):
+        pliant.auto(net, data, "drop=50", target=lambda model, inputs: 0.01, plans=slower)
+    assert pliant.auto(net, data, "drop=50", plans=slower).report.met
+
+
+def test_where_nothing_fits_what_lost_least_is_trained(net: nn.Module, data: Data) -> None:
+    train, tried = pliant.Train(epochs=1, batch=100, lr=0.01), list[object]()
+    with pytest.raises(BudgetError, match="Nothing that was tried"):
+        pliant.auto(
+            net, data, "drop=0,params=0.05", plans=PLANS[:1], probes=1, train=train,
+            watch=lambda row: tried.append(row["phase"]),
+        )  # fmt: skip
+    assert len(tried) == 2 * len(set(tried)) == 2
+
+
 def test_what_was_tried_is_kept_and_shown(net: nn.Module, data: Data) -> None:
     found = pliant.smallest(net, data, "energy", 3.0, probes=3).report
     assert pliant.Report.from_json(found.to_json()).tried == found.tried
@@ -310,7 +327,14 @@ def test_a_teacher_is_the_dense_network_as_it_is_judged(
 
 def test_of_equal_answers_the_surer_ones_win_within_limits(data: Data) -> None:
     def found(bytes: int, lost: float, loss: float | None) -> Found:
-        row = {"bytes": bytes, "lost": lost, "loss": loss, "within": True, "met": True}
+        row = {
+            "bytes": bytes,
+            "lost": lost,
+            "loss": loss,
+            "within": True,
+            "met": True,
+            "gains": True,
+        }
         return Found(Plan(str(bytes)), Method(), row | {"trained": False})
 
     def winner(limits: str) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from pliant.api.asked import place_of, written_alone
@@ -97,7 +98,8 @@ def once(
     """
     asked = resolve(method), Budget.of(budget), train, seed
     place = Path(folder) if folder is not None else None
-    with own_randomness(seed, place_of(model)), written_alone(place, resume=resume):
+    alone = own_randomness(seed, place_of(model)), written_alone(place, resume=resume)
+    with torch.inference_mode(False), torch.enable_grad(), alone[0], alone[1]:
         read = Data.of(data, seed=seed).read_by(bare(model))
         job = Job(bare(model), read, *asked, as_example(example), resume)
         job.folder = place

@@ -83,7 +83,8 @@ def auto(
     Without limits every method is taken to the smallest size within the drop, and the network
     that is smallest or fastest wins. With limits every method is taken to them, and the network
     that lost least wins, by its score and then by its loss. The choice is made on the validation
-    split; the winner is made once more and scored on the test split.
+    split; the winner is made once more and scored on the test split. A network that is not faster
+    than the dense one, or not smaller, does not win.
 
     Args:
         model: any network; it stays as it is.
@@ -91,7 +92,8 @@ def auto(
         bounds: limits and a ``drop``; 2 points where none is given.
         goal: what is made small where there are no limits: ``latency`` (the default with a
             ``target``), ``bytes`` (the default without one), ``params`` or ``macs``.
-        train: the training of the finalists; without it nothing is trained.
+        train: the training of the finalists, which are the best that fit, or where nothing fits
+            those that lost least; without it nothing is trained.
         plans: what is tried.
         probes: how many sizes of each method are tried.
         watch: told the plan that is being tried.
@@ -101,8 +103,8 @@ def auto(
         The winner's result; `report.tried` tells what was tried and why the winner won.
 
     Raises:
-        BudgetError: nothing that was tried meets the limits and the drop; the message names the
-            nearest.
+        BudgetError: nothing that was tried meets the limits and the drop, or nothing is smaller or
+            faster than the network as it is; the message names the nearest.
         DataError: nothing is labelled.
     """
     limits = Budget.parse(bounds) if isinstance(bounds, str) else bounds or Budget()
@@ -119,8 +121,9 @@ def auto(
         for plan in plans:
             search.add(plan)
         if train is not None:
-            for found in search.ranked()[:FINALISTS]:
-                search.add(found.plan, train, most=found.row["share"] or 1.0)
+            for found in search.finalists():
+                most = found.row["share"] if found.fits else None
+                search.add(found.plan, train, most=most or 1.0)
         winner = search.winner()
         told = {**asked, **_training(winner.plan, train if winner.row["trained"] else None)}
         last = once(model, check, winner.method, Budget(drop=search.drop), **told)
@@ -211,7 +214,7 @@ class _Search:
         else:
             row |= measured(made)
             fine = within(made.report.verdict, self.drop, self.caution)
-            row |= {"met": not self.misses(made), "within": fine}
+            row |= {"met": not self.misses(made), "within": fine, "gains": self._gains(made)}
         found = Found(plan, method, row | {"seconds": time.monotonic() - began})
         self.tried.append(found)
         return found
@@ -224,6 +227,15 @@ class _Search:
         timed = self.asked.get("target") is not None and self.goal == "latency"
         axis = axis_of(size, None, timed=timed)
         return chain(Stage(size, budget(axis, share)), *stages)
+
+    def _gains(self, made: Result) -> bool:
+        """Say whether a network costs less than the dense one: in time, by more than its spread."""
+        column = COLUMN.get(self.goal, self.goal)
+        before, after = (getattr(side, column) for side in (made.report.before, made.report.after))
+        if before is None or after is None:
+            return True
+        spread = made.report.after.latency_spread_ms if self.goal == "latency" else 0
+        return bool(self.limits.given() or after + (spread or 0) < before)
 
     def misses(self, made: Result) -> tuple[str, ...]:
         """Say which limits a network misses."""
@@ -239,9 +251,20 @@ class _Search:
     def ranked(self) -> list[Found]:
         """Return the best network of every plan that fits, the best first."""
         best: dict[tuple[str, bool], Found] = {}
-        for found in sorted(filter(lambda found: found.fits, self.tried), key=self._rank):
+        useful = [found for found in self.tried if found.fits and found.row["gains"]]
+        for found in sorted(useful, key=self._rank):
             best.setdefault((str(found.plan), found.row["trained"]), found)
         return list(best.values())
+
+    def finalists(self) -> list[Found]:
+        """Return what is worth a training: the best that fit, or else those that lost least."""
+        near: dict[Plan, Found] = {}
+        for found in sorted(self._scored(), key=lambda found: found.row["lost"]):
+            near.setdefault(found.plan, found)
+        return (self.ranked() or list(near.values()))[:FINALISTS]
+
+    def _scored(self) -> list[Found]:
+        return [found for found in self.tried if found.row.get("lost") is not None]
 
     def _rank(self, found: Found) -> tuple[float, ...]:
         """Order networks; with limits the loss decides between those that answer equally well."""
@@ -257,8 +280,14 @@ class _Search:
         """
         if ranked := self.ranked():
             return ranked[0]
-        scored = [found for found in self.tried if found.row.get("lost") is not None]
-        if not scored:
+        if fitting := [found for found in self.tried if found.fits]:
+            best = min(fitting, key=self._rank)
+            raise BudgetError(
+                f"Nothing that loses less than {self.drop:g} has less {self.goal} than the network "
+                f"as it is; {best.plan} came nearest: keep the network, allow more, or take "
+                "another goal or target."
+            )
+        if not (scored := self._scored()):
             raise BudgetError(f"Nothing could be made: {self.tried[-1].row['refused']}")
         near = min(scored, key=lambda found: (not found.row["met"], found.row["lost"])).row
         met = "meets" if near["met"] else "misses"

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pliant.data.sources import generator, key_of
+from pliant.data.chance import generator, key_of
 from pliant.drivers.devices import own_randomness
 from pliant.errors import DataError, MethodError
 from pliant.observe.finite import in_words

@@ -22,6 +22,7 @@ _WRAPPED = {
     "OptimizedModule": "_orig_mod",
     "DataParallel": "module",
     "DistributedDataParallel": "module",
+    "_FabricModule": "module",
 }
 """Classes of wrappers, and where each keeps the network; by name, to load neither."""
 
@@ -97,6 +98,8 @@ def lacking(error: Exception) -> str:
     """Say what to change, where that can be told from how a call failed; else nothing."""
     if "nference tensor" in str(error):
         return "it runs in torch.inference_mode: use torch.no_grad in forward instead; "
+    if "more than 1 value per channel" in str(error):
+        return "norms take a variance of several numbers: train on batches of two samples or more; "
     if not isinstance(error, TypeError):
         return ""
     if "required positional argument" in str(error):
@@ -107,7 +110,7 @@ def lacking(error: Exception) -> str:
     if "positional argument" in str(error) and "given" in str(error):
         return (
             "of a tuple the last is read as labels and all before it as inputs, so leave out "
-            "what is neither; "
+            "what is neither, and write several labels as (inputs, (labels, lengths)); "
         )
     return ""
 
@@ -179,8 +182,8 @@ def fitted(model: nn.Module, example: Example) -> Example:
     """Return an example as the `forward` of a model takes it.
 
     A mapping goes by name, and what `forward` has no name for is left out; where it has none of
-    the names, the mapping is its one argument. A mapping or a tuple that stands alone is taken
-    apart where `forward` cannot do with one argument.
+    the names, the mapping is its one argument. A mapping, a dataclass or a tuple that stands alone
+    is taken apart where `forward` cannot do with one argument.
 
     Args:
         model: whose signature is asked; one that takes anything gets the example as it is.
@@ -201,6 +204,8 @@ def fitted(model: nn.Module, example: Example) -> Example:
     if not values:
         return values
     (inner,) = values
+    if is_dataclass(inner):
+        inner = _parts(inner)
     if isinstance(inner, Mapping):
         known = _known(takes, inner)
         return known if known and _binds(takes, **known) else values

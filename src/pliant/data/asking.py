@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -13,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils.data import DataLoader
 
-from pliant.cost import Example, call, evaluating, tensors
+from pliant.cost import tensors
 from pliant.cost.call import is_named
+from pliant.data.chance import seeded
 from pliant.data.sound import check_pair
 from pliant.data.sources import (
     Batches,
@@ -26,24 +26,25 @@ from pliant.data.sources import (
     Loose,
     Source,
     Tensors,
+    has_samples,
     is_indexed,
     is_pair,
     is_text,
-    seeded,
     unpack,
 )
 from pliant.data.streams import last_tenth
 from pliant.data.together import UnevenError, as_tensor, listed, together
+from pliant.data.trials import are_samples, trial_of
 from pliant.errors import DataError
-from pliant.math.alone import forked
 
 SPLITS = {"train": ("train",), "val": ("validation", "val", "valid", "dev"), "test": ("test",)}
 LOOKED = 64  # samples of a data set whose shapes are compared
 
 
 def is_array(part: Any) -> bool:
-    """Say whether something is a tensor or an array."""
-    return isinstance(part, Tensor | np.ndarray)
+    """Say whether something is a tensor, an array, or a table that gives one."""
+    table = hasattr(part, "__array__") and hasattr(part, "ndim")
+    return isinstance(part, Tensor | np.ndarray) or (table and not isinstance(part, np.generic))
 
 
 def once_only(part: Any) -> bool:
@@ -61,24 +62,28 @@ def once_only(part: Any) -> bool:
 def in_memory(part: Any) -> Tensors | Columns | Items | None:
     """Return samples that lie in memory, None where something else came.
 
-    A tensor or an array is one input; a pair of them inputs and labels; a mapping, or a tuple that
-    ends with a tensor of labels, several inputs; two lists of one length a data set of pairs.
+    A tensor, an array or a table is one input; a pair of them inputs and labels; a mapping, or a
+    tuple that ends with labels, several inputs; two lists of one length a data set of pairs.
+
+    Raises:
+        DataError: an array holds something else than numbers, or a tensor is sparse.
     """
     if is_array(part):
-        return Tensors(as_tensor(part), None)
+        return Tensors(_dense(part), None)
     if is_pair(part) or _is_arrays(part):
-        return Tensors(as_tensor(part[0]), as_tensor(part[1]))
+        return Tensors(_dense(part[0]), _dense(part[1]))
     if isinstance(part, PackedSequence) or not isinstance(part, Mapping | tuple):
         return None
     if _is_unlabelled(part):
         return in_memory((part[0],))
     whole = _arrays(part)
     found, (inputs, labels) = list(tensors(whole)), unpack(whole)
-    last = labels is None or isinstance(labels, Tensor)
+    last = labels is None or isinstance(labels, Tensor) or _is_nested(part)
     rows = {len(tensor) if tensor.dim() else -1 for tensor in found}
     if found and last and len(rows) == 1 and min(rows) > 0 and _only(whole, Tensor):
         alone = isinstance(inputs, tuple) and len(inputs) == 1 and is_array(inputs[0])
-        return Tensors(found[0], labels) if alone else Columns(whole)
+        plain = alone and isinstance(labels, Tensor | None)
+        return Tensors(found[0], labels) if plain else Columns(whole)
     return _pairs(part)
 
 
@@ -91,63 +96,23 @@ def read(part: Any, model: nn.Module) -> Any:
     loader = isinstance(part, DataLoader) and part.batch_sampler is not None
     if not plain or loader or isinstance(part, Batches) or in_memory(part) is not None:
         return part
-    first = next(seeded(part, 0), None)
-    if first is None or not _are_samples(model, first):
+    first = next(filter(has_samples, seeded(part, 0)), None)
+    if first is None or not are_samples(model, first):
         return part
     if isinstance(part, list | tuple | Loose):
         return _samples(Items(part.items if isinstance(part, Loose) else part), model)
-    collate = together if _run_of(model, together, [first]) is not None else listed
+    collate = together if trial_of(model, together, [first]) is not None else listed
     return Grouped(part, collate)
-
-
-def runs(model: nn.Module, example: Example) -> bool | None:
-    """Run a network on inputs; None if it fails, else whether a convolution got no batch axis."""
-    unbatched: list[bool] = []
-
-    def look(module: nn.Module, args: Any) -> None:
-        dims = len(getattr(module, "kernel_size", ()))
-        if args and isinstance(args[0], Tensor):
-            unbatched.append(args[0].dim() == dims + 1)
-
-    try:
-        with ExitStack() as hooks, evaluating(model), torch.no_grad():
-            hooks.enter_context(forked())
-            for module in model.modules():
-                if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
-                    hooks.callback(module.register_forward_pre_hook(look).remove)
-            call(model, example)
-    except Exception:  # a network may object to its inputs in any way
-        return None
-    return any(unbatched)
-
-
-def _are_samples(model: nn.Module, item: Any) -> bool:
-    """Say whether an item is one sample, and not a batch."""
-    as_batch = runs(model, unpack(item)[0])
-    as_sample = _run_of(model, together, [item])
-    if as_batch is None:
-        return as_sample is not None or _run_of(model, listed, [item]) is not None
-    if as_sample is None:
-        return False
-    first = next(tensors(unpack(item)[0]), None)
-    return as_batch or first is None or first.dim() < 2
-
-
-def _run_of(model: nn.Module, collate: Callable[[list[Any]], Any], items: list[Any]) -> bool | None:
-    try:
-        return runs(model, unpack(collate(items))[0])
-    except Exception:  # the items cannot be put together so
-        return None
 
 
 def _samples(items: Items, model: nn.Module) -> Items:
     """Stack samples, list them, or give them one by one."""
     if not len(items):
         return items
-    few = [items.items[row] for row in islice(range(len(items)), LOOKED)]
+    few = items.read(islice(range(len(items)), LOOKED))
     try:
         together(few)
-        if len(few) == 1 or _run_of(model, together, few[:1]) is not None:
+        if len(few) == 1 or trial_of(model, together, few[:1]) is not None:
             return items
         return _listing(items, few, model, items)
     except UnevenError:
@@ -155,7 +120,7 @@ def _samples(items: Items, model: nn.Module) -> Items:
 
 
 def _listing(items: Items, few: list[Any], model: nn.Module, otherwise: Items) -> Items:
-    takes = _run_of(model, listed, few[:2]) is not None
+    takes = trial_of(model, listed, few[:2]) is not None
     return Items(items.items, listed) if takes else otherwise
 
 
@@ -237,6 +202,33 @@ def _is_arrays(part: Any) -> bool:
     return pair and all(hasattr(each, "__array__") for each in part)
 
 
+def _is_nested(part: Any) -> bool:
+    """Say whether something is (inputs, labels) with labels in a mapping or tuple.
+
+    Two tuples, and two mappings of the same names, are two batches.
+    """
+    if type(part) is not tuple or len(part) != 2 or not isinstance(part[1], Mapping | tuple):
+        return False
+    if isinstance(part[0], Mapping) and isinstance(part[1], Mapping):
+        return set(part[0]) != set(part[1])
+    return is_array(part[0]) or isinstance(part[0], Mapping)
+
+
+def _dense(part: Any) -> Tensor:
+    """Make a tensor whose rows can be taken.
+
+    Raises:
+        DataError: it is sparse.
+    """
+    tensor = as_tensor(part)
+    if tensor.layout != torch.strided:
+        raise DataError(
+            f"Samples in memory are taken by rows, but a sparse tensor ({tensor.layout}) came: "
+            "give to_dense(), or a list of batches."
+        )
+    return tensor
+
+
 def _is_unlabelled(part: Any) -> bool:
     """Say whether something is (inputs, None)."""
     return isinstance(part, tuple) and not is_named(part) and part[1:] == (None,)
@@ -251,7 +243,7 @@ def _arrays(value: Any) -> Any:
     if type(value) is tuple:
         return tuple(map(_arrays, value))
     numbers = isinstance(value, list) and value and _only(value, int, float, bool, list)
-    if isinstance(value, np.ndarray) or numbers:
+    if isinstance(value, Tensor) or is_array(value) or numbers:
         try:
             return as_tensor(value)
         except (ValueError, TypeError, RuntimeError):

@@ -161,8 +161,12 @@ def share(sums: Tensor) -> Tensor:
     return sums[..., 0] / sums[..., 1].clamp(min=1)
 
 
-def binary_view(output: Any, batch: Any, probabilities: bool = False) -> tuple[Tensor, Tensor]:
+def binary_view(
+    output: Any, batch: Any, probabilities: bool = False, void: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Return logits and targets 0 or 1 of the same shape; NaN where there is no label.
+
+    There is none where NaN came, -100 or `void`; of maps neither where -1 or 255 did.
 
     Raises:
         DataError: shapes differ, or a label is neither 0 nor 1.
@@ -171,25 +175,40 @@ def binary_view(output: Any, batch: Any, probabilities: bool = False) -> tuple[T
     labels = squeezed(labels, tuple(scores.shape))
     if labels.shape != scores.shape or labels.is_complex():
         raise refuse("Yes and no need one logit for every label", scores, labels)
-    void = (labels == IGNORED) | ((labels == 255) | (labels == -1) if labels.dim() > 2 else False)
-    targets = torch.where(void, torch.nan, labels.to(scores.dtype))
-    wrong = labels[~void & ~((targets >= 0) & (targets <= 1))]
+    left_out = (labels == IGNORED) | labels.isnan()
+    for value in LEFT_OUT if void is None and labels.dim() > 2 else (void,):
+        left_out = left_out | (labels == value) if value is not None else left_out
+    targets = torch.where(left_out, torch.nan, labels.to(scores.dtype))
+    wrong = labels[~left_out & ~((targets >= 0) & (targets <= 1))]
     if wrong.numel():
-        raise DataError(
-            f"Labels of a yes or no must be 0 or 1, but {wrong[0].item()} came: name another "
-            f"task, such as 'regression', or {INSTEAD}."
-        )
+        raise _neither(wrong[0].item(), several=scores.dim() > 1 and scores.shape[1] > 1)
     if probabilities:
         edge = torch.finfo(scores.dtype).eps
         scores = scores.clamp(edge, 1 - edge).logit()
     return scores, targets
 
 
+def _neither(value: float, *, several: bool) -> DataError:
+    name = "multi-label" if several else "binary"
+    void = f"name the value that is no label, such as task='{name}(void={int(value)})', " * (
+        value == int(value)
+    )
+    return DataError(
+        f"Labels of a yes or no must be 0 or 1, but {value} came: correct the labels, {void}name "
+        f"another task, such as 'regression' where they are amounts, or {INSTEAD}."
+    )
+
+
 def binary_loss(
-    output: Any, batch: Any, reduction: str = "mean", *, probabilities: bool = False
+    output: Any,
+    batch: Any,
+    reduction: str = "mean",
+    *,
+    probabilities: bool = False,
+    void: int | None = None,
 ) -> Tensor:
     """Return the binary cross-entropy of logits, a mean over all that has a label."""
-    scores, targets = binary_view(output, batch, probabilities)
+    scores, targets = binary_view(output, batch, probabilities, void)
     known = ~targets.isnan()
     if bool(known.all()):
         return F.binary_cross_entropy_with_logits(scores, targets, reduction=reduction)
@@ -199,15 +218,19 @@ def binary_loss(
     return found if reduction == "none" else found.sum() / known.sum().clamp(min=1)
 
 
-def binary_hits(output: Any, batch: Any, *, probabilities: bool = False) -> Tensor:
+def binary_hits(
+    output: Any, batch: Any, *, probabilities: bool = False, void: int | None = None
+) -> Tensor:
     """Say of every label whether it is on the side of its logit."""
-    scores, targets = binary_view(output, batch, probabilities)
+    scores, targets = binary_view(output, batch, probabilities, void)
     return ((scores > 0) == (targets > 0.5))[~targets.isnan()]
 
 
-def binary_counts(output: Any, batch: Any, *, probabilities: bool = False) -> Tensor:
+def binary_counts(
+    output: Any, batch: Any, *, probabilities: bool = False, void: int | None = None
+) -> Tensor:
     """Count what is rightly, falsely and not found in every sample: (N, 3)."""
-    scores, targets = binary_view(output, batch, probabilities)
+    scores, targets = binary_view(output, batch, probabilities, void)
     known, found, there = ~targets.isnan(), scores > 0, targets > 0.5
     rows = [known & found & there, known & found & ~there, known & ~found & there]
     return torch.stack([row.reshape(len(row), -1).sum(1) for row in rows], 1).double()

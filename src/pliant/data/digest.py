@@ -10,18 +10,11 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import Subset, TensorDataset
 
 from pliant.cost import tensors
-from pliant.data.sources import (
-    Batches,
-    Columns,
-    Items,
-    Source,
-    Tensors,
-    generator,
-    seeded,
-    unpack,
-)
+from pliant.data.chance import generator, seeded
+from pliant.data.sources import Batches, Columns, Items, Loose, Source, Tensors, unpack
 from pliant.data.splits import Data, Split
 
 WHOLE = 2**26  # numbers: tensors up to this size are read whole
@@ -43,8 +36,9 @@ def digest_of(*values: Any) -> str:
 def digests(data: Data) -> tuple[str, str]:
     """Return the digests of inputs and labels: of the train and the val split, and their lengths.
 
-    Labels in tensors are read whole, inputs whole up to 67 million numbers and by 4,096 rows
-    beyond; of a data set 32 samples are read, of a stream two batches. What differs between two
+    Labels in tensors and lists are read whole, inputs whole up to 67 million numbers and by 4,096
+    rows beyond; of a data set 32 samples are read, and all labels where it holds them, of a stream
+    two batches. What differs between two
     looks at the same sample, such as noise of a generator of its own, is left out.
     """
     splits: tuple[Split, ...] = ("train", "val")
@@ -62,11 +56,31 @@ def _split(source: Source) -> tuple[Any, Any]:
         rows = torch.arange(len(source)) if every else _rows(len(source), ROWS)
         given, labels = unpack(source.batch(rows))
         return (len(source), given), labels
+    if isinstance(source, Batches) and isinstance(source.loader, list | tuple | Loose):
+        pairs = [unpack(batch) for batch in source]
+        every = sum(tensor.numel() for tensor in tensors([pair[0] for pair in pairs])) <= WHOLE
+        shown = [pair[0] for pair in (pairs if every else pairs[:STREAMED])]
+        return (len(pairs), shown), [pair[1] for pair in pairs]
     indexed = source.indexed() if isinstance(source, Batches) else source
     length = source.samples if isinstance(source, Batches) else len(source)
     first, second = (list(_drawn(source, indexed)) for _ in range(2))
     steady = [_steady(*both) for both in zip(first, second, strict=True)]
-    return [length, *(inputs for inputs, _ in steady)], [labels for _, labels in steady]
+    known = None if indexed is None else _labels_held(indexed.items)
+    return [length, *(inputs for inputs, _ in steady)], [known, *(labels for _, labels in steady)]
+
+
+def _labels_held(items: Any) -> Any:
+    """All labels of a data set that holds them in memory, in its order; None where it does not."""
+    if isinstance(items, Subset):
+        held = _labels_held(items.dataset)
+        return held[torch.as_tensor(list(items.indices))] if isinstance(held, Tensor) else None
+    held = getattr(items, "targets", getattr(items, "labels", None))
+    if isinstance(items, TensorDataset) and len(items.tensors) > 1:
+        held = items.tensors[-1]
+    if isinstance(held, list) and held and all(isinstance(label, int) for label in held):
+        held = torch.tensor(held)
+    fits = isinstance(held, Tensor) and held.dim() and len(held) == len(items)
+    return held if fits else None
 
 
 def _rows(size: int, count: int) -> Tensor:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pliant.data.sources import Batches, generator, key_of, rows_of_rank, seeded
+from pliant.data.chance import generator, key_of, seeded
+from pliant.data.sources import Batches, rows_of_rank
 from pliant.data.splits import Data
 from pliant.errors import DataError
 

@@ -260,7 +260,8 @@ def _doubt(what: str, scores: Tensor, labels: Tensor) -> DataError:
     return DataError(
         f"{what}, but the network gives {tuple(scores.shape)} and the labels are {labels.dtype} "
         f"{tuple(labels.shape)}, so the task is in doubt: name it, task='classification', "
-        f"'regression', 'binary', 'multi-label', 'segmentation' or another, or {INSTEAD}."
+        f"'regression', 'binary', 'multi-label', 'segmentation' or another, 'own' if the network "
+        f"returns its loss when it is called with labels, or {INSTEAD}."
     )
 
 
@@ -271,7 +272,8 @@ def squashed(task: Task, model: nn.Module, inputs: Example) -> Task:
     """Take account of a network that gives probabilities where the task reads logits."""
     if task.name not in ("binary", "multi-label") or not ends_in_sigmoid(model, inputs):
         return task
-    made = (multi_label if task.name == "multi-label" else binary)(probabilities=True)
+    make = multi_label if task.name == "multi-label" else binary
+    made = make(probabilities=True, void=task.options.get("void"))
     metrics = {**task.metrics, **made.metrics}
     ready = getattr(task.loss, "func", None) is binary_loss
     return replace(made, metrics=metrics, loss=made.loss if ready else task.loss)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from pliant.codecs.disk import regular
-from pliant.data.pixels import pixels_of, stacked
+from pliant.data.pixels import pixels_of, stacked, upright
 from pliant.errors import DataError, require
 
 FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
@@ -99,16 +99,17 @@ def _pixels(name: str, data: bytes, size: Any, *, first: Any) -> Any:
                     f"{name} has {width} x {height} pixels, and {PIXELS:,} are allowed; resize it."
                 )
             if size is None:
-                _check_size(name, (height, width), first)
+                _check_size(name, upright(image), first)
             found = pixels_of(image, size)
             _check_size(name, found.shape[:2], first)
             return found
     except DataError:
         raise
     except Exception as error:  # Pillow has no class of its own for what is damaged
-        kinds = ", ".join(FORMATS)
+        kinds, why = ", ".join(FORMATS), str(error)
+        why = "it is damaged, or something else" if "cannot identify" in why else why
         raise DataError(
-            f"{name} must be an image ({kinds}), but cannot be decoded: {error}."
+            f"{name} must be an image ({kinds}), but cannot be decoded: {why}."
         ) from error
 
 

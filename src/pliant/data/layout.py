@@ -97,7 +97,13 @@ def _labelled(folder: Path, classes: Sequence[str]) -> Found:
             f"{folder} must hold the classes of train ({', '.join(classes[:5])}...), but has "
             f"{foreign[0]!r}; rename it or add it to train."
         )
-    return [(file, n) for n, name in enumerate(classes) for file in _files(folder / name)]
+    found = [(file, n) for n, name in enumerate(classes) for file in _files(folder / name)]
+    if not found and any(each.suffix.lower() in IMAGES for each in folder.iterdir()):
+        raise DataError(
+            f"{folder} holds images that lie in no folder of a class, while those of train do: put "
+            "them into folders of their classes, or elsewhere."
+        )
+    return found
 
 
 def _alone(folder: Path) -> Found:
@@ -128,4 +134,7 @@ def _files(folder: Path) -> list[Path]:
             f"read: convert them to one of {', '.join(IMAGES)}, or move them elsewhere."
         )
     found = [each for each in files if each.suffix.lower() in IMAGES]
+    for inner in _folders(folder):
+        if folder.resolve().is_relative_to(inner.resolve()):
+            raise DataError(f"{inner} is a link to a folder that holds it: remove the link.")
     return found + [file for inner in _folders(folder) for file in _files(inner)]

@@ -11,13 +11,16 @@ from torch import Tensor
 from pliant.errors import DataError, require
 
 GREY = ("1", "L", "LA", "La")  # Pillow's modes of 8 bits and less without colour
+ORIENTATION = 0x0112  # of EXIF
 DEEP = ("I;16", "I;16L", "I;16B", "I;16N")  # of 16 bits, all of them grey
 
 
 def pixels_of(image: Any, size: int | Sequence[int] | None = None) -> Any:
     """Return an image as 8-bit numbers: (height, width) if it is grey, else with 3 colours.
 
-    Numbers of 16 bits are divided by 257, so that white stays white; transparency is left out.
+    Numbers of 16 bits are divided by 257, so that white stays white; transparency is left out. An
+    image whose EXIF data say that it lies on its side is turned upright. Of the several pictures
+    that telephones put into one JPEG, the first counts.
 
     Args:
         image: opened by Pillow.
@@ -28,15 +31,29 @@ def pixels_of(image: Any, size: int | Sequence[int] | None = None) -> Any:
         ValueError: it has several frames, or numbers of 32 bits whose range nobody knows.
     """
     pil, numpy = require("PIL.Image", "data"), require("numpy", "data")
-    if getattr(image, "n_frames", 1) > 1:
+    if getattr(image, "n_frames", 1) > 1 and image.format != "MPO":
         raise ValueError(f"it has {image.n_frames} frames; save each as an image of its own")
     if image.mode in ("I", "F"):
         raise ValueError(f"its pixels have 32 bits (mode {image.mode}); save it with 8 or 16 bits")
     if image.mode in DEEP:
         deep = numpy.asarray(image).astype(numpy.uint32)
         image = pil.fromarray(((deep + 128) // 257).astype(numpy.uint8))
-    image = image.convert("L" if image.mode in GREY else "RGB")
+    grey = image.mode in GREY or (image.mode == "P" and _is_grey(image))
+    image = require("PIL.ImageOps", "data").exif_transpose(image.convert("L" if grey else "RGB"))
     return numpy.asarray(image if size is None else _resized(image, size))
+
+
+def upright(image: Any) -> tuple[int, int]:
+    """Return height and width of an image as it is to be seen, before it is decoded."""
+    width, height = image.size
+    aside = image.getexif().get(ORIENTATION, 1) > 4  # these swap the axes
+    return (width, height) if aside else (height, width)
+
+
+def _is_grey(image: Any) -> bool:
+    """Say whether all colours of a palette are grey."""
+    numbers = image.getpalette("RGB") or [0, 1, 2]
+    return numbers[0::3] == numbers[1::3] == numbers[2::3]
 
 
 def stacked(pixels: list[Any]) -> Tensor:

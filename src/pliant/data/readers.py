@@ -20,17 +20,17 @@ from torch import Tensor
 
 from pliant.codecs.disk import regular
 from pliant.data.asking import SPLITS
+from pliant.data.chance import generator
 from pliant.data.images import FREE, GROWTH, decode, inside
 from pliant.data.layout import layout
 from pliant.data.pixels import alike, check_size
-from pliant.data.sources import Tensors, generator
+from pliant.data.sources import Tensors
 from pliant.data.splits import Data
 from pliant.data.streams import last_tenth
 from pliant.errors import DataError, MissingExtraError, PliantError, require
 
-# What pretrained networks for colour images expect.
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_FORMAT = 2  # of the cache; raise it when decoding changes
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of three colours
+_FORMAT = 3  # of the cache; raise it when decoding changes
 
 
 Normalize = Literal["auto", "imagenet", "data", "none"]

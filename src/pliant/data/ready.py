@@ -6,11 +6,13 @@ import ast
 import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import partial
+from functools import partial, wraps
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from pliant.cost import mapped
 from pliant.data import measures
 from pliant.data.classes import (
     binary_counts,
@@ -78,30 +80,32 @@ def segmentation(*, void: int | None = None, axis: int = 1) -> Task:
     )
 
 
-def binary(*, probabilities: bool = False) -> Task:
+def binary(*, probabilities: bool = False, void: int | None = None) -> Task:
     """Yes or no for every sample or position by one logit: binary cross-entropy, right answers.
 
     Args:
         probabilities: the network ends in a sigmoid.
+        void: a value that is no label; NaN and -100 never are, nor are -1 and 255 in maps.
     """
-    options: dict[str, Any] = {"probabilities": probabilities}
+    options: dict[str, Any] = {"probabilities": probabilities, "void": void}
     return Task(
         "binary",
         partial(binary_loss, **options),
         {"accuracy": Metric(partial(binary_hits, **options), "higher", "share")},
-        {"probabilities": probabilities or None},
-        partial(binary_scores, **options),
+        {"probabilities": probabilities or None, "void": void},
+        partial(binary_scores, probabilities=probabilities),
     )
 
 
-def multi_label(*, probabilities: bool = False) -> Task:
+def multi_label(*, probabilities: bool = False, void: int | None = None) -> Task:
     """Several yes or no for every sample: binary cross-entropy, F1 over all labels, right answers.
 
     Args:
         probabilities: the network ends in a sigmoid.
+        void: as for `binary`.
     """
-    own = partial(binary_counts, probabilities=probabilities)
-    task = binary(probabilities=probabilities)
+    own = partial(binary_counts, probabilities=probabilities, void=void)
+    task = binary(probabilities=probabilities, void=void)
     metrics = {"F1": Metric(own, "higher", "share", measures.f1), **task.metrics}
     return replace(task, name="multi-label", metrics=metrics)
 
@@ -211,6 +215,7 @@ def task_of(
         raise MethodError(f"loss= must be a function of (output, batch), not {loss!r}.")
     must_be(Mapping | None, "metrics", metrics, MethodError, "a mapping of names to metrics")
     more = {name: _metric(name, given) for name, given in (metrics or {}).items()}
+    loss = None if loss is None else _apart(loss)
     if known is None and loss is None and not more:
         return None
     if known is None:
@@ -221,11 +226,22 @@ def task_of(
     return replace(known, metrics={**more, **known.metrics}, **changed)  # type: ignore[arg-type]
 
 
+def _apart(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Give a function of one's own copies, so that what it writes into nobody else reads."""
+
+    @wraps(function)
+    def copied(output: Any, batch: Any, **more: Any) -> Any:
+        mine = output if torch.is_grad_enabled() else mapped(Tensor.clone, output)
+        return function(mine, mapped(Tensor.clone, batch), **more)
+
+    return copied
+
+
 def _metric(name: str, given: Any) -> Metric:
-    if isinstance(given, Metric):
-        return given
     if isinstance(given, list | tuple) and len(given) in (2, 3):
-        return Metric(*given)
+        given = Metric(*given)
+    if isinstance(given, Metric):
+        return replace(given, of=_apart(given.of))
     raise MethodError(
         f"The metric {name!r} must say which way is better: write metrics={{{name!r}: "
         '(function, "higher")}, or "lower", or a pliant.data.Metric.'

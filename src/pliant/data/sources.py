@@ -1,13 +1,11 @@
 """The kinds of data a split can be: tensors, items with an index, a loader of batches."""
 
 import math
-import random
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
 from itertools import islice
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -17,9 +15,9 @@ from torch.utils.data.distributed import DistributedSampler
 
 from pliant.cost import Example, counted, mapped, tensors
 from pliant.cost.call import is_named
+from pliant.data.chance import seeded, unbound
 from pliant.data.together import Collate, together
-from pliant.errors import DataError
-from pliant.math.alone import ALONE
+from pliant.errors import DataError, PliantError
 
 LABELS = ("labels", "label", "targets", "target")  # what labels are called in a batch with names
 ANSWERS = (*LABELS, "y")  # and among the fields of a named tuple
@@ -32,8 +30,9 @@ def unpack(batch: Any) -> tuple[Example, Any]:
     A tuple ends with its labels: (a, b, labels) becomes ((a, b), labels), and two inputs without
     labels are written as ((a, b),) or by name. A mapping keeps its names: everything but "labels"
     (or label, targets, target) is an input; so it is with the fields of a named tuple ("y" too),
-    which are given by place. Anything else, a lone tensor or a graph, is an input without labels;
-    None stands for them.
+    which are given by place. A dataclass is an input as it is, or by the names of its fields;
+    one called as a label holds the labels. Anything else, a lone tensor or a graph, is an input
+    without labels; None stands for them.
     """
     if isinstance(batch, Mapping):
         name = next((name for name in LABELS if name in batch), None)
@@ -42,6 +41,9 @@ def unpack(batch: Any) -> tuple[Example, Any]:
         name = next((name for name in ANSWERS if name in batch._fields), None)
         inputs = tuple(getattr(batch, field) for field in batch._fields if field != name)
         return inputs, getattr(batch, name) if name else None
+    if is_dataclass(batch):
+        name = next((field.name for field in fields(batch) if field.name in ANSWERS), None)
+        return (batch,), getattr(batch, name) if name else None
     alone = not isinstance(batch, list | tuple) or isinstance(batch, PackedSequence)
     if not alone and len(batch) > 1:
         *inputs, labels = batch
@@ -138,7 +140,27 @@ class Items:
 
     def batch(self, rows: Tensor, moves: Tensor | None = None) -> Any:
         """Give rows as one batch; augmentation is the data set's own affair."""
-        return self.collate([self.items[row] for row in rows.tolist()])
+        return unbound(self.collate(self.read(rows.tolist())))
+
+    def read(self, rows: Iterable[int]) -> list[Any]:
+        """Read samples by number.
+
+        Raises:
+            DataError: the data set fails to give one.
+        """
+        found = []
+        for row in rows:
+            try:
+                found.append(self.items[row])
+            except PliantError:
+                raise
+            except Exception as error:  # it is not our code
+                row = self.items.indices[row] if isinstance(self.items, Subset) else row
+                raise DataError(
+                    f"Sample {row} cannot be read: the data set fails with "
+                    f"{type(error).__name__}: {error}; mend it, or leave the sample out."
+                ) from error
+        return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -155,12 +177,13 @@ class Batches:
 
     def steps(self, world: int) -> int:
         """Count the batches that each of `world` processes gets."""
+        listed = isinstance(self.loader, list | tuple | Loose)
         try:
-            batches = len(self.loader)
+            batches = sum(1 for _ in self) if listed else len(self.loader)
         except TypeError as error:
             raise DataError(
-                "A loader must say how many batches an epoch has, but this one has no length; "
-                "give its data set a __len__."
+                "A training must know how many batches an epoch has, but these have no length: "
+                "give list(batches), or a data set with a __len__."
             ) from error
         if world == 1 or self._distributed:
             return batches
@@ -179,8 +202,15 @@ class Batches:
         for owner in (self.loader, sampler):
             if isinstance(generator := getattr(owner, "generator", None), torch.Generator):
                 generator.manual_seed(key)
-        batches = seeded(self.loader, key)
+        batches = self.given(key)
         return batches if self._distributed else islice(batches, rank, None, world)
+
+    def given(self, key: int) -> Iterator[Any]:
+        """Iterate once under a random state seeded by `key`; batches without samples are none."""
+        return filter(has_samples, seeded(self.loader, key))
+
+    def __iter__(self) -> Iterator[Any]:
+        return filter(has_samples, self.loader)
 
     def items(self, key: int) -> Items | None:
         """Give the samples that the loader draws, by index; None if it has no index."""
@@ -243,6 +273,12 @@ class Grouped:
         while group := list(islice(samples, self.size)):
             yield self.collate(group)
 
+    def __len__(self) -> int:
+        length: Any = getattr(self.samples, "__len__", None)
+        if length is None:
+            raise TypeError("samples without a length")
+        return math.ceil(length() / self.size)
+
 
 class Kept:
     """Batches of an iterator, which gives each of them once: kept for every later look."""
@@ -266,6 +302,11 @@ Source = Tensors | Columns | Items | Batches
 Indexed = Tensors | Columns | Items
 
 
+def has_samples(batch: Any) -> bool:
+    """Say whether a batch holds a sample."""
+    return batch is None or counted(unpack(batch)[0]) > 0
+
+
 def is_pair(part: Any) -> bool:
     """Say whether a split is (inputs, labels) as tensors."""
     return (
@@ -285,63 +326,6 @@ def is_indexed(part: Any) -> bool:
     """Say whether something has a length and items by number."""
     plain = not isinstance(part, str | bytes | Tensor | Mapping | IterableDataset)
     return plain and hasattr(part, "__len__") and hasattr(part, "__getitem__")
-
-
-def generator(key: int) -> torch.Generator:
-    """Make a random generator from a number."""
-    return torch.Generator().manual_seed(key)
-
-
-def key_of(*numbers: int) -> int:
-    """Mix numbers into one seed, so that (1, 2) and (2, 1) are far apart."""
-    return int(np.random.SeedSequence([abs(n) for n in numbers]).generate_state(1)[0])
-
-
-def seeded(batches: Iterable[Any], key: int) -> Iterator[Any]:
-    """Iterate under random states of its own: torch, numpy and Python, seeded by `key`.
-
-    Only the making of a batch sees them; between batches the caller's states are in place.
-    """
-    iterator: Iterator[Any] | None = None
-    states: tuple[Any, ...] | None = None
-    while True:
-        with ALONE:
-            outer = _random_states()
-            try:
-                if states is None:
-                    _seed(key)
-                else:
-                    _restore(states)
-                if iterator is None:
-                    iterator = iter(batches)
-                batch = next(iterator)
-                states = _random_states()
-            except StopIteration:
-                return
-            finally:
-                _restore(outer)
-        yield batch
-
-
-def under(key: int, make: Callable[[], Any]) -> Any:
-    """Make something under random states seeded by `key`; the caller's stay as they are."""
-    return next(seeded((make() for _ in range(1)), key))
-
-
-def _random_states() -> tuple[Any, ...]:
-    return torch.default_generator.get_state(), np.random.get_state(), random.getstate()
-
-
-def _restore(states: tuple[Any, ...]) -> None:
-    torch.default_generator.set_state(states[0])
-    np.random.set_state(states[1])
-    random.setstate(states[2])
-
-
-def _seed(key: int) -> None:
-    torch.default_generator.manual_seed(key)
-    np.random.seed(key % 2**32)
-    random.seed(key)
 
 
 def moved(value: Any, device: torch.device) -> Any:

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from pliant.cost import Example, counted, one_sample
-from pliant.data.asking import once_only, read, runs, source_of, splits_of
+from pliant.data.asking import once_only, read, source_of, splits_of
+from pliant.data.chance import generator, key_of
+from pliant.data.decoder import completed
 from pliant.data.sound import check_pair, check_split, first_batch
 from pliant.data.sources import (
     Batches,
@@ -19,12 +21,11 @@ from pliant.data.sources import (
     Loose,
     Source,
     Tensors,
-    generator,
-    key_of,
     rows_of_rank,
     unpack,
 )
 from pliant.data.streams import cut, drawn, last_tenth, made, most, prepared
+from pliant.data.trials import runs
 from pliant.errors import DataError
 
 Split = Literal["train", "val", "test"]
@@ -300,9 +301,11 @@ class Data:
 
         The items of a list, or of another iterable that is no DataLoader, are batches or samples:
         what the network takes. Samples are stacked, or put into lists where it takes lists of
-        images; samples of several shapes that cannot be listed come one by one.
+        images; samples of several shapes that cannot be listed come one by one. An encoder-decoder
+        of Transformers reads labels, moved by one, where nothing else is there for its decoder.
         """
-        found = {split: read(getattr(self, split), model) for split in get_args(Split)}
+        given = {split: completed(getattr(self, split), model) for split in get_args(Split)}
+        found = {split: read(part, model) for split, part in given.items()}
         train = self.train
         if isinstance(train, Loose) and isinstance(found["train"], Items) and self.val is None:
             found["train"], found["val"] = last_tenth(found["train"], train.seed)

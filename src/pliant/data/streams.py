@@ -8,19 +8,8 @@ import torch
 from torch import Tensor
 
 from pliant.cost import Example
-from pliant.data.sources import (
-    Batches,
-    Indexed,
-    Items,
-    Source,
-    Tensors,
-    gather,
-    generator,
-    key_of,
-    seeded,
-    under,
-    unpack,
-)
+from pliant.data.chance import generator, key_of, under
+from pliant.data.sources import Batches, Indexed, Items, Source, Tensors, gather, unpack
 
 
 def last_tenth(source: Indexed, seed: int) -> tuple[Any, Any]:
@@ -61,7 +50,7 @@ def drawn(source: Source, count: int, seed: int, *, shuffle: bool) -> Example:
     if isinstance(source, Batches):
         indexed = source.items(seed)
         if indexed is None:
-            return gather((unpack(batch)[0] for batch in seeded(source.loader, seed)), count)
+            return gather((unpack(batch)[0] for batch in source.given(seed)), count)
         source = indexed
     order = torch.arange(len(source))
     if shuffle:

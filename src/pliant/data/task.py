@@ -17,7 +17,7 @@ from torch import Tensor
 from pliant.cost import Example, counted
 from pliant.data.measures import Metric
 from pliant.data.sources import moved, unpack
-from pliant.errors import DataError, MethodError, ModelError
+from pliant.errors import DataError, MethodError, ModelError, PliantError
 from pliant.observe.outputs import answers, logits
 
 INSTEAD = "pass loss= and metrics=, or task='none' to compare with the dense network alone"
@@ -93,7 +93,16 @@ class Task:
                 "train out."
             )
         more = {"reduction": reduction} if reduction != "mean" else {}
-        found = self.loss(output, batch, **more)
+        try:
+            found = self.loss(output, batch, **more)
+        except PliantError:
+            raise
+        except Exception as error:  # it is not our code
+            raise MethodError(
+                f"'loss' is called with the output and a batch, such as (inputs, labels), but "
+                f"raises {type(error).__name__}: {error}; of a criterion of output and labels "
+                "write lambda output, batch: criterion(output, batch[1])."
+            ) from error
         if not isinstance(found, Tensor) or (reduction == "mean" and found.numel() != 1):
             what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise MethodError(
@@ -142,7 +151,7 @@ def labels_of(batch: Any) -> Tensor:
     if labels is None:
         raise DataError(
             "Training and scoring need labels, but the batch has none: give (inputs, labels), "
-            "or a mapping with labels."
+            "call them labels in a mapping, or name task='own' if the network returns its loss."
         )
     if not isinstance(labels, Tensor):
         raise DataError(

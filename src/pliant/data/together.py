@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -61,11 +62,31 @@ def listed(items: list[Any]) -> Any:
 
 
 def as_tensor(value: Any) -> Tensor:
-    """Make a tensor of an array or of numbers; their doubles become floats, as models expect."""
+    """Make a tensor of an array or of numbers; their doubles become floats, as models expect.
+
+    Raises:
+        DataError: an array holds something else than numbers.
+    """
     if isinstance(value, Tensor):
-        return value
-    tensor = torch.as_tensor(value)
+        return value.detach() if value.requires_grad else value
+    if hasattr(value, "__array__"):
+        value = _native(np.asarray(value))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")
+        tensor = torch.as_tensor(value)
     return tensor.float() if tensor.dtype == torch.float64 else tensor
+
+
+def _native(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Give an array the order of bytes and the strides that a tensor can have."""
+    if array.dtype.kind not in "biufc":
+        raise DataError(
+            f"Arrays must hold numbers, but one of type {array.dtype} came: turn text into "
+            "numbers, and give samples of different shapes as a list of arrays."
+        )
+    array = array.astype(array.dtype.newbyteorder("="), copy=False)
+    backward = any(stride < 0 for stride in array.strides)
+    return np.ascontiguousarray(array) if backward else array
 
 
 def _kind(first: Any) -> Any:

@@ -97,7 +97,7 @@ class Train:
         """Return the plan as plain data; a function goes by its name."""
         plan = {field.name: getattr(self, field.name) for field in fields(self)}
         if not isinstance(self.optimizer, str):
-            plan["optimizer"] = _called(self.optimizer)
+            plan["optimizer"] = called(self.optimizer)
         return plan
 
     def steps(self, per_epoch: int, *, finetune: bool = False) -> int:
@@ -125,10 +125,10 @@ def _whole(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _called(make: Any) -> str:
+def called(make: Any) -> str:
     """Name a function, as the same one is named in another process."""
     if isinstance(make, partial):
         options = [*map(repr, make.args), *(f"{k}={v!r}" for k, v in make.keywords.items())]
-        return f"{_called(make.func)}({', '.join(options)})"
+        return f"{called(make.func)}({', '.join(options)})"
     kind = make if hasattr(make, "__qualname__") else type(make)
     return f"{kind.__module__}.{kind.__qualname__}"

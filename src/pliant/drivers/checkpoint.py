@@ -4,6 +4,7 @@ Behind the file of `torch.save` stands a checksum of all its bytes.
 """
 
 import hashlib
+import inspect
 import io
 import os
 import shutil
@@ -17,7 +18,8 @@ from torch import Tensor
 
 from pliant.codecs.disk import regular
 from pliant.data import Data, Train
-from pliant.data.digest import digests
+from pliant.data.digest import digest_of, digests
+from pliant.data.train import called
 from pliant.errors import ArtifactError, OutputError, TrainingError
 from pliant.run import Run
 
@@ -43,12 +45,23 @@ def identity(run: Run, data: Data, train: Train) -> dict[str, str]:
         "data": f"{data.name} with {sizes[0]} and {sizes[1]} samples, the first being {first}",
         "seed": str(run.seed),
         "task": str(run.task or ""),
+        "loss": _called(run.task.loss) if run.task and run.task.loss else "",
         "train": _listed(plan),
         "target": _listed(place) or "none",
         "digest of the weights": run.journal.origin,
         "digest of the inputs": inputs,
         "digest of the labels": labels,
     }
+
+
+def _called(function: Any) -> str:
+    """Name a function, with a digest of what it does where it is one of Python's."""
+    inner = inspect.unwrap(function)
+    code = getattr(inner, "__code__", None)
+    if code is None or str(getattr(inner, "__module__", "")).startswith("pliant."):
+        return called(function)
+    plain = [each for each in code.co_consts if isinstance(each, bool | int | float | str | None)]
+    return f"{called(function)} ({digest_of(code.co_code, plain, list(code.co_names))})"
 
 
 def _listed(values: Mapping[str, Any]) -> str:

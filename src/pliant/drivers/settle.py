@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -13,10 +14,10 @@ from pliant.cost import call, counted, device_of, evaluating
 from pliant.data import Data, unpack
 from pliant.data.classes import binary_loss, binary_view, class_loss, class_view
 from pliant.data.guess import axis_of, guess, squashed
-from pliant.data.ready import classification, fed
+from pliant.data.ready import classification, fed, own
 from pliant.data.sources import Tensors, moved
 from pliant.data.splits import Split
-from pliant.data.task import Task, labels_of, main_output, own_loss
+from pliant.data.task import INSTEAD, Task, labels_of, main_output, own_loss
 from pliant.drivers.score import scoring
 from pliant.errors import DataError, MethodError, ModelError, PliantError
 from pliant.run import Run
@@ -47,6 +48,8 @@ def settle(
     telling: list[Split] = ["train"] if data.has("train") else []  # the most labels there are
     found = {split: _first(model, data, split) for split in dict.fromkeys((*telling, *splits))}
     labelled = {s: b for s, b in found.items() if unpack(b)[1] is not None or _judges(task)}
+    if task is None and trains and "train" not in labelled and _returns_loss(model, found["train"]):
+        task, labelled = own(), found  # its labels have names of their own
     if trains and "train" not in labelled:
         labels_of(found["train"])  # says what is missing
     if not labelled.keys() & set(splits):
@@ -83,6 +86,14 @@ def _judges(task: Task | None) -> bool:
     return task is not None and task.name in ("custom", "own")
 
 
+def _returns_loss(model: nn.Module, batch: Any) -> bool:
+    """Whether a network calls a loss so for what it was given."""
+    with evaluating(model), torch.no_grad():
+        output = call(model, unpack(batch)[0])
+    found = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    return isinstance(found, Tensor) and found.numel() == 1
+
+
 def _first(model: nn.Module, data: Data, split: Split) -> Any:
     batch = next(iter(data.batches(split, LOOKED)), None)
     if batch is None:
@@ -100,7 +111,7 @@ def _of(
         return _completed(task, model, data, split, batch, trains=trains)
     inputs, labels = unpack(batch)
     if task is None and labels is not None and not isinstance(labels, Tensor):
-        return _own(guess(None, batch, model), model, batch)
+        return _own(guess(None, batch, model), model, batch, asked=False)
     output = call(model, inputs)
     scores, whole = _every(data, split, main_output(output), batch)
     shown = scores if isinstance(output, Tensor) else {"logits": scores}
@@ -110,7 +121,7 @@ def _of(
     if view is class_loss:
         class_view(shown, whole, **{k: task.options.get(k) for k in ("axis", "void")})
     elif view is binary_loss:
-        binary_view(shown, whole)
+        binary_view(shown, whole, void=task.options.get("void"))
     return task
 
 
@@ -152,7 +163,7 @@ def _on_axis(task: Task, scores: Tensor, batch: Any, output: Any) -> Task:
     )
 
 
-def _own(task: Task, model: nn.Module, batch: Any) -> Task:
+def _own(task: Task, model: nn.Module, batch: Any, *, asked: bool = True) -> Task:
     """Find out how a network with its own loss reads its labels, and in which mode it gives it."""
     task = fed(task, model)
     for trains in (False, True):
@@ -166,7 +177,8 @@ def _own(task: Task, model: nn.Module, batch: Any) -> Task:
             return tried
     raise ModelError(
         f"Labels of this kind ({type(unpack(batch)[1]).__name__}) are for a network that returns "
-        f"its own loss when it is called with them, but {type(model).__name__} does not: {said}"
+        f"its own loss when it is called with them, but {type(model).__name__} does not: "
+        f"{said if asked else INSTEAD + '.'}"
     ) from said
 
 
@@ -189,6 +201,20 @@ def _try(task: Task, model: nn.Module, batch: Any, split: Split, *, trains: bool
                 )
         for name, metric in task.metrics.items():
             _asked(name, split, metric.rows, output, few, counted(unpack(few)[0]))
+    if trains and not task.trains:  # some give more while they train
+        with unchanged(model), scoring(model, replace(task, trains=True)), torch.no_grad():
+            _asked("loss", split, task.total, call(model, task.inputs(few)), few)
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Put the buffers of a network back at the end of the block."""
+    known = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    try:
+        yield
+    finally:
+        for buffer, value in known:
+            buffer.copy_(value)
 
 
 def _asked(name: str, split: Split, function: Any, *args: Any) -> Any:
@@ -198,16 +224,19 @@ def _asked(name: str, split: Split, function: Any, *args: Any) -> Any:
         raise
     except Exception as error:  # it is not our code
         raise MethodError(
-            f"{name!r} must be computed from the output and a batch of the {split} split, but "
-            f"raises {type(error).__name__}: {error}; call it yourself to see where."
+            f"{name!r} is called with the output and a whole batch of the {split} split, such as "
+            f"(inputs, labels), but raises {type(error).__name__}: {error}; of a criterion of "
+            "output and labels write lambda output, batch: criterion(output, batch[1])."
         ) from error
 
 
 def _cut(batch: Any) -> Any:
     """Keep the first samples of a batch of tensors that are cut alike."""
+    if not isinstance(batch, Mapping | list | tuple):
+        return batch
     size = counted(unpack(batch)[0])
     values = list(batch.values()) if isinstance(batch, Mapping) else batch
-    if isinstance(values, Tensor) or size <= TRIED:
+    if size <= TRIED:
         return batch
     alike = all(isinstance(v, Tensor) and v.dim() and len(v) == size for v in values)
     if not alike:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from pliant.cost import call
+from pliant.cost import call, counted
 from pliant.data import Data, Train, unpack
 from pliant.data.criterion import weighted
 from pliant.data.epochs import Epochs
@@ -29,6 +29,7 @@ from pliant.drivers.devices import (
     take_step,
 )
 from pliant.drivers.interrupt import uninterrupted
+from pliant.drivers.lone import with_statistics
 from pliant.drivers.schedule import optimizers_of, rate
 from pliant.drivers.score import distillation, scored
 from pliant.edits import Edit
@@ -201,7 +202,8 @@ class Training:
         if place.batch < last:
             raise DataError(
                 f"The loader must give as many batches as its length says, {length}, but "
-                f"epoch {place.epoch} ended after {place.batch}; correct its __len__."
+                f"epoch {place.epoch} ended after {place.batch}; correct its "
+                "__len__, and give no empty batches."
             )
         self._end_epoch()
 
@@ -252,7 +254,7 @@ class Training:
     def _loss(self, batch: Any) -> tuple[Tensor, Tensor]:
         """Return the loss of the task, and the one to differentiate."""
         labels = unpack(batch)[1]
-        output = call(self._wrapped(), self.run.inputs_of(batch))
+        output = self._output(batch)
         weighs = self.hooks and self.run.reduction == "none"
         if weighs:
             losses = self.run.task_loss(output, batch, "none")
@@ -271,6 +273,14 @@ class Training:
             loss = (1 - self.train.distill) * loss + self.train.distill * gap
         self.run.hear(task, output, batch)
         return task, loss
+
+    def _output(self, batch: Any) -> Any:
+        """Run the network, whose batch norms rest where a last batch has one sample left."""
+        inputs, module = self.run.inputs_of(batch), self._wrapped()
+        if counted(inputs) > 1 or self.data.batch_size(self.train.batch) == 1:
+            return call(module, inputs)
+        with with_statistics(self.run.model):
+            return call(module, inputs)
 
     def _wrapped(self) -> Any:
         """Return what Fabric calls; made anew after an edit, whose parameters DDP must learn."""
@@ -332,10 +342,15 @@ class Training:
     def _lost(self, what: str) -> str:
         saved = self.folder is not None and (self.folder / checkpoint.NAME).exists()
         kept = f"; the last good checkpoint is in {self.folder}" if saved else ""
+        begun = self.place.step or self.place.phase != SEARCH
+        remedy = (
+            f"lower the learning rate ({self.train.lr}), add a warmup or clip the gradient"
+            if begun
+            else "nothing was trained yet, so look at the loss, the labels and the weights"
+        )
         return (
             f"Loss and weights must stay finite, but after step {self.place.step} of the "
-            f"{self.name} {what}; lower the learning rate ({self.train.lr}), add a warmup or clip "
-            f"the gradient{kept}."
+            f"{self.name} {what}; {remedy}{kept}."
         )
 
     @contextmanager

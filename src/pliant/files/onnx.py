@@ -25,7 +25,7 @@ from pliant.codecs.container import check_replaceable, path_of
 from pliant.cost import Example, bare, call, call_alike, twin
 from pliant.errors import ArtifactError, ModelError, OutputError, must_be, require
 from pliant.files.qdq import deployable, narrowed
-from pliant.files.traceable import traceable
+from pliant.files.traceable import four_axes, traceable
 from pliant.nn.coded import decoded
 from pliant.observe.outputs import answers, without_caches
 
@@ -90,6 +90,8 @@ def to_onnx(
     model = bare(model)
     network, batch = _prepared(model, example)
     args, kwargs = ((), dict(batch)) if isinstance(batch, Mapping) else (batch, None)
+    if args and isinstance(args[-1], dict):
+        args = (*args, {})  # the last one would be read as arguments by name
     traced = twin(network)
     needs = deployable(traced)
     if needs.apart:
@@ -235,7 +237,7 @@ def _exporting(model: nn.Module, kind: str) -> Iterator[None]:
     cannot be followed for a batch of unknown size.
     """
     try:
-        with sdpa_kernel(SDPBackend.MATH):
+        with sdpa_kernel(SDPBackend.MATH), four_axes():
             yield
     except Exception as error:
         cause = error
@@ -304,6 +306,13 @@ def _into(path: Path) -> Iterator[Path]:
 # ---------------------------------------------------------------- comparing
 
 
+def _why_not_run(network: nn.Module) -> str:
+    """Say what may keep onnxruntime from running a network."""
+    if any(p.dtype == torch.bfloat16 for p in network.parameters()):
+        return "on CPUs it computes little in bfloat16: export model.float()"
+    return "its forward may be bound to one size of batch, or its batch lie on another axis"
+
+
 def _compare_onnx(network: nn.Module, path: Path, example: Example) -> float:
     import onnxruntime
 
@@ -320,8 +329,8 @@ def _compare_onnx(network: nn.Module, path: Path, example: Example) -> float:
     except Exception as error:  # onnxruntime has a dozen kinds of its own
         raise ArtifactError(
             f"The exported {type(network).__name__} must run in onnxruntime, but fails "
-            f"on batches of 1 and 3 ({_first_line(error)}): nothing was written; its forward may "
-            "be bound to one size of batch."
+            f"on batches of 1 and 3 ({_first_line(error)}): nothing was written; "
+            f"{_why_not_run(network)}."
         ) from error
     return worst
 

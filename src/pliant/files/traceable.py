@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from functools import wraps
 from typing import Any
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from pliant.cost import Example, call_alike
 from pliant.observe.outputs import without_caches
@@ -37,3 +39,24 @@ def traceable(network: nn.Module, batch: Example) -> None:
         return without_caches(compute(*args, **kwargs))
 
     network.forward = forward
+
+
+@contextmanager
+def four_axes() -> Iterator[None]:
+    """Let attention over more than four axes be computed over four: exporters write no other."""
+    compute = F.scaled_dot_product_attention
+
+    @wraps(compute)
+    def attention(query: Tensor, key: Tensor, value: Tensor, *args: Any, **more: Any) -> Tensor:
+        mask = args[0] if args else more.get("attn_mask")
+        if query.dim() < 5 or mask is not None:
+            return compute(query, key, value, *args, **more)
+        before = query.shape[:-2]
+        q, k, v = (each.flatten(0, -4) for each in (query, key, value))
+        return compute(q, k, v, *args, **more).reshape(*before, query.shape[-2], value.shape[-1])
+
+    F.scaled_dot_product_attention = attention
+    try:
+        yield
+    finally:
+        F.scaled_dot_product_attention = compute

@@ -88,7 +88,10 @@ def _reversed_obstacle(module: Any, *, every: bool) -> str | None:
     """Say why a layer whose weight has its inputs first cannot be factorized."""
     if not every:
         kind = type(module).__name__
-        return f"{kind} is factorized at once, by energy, evbmf or nrmf, and not while it trains"
+        return (
+            f"{kind} is factorized once, by energy, evbmf, nrmf, trp or cuttlefish: this method "
+            "changes the ranks of factors afterwards, which it can of no layer with inputs first"
+        )
     if getattr(module, "max_norm", None) is not None:
         return "its rows are scaled to max_norm while they are looked up"
     if getattr(module, "sparse", False) or getattr(module, "scale_grad_by_freq", False):

@@ -292,7 +292,7 @@ def _gather(
         if gradient is None:
             continue
         axis = -1 if channels_last(layers[name]) else 1
-        rows = gradient.float().movedim(axis, -1).flatten(0, -2)
+        rows = torch.atleast_2d(gradient.float()).movedim(axis, -1).flatten(0, -2)
         pulls[name] = _with(pulls.get(name, []), rows)
 
 

@@ -62,10 +62,16 @@ def met(codes: Tensor, marks: Tensor) -> Iterator[tuple[list[int], list[int]]]:
     places = marks.any(0).nonzero().flatten()
     if not len(places):
         return
-    patterns, kinds = torch.unique(marks[:, places], dim=1, return_inverse=True)
-    for kind, pattern in enumerate(patterns.unbind(1)):
-        if channels := covered(codes, pattern):
-            yield channels, places[kinds == kind].tolist()
+    patterns, kinds, counts = torch.unique(
+        marks[:, places], dim=1, return_inverse=True, return_counts=True
+    )
+    each = iter(places[kinds.argsort(stable=True)].split(counts.tolist()))
+    for some in patterns.split(max(1, HELD // codes.shape[1]), 1):
+        inside = (~some).float().T @ codes.float() == 0  # (patterns, channels)
+        found = inside.nonzero()[:, 1].split(inside.sum(1).tolist())
+        for channels, there in zip(found, each, strict=False):
+            if len(channels):
+                yield channels.tolist(), there.tolist()
 
 
 @dataclass(frozen=True)

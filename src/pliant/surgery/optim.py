@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
 
 from pliant.edits import Replaced
 from pliant.errors import MethodError, TrainingError, must_be
@@ -64,7 +64,8 @@ def carry(optimizers: Optimizers, replaced: Replaced, names: Names | None = None
     biases; where none left, that of the nearest one. What stands for parameters that no optimizer
     held is held by none. SGD's momentum is linear in the gradient, so it is carried over by the
     chain rule; adaptive state (Adam's squares) is not, so those parameters start afresh. Where a
-    parameter lost or gained rows, all of its state does alike and nothing else changes. Groups
+    parameter lost or gained rows, all of its state does alike and nothing else changes. LBFGS,
+    whose state is one vector of all parameters, starts afresh. Groups
     and state are changed in place: schedulers and wrappers keep seeing them.
 
     Args:
@@ -73,6 +74,10 @@ def carry(optimizers: Optimizers, replaced: Replaced, names: Names | None = None
         names: of the new parameters by `id`, for optimizers that were made with names.
     """
     known = several(optimizers)
+    for optimizer in known:
+        if isinstance(optimizer, LBFGS):  # its state is one vector of all parameters
+            optimizer.state.clear()
+            optimizer._numel_cache = None
     if replaced.cuts:
         squares = replaced.squares or replaced.cuts
         rows = zip(replaced.removed, replaced.added, replaced.cuts, squares, strict=True)

@@ -274,8 +274,10 @@ class Probe:
         else:
             marked = self._marks(given).movedim(axis, 1)
             marks = marked.reshape(*marked.shape[:2], -1).any(2).cpu()
-        target = self.first[slot]
+        target, seen = self.first[slot], marks.any(1).tolist()
         for block in self.blocks:
+            if not any(seen[block.rows]):  # most are read nearer to where they were marked
+                continue
             source = self.first[block.source]
             for channels, places in met(block.codes, marks[block.rows]):
                 tied = [*(source + c for c in channels), *(target + place for place in places)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,31 +11,34 @@ from pliant.math.forms import blocks
 from pliant.math.norms import penalty_gradient
 from pliant.math.rank import energy_rank
 from pliant.math.svd import spectral_map, spectrum
+from pliant.nn.kinds import kernel
 
 
-def add_nuclear(weight: Tensor, form: str, strength: float) -> None:
+def add_nuclear(layer: Any, form: str, strength: float) -> None:
     """Add the gradient of the nuclear norm of the matrix that a form decomposes.
 
     Args:
-        weight: a kernel, with a gradient or none.
+        layer: its weight has a gradient or none.
         form: "output" or "spatial", which is for kernels of more than one tap.
         strength: of the norm.
     """
-    view, mode = _matrix(weight.detach(), form)
+    weight = kernel(layer).detach()
+    view, mode = _matrix(weight, form)
     pull = penalty_gradient(view, (mode,)).reshape(weight.shape)
-    if weight.grad is not None:
-        weight.grad.add_(pull, alpha=strength)
+    if layer.weight.grad is not None:
+        kernel(layer, layer.weight.grad).add_(pull, alpha=strength)
 
 
 @torch.no_grad()
-def cut(weight: Tensor, form: str, energy: float) -> None:
+def cut(layer: Any, form: str, energy: float) -> None:
     """Cut a kernel to the rank that keeps a share of its energy.
 
     Args:
-        weight: changed in place.
+        layer: its weight is changed in place.
         form: see `add_nuclear`.
         energy: the share.
     """
+    weight = kernel(layer)
     view, mode = _matrix(weight, form)
     rank = energy_rank(spectrum(view, mode), energy)
 

@@ -52,7 +52,7 @@ def doubtful(
 
 def stable_ranks(layers: Layers) -> dict[str, float]:
     """Return the sum of the squared singular values over the largest of them, of every layer."""
-    return {name: stable_rank(spectrum(m.weight.detach(), 0)) for name, m in layers.items()}
+    return {name: stable_rank(spectrum(kernel(m).detach(), 0)) for name, m in layers.items()}
 
 
 def stable_estimates(
@@ -67,7 +67,7 @@ def stable_estimates(
     """
     found = {}
     for name, now in stable_ranks(layers).items():
-        most = max_ranks(layers[name].weight.shape, form_of(layers[name], form))
+        most = max_ranks(kernel(layers[name]).shape, form_of(layers[name], form))
         share = min(1.0, now / first[name])
         found[name] = tuple(max(1, round(share * top)) for top in most)
     return found

@@ -99,7 +99,8 @@ def _fit(
     if not stages.independent and not stages.joint:
         return
     parts, batches = blocks(run.model, free, run.example), few.stream()
-    judge = Judge(teacher, student, parts, stages.goal, few.held)
+    goal = replace(stages.goal, loss=None if few.task is None else few.task.total)
+    judge = Judge(teacher, student, parts, goal, few.held)
     judge.see()
     errors = independent(
         teacher,
@@ -120,8 +121,9 @@ def _fit(
         batches,
         steps=stages.joint,
         rates=Rates(stages.slowdown * rates.weights, stages.slowdown * rates.scales),
-        goal=stages.goal,
+        goal=goal,
         judge=judge,
     )
     judge.best.restore()
-    run.note(stage="joint", losses=judge.losses)
+    by = {} if few.task is None else {"by": "the task's loss"}
+    run.note(stage="joint", losses=judge.losses, **by)

@@ -19,7 +19,9 @@ from torch.optim import Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR
 
 from pliant.cost import Example, call, call_alike
+from pliant.data.sources import moved
 from pliant.errors import ModelError
+from pliant.families.quantize.samples import Shown
 from pliant.families.quantize.tunable import tunables
 from pliant.math.quantize import FLOOR, levels
 from pliant.nn import kinds
@@ -51,18 +53,22 @@ class Rates:
 class Goal:
     """What stage 2 minimises: L = sum_j mu |x^_j - x_j|^2 / var + nu D(answers).
 
+    Where the user gave a loss, or the network returns its own, that stands in the place of D.
+
     Args:
         features: mu, weight of each block's error.
         answers: nu, weight of the divergence from the teacher's answer.
         temperature: T, softens class scores.
         outputs: ``classes`` compares class scores by KL divergence and all other answers by
             squared error, ``values`` everything by squared error.
+        loss: of the task, in the place of D.
     """
 
     features: float = 1.0
     answers: float = 1.0
     temperature: float = 4.0
     outputs: Outputs = "classes"
+    loss: Callable[[Any, Any], Tensor] | None = None
 
 
 class Best:
@@ -134,11 +140,11 @@ def independent(
     teacher: nn.Module,
     student: nn.Module,
     blocks: Sequence[str],
-    batches: Iterator[Example],
+    batches: Iterator[Shown],
     *,
     steps: int,
     rates: Rates,
-    held: Sequence[Example],
+    held: Sequence[Shown],
 ) -> dict[str, tuple[float, float]]:
     """Fit every block on its own: it reads what it reads in the teacher, and shall say the same.
 
@@ -171,9 +177,9 @@ def independent(
                 with differentiated(found[name]):
                     gap.square().mean().backward()
 
-    def step(batch: Example) -> None:
+    def step(batch: Shown) -> None:
         with torch.no_grad(), beside(teacher, blocks, see):
-            call(teacher, batch)
+            call(teacher, batch.inputs)
 
     def check() -> None:
         best.see(block_errors(teacher, student, blocks, held))
@@ -185,7 +191,7 @@ def independent(
 
 @torch.no_grad()
 def block_errors(
-    teacher: nn.Module, student: nn.Module, blocks: Sequence[str], batches: Sequence[Example]
+    teacher: nn.Module, student: nn.Module, blocks: Sequence[str], batches: Sequence[Shown]
 ) -> dict[str, float]:
     """Return the mean squared error of every block of the student on the teacher's features."""
     found: dict[str, list[float]] = {name: [] for name in blocks}
@@ -197,7 +203,7 @@ def block_errors(
 
     with beside(teacher, blocks, see):
         for batch in batches:
-            call(teacher, batch)
+            call(teacher, batch.inputs)
     return {name: sum(row) / max(1, len(row)) for name, row in found.items()}
 
 
@@ -206,7 +212,7 @@ class Judge:
 
     That is the one of the lowest loss of stage 2 among those whose answers are no farther from the
     teacher's than the first one's, in squared error: a divergence of scores can fall while boxes
-    go astray.
+    go astray, and a loss of labels on a few samples while all others do.
     """
 
     def __init__(
@@ -215,7 +221,7 @@ class Judge:
         student: nn.Module,
         blocks: Sequence[str],
         goal: Goal,
-        held: Sequence[Example],
+        held: Sequence[Shown],
     ) -> None:
         self.networks = teacher, student, blocks
         self.goal, self.held = goal, held
@@ -237,7 +243,7 @@ def joint(
     teacher: nn.Module,
     student: nn.Module,
     blocks: Sequence[str],
-    batches: Iterator[Example],
+    batches: Iterator[Shown],
     *,
     steps: int,
     rates: Rates,
@@ -259,7 +265,7 @@ def joint(
         judge: sees the student at times; what it found best is to be restored at the end.
     """
 
-    def step(batch: Example) -> None:
+    def step(batch: Shown) -> None:
         with torch.enable_grad():
             loss, _ = _loss(teacher, student, blocks, goal, batch)
             with differentiated(student):
@@ -271,7 +277,7 @@ def joint(
 
 
 def _loss(
-    teacher: nn.Module, student: nn.Module, blocks: Sequence[str], goal: Goal, batch: Example
+    teacher: nn.Module, student: nn.Module, blocks: Sequence[str], goal: Goal, batch: Shown
 ) -> tuple[Tensor, Tensor]:
     """Return what stage 2 minimises, and the relative squared error of all answers.
 
@@ -283,7 +289,7 @@ def _loss(
         targets[name].append(output.clone())
 
     with torch.no_grad(), beside(teacher, blocks, keep):
-        wanted = call_alike(teacher, batch)
+        wanted = call_alike(teacher, batch.inputs)
     errors: list[Tensor] = []
 
     def see(name: str, args: Any, kwargs: Any, output: Tensor) -> None:
@@ -293,16 +299,18 @@ def _loss(
 
     layers = [layer for _, layer in tunables(student)]
     with beside(student, blocks, see, copies=False), recording(layers):
-        given = call_alike(student, batch)
+        given = call_alike(student, batch.inputs)
     apart, error = _divergence(given, wanted, goal)
+    if goal.loss is not None:
+        apart = goal.loss(given, moved(batch.batch, apart.device))
     features = torch.stack(errors).sum() if errors else apart.new_zeros(())
     return goal.features * features + goal.answers * apart, error
 
 
 def _train(
     student: nn.Module,
-    step: Callable[[Example], None],
-    batches: Iterator[Example],
+    step: Callable[[Shown], None],
+    batches: Iterator[Shown],
     steps: int,
     rates: Rates,
     check: Callable[[], None],

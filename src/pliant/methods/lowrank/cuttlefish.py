@@ -58,7 +58,7 @@ class Cuttlefish(Method):
 
     def prepare(self, run: Run) -> None:
         """Choose the layers, and measure their stable ranks."""
-        layers = subjects(run, self.only, self.exclude)
+        layers = subjects(run, self.only, self.exclude, every=True)
         ranks = stable_ranks(layers)
         run.state.update(layers=list(layers), first=ranks, before=ranks, split=False)
         note_spectra(run, layers, 0.95)

@@ -56,30 +56,30 @@ class TRP(Method):
 
     def refuse(self, run: Run) -> None:
         """Refuse a budget that is out of reach."""
-        check_reachable(run, self.form, only=self.only, exclude=self.exclude)
+        check_reachable(run, self.form, only=self.only, exclude=self.exclude, every=True)
 
     def prepare(self, run: Run) -> None:
         """Choose the layers."""
-        layers = subjects(run, self.only, self.exclude)
+        layers = subjects(run, self.only, self.exclude, every=True)
         run.state.update(layers=list(layers), split=False)
 
     def before_step(self, run: Run) -> None:
         """Add the gradient of the nuclear norm of the decomposed matrix."""
         for module in self._searched(run):
-            add_nuclear(module.weight, self.form, self.weight)
+            add_nuclear(module, self.form, self.weight)
 
     def after_step(self, run: Run) -> None:
         """Cut, or split when the search is over."""
         if run.step % self.interval == 0:
             for module in self._searched(run):
-                cut(module.weight, self.form, self.energy)
+                cut(module, self.form, self.energy)
         if not run.state["split"] and run.step >= round(self.search * run.steps):
             self._split(run)
 
     def after_epoch(self, run: Run) -> None:
         """Write the spectra into the history."""
         if not run.state["split"]:
-            note_spectra(run, subjects(run, self.only, self.exclude), self.p)
+            note_spectra(run, subjects(run, self.only, self.exclude, every=True), self.p)
 
     def finalize(self, run: Run) -> None:
         """Split, if the training was too short to have done it."""
@@ -87,7 +87,7 @@ class TRP(Method):
             self._split(run)
 
     def _split(self, run: Run) -> None:
-        layers = subjects(run, self.only, self.exclude)
+        layers = subjects(run, self.only, self.exclude, every=True)
         factorize(run, plan(run, layers, self.form, {}, self.p), layers, {})
         run.state["split"] = True
 

@@ -42,7 +42,9 @@ class GroupwisePTQ(Method):
     activations, and the rounded network learns to say what the dense one says: every block on
     its own first, then all of them together. A quarter of these inputs is held out: each block,
     and then the whole, ends in the state that was best on them, which may be the one before any
-    step. It happens after the training, if there is one. With a budget every layer gets 8, 4, 3
+    step. Where you gave a loss, or the network returns its own, that counts in the second stage in
+    the place of answers, with the labels; blocks on their own only know what the dense one says.
+    It happens after the training, if there is one. With a budget every layer gets 8, 4, 3
     or 2 bits, so that outputs of layers change least.
 
     Convolutions, transposed ones too, and linear layers are rounded with what they read; rows of
