@@ -372,6 +372,7 @@ CHANGES: list[tuple[str, Any]] = [
     ("ends", 4),
     ("rows", 4),
     ("groups", 1),
+    ("step", 0.5),
     ("grouping", "contiguous"),
     ("grouping", "equal"),
     ("samples", 20),

@@ -96,6 +96,26 @@ def best_scales(
     return candidates.gather(0, errors.argmin(0, keepdim=True))[0]
 
 
+def wide(weight: Tensor, index: Tensor, bits: int, step: float) -> Tensor:
+    """Return for every group one and the same scale, or more where a weight would be clipped.
+
+    For levels that are coded: one far out costs a long codeword, and clipping it would cost more.
+
+    Args:
+        weight: (channels, ...).
+        index: the group of each channel.
+        bits: of each weight.
+        step: the scale.
+
+    Returns:
+        (groups,) of float32.
+    """
+    rows = weight.detach().flatten(1).float()
+    reach = rows.new_zeros(int(index.max()) + 1)
+    reach = reach.scatter_reduce(0, index, rows.abs().amax(1), "amax")
+    return (reach / levels(bits)[1]).clamp(min=max(step, FLOOR))
+
+
 def _errors(rows: Tensor, index: Tensor, bits: int, candidates: Tensor) -> Tensor:
     """Squared error of every group for several scales: (tries, groups)."""
     scales = candidates[:, index, None]

@@ -4,6 +4,7 @@ import copy
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -126,6 +127,23 @@ def the_smallest_size_may_need_other_forms() -> None:
     assert found and all(set(edit.at(3)) == {1} for edit in found)
 
 
+def every_size_is_a_part_of_the_next_larger_one() -> None:
+    """No rank rises, parameters fall, and what a cut keeps are the first rows of the larger."""
+    elastic = Elastic(sizes=6, smallest=0.2, samples=16)
+    run = start(network(), elastic, Budget(params=0.7), data=images())
+    for edit in run.edits:
+        ranks = [edit.at(size) for size in range(6)] if isinstance(edit, Nest) else []
+        for more, less in pairwise(ranks):
+            assert all(1 <= a <= b for a, b in zip(less, more, strict=True))
+    found = [of_size(run.model, run.edits, size) for size in range(6)]
+    counts = [cost(each, run.example).params for each in found]
+    assert counts == sorted(counts, reverse=True) and counts[0] > counts[-1]
+    for larger, smaller in pairwise(found):
+        for name, part in smaller.named_parameters():
+            whole = larger.get_parameter(name)
+            assert torch.equal(whole[tuple(slice(0, size) for size in part.shape)], part)
+
+
 def sizes_must_fall() -> None:
     model = network()
     for sizes in ((2, 3), (), (1, 0)):
@@ -152,9 +170,22 @@ def one_step_teaches_three_sizes() -> None:
     assert gradient[: edit.at(2)[0]].abs().sum() > 0 and not gradient[edit.at(1)[0] :].any()
 
 
+def the_largest_and_the_labels_teach_the_others() -> None:
+    """What a size loses: 0.75 of the divergence from the largest, and 0.25 of the task's loss."""
+    x, y = torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
+    for share in (0.0, 0.25):
+        method = Elastic(sizes=2, samples=0, labels=share)
+        run = start(network(), method, Budget(params=0.7), data=images(), steps=1)
+        output = run.model(x)
+        small = torch.func.functional_call(run.model, weights_at(run.model, run.edits, 1), (x,))
+        wanted = (1 - share) * divergence(small, output.detach(), 1.0)
+        wanted = wanted + share * nn.functional.cross_entropy(small, y)
+        assert torch.allclose(run.loss(output.sum() * 0, output, (x, y)), wanted)
+
+
 def the_dense_network_can_teach_all_sizes() -> None:
     """The largest half from the labels, half from the dense network; the others from it alone."""
-    model, method = network(), Elastic(sizes=2, samples=0, learn_from="dense")
+    model, method = network(), Elastic(sizes=2, samples=0, learn_from="dense", labels=0.0)
     dense = copy.deepcopy(model).eval()
     run = start(model, method, Budget(params=0.7), data=images(), steps=1)
     x, y = torch.randn(4, 3, 8, 8), torch.zeros(4, dtype=torch.long)
@@ -327,8 +358,10 @@ CASES = [
             sharing_factors_costs_next_to_nothing,
             forms_are_those_that_suit_all_sizes,
             the_smallest_size_may_need_other_forms,
+            every_size_is_a_part_of_the_next_larger_one,
             sizes_must_fall,
             one_step_teaches_three_sizes,
+            the_largest_and_the_labels_teach_the_others,
             the_dense_network_can_teach_all_sizes,
             precision_is_that_of_the_training_after_resuming,
             what_elastic_cannot_do_is_refused_before_training,

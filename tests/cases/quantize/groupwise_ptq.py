@@ -8,7 +8,16 @@ from torch import Tensor, nn
 from pliant.cost import layer_costs
 from pliant.data import Data
 from pliant.edits import Quantize
-from pliant.math.quantize import best_range, best_scales, grouping, learnable, levels, rounded
+from pliant.math.quantize import (
+    best_range,
+    best_scales,
+    grouping,
+    integers,
+    learnable,
+    levels,
+    rounded,
+    wide,
+)
 from pliant.methods.quantize.groupwise_ptq import GroupwisePTQ
 from pliant.run import start
 from pliant.testing import Case, Toy
@@ -145,6 +154,34 @@ def a_layer_that_packing_would_enlarge_stays() -> None:
     assert [edit.layer for edit in run.edits] == ["1", "2"]
 
 
+def one_step_is_that_of_all_layers() -> None:
+    """Weights of 1, 3 and 5 in equal numbers: half of their root mean square, sqrt(35 / 3)."""
+    model = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(3)))
+    with torch.no_grad():
+        for weight, value in zip(model.parameters(), (1.0, 3.0, 5.0), strict=True):
+            weight.copy_(value * noise(8, 8).sign())
+    method = GroupwisePTQ(bits=8, activations=0, groups=1, step=0.5)
+    run = start(model, method, example=(torch.zeros(1, 8),))
+    run.finish()
+    wanted = torch.tensor(0.5 * math.sqrt(35 / 3))
+    assert all(torch.allclose(edit.values.scales, wanted) for edit in run.edits)  # type: ignore[attr-defined]
+    far = torch.tensor([[0.5, 254.0], [1.0, -1.0]])  # 254 is the last of 127 levels of 2
+    assert wide(far, torch.tensor([0, 1]), 8, 0.5).tolist() == [2.0, 0.5]
+
+
+def coarse_levels_take_fewer_bits_than_few() -> None:
+    """Of weights with heavy tails: fewer bits than 4-bit ones, and less is lost."""
+    weight = noise(64, 64) / noise(64, 64, seed=1).abs().clamp_min(0.1)
+    index, lost, bits = torch.zeros(64).int(), [], []
+    few = best_scales(weight, index, 4)
+    for scales, most in ((few, 4), (wide(weight, index, 8, 1.1 * float(few)), 8)):
+        codes = integers(weight, scales[index], most)
+        counts = codes.unique(return_counts=True)[1] / codes.numel()
+        bits.append(float(-(counts * counts.log2()).sum()))
+        lost.append(float((weight - rounded(weight, scales[index], most)).square().sum()))
+    assert bits[1] < bits[0] and lost[1] < 0.95 * lost[0], (bits, lost)
+
+
 def _words() -> nn.Module:
     rows = nn.Embedding(64, 64), nn.Flatten(), nn.Linear(256, 4)
     return nn.Sequential(*rows)
@@ -176,6 +213,8 @@ CASES = [
             activations_get_unsigned_levels_after_a_relu,
             first_and_last_layers_get_more_bits,
             a_layer_that_packing_would_enlarge_stays,
+            one_step_is_that_of_all_layers,
+            coarse_levels_take_fewer_bits_than_few,
         ),
     ),
 ]

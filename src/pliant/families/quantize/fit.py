@@ -9,7 +9,7 @@ from torch import nn
 
 from pliant.cost import twin
 from pliant.edits import Edit, Quantize, replay
-from pliant.families.quantize.levels import begun
+from pliant.families.quantize.levels import begun, shared_step
 from pliant.families.quantize.samples import Few
 from pliant.families.quantize.tunable import tunable, tunables
 from pliant.families.quantize.tuning import Goal, Judge, Rates, correct, independent, joint
@@ -31,6 +31,8 @@ class Stages:
         rates: of stage 1.
         slowdown: rates of stage 2, in units of those of stage 1.
         goal: of stage 2.
+        step: distance of levels in all layers, in units of the root mean square of their weights;
+            0 places them for the least squared error.
     """
 
     correct: bool
@@ -39,6 +41,7 @@ class Stages:
     rates: Rates
     slowdown: float
     goal: Goal
+    step: float = 0.0
 
 
 def fitted(
@@ -63,7 +66,8 @@ def fitted(
     unused = [name for name in seen if few is not None and name not in flows]
     single |= {name: replace(single[name], inputs=0, outputs=0) for name in unused}
     plan = {**plan, **single}
-    values = {n: begun(teacher, edit, rule, flows.get(n)) for n, edit in single.items()}
+    step = shared_step(teacher, single, stages.step)
+    values = {n: begun(teacher, edit, rule, flows.get(n), step) for n, edit in single.items()}
     tied = {edit.source for edit in single.values()} | {n for n, e in single.items() if e.source}
     free = [name for name in seen if name not in tied and name not in unused]
     begun_edits = {

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from pliant.cost import Example, call
 from pliant.edits import Edit, Pack, Quantize
-from pliant.math.quantize import Grouping, best_range, best_scales, grouping, rounded
+from pliant.math.quantize import Grouping, best_range, best_scales, grouping, rounded, wide
 from pliant.nn import kinds
 from pliant.nn.packed import Values
 from pliant.nn.several import quantized, weights_of
@@ -17,7 +17,9 @@ from pliant.observe.ranges import Flow, Sample
 from pliant.observe.watch import capture
 
 
-def begun(model: nn.Module, edit: Quantize, rule: Grouping, flow: Flow | None = None) -> Values:
+def begun(
+    model: nn.Module, edit: Quantize, rule: Grouping, flow: Flow | None = None, step: float = 0.0
+) -> Values:
     """Return groups, scales and ranges of least squared error for one layer.
 
     Args:
@@ -25,14 +27,16 @@ def begun(model: nn.Module, edit: Quantize, rule: Grouping, flow: Flow | None = 
         edit: how its numbers shall be written.
         rule: which channels share a scale.
         flow: what passes the layer; None leaves ranges of activations out.
+        step: the scale, more only where weights would lie beyond all levels; 0 finds it.
     """
     layer: Any = model.get_submodule(edit.layer)
     rows = kinds.to_rows(layer, layer.weight.detach())
     index = grouping(rows, edit.groups, rule)
+    scales = wide(rows, index, edit.bits, step) if step else best_scales(rows, index, edit.bits)
     bias = getattr(layer, "bias", None)
     return Values(
         layer.weight.detach(),
-        best_scales(rows, index, edit.bits),
+        scales,
         index,
         None if bias is None else bias.detach(),
         _range(flow.input, edit.inputs) if flow and edit.inputs else None,
@@ -42,6 +46,13 @@ def begun(model: nn.Module, edit: Quantize, rule: Grouping, flow: Flow | None = 
 
 def _range(sample: Sample, bits: int) -> tuple[float, int]:
     return best_range(sample.kept(), sample.low, sample.high, bits)
+
+
+def shared_step(model: nn.Module, layers: Iterable[str], share: float) -> float:
+    """Return a share of the root mean square of all weights of some layers."""
+    weights = [weight for name in layers for weight in _all(model.get_submodule(name)).values()]
+    energy, count = sum(map(_energy, weights)), sum(weight.numel() for weight in weights)
+    return float(share * (energy / max(1, count)) ** 0.5)
 
 
 def gaps(model: nn.Module, edit: Edit, rule: Grouping) -> dict[str, Tensor]:

@@ -49,9 +49,9 @@ class Elastic(Method):
     Layers become rows of factors in order of importance, at the ranks of the largest size, which
     is what the budget allows. In every step the largest, the smallest and ``between`` random
     sizes look at the batch (the sandwich rule); the largest learns from the labels, the others
-    from its outputs (in-place distillation). With ``learn_from="dense"`` all of them learn from
-    the network as it came, half of it at a temperature of 4; the other half is the labels for the
-    largest, a temperature of 1 for the others: for networks that come trained.
+    from its outputs (in-place distillation) and, a share of ``labels``, from the labels too. With
+    ``learn_from="dense"`` all learn from the network as it came, half of it at a temperature of 4;
+    the other half is the labels for the largest, for the others a temperature of 1 and the labels.
     Batch norms are re-estimated from training inputs for every size at the end and kept in a table
     each: a network that has them needs data, in a loop of your own too.
     ``pliant.load(path, at=...)`` then cuts a size from the file.
@@ -77,6 +77,8 @@ class Elastic(Method):
     largest: Annotated[float, In(0, 1, "low")] = 0.75
     # random sizes in a step, beside the largest and the smallest
     between: Annotated[int, In(0, MOST)] = 1
+    # share of the labels in what the other sizes learn; 0 copies only, as in the paper
+    labels: Annotated[float, In(0, 1)] = 0.5
     learn_from: LearnFrom = "largest"  # whose outputs are copied; "dense" needs a trained network
     form: Form = "auto"  # of the factors; "auto" takes the best per layer
     samples: Annotated[int, In(0)] = 1024  # training inputs to look at; 0 looks at weights only
@@ -122,7 +124,9 @@ class Elastic(Method):
                 weights = weights_at(run.model, run.edits, size)
                 said = functional_call(run.model, weights, args, dict(names))
                 found = run.class_scores(said)
+                task = run.task_loss(said, batch) if self.labels else 0.0
             gaps = [divergence(found.float(), target, each) for each in temperatures]
+            gaps[0] = (1 - self.labels) * gaps[0] + self.labels * task
             loss = loss + sum(gaps) / len(gaps)
         return loss
 
