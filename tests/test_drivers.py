@@ -795,12 +795,13 @@ def test_a_frozen_network_is_refused() -> None:
 
 
 def test_a_loader_that_gives_too_little_is_refused() -> None:
-    class Short(list[Any]):
+    class Short(DataLoader[Any]):
         def __len__(self) -> int:
             return 9
 
+    loader = Short(TensorDataset(*samples(8)), batch_size=8)
     with pytest.raises(DataError, match="__len__"):
-        fit(begin(Nothing(), net()), Data(Short([samples(8)])), SGD)
+        fit(begin(Nothing(), net()), Data(loader), SGD)
 
 
 def test_an_edit_keeps_the_fast_layout() -> None:

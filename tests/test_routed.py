@@ -11,6 +11,7 @@ from torch import Tensor, nn
 import pliant
 from pliant.edits import Quantize
 from pliant.families.quantize.levels import begun
+from pliant.families.quantize.samples import Shown
 from pliant.families.quantize.tunable import tunable
 from pliant.families.quantize.tuning import (
     Goal,
@@ -64,10 +65,10 @@ def test_methods_take_experts_without_tokens(method: str, *, skip: bool) -> None
 def test_an_expert_that_gets_no_token_leaves_biases_and_errors_numbers() -> None:
     torch.manual_seed(0)
     teacher = Routed(skip=False)
-    student, batches = copy.deepcopy(teacher), [(torch.randn(16, 8),)]
+    student, batches = copy.deepcopy(teacher), [Shown((torch.randn(16, 8),))]
     edit = Quantize("experts.3.0", 4, 1, indexed=False)
     tunable(student, {"experts.3.0": (edit.written, begun(teacher, edit, "contiguous", None))})
-    correct(teacher, student, batches)
+    correct(teacher, student, [batch.inputs for batch in batches])
     assert student.experts[3][0].layer.bias.isfinite().all()
     assert block_errors(teacher, student, ["experts.3"], batches) == {"experts.3": 0.0}
     rates = Rates(0.1, 0.1)
@@ -80,9 +81,9 @@ def test_a_block_is_compared_with_itself_where_student_and_teacher_call_others()
     """Blocks that the student does not call leave the others with their own targets."""
     torch.manual_seed(0)
     teacher = Routed(skip=True)
-    student, x = copy.deepcopy(teacher), (torch.randn(16, 8),)
+    student, x = copy.deepcopy(teacher), Shown((torch.randn(16, 8),))
     blocks = [f"experts.{i}" for i in range(4)]
-    best = int(teacher.router(teacher.first(x[0]).relu()).argmax(-1)[0])
+    best = int(teacher.router(teacher.first(x.inputs[0]).relu()).argmax(-1)[0])
     nn.init.constant_(student.router.bias[best : best + 1], -100.0)  # its tokens go elsewhere
     loss, error = _loss(teacher, student, blocks, Goal(answers=0.0), x)
     assert loss.isfinite() and error.isfinite()

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pliant.cost import call, counted, device_of, evaluating
+from pliant.cost import call, call_alike, counted, device_of, evaluating, twin
 from pliant.data import Data, unpack
 from pliant.data.classes import binary_loss, binary_view, class_loss, class_view
 from pliant.data.guess import axis_of, guess, squashed
@@ -202,19 +201,9 @@ def _try(task: Task, model: nn.Module, batch: Any, split: Split, *, trains: bool
         for name, metric in task.metrics.items():
             _asked(name, split, metric.rows, output, few, counted(unpack(few)[0]))
     if trains and not task.trains:  # some give more while they train
-        with unchanged(model), scoring(model, replace(task, trains=True)), torch.no_grad():
-            _asked("loss", split, task.total, call(model, task.inputs(few)), few)
-
-
-@contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Put the buffers of a network back at the end of the block."""
-    known = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    try:
-        yield
-    finally:
-        for buffer, value in known:
-            buffer.copy_(value)
+        copy = twin(model)  # what it draws or counts meanwhile is forgotten
+        with scoring(copy, replace(task, trains=True)), torch.no_grad():
+            _asked("loss", split, task.total, call_alike(copy, task.inputs(few)), few)
 
 
 def _asked(name: str, split: Split, function: Any, *args: Any) -> Any:
