@@ -36,6 +36,7 @@ def cells(settings: Settings) -> list[Cell]:
 
 def measure(cell: Cell, watch: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
     """Time one call of each in turn, many times; medians."""
+    torch.set_num_threads(1)
     rows, depth, columns = cell.key["shape"]
     left, right = (_random(n, depth, seed) for n, seed in ((rows, 0), (columns, 1)))
     packed, real = panels(right, WIDTH, 4), (left.float(), right.float().T.contiguous())
@@ -85,7 +86,7 @@ def tables(settings: Settings, cells: Cells) -> list[Table]:
         ]
         for shape in settings["shapes"]
     ]
-    title = f"Medians of {settings['calls']} calls in turn, {torch.get_num_threads()} thread(s), ms"
+    title = f"Medians of {settings['calls']} calls in turn, one thread, ms"
     return [Table(title, ["rows x depth x columns", *names], rows)]
 
 
