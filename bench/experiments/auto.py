@@ -20,7 +20,11 @@ AUTO = "auto"
 
 def cells(settings: Settings) -> list[Cell]:
     """List one measurement for every network: auto and all single methods."""
-    names = ("budget", "singles", "probes", "epochs")
+    return of_networks(settings, "budget", "singles", "probes", "epochs")
+
+
+def of_networks(settings: Settings, *names: str) -> list[Cell]:
+    """List one measurement for every network and seed, with some settings as its plan."""
     plan = {name: settings[name] for name in names}
     seeds, networks = settings["seeds"], settings["networks"]
     return [Cell({"network": n, "seed": seed}, plan) for seed in seeds for n in networks]
@@ -54,11 +58,19 @@ def measure(cell: Cell, watch: Watch) -> dict[str, Any]:
 
 def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
     """Say for every network how far auto is behind the best single method."""
-    rows, most = [], settings["claims"]["behind"]
-    for name in settings["networks"]:
-        text = f"{name}: points that auto loses more than the best single method"
-        rows.append(judged(text, values(cells, "behind", network=name), "<=", most, "points"))
-    return rows
+    text = "points that auto loses more than the best single method"
+    return at_most(settings, cells, "behind", text, "points")
+
+
+def at_most(
+    settings: Settings, cells: Cells, name: str, text: str, unit: str
+) -> list[dict[str, Any]]:
+    """Compare a value of every network with its bound."""
+    most, networks = settings["claims"][name], settings["networks"]
+    return [
+        judged(f"{network}: {text}", values(cells, name, network=network), "<=", most, unit)
+        for network in networks
+    ]
 
 
 def summary(settings: Settings, cells: Cells) -> list[dict[str, Any]]:

@@ -8,24 +8,19 @@ from typing import Any
 from torch import nn
 
 import pliant
-from bench.claim import judged
-from bench.experiments import Cell, Cells, Table, pick, values
+from bench.experiments import Cell, Cells, Table
+from bench.experiments.auto import AUTO, Settings, Watch, at_most, of_networks, summary
 from bench.fleet import trained
 from pliant.api.within import silent
 from pliant.errors import PliantError
 from pliant.latency import compare
 
-Settings = Mapping[str, Any]
-Watch = Callable[[dict[str, Any]], None]
-AUTO = "auto"
+__all__ = ["cells", "claims", "measure", "summary", "tables"]
 
 
 def cells(settings: Settings) -> list[Cell]:
     """List one measurement for every network: auto and all single methods."""
-    names = ("drop", "target", "singles", "probes", "epochs")
-    plan = {name: settings[name] for name in names}
-    seeds, networks = settings["seeds"], settings["networks"]
-    return [Cell({"network": n, "seed": seed}, plan) for seed in seeds for n in networks]
+    return of_networks(settings, "drop", "target", "singles", "probes", "epochs")
 
 
 def measure(cell: Cell, watch: Watch) -> dict[str, Any]:
@@ -60,16 +55,8 @@ def measure(cell: Cell, watch: Watch) -> dict[str, Any]:
 
 def claims(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
     """Say for every network how much slower auto's is than the fastest of a single method."""
-    rows, most = [], settings["claims"]["slower"]
-    for name in settings["networks"]:
-        text = f"{name}: milliseconds of auto's network over those of the best single method's"
-        rows.append(judged(text, values(cells, "slower", network=name), "<=", most, "x"))
-    return rows
-
-
-def summary(settings: Settings, cells: Cells) -> list[dict[str, Any]]:
-    """Give what every search found."""
-    return [{**c["key"], **c["values"]} for c in pick(cells)]
+    text = "milliseconds of auto's network over those of the best single method's"
+    return at_most(settings, cells, "slower", text, "x")
 
 
 def tables(settings: Settings, cells: Cells) -> list[Table]:

@@ -98,8 +98,12 @@ def once(
     """
     asked = resolve(method), Budget.of(budget), train, seed
     place = Path(folder) if folder is not None else None
-    alone = own_randomness(seed, place_of(model)), written_alone(place, resume=resume)
-    with torch.inference_mode(False), torch.enable_grad(), alone[0], alone[1]:
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        own_randomness(seed, place_of(model)),
+        written_alone(place, resume=resume),
+    ):
         read = Data.of(data, seed=seed).read_by(bare(model))
         job = Job(bare(model), read, *asked, as_example(example), resume)
         job.folder = place

@@ -38,8 +38,8 @@ def digests(data: Data) -> tuple[str, str]:
 
     Labels in tensors and lists are read whole, inputs whole up to 67 million numbers and by 4,096
     rows beyond; of a data set 32 samples are read, and all labels where it holds them, of a stream
-    two batches. What differs between two
-    looks at the same sample, such as noise of a generator of its own, is left out.
+    two batches. What differs between two looks at the same sample, such as noise of a generator of
+    its own, is left out.
     """
     splits: tuple[Split, ...] = ("train", "val")
     parts = [_split(data.source(split)) for split in splits if data.has(split)]

@@ -93,16 +93,7 @@ class Task:
                 "train out."
             )
         more = {"reduction": reduction} if reduction != "mean" else {}
-        try:
-            found = self.loss(output, batch, **more)
-        except PliantError:
-            raise
-        except Exception as error:  # it is not our code
-            raise MethodError(
-                f"'loss' is called with the output and a batch, such as (inputs, labels), but "
-                f"raises {type(error).__name__}: {error}; of a criterion of output and labels "
-                "write lambda output, batch: criterion(output, batch[1])."
-            ) from error
+        found = ask("loss", self.loss, output, batch, **more)
         if not isinstance(found, Tensor) or (reduction == "mean" and found.numel() != 1):
             what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
             raise MethodError(
@@ -119,6 +110,24 @@ class Task:
             return self.total(output, moved(items[number], device)) * sizes[number]
 
         return loss
+
+
+def ask(name: str, function: Callable[..., Any], *args: Any, **more: Any) -> Any:
+    """Call a loss or a metric of the user's.
+
+    Raises:
+        MethodError: it fails; the message says what it is called with.
+    """
+    try:
+        return function(*args, **more)
+    except PliantError:
+        raise
+    except Exception as error:  # it is the user's function, which may raise anything
+        raise MethodError(
+            f"{name!r} is called with the output and a whole batch, such as (inputs, labels), but "
+            f"raises {type(error).__name__}: {error}; of a criterion of output and labels write "
+            "lambda output, batch: criterion(output, batch[1])."
+        ) from error
 
 
 def main_output(output: Any) -> Tensor:

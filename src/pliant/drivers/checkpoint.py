@@ -45,7 +45,7 @@ def identity(run: Run, data: Data, train: Train) -> dict[str, str]:
         "data": f"{data.name} with {sizes[0]} and {sizes[1]} samples, the first being {first}",
         "seed": str(run.seed),
         "task": str(run.task or ""),
-        "loss": _called(run.task.loss) if run.task and run.task.loss else "",
+        "loss": _described(run.task.loss) if run.task and run.task.loss else "",
         "train": _listed(plan),
         "target": _listed(place) or "none",
         "digest of the weights": run.journal.origin,
@@ -54,7 +54,7 @@ def identity(run: Run, data: Data, train: Train) -> dict[str, str]:
     }
 
 
-def _called(function: Any) -> str:
+def _described(function: Any) -> str:
     """Name a function, with a digest of what it does where it is one of Python's."""
     inner = inspect.unwrap(function)
     code = getattr(inner, "__code__", None)

@@ -16,7 +16,7 @@ from pliant.data.guess import axis_of, guess, squashed
 from pliant.data.ready import classification, fed, own
 from pliant.data.sources import Tensors, moved
 from pliant.data.splits import Split
-from pliant.data.task import INSTEAD, Task, labels_of, main_output, own_loss
+from pliant.data.task import INSTEAD, Task, ask, labels_of, main_output, own_loss
 from pliant.drivers.score import scoring
 from pliant.errors import DataError, MethodError, ModelError, PliantError
 from pliant.run import Run
@@ -191,7 +191,7 @@ def _try(task: Task, model: nn.Module, batch: Any, split: Split, *, trains: bool
     with scoring(model, task), torch.set_grad_enabled(trains):
         output = call(model, task.inputs(few))
         if trains or task.loss is not None:
-            loss = _asked("loss", split, task.total, output, few)
+            loss = task.total(output, few)
             learns = any(p.requires_grad for p in model.parameters())
             if trains and learns and not loss.requires_grad:
                 raise MethodError(
@@ -199,24 +199,11 @@ def _try(task: Task, model: nn.Module, batch: Any, split: Split, *, trains: bool
                     "can be differentiated, but it has no gradient: detach nothing."
                 )
         for name, metric in task.metrics.items():
-            _asked(name, split, metric.rows, output, few, counted(unpack(few)[0]))
+            ask(name, metric.rows, output, few, counted(unpack(few)[0]))
     if trains and not task.trains:  # some give more while they train
         copy = twin(model)  # what it draws or counts meanwhile is forgotten
         with scoring(copy, replace(task, trains=True)), torch.no_grad():
-            _asked("loss", split, task.total, call_alike(copy, task.inputs(few)), few)
-
-
-def _asked(name: str, split: Split, function: Any, *args: Any) -> Any:
-    try:
-        return function(*args)
-    except PliantError:
-        raise
-    except Exception as error:  # it is not our code
-        raise MethodError(
-            f"{name!r} is called with the output and a whole batch of the {split} split, such as "
-            f"(inputs, labels), but raises {type(error).__name__}: {error}; of a criterion of "
-            "output and labels write lambda output, batch: criterion(output, batch[1])."
-        ) from error
+            task.total(call_alike(copy, task.inputs(few)), few)
 
 
 def _cut(batch: Any) -> Any:

@@ -96,7 +96,7 @@ def best_scales(
     return candidates.gather(0, errors.argmin(0, keepdim=True))[0]
 
 
-def wide(weight: Tensor, index: Tensor, bits: int, step: float) -> Tensor:
+def even_scales(weight: Tensor, index: Tensor, bits: int, step: float) -> Tensor:
     """Return for every group one and the same scale, or more where a weight would be clipped.
 
     For levels that are coded: one far out costs a long codeword, and clipping it would cost more.

@@ -11,12 +11,12 @@ from pliant.edits import Quantize
 from pliant.math.quantize import (
     best_range,
     best_scales,
+    even_scales,
     grouping,
     integers,
     learnable,
     levels,
     rounded,
-    wide,
 )
 from pliant.methods.quantize.groupwise_ptq import GroupwisePTQ
 from pliant.run import start
@@ -166,7 +166,7 @@ def one_step_is_that_of_all_layers() -> None:
     wanted = torch.tensor(0.5 * math.sqrt(35 / 3))
     assert all(torch.allclose(edit.values.scales, wanted) for edit in run.edits)  # type: ignore[attr-defined]
     far = torch.tensor([[0.5, 254.0], [1.0, -1.0]])  # 254 is the last of 127 levels of 2
-    assert wide(far, torch.tensor([0, 1]), 8, 0.5).tolist() == [2.0, 0.5]
+    assert even_scales(far, torch.tensor([0, 1]), 8, 0.5).tolist() == [2.0, 0.5]
 
 
 def coarse_levels_take_fewer_bits_than_few() -> None:
@@ -174,7 +174,7 @@ def coarse_levels_take_fewer_bits_than_few() -> None:
     weight = noise(64, 64) / noise(64, 64, seed=1).abs().clamp_min(0.1)
     index, lost, bits = torch.zeros(64).int(), [], []
     few = best_scales(weight, index, 4)
-    for scales, most in ((few, 4), (wide(weight, index, 8, 1.1 * float(few)), 8)):
+    for scales, most in ((few, 4), (even_scales(weight, index, 8, 1.1 * float(few)), 8)):
         codes = integers(weight, scales[index], most)
         counts = codes.unique(return_counts=True)[1] / codes.numel()
         bits.append(float(-(counts * counts.log2()).sum()))

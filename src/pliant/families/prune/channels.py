@@ -20,7 +20,6 @@ from pliant.surgery.select import readable
 
 OVER_ALL = "it takes its statistics over all of its channels, so these stay"
 OTHERS = "{} keeps its channels: they leave convolutions, Linear layers and norms of channels only"
-
 FEWER = "it takes its statistics over fewer channels now, which changes what it gives"
 
 ABSORBED = 256  # samples that say what leaving channels give on average

@@ -66,7 +66,7 @@ def fitted(
     unused = [name for name in seen if few is not None and name not in flows]
     single |= {name: replace(single[name], inputs=0, outputs=0) for name in unused}
     plan = {**plan, **single}
-    step = shared_step(teacher, single, stages.step)
+    step = shared_step(teacher, single, stages.step) if stages.step else 0.0
     values = {n: begun(teacher, edit, rule, flows.get(n), step) for n, edit in single.items()}
     tied = {edit.source for edit in single.values()} | {n for n, e in single.items() if e.source}
     free = [name for name in seen if name not in tied and name not in unused]

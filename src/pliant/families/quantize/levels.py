@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from pliant.cost import Example, call
 from pliant.edits import Edit, Pack, Quantize
-from pliant.math.quantize import Grouping, best_range, best_scales, grouping, rounded, wide
+from pliant.math.quantize import Grouping, best_range, best_scales, even_scales, grouping, rounded
 from pliant.nn import kinds
 from pliant.nn.packed import Values
 from pliant.nn.several import quantized, weights_of
@@ -32,7 +32,9 @@ def begun(
     layer: Any = model.get_submodule(edit.layer)
     rows = kinds.to_rows(layer, layer.weight.detach())
     index = grouping(rows, edit.groups, rule)
-    scales = wide(rows, index, edit.bits, step) if step else best_scales(rows, index, edit.bits)
+    scales = (
+        even_scales(rows, index, edit.bits, step) if step else best_scales(rows, index, edit.bits)
+    )
     bias = getattr(layer, "bias", None)
     return Values(
         layer.weight.detach(),
