@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import pliant
 import pliant.render.words
+from pliant.cost import layer_costs
 from pliant.edits.quantize import unpackable
 from pliant.nn.attention import SplitAttention
 from pliant.nn.layers import obstacle
@@ -249,3 +251,39 @@ def test_a_rounded_network_of_double_precision_exports(tmp_path: Path) -> None:
     result = pliant.compress(mlp().double(), X.double(), "groupwise_ptq(independent=0, joint=0)")
     written = pliant.to_onnx(result.model, tmp_path / "net.onnx", (X[:2].double(),))
     assert written.path.exists()
+
+
+@pytest.mark.parametrize("groups", [1, 4, 16])
+def test_transposed_convolutions_of_groups_are_rounded_at_the_bytes_foreseen(groups: int) -> None:
+    """Their weights list the outputs of one group only."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *(nn.Conv1d(1, 16, 3), nn.ConvTranspose1d(16, 32, 3, groups=groups), nn.ReLU()),
+        nn.Conv1d(32, 1, 3),
+    )
+    method = "groupwise_ptq(independent=0, joint=0)"
+    result = pliant.compress(net, X[:, None], method)
+    edit = next(edit for edit in result.edits if edit.layer == "1")
+    inputs = (X[:1, None],)
+    before, after = (layer_costs(each, inputs)["1"] for each in (net, result.model))
+    assert edit.predict(before).bytes == after.bytes
+
+
+class Recomputes(nn.Module):
+    """Saves memory in training, as it is asked to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.block, self.head = nn.Linear(8, 32), mlp()[2:4], nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        found: Tensor = self.head(checkpoint(self.block, x, use_reentrant=False))
+        return found
+
+
+def test_networks_that_recompute_their_features_are_fitted() -> None:
+    """What is compared with the dense network is no part of what is computed again."""
+    method = "groupwise_ptq(independent=1, joint=2)"
+    rows = pliant.compress(Recomputes(), (X, Y), method).report.layers
+    assert [row.form for row in rows] == ["w8a8", "w4a4", "w8a8"]
