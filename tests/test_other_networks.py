@@ -287,3 +287,10 @@ def test_networks_that_recompute_their_features_are_fitted() -> None:
     method = "groupwise_ptq(independent=1, joint=2)"
     rows = pliant.compress(Recomputes(), (X, Y), method).report.layers
     assert [row.form for row in rows] == ["w8a8", "w4a4", "w8a8"]
+
+
+def test_a_projected_lstm_is_said_to_have_no_operator(tmp_path: Path) -> None:
+    """It is no matter of batches."""
+    net = nn.LSTM(4, 8, proj_size=3, bidirectional=True, batch_first=True)
+    with pytest.raises(pliant.PliantError, match="proj_size has no operator"):
+        pliant.to_onnx(net, tmp_path / "net.onnx", (torch.randn(2, 5, 4),))
