@@ -294,3 +294,41 @@ def test_a_projected_lstm_is_said_to_have_no_operator(tmp_path: Path) -> None:
     net = nn.LSTM(4, 8, proj_size=3, bidirectional=True, batch_first=True)
     with pytest.raises(pliant.PliantError, match="proj_size has no operator"):
         pliant.to_onnx(net, tmp_path / "net.onnx", (torch.randn(2, 5, 4),))
+
+
+class Reads(nn.Module):
+    """Two layers that are read by one which no family can change, and one of a class of its own."""
+
+    def __init__(self, reader: nn.Module) -> None:
+        super().__init__()
+        self.first, self.reader, self.own = nn.Linear(8, 16), reader, Doubles(16, 32)
+        self.next, self.head = nn.Linear(32, 32), nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        x = self.reader(x, x) if isinstance(self.reader, nn.Bilinear) else self.reader(x[:, None])
+        x = x if isinstance(x, Tensor) else x[0][:, 0]
+        found: Tensor = self.head(self.next(self.own(x).relu()).relu())
+        return found
+
+
+class Doubles(nn.Linear):
+    """Is no Linear, whatever it is derived from."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+@pytest.mark.parametrize("reader", [nn.Bilinear(16, 16, 16), nn.GRU(16, 16, batch_first=True)])
+def test_reasons_of_channels_are_in_words_of_channels(reader: nn.Module) -> None:
+    """What has no factorized form may lose channels, and what is read is no output."""
+    torch.manual_seed(0)
+    report = pliant.compress(Reads(reader), (X, Y), "magnitude", "params=0.9").report
+    reasons = {row.layer: row.reason for row in report.layers}
+    kind = type(reader).__name__
+    assert reasons["first"] == f"{kind} reader reads them, whose matrices stay whole"
+    assert (
+        reasons["own"] == "Doubles is left as it is: it computes something else than its base class"
+    )
+    assert "factorized" not in str(reasons["reader"])
+    assert "factorized form" in str(obstacle(Reads(reader), "own"))

@@ -22,6 +22,8 @@ from pliant.surgery.parted import Parted
 MOVES = (3.0, -3.0)  # added to marked values where they must stay numbers
 _APART = (nn.modules.batchnorm._NormBase, nn.GroupNorm)  # norms that are known not to mix all
 OUTPUT = "its channels are outputs of the network"
+_WHOLE = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
+WHOLE = "{} {} reads them, whose matrices stay whole"
 UNSEEN = "never called with the samples on the first axis"
 
 
@@ -87,6 +89,8 @@ class Probe:
                 if _apart(module) or (self.apart and over_all(module)):
                     module.forward = _unchanged
             kind = type(module).__name__
+            if isinstance(module, _WHOLE):
+                module.register_forward_pre_hook(self._whole(WHOLE.format(kind, name)))
             if "norm" in kind.lower() and not isinstance(module, _APART):
                 module.register_forward_hook(self._mixer(f"{kind} {name}"))
         self.union = Union(list(range(total)))
@@ -211,6 +215,16 @@ class Probe:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             if args and isinstance(args[0], Tensor):
                 self._read(slot, args[0], channel_axis(module, args[0]))
+
+        return hook
+
+    def _whole(self, reason: str) -> Callable[..., None]:
+        @_unseen
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            for given in [each for each in args if isinstance(each, Tensor) and each.dim() > 1]:
+                marked = self._by_sample(given)
+                for block in self.blocks:
+                    self.pin(block.source, covered(block.codes, marked[block.rows]), reason)
 
         return hook
 
