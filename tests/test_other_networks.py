@@ -332,3 +332,45 @@ def test_reasons_of_channels_are_in_words_of_channels(reader: nn.Module) -> None
     )
     assert "factorized" not in str(reasons["reader"])
     assert "factorized form" in str(obstacle(Reads(reader), "own"))
+
+
+class Up(nn.ConvTranspose1d):
+    """A transposed convolution of somebody's own, which changes nothing."""
+
+
+class Rows(nn.Embedding):
+    """A table of somebody's own, which changes nothing."""
+
+
+class Shifted(nn.Embedding):
+    """Reads other rows than it is asked for, beyond those of the example."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(torch.where(input > 90, input - 90, input))
+
+
+class Words(nn.Module):
+    """Reads words, and makes the sentence longer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.other = Rows(100, 32), Shifted(100, 32)
+        self.up, self.head = Up(32, 32, 3, padding=1), nn.Linear(32, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = (self.table(ids) + self.other(ids)).transpose(1, 2)
+        found: Tensor = self.head(self.up(x).relu().mean(2))
+        return found
+
+
+def test_classes_that_change_nothing_are_taken_as_what_they_derive_from(tmp_path: Path) -> None:
+    """Shown by what they compute, for all rows of a table."""
+    torch.manual_seed(0)
+    ids = torch.randint(0, 90, (32, 5))
+    result = pliant.compress(net := Words(), (ids, Y), "energy", "params=0.7")
+    rows = {row.layer: row for row in result.report.layers}
+    assert rows["table"].form == "plain+svd"
+    assert rows["up"].form.startswith("plain+tucker")
+    assert "computes something else" in str(rows["other"].reason)
+    result.save(tmp_path / "net.pliant")
+    assert torch.equal(pliant.load(tmp_path / "net.pliant", net)(ids), result.model(ids))

@@ -307,12 +307,14 @@ def _into(path: Path) -> Iterator[Path]:
 # ---------------------------------------------------------------- comparing
 
 
-def _why_not_run(network: nn.Module) -> str:
+def _why_not_run(network: nn.Module, error: Exception) -> str:
     """Say what may keep onnxruntime from running a network."""
     if any(p.dtype == torch.bfloat16 for p in network.parameters()):
         return "on CPUs it computes little in bfloat16: export model.float()"
     if any(getattr(module, "proj_size", 0) for module in network.modules()):
         return "an LSTM with proj_size has no operator in ONNX: write it with LSTMCell"
+    if "NOT_IMPLEMENTED" in str(error):
+        return "on CPUs it computes little in bfloat16: export without autocast in its forward"
     return "its forward may be bound to one size of batch, or its batch lie on another axis"
 
 
@@ -333,7 +335,7 @@ def _compare_onnx(network: nn.Module, path: Path, example: Example) -> float:
         raise ArtifactError(
             f"The exported {type(network).__name__} must run in onnxruntime, but fails "
             f"on batches of 1 and 3 ({_first_line(error)}): nothing was written; "
-            f"{_why_not_run(network)}."
+            f"{_why_not_run(network, error)}."
         ) from error
     return worst
 

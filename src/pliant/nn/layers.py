@@ -167,9 +167,9 @@ def _foreign(module: nn.Module) -> str:
         return f"{kind} multiplies its matrices within one fused operation, step by step"
     if isinstance(module, nn.EmbeddingBag):
         return f"{kind} sums rows while it looks them up, and has no factorized form here"
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+    if type(module) in _TRANSPOSED:
         return f"{kind} has its inputs first: its weight cannot be read as that of a convolution"
-    return _UNKNOWN[isinstance(module, (*_PLAIN, *_TRANSPOSED))].format(kind)
+    return _UNKNOWN[isinstance(module, (*_PLAIN, *_REVERSED))].format(kind)
 
 
 def unowned(module: Any) -> str | None:
