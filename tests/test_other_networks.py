@@ -374,3 +374,25 @@ def test_classes_that_change_nothing_are_taken_as_what_they_derive_from(tmp_path
     assert "computes something else" in str(rows["other"].reason)
     result.save(tmp_path / "net.pliant")
     assert torch.equal(pliant.load(tmp_path / "net.pliant", net)(ids), result.model(ids))
+
+
+class TimeFirst(nn.Module):
+    """Puts time before samples, as PyTorch's transformers do unless they are told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.TransformerEncoderLayer(8, 2, 32)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.stack([x, x * 2, x - 1])  # three times
+        found: Tensor = self.head(self.block(x).mean(0))
+        return found
+
+
+def test_channels_leave_where_time_comes_first() -> None:
+    """Marks lie in samples on the second axis."""
+    torch.manual_seed(0)
+    result = pliant.compress(TimeFirst(), (X, Y), "magnitude", "params=0.7")
+    forms = {row.layer: row.form for row in result.report.layers}
+    assert forms["block.linear1"] == forms["block.linear2"] == "pruned"

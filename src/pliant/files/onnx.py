@@ -313,7 +313,7 @@ def _why_not_run(network: nn.Module, error: Exception) -> str:
         return "on CPUs it computes little in bfloat16: export model.float()"
     if any(getattr(module, "proj_size", 0) for module in network.modules()):
         return "an LSTM with proj_size has no operator in ONNX: write it with LSTMCell"
-    if "NOT_IMPLEMENTED" in str(error):
+    if "NOT_IMPLEMENTED" in str(error) or "bfloat16" in str(error):
         return "on CPUs it computes little in bfloat16: export without autocast in its forward"
     return "its forward may be bound to one size of batch, or its batch lie on another axis"
 

@@ -17,8 +17,10 @@ from pliant.surgery.probe import slow_attention
 
 CLOSE = 1e-5  # largest difference that rounding may make, relative to the largest output
 
-_PRODUCTS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
-_PRODUCTS += (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
+_PRODUCTS: tuple[Any, ...] = (
+    *(F.linear, F.conv1d, F.conv2d, F.conv3d),
+    *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+)
 
 
 def plain(model: nn.Module, example: Example) -> list[Plain]:

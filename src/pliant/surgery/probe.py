@@ -184,13 +184,22 @@ class Probe:
         None where rows are no parts of samples, or not in their order: then samples that have no
         marks would have some.
         """
-        if not tensor.dim() or not len(tensor) or len(tensor) % self.count:
+        if not tensor.dim() or not len(tensor):
+            return None
+        if self._late(tensor):
+            return tensor.transpose(0, 1)
+        if len(tensor) % self.count:
             return None
         if len(tensor) == self.count:
             return tensor
         samples = tensor.unflatten(0, (self.count, -1))
         first = [block.rows.start for block in self.blocks]
         return None if len(first) > 1 and self._marks(samples)[first].any() else samples
+
+    def _late(self, tensor: Tensor) -> bool:
+        """Say whether samples are the second axis, as where time comes first."""
+        other = tensor.dim() > 2 and bool(len(tensor) % self.count)
+        return other and tensor.shape[1] == self.count
 
     def _scattered(self, tensor: Tensor) -> Tensor:
         """Say that marks in rows that are no samples are in all samples of a layer.
@@ -255,6 +264,8 @@ class Probe:
             more = () if output_size is None else (output_size,)  # of a transposed convolution
             axis = input.dim() - 1 if features else 1
             self._read((name, "in"), input, axis)
+            if features and self._late(input):
+                return forward(input.transpose(0, 1)).transpose(0, 1)
             rows = len(input) // self.count  # of a sample
             if len(input) != self.count * rows or not rows:
                 mine = any(block.source == (name, "out") for block in self.blocks)
