@@ -303,6 +303,7 @@ class Reads(nn.Module):
         super().__init__()
         self.first, self.reader, self.own = nn.Linear(8, 16), reader, Doubles(16, 32)
         self.next, self.head = nn.Linear(32, 32), nn.Linear(32, 4)
+        self.spare = nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x).relu()
@@ -330,6 +331,7 @@ def test_reasons_of_channels_are_in_words_of_channels(reader: nn.Module) -> None
     assert (
         reasons["own"] == "Doubles is left as it is: it computes something else than its base class"
     )
+    assert reasons["spare"] == "never called in a forward pass"
     assert "factorized" not in str(reasons["reader"])
     assert "factorized form" in str(obstacle(Reads(reader), "own"))
 

@@ -18,6 +18,7 @@ from pliant.edits.prune import channel_axis, over_all, sides
 from pliant.observe.outputs import answers
 from pliant.surgery.marks import Block, Slot, Union, codes_of, covered, met, together
 from pliant.surgery.parted import Parted
+from pliant.surgery.select import UNCALLED
 
 MOVES = (3.0, -3.0)  # added to marked values where they must stay numbers
 _APART = (nn.modules.batchnorm._NormBase, nn.GroupNorm)  # norms that are known not to mix all
@@ -51,7 +52,8 @@ def spread(
                         probe.spread([slot], mark)
     for slot in sources:
         if slot not in probe.marked and probe.sizes[slot] > 1:
-            probe.pin(slot, range(probe.sizes[slot]), UNSEEN)
+            reason = UNSEEN if slot[0] in probe.called else UNCALLED
+            probe.pin(slot, range(probe.sizes[slot]), reason)
     return probe
 
 
@@ -65,6 +67,7 @@ class Probe:
     first: dict[Slot, int] = field(default_factory=dict)  # number of a slot's first channel
     pins: dict[int, tuple[str, str]] = field(default_factory=dict)  # why a channel must stay
     marked: set[Slot] = field(default_factory=set)
+    called: set[str] = field(default_factory=set)
     mixed: dict[int, str] = field(default_factory=dict)  # which norm makes channels meet
     blocks: list[Block] = field(default_factory=list)  # of the batch that is on its way
     count: int = 0  # its samples
@@ -263,6 +266,7 @@ class Probe:
         def forward(input: Tensor, output_size: Any = None) -> Tensor:
             more = () if output_size is None else (output_size,)  # of a transposed convolution
             axis = input.dim() - 1 if features else 1
+            self.called.add(name)
             self._read((name, "in"), input, axis)
             if features and self._late(input):
                 return forward(input.transpose(0, 1)).transpose(0, 1)
