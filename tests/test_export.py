@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -357,3 +358,39 @@ def test_attention_over_windows_and_inputs_within_inputs_are_exported(tmp_path: 
 
     example = ({"parts": (torch.randn(2, 6, 8), torch.randn(2, 6, 8))},)
     assert to_onnx(Windows(), tmp_path / "windows.onnx", example).max_difference < 1e-5
+
+
+@dataclass
+class Found:
+    """What `Wrapped` gives."""
+
+    scores: Tensor
+    more: dict[str, Any]
+
+
+class Wrapped(nn.Module):
+    """Passes on whatever it is given, and answers with a class of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor, *more: Any, **named: Any) -> Found:
+        scores = self.layer(x + sum(more) + sum(named.values()))
+        return Found(scores, {"two": scores * 2, "name": "x"})
+
+
+def test_inputs_without_names_and_outputs_of_own_classes_are_exported(tmp_path: Path) -> None:
+    """An exporter knows neither."""
+    x = noise(3, 4)[0]
+    to_onnx(Wrapped(), tmp_path / "a.onnx", (x, x))
+    named = to_onnx(Wrapped(), tmp_path / "b.onnx", {"x": x, "other": x})
+    assert named.max_difference < 1e-5
+
+
+def test_networks_of_16_bits_may_differ_by_their_own_precision(tmp_path: Path) -> None:
+    """Two runtimes round sums of half precision in two ways."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 4)).half()
+    example = (torch.randn(8, 32).half() * 10,)
+    assert to_onnx(net, tmp_path / "half.onnx", example).max_difference < 0.05

@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import pliant
 import pliant.render.words
+from pliant.cost import layer_costs
 from pliant.edits.quantize import unpackable
 from pliant.nn.attention import SplitAttention
 from pliant.nn.layers import obstacle
@@ -249,3 +251,150 @@ def test_a_rounded_network_of_double_precision_exports(tmp_path: Path) -> None:
     result = pliant.compress(mlp().double(), X.double(), "groupwise_ptq(independent=0, joint=0)")
     written = pliant.to_onnx(result.model, tmp_path / "net.onnx", (X[:2].double(),))
     assert written.path.exists()
+
+
+@pytest.mark.parametrize("groups", [1, 4, 16])
+def test_transposed_convolutions_of_groups_are_rounded_at_the_bytes_foreseen(groups: int) -> None:
+    """Their weights list the outputs of one group only."""
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        *(nn.Conv1d(1, 16, 3), nn.ConvTranspose1d(16, 32, 3, groups=groups), nn.ReLU()),
+        nn.Conv1d(32, 1, 3),
+    )
+    method = "groupwise_ptq(independent=0, joint=0)"
+    result = pliant.compress(net, X[:, None], method)
+    edit = next(edit for edit in result.edits if edit.layer == "1")
+    inputs = (X[:1, None],)
+    before, after = (layer_costs(each, inputs)["1"] for each in (net, result.model))
+    assert edit.predict(before).bytes == after.bytes
+
+
+class Recomputes(nn.Module):
+    """Saves memory in training, as it is asked to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.block, self.head = nn.Linear(8, 32), mlp()[2:4], nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        found: Tensor = self.head(checkpoint(self.block, x, use_reentrant=False))
+        return found
+
+
+def test_networks_that_recompute_their_features_are_fitted() -> None:
+    """What is compared with the dense network is no part of what is computed again."""
+    method = "groupwise_ptq(independent=1, joint=2)"
+    rows = pliant.compress(Recomputes(), (X, Y), method).report.layers
+    assert [row.form for row in rows] == ["w8a8", "w4a4", "w8a8"]
+
+
+def test_a_projected_lstm_is_said_to_have_no_operator(tmp_path: Path) -> None:
+    """It is no matter of batches."""
+    net = nn.LSTM(4, 8, proj_size=3, bidirectional=True, batch_first=True)
+    with pytest.raises(pliant.PliantError, match="proj_size has no operator"):
+        pliant.to_onnx(net, tmp_path / "net.onnx", (torch.randn(2, 5, 4),))
+
+
+class Reads(nn.Module):
+    """Two layers that are read by one which no family can change, and one of a class of its own."""
+
+    def __init__(self, reader: nn.Module) -> None:
+        super().__init__()
+        self.first, self.reader, self.own = nn.Linear(8, 16), reader, Doubles(16, 32)
+        self.next, self.head = nn.Linear(32, 32), nn.Linear(32, 4)
+        self.spare = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        x = self.reader(x, x) if isinstance(self.reader, nn.Bilinear) else self.reader(x[:, None])
+        x = x if isinstance(x, Tensor) else x[0][:, 0]
+        found: Tensor = self.head(self.next(self.own(x).relu()).relu())
+        return found
+
+
+class Doubles(nn.Linear):
+    """Is no Linear, whatever it is derived from."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(input) * 2
+
+
+@pytest.mark.parametrize("reader", [nn.Bilinear(16, 16, 16), nn.GRU(16, 16, batch_first=True)])
+def test_reasons_of_channels_are_in_words_of_channels(reader: nn.Module) -> None:
+    """What has no factorized form may lose channels, and what is read is no output."""
+    torch.manual_seed(0)
+    report = pliant.compress(Reads(reader), (X, Y), "magnitude", "params=0.9").report
+    reasons = {row.layer: row.reason for row in report.layers}
+    kind = type(reader).__name__
+    assert reasons["first"] == f"{kind} reader reads them, whose matrices stay whole"
+    assert (
+        reasons["own"] == "Doubles is left as it is: it computes something else than its base class"
+    )
+    assert reasons["spare"] == "never called in a forward pass"
+    assert "factorized" not in str(reasons["reader"])
+    assert "factorized form" in str(obstacle(Reads(reader), "own"))
+
+
+class Up(nn.ConvTranspose1d):
+    """A transposed convolution of somebody's own, which changes nothing."""
+
+
+class Rows(nn.Embedding):
+    """A table of somebody's own, which changes nothing."""
+
+
+class Shifted(nn.Embedding):
+    """Reads other rows than it is asked for, beyond those of the example."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward(torch.where(input > 90, input - 90, input))
+
+
+class Words(nn.Module):
+    """Reads words, and makes the sentence longer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.other = Rows(100, 32), Shifted(100, 32)
+        self.up, self.head = Up(32, 32, 3, padding=1), nn.Linear(32, 4)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = (self.table(ids) + self.other(ids)).transpose(1, 2)
+        found: Tensor = self.head(self.up(x).relu().mean(2))
+        return found
+
+
+def test_classes_that_change_nothing_are_taken_as_what_they_derive_from(tmp_path: Path) -> None:
+    """Shown by what they compute, for all rows of a table."""
+    torch.manual_seed(0)
+    ids = torch.randint(0, 90, (32, 5))
+    result = pliant.compress(net := Words(), (ids, Y), "energy", "params=0.7")
+    rows = {row.layer: row for row in result.report.layers}
+    assert rows["table"].form == "plain+svd"
+    assert rows["up"].form.startswith("plain+tucker")
+    assert "computes something else" in str(rows["other"].reason)
+    result.save(tmp_path / "net.pliant")
+    assert torch.equal(pliant.load(tmp_path / "net.pliant", net)(ids), result.model(ids))
+
+
+class TimeFirst(nn.Module):
+    """Puts time before samples, as PyTorch's transformers do unless they are told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.TransformerEncoderLayer(8, 2, 32)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.stack([x, x * 2, x - 1])  # three times
+        found: Tensor = self.head(self.block(x).mean(0))
+        return found
+
+
+def test_channels_leave_where_time_comes_first() -> None:
+    """Marks lie in samples on the second axis."""
+    torch.manual_seed(0)
+    result = pliant.compress(TimeFirst(), (X, Y), "magnitude", "params=0.7")
+    forms = {row.layer: row.form for row in result.report.layers}
+    assert forms["block.linear1"] == forms["block.linear2"] == "pruned"

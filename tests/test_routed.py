@@ -118,3 +118,16 @@ def test_batch_norms_that_read_nothing_keep_their_statistics() -> None:
         expert[1]._forward_pre_hooks or expert[1].training != model.training
         for expert in model.experts
     )
+
+
+def test_experts_that_other_samples_reach_are_rounded_and_ends_stay_ends() -> None:
+    """One sample calls one expert; the last layer keeps 8 bits, whatever is found after it."""
+    torch.manual_seed(0)
+    x, y = torch.randn(64, 8), torch.randint(0, 3, (64,))
+    method = "groupwise_ptq(independent=1, joint=1)"
+    rows = pliant.compress(Routed(skip=True), (x, y), method).report.layers
+    forms = {row.layer: row.form for row in rows}
+    reached = [f"experts.{number}.{part}" for number in range(3) for part in (0, 2)]
+    assert {forms[name] for name in reached} == {"w4a4"}
+    assert forms["first"] == forms["head"] == "w8a8"
+    assert forms["experts.3.0"] == "dense"

@@ -17,6 +17,7 @@ from pliant.nn import kinds
 from pliant.nn.attention import SplitAttention
 
 _REVERSED = (*kinds.TABLE, *kinds.TRANSPOSED)
+_OF_TABLES = ("padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse")
 NORMS = (WeightNorm, SpectralNorm)
 """Hooks that compute a weight before every call: PyTorch's older way to parametrize."""
 
@@ -27,9 +28,9 @@ class Plain:
 
     Args:
         layer: name of a ``Conv1D`` of Transformers, an ``nn.MultiheadAttention``, a layer of a
-            class that derives from a Linear or a convolution, or one whose weight is computed by
-            a parametrization or a hook of PyTorch's. That it computes the same is for
-            ``pliant.surgery.plain`` to prove.
+            class that derives from a Linear, a convolution or a table, or one whose weight is
+            computed by a parametrization or a hook of PyTorch's. That it computes the same is
+            for ``pliant.surgery.plain`` to prove.
         values: weight and bias of a layer that computes them anew at every call; None takes those
             that it has. They are tensors, not part of the plan.
 
@@ -50,7 +51,9 @@ class Plain:
         module: Any = layer_of(model, self.layer)
         if type(module) is nn.MultiheadAttention:
             new: Any = SplitAttention(module, weights=weights)
-        elif (kind := kinds.kind_of(module)) and (kind not in _REVERSED or computed(module)):
+        elif (kind := kinds.kind_of(module)) and (
+            kind not in _REVERSED or type(module) is not kind or computed(module)
+        ):
             new = self._single(module, weights=weights)
         else:
             raise EditError(f"{self.layer} is a {type(module).__name__}, which has no plain form.")
@@ -75,7 +78,7 @@ class Plain:
 
     def _single(self, module: Any, *, weights: bool) -> nn.Module:
         own = self.values if self.values is not None and weights else None
-        bias = module.bias if own is None else own[1]
+        bias = getattr(module, "bias", None) if own is None else own[1]
         new = _empty(module, bias=bias is not None)
         if own is not None:
             new.weight.data = own[0].detach().clone(memory_format=torch.contiguous_format)
@@ -85,12 +88,13 @@ class Plain:
             return new.train(module.training)
         if weights:
             rows = kinds.to_rows(module, module.weight)
-            if rows is module.weight:
+            if rows is module.weight or kinds.kind_of(module) in _REVERSED:
                 new.weight = module.weight
             else:
                 new.weight.data = rows.detach().clone(memory_format=torch.contiguous_format)
                 new.weight.requires_grad_(module.weight.requires_grad)
-            new.bias = module.bias
+            if bias is not None:
+                new.bias = bias
         return new.train(module.training)
 
 
@@ -98,6 +102,9 @@ def _empty(module: Any, *, bias: bool) -> Any:
     """The plain layer of a layer's geometry, without numbers."""
     kind, weight = kinds.kind_of(module), module.weight
     where = {"device": weight.device, "dtype": weight.dtype}
+    if kind in kinds.TABLE:
+        own = {name: getattr(module, name) for name in _OF_TABLES}
+        return nn.utils.skip_init(kind, *weight.shape, **own, **where)
     if kind not in (*kinds.CONV, *kinds.TRANSPOSED):
         outs, ins = kinds.to_rows(module, weight).shape
         return nn.utils.skip_init(nn.Linear, ins, outs, bias, **where)
@@ -128,9 +135,9 @@ def computed(module: nn.Module) -> bool:
 def hidden(module: nn.Module) -> bool:
     """Say whether a layer may be a plain one in another class: it owns little beside its weight."""
     known = kinds.kind_of(module)
-    if known is None or type(module) in (*kinds.LINEAR, *kinds.CONV):
+    if known is None or type(module) in (*kinds.LINEAR, *kinds.CONV, *_REVERSED):
         return False
-    if known in _REVERSED or type(module).__module__.startswith("pliant."):
+    if type(module).__module__.startswith("pliant."):
         return False
     owned = dict(module.named_parameters())
     parts = [*module.children(), *module.buffers()]

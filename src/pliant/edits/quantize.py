@@ -85,7 +85,7 @@ class Quantize:
 
     def predict(self, before: LayerCost) -> LayerCost:
         """Return the cost of the packed layer; it stands for as many parameters as before."""
-        channels = before.weight[before.kind in FLIPPED]
+        channels = _channels(before)
         self._check(channels, before.weight)
         numbers = math.prod(before.weight)
         bias = (before.params - numbers) * before.bytes // before.params
@@ -135,6 +135,14 @@ class Quantize:
                 f"{self} does not fit a weight of {channels} channels: it takes 2 to 8 bits and "
                 f"from {least} to {channels} groups."
             )
+
+
+def _channels(cost: LayerCost) -> int:
+    """Count output channels; a weight of groups lists those of one group only, if transposed."""
+    own = cost.weight[cost.kind in FLIPPED]
+    axis = len(cost.weight) - 2  # of positions, behind the channels of an output without samples
+    grouped = cost.kind in FLIPPED and axis > 0 and len(cost.output) > axis
+    return max(own, cost.output[-1 - axis]) if grouped else own
 
 
 def unpackable(model: nn.Module, name: str) -> str | None:

@@ -25,9 +25,9 @@ from pliant.codecs.container import check_replaceable, path_of
 from pliant.cost import Example, bare, call, call_alike, twin
 from pliant.errors import ArtifactError, ModelError, OutputError, must_be, require
 from pliant.files.qdq import deployable, narrowed
-from pliant.files.traceable import four_axes, traceable
+from pliant.files.traceable import coarse, four_axes, traceable, written
 from pliant.nn.coded import decoded
-from pliant.observe.outputs import answers, without_caches
+from pliant.observe.outputs import answers
 
 ONE_FILE = 2 * 1000**3  # bytes; protobuf ends at 2 GiB, so larger weights lie beside the graph
 NARROW_OPSET = 21  # the first with integers of 4 bits
@@ -74,7 +74,8 @@ def to_onnx(
         opset: version of the operators; PyTorch's choice if None.
         tolerance: largest absolute difference of outputs that is accepted; at least a twentieth
             of the largest output where activations are rounded, and two levels of them: a number
-            between two levels may fall to either side.
+            between two levels may fall to either side. Of networks in 16 bits at least eight
+            times the precision of their numbers.
 
     Raises:
         MissingExtraError: onnx, onnxscript or onnxruntime are not installed.
@@ -94,8 +95,8 @@ def to_onnx(
         args = (*args, {})  # the last one would be read as arguments by name
     traced = twin(network)
     needs = deployable(traced)
-    if needs.apart:
-        tolerance = max(tolerance, needs.apart * _largest(_outputs(network, batch)))
+    if apart := max(needs.apart, coarse(network)):
+        tolerance = max(tolerance, apart * _largest(_outputs(network, batch)))
     traceable(traced, batch)
     with _exporting(model, "ONNX"), _quiet():
         program = torch.onnx.export(
@@ -306,10 +307,14 @@ def _into(path: Path) -> Iterator[Path]:
 # ---------------------------------------------------------------- comparing
 
 
-def _why_not_run(network: nn.Module) -> str:
+def _why_not_run(network: nn.Module, error: Exception) -> str:
     """Say what may keep onnxruntime from running a network."""
     if any(p.dtype == torch.bfloat16 for p in network.parameters()):
         return "on CPUs it computes little in bfloat16: export model.float()"
+    if any(getattr(module, "proj_size", 0) for module in network.modules()):
+        return "an LSTM with proj_size has no operator in ONNX: write it with LSTMCell"
+    if "NOT_IMPLEMENTED" in str(error) or "bfloat16" in str(error):
+        return "on CPUs it computes little in bfloat16: export without autocast in its forward"
     return "its forward may be bound to one size of batch, or its batch lie on another axis"
 
 
@@ -330,7 +335,7 @@ def _compare_onnx(network: nn.Module, path: Path, example: Example) -> float:
         raise ArtifactError(
             f"The exported {type(network).__name__} must run in onnxruntime, but fails "
             f"on batches of 1 and 3 ({_first_line(error)}): nothing was written; "
-            f"{_why_not_run(network)}."
+            f"{_why_not_run(network, error)}."
         ) from error
     return worst
 
@@ -344,7 +349,7 @@ def _feed(names: list[str], inputs: Any) -> dict[str, Any]:
 
 def _outputs(network: Any, inputs: Any) -> list[Tensor]:
     with torch.no_grad():
-        leaves = tree_leaves(without_caches(call(network, inputs)))
+        leaves = tree_leaves(written(call(network, inputs)))
         return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 

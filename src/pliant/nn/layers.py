@@ -33,6 +33,11 @@ _HOOKS = (
 )
 
 
+OTHER = "it computes something else than its base class"
+_UNKNOWN = ("{} uses its weight in a way of its own", f"{{}} is left as it is: {OTHER}")
+"""Said of layers of other classes, and of those derived from plain ones."""
+
+
 def obstacle(
     model: nn.Module, name: str, shared: Shared | None = None, *, every: bool = False
 ) -> str | None:
@@ -58,7 +63,9 @@ def obstacle(
     if reason and isinstance(module, nn.RNNBase):
         return f"{reason}, which takes them whole and not as factors"
     if reason:
-        return reason
+        kind, (own, other) = type(module).__name__, _UNKNOWN
+        words = {own.format(kind): "", other.format(kind): f": {OTHER}"}
+        return f"{kind} has no factorized form here{words[reason]}" if reason in words else reason
     if getattr(module, "groups", 1) != 1:
         return "a grouped convolution has no cross-channel rank"
     if min(module.weight.shape[:2]) < 2:
@@ -160,11 +167,9 @@ def _foreign(module: nn.Module) -> str:
         return f"{kind} multiplies its matrices within one fused operation, step by step"
     if isinstance(module, nn.EmbeddingBag):
         return f"{kind} sums rows while it looks them up, and has no factorized form here"
-    if isinstance(module, nn.modules.conv._ConvTransposeNd):
+    if type(module) in _TRANSPOSED:
         return f"{kind} has its inputs first: its weight cannot be read as that of a convolution"
-    if isinstance(module, _PLAIN):
-        return f"{kind} has no factorized form here: it computes something else than its base class"
-    return f"{kind} has no factorized form here"
+    return _UNKNOWN[isinstance(module, (*_PLAIN, *_REVERSED))].format(kind)
 
 
 def unowned(module: Any) -> str | None:

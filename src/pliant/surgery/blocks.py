@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import itertools
+from collections.abc import Collection, Iterable
 
 from torch import Tensor, nn
 
@@ -12,7 +13,9 @@ from pliant.observe.watch import capture
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
-def blocks(model: nn.Module, layers: Collection[str], example: Example) -> list[str]:
+def blocks(
+    model: nn.Module, layers: Collection[str], example: Example, batches: Iterable[Example] = ()
+) -> list[str]:
     """Name disjoint modules that together hold all the layers that a forward pass calls.
 
     A block is an innermost module with a forward of its own (a residual block, a transformer
@@ -23,6 +26,7 @@ def blocks(model: nn.Module, layers: Collection[str], example: Example) -> list[
         model: any module; it stays as it is.
         layers: names of the layers that matter.
         example: inputs of one forward call.
+        batches: more inputs, looked at as far as needed to see all layers called.
     """
     called: dict[str, bool] = {}  # whether it gives one tensor
     names = [name for name, _ in model.named_modules() if name]
@@ -30,8 +34,11 @@ def blocks(model: nn.Module, layers: Collection[str], example: Example) -> list[
     def see(name: str, inputs: object, output: object) -> None:
         called[name] = isinstance(output, Tensor)
 
-    with capture(model, names, see):
-        call(model, example)
+    for inputs in itertools.chain([example], batches):
+        with capture(model, names, see):
+            call(model, inputs)
+        if called.keys() >= set(layers):
+            break
     return _divided(model, "", set(layers), called)
 
 

@@ -17,15 +17,18 @@ from pliant.surgery.probe import slow_attention
 
 CLOSE = 1e-5  # largest difference that rounding may make, relative to the largest output
 
-_PRODUCTS = (F.linear, F.conv1d, F.conv2d, F.conv3d)
+_PRODUCTS: tuple[Any, ...] = (
+    *(F.linear, F.conv1d, F.conv2d, F.conv3d),
+    *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
+)
 
 
 def plain(model: nn.Module, example: Example) -> list[Plain]:
     """Return the edits that put plain layers in the place of those that compute the same.
 
     A ``Conv1D`` of Transformers becomes a Linear, a packed ``nn.MultiheadAttention`` four of them;
-    a class that derives from a Linear or a convolution becomes this, with the weight that it
-    computes, where that gives the same on what it reads, and on inputs of another size. So does a
+    a class that derives from a Linear, a convolution or a table becomes this, with the weight
+    that it computes, where that gives the same on what it reads, and on other inputs. So does a
     layer whose weight comes from a parametrization, or from a hook of an older one: what it would
     keep to while it trains, such as a spectral norm, holds for factors no more.
 
@@ -108,7 +111,9 @@ def _same(module: nn.Module, edit: Plain, args: Any, kwargs: Any) -> bool:
 
 
 def _larger(module: nn.Module, args: Any) -> Any:
-    """Images one pixel larger: padding may depend on their size."""
+    """Images one pixel larger, as padding may depend on their size; all rows of a table."""
+    if isinstance(module, nn.Embedding) and args:
+        return torch.arange(module.num_embeddings, device=module.weight.device), *args[1:]
     if not isinstance(module, nn.modules.conv._ConvNd) or not args:
         return args
     x, *rest = args

@@ -18,10 +18,13 @@ from pliant.edits.prune import channel_axis, over_all, sides
 from pliant.observe.outputs import answers
 from pliant.surgery.marks import Block, Slot, Union, codes_of, covered, met, together
 from pliant.surgery.parted import Parted
+from pliant.surgery.select import UNCALLED
 
 MOVES = (3.0, -3.0)  # added to marked values where they must stay numbers
 _APART = (nn.modules.batchnorm._NormBase, nn.GroupNorm)  # norms that are known not to mix all
 OUTPUT = "its channels are outputs of the network"
+_WHOLE = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
+WHOLE = "{} {} reads them, whose matrices stay whole"
 UNSEEN = "never called with the samples on the first axis"
 
 
@@ -49,7 +52,8 @@ def spread(
                         probe.spread([slot], mark)
     for slot in sources:
         if slot not in probe.marked and probe.sizes[slot] > 1:
-            probe.pin(slot, range(probe.sizes[slot]), UNSEEN)
+            reason = UNSEEN if slot[0] in probe.called else UNCALLED
+            probe.pin(slot, range(probe.sizes[slot]), reason)
     return probe
 
 
@@ -63,6 +67,7 @@ class Probe:
     first: dict[Slot, int] = field(default_factory=dict)  # number of a slot's first channel
     pins: dict[int, tuple[str, str]] = field(default_factory=dict)  # why a channel must stay
     marked: set[Slot] = field(default_factory=set)
+    called: set[str] = field(default_factory=set)
     mixed: dict[int, str] = field(default_factory=dict)  # which norm makes channels meet
     blocks: list[Block] = field(default_factory=list)  # of the batch that is on its way
     count: int = 0  # its samples
@@ -87,6 +92,8 @@ class Probe:
                 if _apart(module) or (self.apart and over_all(module)):
                     module.forward = _unchanged
             kind = type(module).__name__
+            if isinstance(module, _WHOLE):
+                module.register_forward_pre_hook(self._whole(WHOLE.format(kind, name)))
             if "norm" in kind.lower() and not isinstance(module, _APART):
                 module.register_forward_hook(self._mixer(f"{kind} {name}"))
         self.union = Union(list(range(total)))
@@ -180,13 +187,22 @@ class Probe:
         None where rows are no parts of samples, or not in their order: then samples that have no
         marks would have some.
         """
-        if not tensor.dim() or not len(tensor) or len(tensor) % self.count:
+        if not tensor.dim() or not len(tensor):
+            return None
+        if self._late(tensor):
+            return tensor.transpose(0, 1)
+        if len(tensor) % self.count:
             return None
         if len(tensor) == self.count:
             return tensor
         samples = tensor.unflatten(0, (self.count, -1))
         first = [block.rows.start for block in self.blocks]
         return None if len(first) > 1 and self._marks(samples)[first].any() else samples
+
+    def _late(self, tensor: Tensor) -> bool:
+        """Say whether samples are the second axis, as where time comes first."""
+        other = tensor.dim() > 2 and bool(len(tensor) % self.count)
+        return other and tensor.shape[1] == self.count
 
     def _scattered(self, tensor: Tensor) -> Tensor:
         """Say that marks in rows that are no samples are in all samples of a layer.
@@ -211,6 +227,16 @@ class Probe:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             if args and isinstance(args[0], Tensor):
                 self._read(slot, args[0], channel_axis(module, args[0]))
+
+        return hook
+
+    def _whole(self, reason: str) -> Callable[..., None]:
+        @_unseen
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            for given in [each for each in args if isinstance(each, Tensor) and each.dim() > 1]:
+                marked = self._by_sample(given)
+                for block in self.blocks:
+                    self.pin(block.source, covered(block.codes, marked[block.rows]), reason)
 
         return hook
 
@@ -240,7 +266,10 @@ class Probe:
         def forward(input: Tensor, output_size: Any = None) -> Tensor:
             more = () if output_size is None else (output_size,)  # of a transposed convolution
             axis = input.dim() - 1 if features else 1
+            self.called.add(name)
             self._read((name, "in"), input, axis)
+            if features and self._late(input):
+                return forward(input.transpose(0, 1)).transpose(0, 1)
             rows = len(input) // self.count  # of a sample
             if len(input) != self.count * rows or not rows:
                 mine = any(block.source == (name, "out") for block in self.blocks)

@@ -98,7 +98,7 @@ def _fit(
         correct(teacher, student, few.look)
     if not stages.independent and not stages.joint:
         return
-    parts, batches = blocks(run.model, free, run.example), few.stream()
+    parts, batches = blocks(run.model, free, run.example, few.look), few.stream()
     goal = replace(stages.goal, loss=None if few.task is None else few.task.total)
     judge = Judge(teacher, student, parts, goal, few.held)
     judge.see()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+import itertools
+from collections.abc import Iterable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -49,7 +50,12 @@ class Layers:
 
 
 def packable(
-    model: nn.Module, example: Example, *, only: Sequence[str] = (), exclude: Sequence[str] = ()
+    model: nn.Module,
+    example: Example,
+    batches: Iterable[Example] = (),
+    *,
+    only: Sequence[str] = (),
+    exclude: Sequence[str] = (),
 ) -> Layers:
     """Split the layers with weights into those that can be packed, and the rest with reasons.
 
@@ -59,6 +65,7 @@ def packable(
     Args:
         model: any module; it stays as it is.
         example: inputs of one forward call.
+        batches: more inputs, looked at as far as needed: experts may see no token of the example.
         only: shell patterns of layer names to consider; none means all.
         exclude: shell patterns of layer names to leave alone.
 
@@ -77,7 +84,7 @@ def packable(
             found.reasons[name] = reason
         else:
             chosen[name] = module
-    calls = _called(model, example, chosen)
+    calls = _called(model, itertools.chain([example], batches), chosen)
     for name in [name for name in chosen if calls.get(name) and not weights_of(chosen[name])]:
         found.reasons[name] = calls[name]
         del chosen[name]
@@ -114,9 +121,13 @@ def _weighted(model: nn.Module, name: str, module: nn.Module) -> bool:
     return not (isinstance(around, nn.MultiheadAttention) and weights_of(around))
 
 
-def _called(model: nn.Module, example: Example, layers: Mapping[str, Any]) -> dict[str, str]:
+def _called(
+    model: nn.Module, batches: Iterable[Example], layers: Mapping[str, Any]
+) -> dict[str, str]:
     """Name the layers in the order of their first calls, each with what speaks against it."""
     found: dict[str, str] = {}
+    order: list[str] = []
+    seen: list[str] = []
 
     def see(name: str, given: Any, output: Any) -> None:
         layer = layers[name]
@@ -125,10 +136,25 @@ def _called(model: nn.Module, example: Example, layers: Mapping[str, Any]) -> di
         if single and type(layer) is not kinds.kind_of(layer):
             reason = _differs(layer, given, output)
         found[name] = found.get(name) or reason
+        seen.append(name)
 
-    with capture(model, layers, see):
-        call(model, example)
-    return found
+    for inputs in batches:
+        with capture(model, layers, see):
+            call(model, inputs)
+        _insert(order, seen)
+        seen.clear()
+        if len(order) == len(layers):
+            break
+    return {name: found[name] for name in order}
+
+
+def _insert(order: list[str], seen: Sequence[str]) -> None:
+    """Put names that were seen for the first time behind those that were seen before them."""
+    place = 0
+    for name in dict.fromkeys(seen):
+        if name not in order:
+            order.insert(place, name)
+        place = order.index(name) + 1
 
 
 def _differs(layer: Any, given: Any, output: Any) -> str:
@@ -184,7 +210,9 @@ def _apart(chosen: Mapping[str, Any], name: str, others: set[str], many: set[str
     """Say why a layer cannot share its packed weight with those that it is tied to."""
     for other in sorted(others):
         if other not in chosen:
-            return f"its weight is tied to {other}, which is not packed"
+            return (
+                f"its weight is tied to {other or 'a parameter of the model'}, which is not packed"
+            )
         if {name, other} & many or not _alike(chosen[name], chosen[other]):
             return f"its weight is tied to {other}, which reads it in another way"
     return ""

@@ -290,12 +290,12 @@ def _loss(
 
     with torch.no_grad(), beside(teacher, blocks, keep):
         wanted = call_alike(teacher, batch.inputs)
-    errors: list[Tensor] = []
+    pairs: list[tuple[Tensor, Tensor]] = []  # compared afterwards: checkpoints recompute calls
 
     def see(name: str, args: Any, kwargs: Any, output: Tensor) -> None:
         target = targets[name].pop(0) if targets[name] else None
         if target is not None and target.shape == output.shape:
-            errors.append(_relative(output, target))
+            pairs.append((output.clone(), target))
 
     layers = [layer for _, layer in tunables(student)]
     with beside(student, blocks, see, copies=False), recording(layers):
@@ -303,6 +303,7 @@ def _loss(
     apart, error = _divergence(given, wanted, goal)
     if goal.loss is not None:
         apart = goal.loss(given, moved(batch.batch, apart.device))
+    errors = [_relative(*pair) for pair in pairs]
     features = torch.stack(errors).sum() if errors else apart.new_zeros(())
     return goal.features * features + goal.answers * apart, error
 
