@@ -45,8 +45,8 @@ class Schedule:
     def by(self, share: float) -> Schedule:
         """Return this schedule, its cuts nearer together where the last would come after a share.
 
-        >>> Schedule(4, 0.1, 0.9).by(0.4).end, Schedule(4, 0.1, 0.5).by(0.4).end
-        (0.5, 0.5)
+        >>> Schedule(2, 0.0, 0.9).by(0.25).end, Schedule(2, 0.0, 0.3).by(0.25).end
+        (0.5, 0.3)
         """
         spaces, width = self.rounds - 1, self.end - self.start
         if not spaces or self.start + width * spaces / self.rounds <= share:
