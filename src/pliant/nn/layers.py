@@ -144,11 +144,13 @@ def shared_weights(model: nn.Module) -> Shared:
 
     A layer that is registered under several names is one layer.
     """
-    owners: Shared = {}
+    owners: dict[int, list[tuple[str, str]]] = {}
     for path, module in model.named_modules():
-        for child, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            owners.setdefault(id(parameter), []).append(f"{path}.{child}".lstrip("."))
-    return {key: names for key, names in owners.items() if len(names) > 1}
+        for child, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((path, child))
+    several = ((key, places) for key, places in owners.items() if len(places) > 1)
+    return {key: [".".join(place).lstrip(".") for place in places] for key, places in several}
 
 
 def _foreign(module: nn.Module) -> str:
