@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import pliant
-from pliant.edits.prune import Prune, channel_axis, sides
+from pliant.edits.prune import Prune
+from pliant.edits.sides import channel_axis, sides
 from pliant.surgery.graph import trace
 from pliant.surgery.prove import cuttable
 

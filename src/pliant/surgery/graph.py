@@ -22,11 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from pliant.cost import Example
+from pliant.edits.sides import is_tensor, tensor_of
 from pliant.errors import ModelError
 from pliant.nn.layers import shared_weights
 from pliant.observe.readers import readers
 from pliant.surgery.marks import Slot
-from pliant.surgery.probe import MOVES, Probe, first_sample, spread
+from pliant.surgery.passes import first_sample
+from pliant.surgery.probe import MOVES, Probe, spread
 from pliant.surgery.select import READ, readable
 
 MIXED = "{} takes its statistics over all of its channels: without some the others would change"
@@ -113,15 +115,21 @@ def trace(
 def _pin_unreadable(model: nn.Module, example: Example, probe: Probe) -> None:
     """Keep the channels of layers whose tensors cannot be cut."""
     _, reasons = readable(model, every=True)
+    tied = dict[str, str]()
     for name, reader in readers(model, first_sample(example, model)).items():
         reasons.setdefault(name, READ.format(reader))
     for names in shared_weights(model).values():
         for name in names:
             other = next(n for n in names if n != name)
-            reasons.setdefault(name.rpartition(".")[0], f"its weight is tied to {other}")
+            tied[name] = f"its weight is tied to {other}"
+            reasons.setdefault(name.rpartition(".")[0], tied[name])
     for (name, side), size in probe.sizes.items():
-        if name in reasons:
-            probe.pin((name, side), range(size), reasons[name])
+        if is_tensor(side):
+            reason = tied.get(f"{name}.{tensor_of(side)[0]}".lstrip("."))
+        else:
+            reason = reasons.get(name)
+        if reason:
+            probe.pin((name, side), range(size), reason)
 
 
 def _groups(probe: Probe) -> list[Group]:
@@ -163,7 +171,7 @@ def _reasons(probe: Probe) -> dict[str, str]:
         pins.setdefault(probe.union.find(channel), pin)
     reasons, mixed = {}, {probe.union.find(c): name for c, name in probe.mixed.items()}
     for (name, side), size in probe.sizes.items():
-        if side == "in":
+        if side == "in" or is_tensor(side):
             continue
         roots = [probe.union.find(probe.first[name, side] + i) for i in range(size)]
         norm = next((MIXED.format(mixed[root]) for root in roots if root in mixed), MEET)

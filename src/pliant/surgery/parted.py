@@ -6,6 +6,7 @@ And whether it calls any function that might take not-a-number out on its way.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -87,3 +88,14 @@ def _split(before: Sequence[int], after: Sequence[int]) -> int:
     whole = axis and after[axis] * after[axis + 1] == before[axis]
     same = list(before[axis + 1 :]) == list(after[axis + 2 :])
     return axis if whole and same and min(after[axis : axis + 2]) > 1 else 0
+
+
+def unseen(work: Callable[..., Any]) -> Callable[..., Any]:
+    """Let what watches functions see nothing of work that is not the network's."""
+
+    @wraps(work)
+    def done(*args: Any, **kwargs: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return work(*args, **kwargs)
+
+    return done

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from pliant.cost import Example, call, fitted, repeated, samples_of, twin
-from pliant.edits.prune import channel_axis, over_all, sides
+from pliant.cost import Example, call, samples_of, twin
+from pliant.edits.sides import channel_axis, held, is_tensor, over_all, sides
 from pliant.observe.outputs import answers
+from pliant.surgery.held import RESHAPED, Held
 from pliant.surgery.marks import Block, Slot, Union, codes_of, covered, met, together
-from pliant.surgery.parted import Parted
+from pliant.surgery.parted import Parted, unseen
+from pliant.surgery.passes import first_sample, slow_attention
 from pliant.surgery.select import UNCALLED
 
 MOVES = (3.0, -3.0)  # added to marked values where they must stay numbers
@@ -26,6 +26,7 @@ OUTPUT = "its channels are outputs of the network"
 _WHOLE = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
 WHOLE = "{} {} reads them, whose matrices stay whole"
 UNSEEN = "never called with the samples on the first axis"
+FEW = 2**14  # places at which channels are looked for one by one
 
 
 def spread(
@@ -94,8 +95,13 @@ class Probe:
             kind = type(module).__name__
             if isinstance(module, _WHOLE):
                 module.register_forward_pre_hook(self._whole(WHOLE.format(kind, name)))
-            if "norm" in kind.lower() and not isinstance(module, _APART):
+            if "norm" in kind.lower() and not isinstance(module, _APART) and not _holding(module):
                 module.register_forward_hook(self._mixer(f"{kind} {name}"))
+        for name, module in self.model.named_modules():  # behind all layers
+            for side, size in held(module).items():
+                self.sizes[name, side], self.first[name, side] = size, total
+                total += size
+        self.held = Held(self.model, self._meet, self._tie)
         self.union = Union(list(range(total)))
 
     def _sides(self, module: nn.Module) -> dict[str, int]:
@@ -123,7 +129,9 @@ class Probe:
             self.blocks.append(Block(source, codes, rows))
             self.count = rows.stop
         sample = first_sample(self.example, self.model, self.count)
-        with torch.no_grad(), slow_attention(), Parted(self._tie_parts, heads=self.heads) as seen:
+        self.held.begin()
+        parted = Parted(self._tie_parts, heads=self.heads)
+        with torch.no_grad(), slow_attention(), self.held, parted as seen:
             output = call(self.model, sample)
         self.headed, self.lossy = self.headed or seen.headed, self.lossy or seen.lossy
         arrived = torch.zeros(self.count, dtype=torch.bool)
@@ -145,6 +153,8 @@ class Probe:
         A group norm takes its statistics over those of one group, which are tied too.
         """
         for (name, side), size in self.sizes.items():
+            if is_tensor(side):
+                continue
             module, first = self.model.get_submodule(name), self.first[name, side]
             if isinstance(module, nn.GroupNorm) and not (self.apart and module.num_groups == 1):
                 width = size // module.num_groups
@@ -173,6 +183,52 @@ class Probe:
                 found = [c for marks in own for c in covered(block.codes, marks[:, place])]
                 for channel in found[1:]:
                     self.union.join(first + found[0], first + channel)
+
+    def _tie(self, one: Slot, places: Tensor, other: Slot, there: Tensor) -> None:
+        """Tie what lies side by side; what is below 0 comes from elsewhere."""
+        first, second = self.first[one], self.first[other]
+        for place, index in zip(places.int().tolist(), there.int().tolist(), strict=True):
+            if place >= 0 and index >= 0:
+                self.union.join(first + place, second + index)
+
+    def _meet(self, given: Tensor, axes: Sequence[int], slot: Slot, places: Tensor | None) -> None:
+        """Tie channels that arrive along axes of a tensor to what a tensor has for them there.
+
+        Where a place along the axes has marks of several channels, it has a number for none of
+        them, but for a head; where the tensor's own axes are others, the channels stay.
+        """
+        samples = self._by_samples(given)
+        if samples is None:
+            return
+        late = self._late(given)
+        dims = [axis + samples.dim() for axis in axes]
+        dims = [1 - dim if late and dim < 2 else dim for dim in dims]
+        if 0 in dims:
+            return
+        marks = self._along(samples, dims)
+        if places is None and marks.shape[1] > FEW:
+            return
+        for block in self.blocks:
+            found = list(met(block.codes, marks[block.rows]))
+            for channels, there in found:
+                if len(channels) > 1 and not (self.heads and len(found) > 1):
+                    continue
+                if places is None:
+                    reason = RESHAPED.format(f"{slot[0]}.{slot[1].partition(':')[0]}".lstrip("."))
+                    self.pin(block.source, channels, reason)
+                    continue
+                first = self.first[block.source]
+                for place in [index for p in there if (index := int(places[p])) >= 0]:
+                    for channel in channels:
+                        self.union.join(self.first[slot] + place, first + channel)
+
+    def _along(self, samples: Tensor, dims: Sequence[int]) -> Tensor:
+        """Say which places along some axes are marked in which samples, (samples, places)."""
+        others = [dim for dim in range(1, samples.dim()) if dim not in dims]
+        if math.isnan(self.mark):  # one mark spoils a sum
+            return (samples.sum(others) if others else samples).isnan().flatten(1).cpu()
+        marked = self._marks(samples)
+        return (marked.any(others) if others else marked).flatten(1).cpu()
 
     def _by_sample(self, tensor: Tensor) -> Tensor:
         """Say in which samples marks are."""
@@ -223,7 +279,7 @@ class Probe:
         return ~torch.isclose(tensor, tensor[:1], rtol=1e-4, atol=1e-6, equal_nan=True)
 
     def _reader(self, slot: Slot) -> Callable[..., None]:
-        @_unseen
+        @unseen
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             if args and isinstance(args[0], Tensor):
                 self._read(slot, args[0], channel_axis(module, args[0]))
@@ -231,7 +287,7 @@ class Probe:
         return hook
 
     def _whole(self, reason: str) -> Callable[..., None]:
-        @_unseen
+        @unseen
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             for given in [each for each in args if isinstance(each, Tensor) and each.dim() > 1]:
                 marked = self._by_sample(given)
@@ -241,7 +297,7 @@ class Probe:
         return hook
 
     def _mixer(self, name: str) -> Callable[..., None]:
-        @_unseen
+        @unseen
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             given = args[0] if args else None
             if not isinstance(given, Tensor) or not isinstance(output, Tensor):
@@ -262,7 +318,7 @@ class Probe:
         compute, kept = module.forward, self.kept
         features = isinstance(module, nn.Linear)
 
-        @_unseen
+        @unseen
         def forward(input: Tensor, output_size: Any = None) -> Tensor:
             more = () if output_size is None else (output_size,)  # of a transposed convolution
             axis = input.dim() - 1 if features else 1
@@ -299,25 +355,21 @@ class Probe:
 
     def _read(self, slot: Slot, given: Tensor, axis: int) -> None:
         """Tie what arrives at the channels of a layer to them."""
+        for other, places in self.held.along(given, axis - given.dim()):
+            self._tie(other, places, slot, torch.arange(self.sizes[slot]))
         samples = self._by_samples(given) if given.dim() > 1 else None
         if samples is None:
             self._read_otherwise(slot, given)
             return
         axis += samples.dim() - given.dim()
-        given = samples
-        others = [dim for dim in range(1, given.dim()) if dim != axis]
-        if math.isnan(self.mark):
-            marks = (given.sum(others) if others else given).isnan().cpu()  # one mark spoils a sum
-        else:
-            marked = self._marks(given).movedim(axis, 1)
-            marks = marked.reshape(*marked.shape[:2], -1).any(2).cpu()
+        marks = self._along(samples, [axis])
         target, seen = self.first[slot], marks.any(1).tolist()
         for block in self.blocks:
             if not any(seen[block.rows]):  # most are read nearer to where they were marked
                 continue
             source = self.first[block.source]
-            for channels, places in met(block.codes, marks[block.rows]):
-                tied = [*(source + c for c in channels), *(target + place for place in places)]
+            for channels, there in met(block.codes, marks[block.rows]):
+                tied = [*(source + c for c in channels), *(target + place for place in there)]
                 for one in tied[1:]:
                     self.union.join(tied[0], one)
 
@@ -337,33 +389,10 @@ def _apart(module: nn.Module) -> bool:
     return samples or isinstance(module, nn.GroupNorm)
 
 
+def _holding(module: nn.Module) -> bool:
+    """Say whether a module is a block with layers in it, whatever it calls itself."""
+    return any("in" in sides(part) for part in module.modules())
+
+
 def _unchanged(x: Tensor) -> Tensor:
     return x
-
-
-def _unseen(work: Callable[..., Any]) -> Callable[..., Any]:
-    """Let `Parted` see nothing of work that is not the network's."""
-
-    @wraps(work)
-    def done(*args: Any, **kwargs: Any) -> Any:
-        with torch._C.DisableTorchFunction():
-            return work(*args, **kwargs)
-
-    return done
-
-
-def first_sample(example: Example, model: nn.Module, count: int = 1) -> Example:
-    """Return the first sample, as often as asked; where the example is one sample, the example."""
-    given = fitted(model, example)
-    return repeated(given, samples_of(model, given), count)
-
-
-@contextmanager
-def slow_attention() -> Iterator[None]:
-    """Turn off the fused path of transformer blocks: it calls no layers."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)

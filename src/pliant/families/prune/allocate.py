@@ -300,11 +300,14 @@ def after(now: Cost, rows: Mapping[str, LayerCost], edits: Iterable[Prune]) -> C
         edits: a cut.
     """
     new: dict[str, LayerCost] = {}
+    buffers = 0
     for edit in edits:
         if edit.layer in rows:  # a layer without parameters has no row
             new[edit.layer] = edit.predict(new.get(edit.layer, rows[edit.layer]))
+        elif edit.each:
+            buffers += edit.each[1] * len(edit.removed())
     return Cost(
         params=now.params + sum(row.params - rows[name].params for name, row in new.items()),
         macs=now.macs + sum(row.macs - rows[name].macs for name, row in new.items()),
-        bytes=now.bytes + sum(row.bytes - rows[name].bytes for name, row in new.items()),
+        bytes=now.bytes - buffers + sum(r.bytes - rows[name].bytes for name, r in new.items()),
     )
