@@ -157,6 +157,17 @@ class Tokens(nn.Module):
         return self.head(self.norm(x + self.gamma * self.attention(x)).mean(1))
 
 
+@pytest.mark.parametrize("width", [12, 16, 20])
+def test_heads_of_any_width_leave_whole(width: int) -> None:
+    """Their channels are told apart from those of the next head, power of two or not."""
+    net = nn.Sequential(nn.Linear(3, width), Attention(width), nn.Linear(width, 2))
+    found = groups_of(net, torch.randn(2, 5, 3))["1.qkv"]
+    half = width // 2
+    place = found.slots.index(("1.qkv", "out"))
+    starts = (part * width for part in range(3))
+    assert found.units[0][place] == tuple(s + c for s in starts for c in range(half))
+
+
 @pytest.mark.parametrize("resized", [False, True])
 def test_tokens_and_positions_lose_the_channels_of_what_they_meet(*, resized: bool) -> None:
     """Positions do not leave, however many there are, and heads leave with their temperature."""

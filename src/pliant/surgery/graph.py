@@ -14,7 +14,7 @@ down, and compared with those of a sample without marks. Nothing found here coun
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -68,9 +68,9 @@ def trace(
     others: Sequence[Example] = (),
     *,
     marks: Sequence[float] = (math.nan,),
-    heads: bool = False,
+    heads: Mapping[int, int] | None = None,
     apart: bool = False,
-    seen: set[str] | None = None,
+    seen: dict[str, dict[str, Any]] | None = None,
 ) -> tuple[list[Group], dict[str, str]]:
     """Find the groups of channels that may leave a network, and why other layers keep theirs.
 
@@ -82,9 +82,10 @@ def trace(
         example: the inputs of one forward call, samples on the first axis.
         others: further ones, for layers to which not every sample is routed.
         marks: not-a-number, or `MOVES`, which pass where a network takes such numbers out.
-        heads: whether the heads that an axis of channels is cut into leave whole.
+        heads: where the heads that an axis of channels is cut into leave whole, their width by
+            the size of the axis.
         apart: whether norms over all channels are taken as if each channel were by itself.
-        seen: gets the names of what another trace may find more by: "heads" where an axis is cut
+        seen: gets what another trace may find more by, as arguments: "heads" where an axis is cut
             into heads, "marks" where not-a-number may have been taken out on its way.
 
     Returns:
@@ -102,8 +103,8 @@ def trace(
         # a model may object to such numbers in any way
         probe = spread(model, [example, *others], MOVES, heads, apart)
     if seen is not None:
-        flags = {"heads": probe.headed, "marks": probe.lossy}
-        seen |= {name for name, flag in flags.items() if flag}
+        seen |= {"heads": {"heads": probe.headed}} if probe.headed else {}
+        seen |= {"marks": {"marks": MOVES}} if probe.lossy else {}
     _pin_unreadable(model, example, probe)
     probe.tie_groups()
     return _groups(probe), _reasons(probe)

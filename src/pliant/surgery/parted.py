@@ -47,14 +47,15 @@ class Parted(TorchFunctionMode):
             what lies at one place of every head, so that heads leave whole.
 
     Attributes:
-        headed: whether an axis became two.
+        headed: how wide heads are, by the size of the axis that became them.
         lossy: whether a function was called that is not known to let not-a-number through.
     """
 
     def __init__(self, see: Callable[[Sequence[Tensor], int], None], *, heads: bool) -> None:
         super().__init__()
         self.see, self.heads = see, heads
-        self.headed = self.lossy = False
+        self.headed: dict[int, int] = {}
+        self.lossy = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -74,7 +75,8 @@ class Parted(TorchFunctionMode):
         if func in _SHAPES and isinstance(found, Tensor):
             given: Tensor = args[0] if args else kwargs["input"]
             axis = _split(given.shape, found.shape)
-            self.headed |= bool(axis)
+            if axis:
+                self.headed[given.shape[axis]] = found.shape[axis + 1]
             if axis and self.heads:
                 self.see(found.unbind(axis + 1), axis)
         return found

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,7 +33,7 @@ def spread(
     model: nn.Module,
     examples: Sequence[Example],
     marks: Sequence[float],
-    heads: bool,
+    heads: Mapping[int, int] | None = None,
     apart: bool = False,
 ) -> Probe:
     """Mark the outputs of every layer of a copy of a network, and see where they arrive."""
@@ -46,7 +46,8 @@ def spread(
     several = [slot for slot in sources if probe.sizes[slot] > 1]
     for example in examples:
         probe.begin(example)
-        for slots in together(several, probe.sizes, probe.largest):
+        rows = {slot: len(codes_of(probe.sizes[slot], heads)) for slot in several}
+        for slots in together(rows, probe.largest):
             for mark in marks:
                 if not probe.spread(slots, mark):
                     for slot in slots:
@@ -73,9 +74,9 @@ class Probe:
     blocks: list[Block] = field(default_factory=list)  # of the batch that is on its way
     count: int = 0  # its samples
     unclear: bool = False  # whether marks arrived that cannot be told apart
-    heads: bool = False  # whether heads leave whole
+    heads: Mapping[int, int] | None = None  # whether heads leave whole, and how wide they are
     apart: bool = False  # whether norms over all channels are passed by
-    headed: bool = False  # whether an axis became heads and their width
+    headed: dict[int, int] = field(default_factory=dict)  # width of heads by that of their axis
     lossy: bool = False  # whether marks may have been taken out on their way
     mark: float = math.nan  # in the place of marked values, or added to them
     kept: dict[tuple[str, torch.Size, str], Tensor] = field(default_factory=dict)  # for one sample
@@ -124,16 +125,17 @@ class Probe:
         """
         self.blocks, self.count, self.mark, self.unclear = [], 0, mark, False
         for source in sources:
-            codes = codes_of(self.sizes[source])
+            codes = codes_of(self.sizes[source], self.heads)
             rows = slice(self.count, self.count + len(codes))
             self.blocks.append(Block(source, codes, rows))
             self.count = rows.stop
         sample = first_sample(self.example, self.model, self.count)
         self.held.begin()
-        parted = Parted(self._tie_parts, heads=self.heads)
+        parted = Parted(self._tie_parts, heads=self.heads is not None)
         with torch.no_grad(), slow_attention(), self.held, parted as seen:
             output = call(self.model, sample)
-        self.headed, self.lossy = self.headed or seen.headed, self.lossy or seen.lossy
+        self.headed |= seen.headed
+        self.lossy |= seen.lossy
         arrived = torch.zeros(self.count, dtype=torch.bool)
         for tensor in answers(output):
             if tensor.dim():
@@ -211,7 +213,7 @@ class Probe:
         for block in self.blocks:
             found = list(met(block.codes, marks[block.rows]))
             for channels, there in found:
-                if len(channels) > 1 and not (self.heads and len(found) > 1):
+                if len(channels) > 1 and (self.heads is None or len(found) < 2):
                     continue
                 if places is None:
                     reason = RESHAPED.format(f"{slot[0]}.{slot[1].partition(':')[0]}".lstrip("."))

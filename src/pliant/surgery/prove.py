@@ -28,15 +28,12 @@ from pliant.surgery.even import evened
 from pliant.surgery.graph import MEET, Group, trace
 from pliant.surgery.marks import Slot
 from pliant.surgery.passes import first_sample, reaching, slow_attention
-from pliant.surgery.probe import MOVES
 
 Leaving = Mapping[str, Sequence[int]]
 """For every group by name, the units that leave."""
 
 UNEVEN = "it can lose channels only with as many of others, which have another number of them"
 WITHOUT = "without some of its channels"
-AGAIN: Mapping[str, dict[str, Any]] = {"heads": {"heads": True}, "marks": {"marks": MOVES}}
-"""How to trace again by what a first trace has seen: heads leave whole, not-a-number is lost."""
 
 CLOSE = 1e-4  # largest difference that rounding may make, relative to the largest output
 
@@ -63,16 +60,16 @@ def cuttable(
     """
     random = randomized(model)
     others = reaching(random, example, batches)
-    examples, seen = [example, *others], set[str]()
+    examples, seen = [example, *others], dict[str, dict[str, Any]]()
     ways = [trace(random, example, others, seen=seen)]
     if "heads" in seen and _meeting(*ways[0]):
-        ways.insert(0, trace(random, example, others, **AGAIN["heads"]))
+        ways.insert(0, trace(random, example, others, **seen["heads"]))
     good, uneven, reasons = _proven(random, examples, *ways[0])
     for more in ways[1:]:
         good, uneven, reasons = _better(random, examples, (good, uneven, reasons), more)
-    for name in [name for name in AGAIN if name in seen] if uneven or _lost(reasons) else ():
+    for name in list(seen) if uneven or _lost(reasons) else ():
         if name != "heads" or len(ways) == 1:
-            more = trace(random, example, others, **AGAIN[name])
+            more = trace(random, example, others, **seen[name])
             good, uneven, reasons = _better(random, examples, (good, uneven, reasons), more)
     if not good:  # as a last resort: statistics of norms are then those of what stays
         good, uneven, reasons = _by_norms(random, examples, (good, uneven, reasons))
