@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,8 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from pliant.cost import Example, call, samples_of, twin
 from pliant.edits.sides import channel_axis, held, is_tensor, over_all, sides
 from pliant.observe.outputs import answers
+from pliant.surgery.batch import Batch, in_one, in_passes
 from pliant.surgery.held import RESHAPED, Held
-from pliant.surgery.marks import Block, Slot, Union, codes_of, covered, met, together
+from pliant.surgery.marks import Slot, Union, codes_of, covered, met, together
 from pliant.surgery.parted import Parted, unseen
 from pliant.surgery.passes import first_sample, slow_attention
 from pliant.surgery.select import UNCALLED
@@ -71,14 +73,11 @@ class Probe:
     marked: set[Slot] = field(default_factory=set)
     called: set[str] = field(default_factory=set)
     mixed: dict[int, str] = field(default_factory=dict)  # which norm makes channels meet
-    blocks: list[Block] = field(default_factory=list)  # of the batch that is on its way
-    count: int = 0  # its samples
-    unclear: bool = False  # whether marks arrived that cannot be told apart
+    batch: Batch = field(default_factory=Batch)  # that is on its way
     heads: Mapping[int, int] | None = None  # whether heads leave whole, and how wide they are
     apart: bool = False  # whether norms over all channels are passed by
     headed: dict[int, int] = field(default_factory=dict)  # width of heads by that of their axis
     lossy: bool = False  # whether marks may have been taken out on their way
-    mark: float = math.nan  # in the place of marked values, or added to them
     kept: dict[tuple[str, torch.Size, str], Tensor] = field(default_factory=dict)  # for one sample
 
     def __post_init__(self) -> None:
@@ -123,26 +122,35 @@ class Probe:
         Returns:
             whether it could be told which of them arrived; if not, mark one at a time.
         """
-        self.blocks, self.count, self.mark, self.unclear = [], 0, mark, False
-        for source in sources:
-            codes = codes_of(self.sizes[source], self.heads)
-            rows = slice(self.count, self.count + len(codes))
-            self.blocks.append(Block(source, codes, rows))
-            self.count = rows.stop
-        sample = first_sample(self.example, self.model, self.count)
+        codes = {source: codes_of(self.sizes[source], self.heads) for source in sources}
+        whole = samples_of(self.model, self.example).kind in ("whole", "packed")
+        if whole and len(sources) > 1:
+            return False
+        self.batch = Batch(math.nan if whole else mark, whole=whole)
+        for blocks in in_passes(codes) if whole else [in_one(codes)]:
+            self.batch.begin(blocks)
+            self._pass()
+        self.batch.end(in_one(codes))
+        return not self.batch.unclear
+
+    def _pass(self) -> None:
+        sample = first_sample(self.example, self.model, self.batch.count)
         self.held.begin()
         parted = Parted(self._tie_parts, heads=self.heads is not None)
         with torch.no_grad(), slow_attention(), self.held, parted as seen:
             output = call(self.model, sample)
         self.headed |= seen.headed
         self.lossy |= seen.lossy
-        arrived = torch.zeros(self.count, dtype=torch.bool)
+        arrived = torch.zeros(self.batch.count, dtype=torch.bool)
         for tensor in answers(output):
             if tensor.dim():
-                arrived |= self._by_sample(tensor)
-        for block in self.blocks:
-            self.pin(block.source, covered(block.codes, arrived[block.rows]), OUTPUT)
-        return not self.unclear
+                arrived |= self.batch.by_sample(tensor)
+        self.batch.when(arrived, partial(self._stay, OUTPUT))
+
+    def _stay(self, reason: str, arrived: Tensor) -> None:
+        """Keep the channels whose marks arrived, (samples,)."""
+        for block in self.batch.blocks:
+            self.pin(block.source, covered(block.codes, arrived[block.rows]), reason)
 
     def pin(self, slot: Slot, channels: Iterable[int], reason: str) -> None:
         """Note that channels must stay."""
@@ -173,16 +181,20 @@ class Probe:
 
     def _tie_parts(self, parts: Sequence[Tensor], axis: int) -> None:
         """Tie what lies at one place of equal parts of a tensor: its middle moves with them."""
-        samples = [self._by_samples(part) for part in parts]
+        samples = [self.batch.by_samples(part) for part in parts]
         if samples[0] is None:
             return
         axis += samples[0].dim() - parts[0].dim()
-        marked = [self._marks(part).movedim(axis, 1) for part in samples if part is not None]
-        each = torch.stack([marks.reshape(*marks.shape[:2], -1).any(2) for marks in marked]).cpu()
-        for block in self.blocks:
-            own, first = each[:, block.rows], self.first[block.source]
-            for place in own.any(0).any(0).nonzero().flatten().tolist():
-                found = [c for marks in own for c in covered(block.codes, marks[:, place])]
+        marked = [self.batch.marks(part).movedim(axis, 1) for part in samples if part is not None]
+        each = [marks.reshape(*marks.shape[:2], -1).any(2) for marks in marked]
+        self.batch.when(torch.stack(each, 2).cpu(), self._tie_places)
+
+    def _tie_places(self, each: Tensor) -> None:
+        """Tie what lies at one place of several parts, marks of (samples, places, parts)."""
+        for block in self.batch.blocks:
+            own, first = each[block.rows], self.first[block.source]
+            for place in own.any(2).any(0).nonzero().flatten().tolist():
+                found = [c for marks in own[:, place].T for c in covered(block.codes, marks)]
                 for channel in found[1:]:
                     self.union.join(first + found[0], first + channel)
 
@@ -199,18 +211,21 @@ class Probe:
         Where a place along the axes has marks of several channels, it has a number for none of
         them, but for a head; where the tensor's own axes are others, the channels stay.
         """
-        samples = self._by_samples(given)
+        samples = self.batch.by_samples(given)
         if samples is None:
             return
-        late = self._late(given)
+        late = self.batch.late(given)
         dims = [axis + samples.dim() for axis in axes]
         dims = [1 - dim if late and dim < 2 else dim for dim in dims]
         if 0 in dims:
             return
-        marks = self._along(samples, dims)
-        if places is None and marks.shape[1] > FEW:
-            return
-        for block in self.blocks:
+        marks = self.batch.along(samples, dims)
+        if places is not None or marks.shape[1] <= FEW:
+            self.batch.when(marks, partial(self._tie_held, slot, places))
+
+    def _tie_held(self, slot: Slot, places: Tensor | None, marks: Tensor) -> None:
+        """Tie channels to what a tensor has at the places where they arrive."""
+        for block in self.batch.blocks:
             found = list(met(block.codes, marks[block.rows]))
             for channels, there in found:
                 if len(channels) > 1 and (self.heads is None or len(found) < 2):
@@ -224,62 +239,6 @@ class Probe:
                     for channel in channels:
                         self.union.join(self.first[slot] + place, first + channel)
 
-    def _along(self, samples: Tensor, dims: Sequence[int]) -> Tensor:
-        """Say which places along some axes are marked in which samples, (samples, places)."""
-        others = [dim for dim in range(1, samples.dim()) if dim not in dims]
-        if math.isnan(self.mark):  # one mark spoils a sum
-            return (samples.sum(others) if others else samples).isnan().flatten(1).cpu()
-        marked = self._marks(samples)
-        return (marked.any(others) if others else marked).flatten(1).cpu()
-
-    def _by_sample(self, tensor: Tensor) -> Tensor:
-        """Say in which samples marks are."""
-        samples = self._by_samples(tensor)
-        if samples is None:
-            return self._scattered(tensor)
-        return self._marks(samples).reshape(self.count, -1).any(1).cpu()
-
-    def _by_samples(self, tensor: Tensor) -> Tensor | None:
-        """Put the rows of a sample, such as words or windows, behind an axis of samples.
-
-        None where rows are no parts of samples, or not in their order: then samples that have no
-        marks would have some.
-        """
-        if not tensor.dim() or not len(tensor):
-            return None
-        if self._late(tensor):
-            return tensor.transpose(0, 1)
-        if len(tensor) % self.count:
-            return None
-        if len(tensor) == self.count:
-            return tensor
-        samples = tensor.unflatten(0, (self.count, -1))
-        first = [block.rows.start for block in self.blocks]
-        return None if len(first) > 1 and self._marks(samples)[first].any() else samples
-
-    def _late(self, tensor: Tensor) -> bool:
-        """Say whether samples are the second axis, as where time comes first."""
-        other = tensor.dim() > 2 and bool(len(tensor) % self.count)
-        return other and tensor.shape[1] == self.count
-
-    def _scattered(self, tensor: Tensor) -> Tensor:
-        """Say that marks in rows that are no samples are in all samples of a layer.
-
-        Those of several layers cannot be told apart, nor marks that are numbers.
-        """
-        found = torch.zeros(self.count, dtype=torch.bool)
-        spoilt = bool(tensor.isnan().any())
-        if len(self.blocks) > 1:
-            self.unclear |= spoilt or not math.isnan(self.mark)
-            return found
-        return ~found if spoilt else found
-
-    def _marks(self, tensor: Tensor) -> Tensor:
-        """Say which numbers are marked: the first sample never is."""
-        if math.isnan(self.mark):
-            return tensor.isnan()
-        return ~torch.isclose(tensor, tensor[:1], rtol=1e-4, atol=1e-6, equal_nan=True)
-
     def _reader(self, slot: Slot) -> Callable[..., None]:
         @unseen
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -292,9 +251,7 @@ class Probe:
         @unseen
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
             for given in [each for each in args if isinstance(each, Tensor) and each.dim() > 1]:
-                marked = self._by_sample(given)
-                for block in self.blocks:
-                    self.pin(block.source, covered(block.codes, marked[block.rows]), reason)
+                self.batch.when(self.batch.by_sample(given), partial(self._stay, reason))
 
         return hook
 
@@ -304,16 +261,21 @@ class Probe:
             given = args[0] if args else None
             if not isinstance(given, Tensor) or not isinstance(output, Tensor):
                 return
-            samples = self._by_samples(given)
+            samples = self.batch.by_samples(given)
             if samples is None or output.shape != given.shape:
                 return
             pair = samples, output.reshape(samples.shape)
-            before, after = (self._marks(each).flatten(1).sum(1) for each in pair)
-            for block in self.blocks:
-                if after[block.rows].sum() > before[block.rows].sum():
-                    self.mixed.setdefault(self.first[block.source], name)
+            counts = torch.stack([self.batch.marks(each).flatten(1).sum(1) for each in pair], 1)
+            self.batch.when(counts, partial(self._mix, name))
 
         return hook
+
+    def _mix(self, name: str, counts: Tensor) -> None:
+        """Note a norm behind which there are more marks than before, (samples, 2)."""
+        for block in self.batch.blocks:
+            before, after = counts[block.rows].sum(0).tolist()
+            if after > before:
+                self.mixed.setdefault(self.first[block.source], name)
 
     def _marking(self, name: str, module: nn.Module) -> Callable[..., Tensor]:
         """Compute one sample, once, and give its output to all: marked, if it is the source."""
@@ -325,48 +287,45 @@ class Probe:
             more = () if output_size is None else (output_size,)  # of a transposed convolution
             axis = input.dim() - 1 if features else 1
             self.called.add(name)
+            if features and input.dim() == 1 and self.batch.whole:
+                return forward(input[None])[0]
             self._read((name, "in"), input, axis)
-            if features and self._late(input):
+            if features and self.batch.late(input):
                 return forward(input.transpose(0, 1)).transpose(0, 1)
-            rows = len(input) // self.count  # of a sample
-            if len(input) != self.count * rows or not rows:
-                mine = any(block.source == (name, "out") for block in self.blocks)
-                self.unclear |= mine and len(self.blocks) > 1  # other marks may have led them off
+            rows = len(input) // self.batch.count  # of a sample
+            blocks = self.batch.blocks
+            if len(input) != self.batch.count * rows or not rows:
+                mine = any(block.source == (name, "out") for block in blocks)
+                self.batch.unclear |= mine and len(blocks) > 1  # other marks may have led them off
                 return compute(input.nan_to_num(), *more)
             place = name, input[:rows].shape, str(output_size)
             if place not in kept:
                 kept[place] = compute(input[:rows].nan_to_num(), *more)
-            output = kept[place].repeat(self.count, *[1] * (kept[place].dim() - 1))
-            for block in self.blocks:
+            output = kept[place].repeat(self.batch.count, *[1] * (kept[place].dim() - 1))
+            for block in blocks:
                 if block.source == (name, "out"):
                     self.marked.add(block.source)
                     own = output[block.rows.start * rows : block.rows.stop * rows]
-                    self._write(own, block.codes.repeat_interleave(rows, 0), axis)
+                    self.batch.write(own, block.codes.repeat_interleave(rows, 0), axis)
             return output
 
         return forward
-
-    def _write(self, output: Tensor, codes: Tensor, axis: int) -> None:
-        """Mark the outputs of a layer, in place."""
-        shape = [size if dim in (0, axis) else 1 for dim, size in enumerate(output.shape)]
-        marked = codes.to(output.device).view(shape)
-        if math.isnan(self.mark):
-            output.masked_fill_(marked, math.nan)
-        else:
-            output += self.mark * marked
 
     def _read(self, slot: Slot, given: Tensor, axis: int) -> None:
         """Tie what arrives at the channels of a layer to them."""
         for other, places in self.held.along(given, axis - given.dim()):
             self._tie(other, places, slot, torch.arange(self.sizes[slot]))
-        samples = self._by_samples(given) if given.dim() > 1 else None
+        samples = self.batch.by_samples(given) if given.dim() > 1 else None
         if samples is None:
             self._read_otherwise(slot, given)
             return
         axis += samples.dim() - given.dim()
-        marks = self._along(samples, [axis])
+        self.batch.when(self.batch.along(samples, [axis]), partial(self._arrive, slot))
+
+    def _arrive(self, slot: Slot, marks: Tensor) -> None:
+        """Tie the channels of a layer to those whose marks arrive there, (samples, channels)."""
         target, seen = self.first[slot], marks.any(1).tolist()
-        for block in self.blocks:
+        for block in self.batch.blocks:
             if not any(seen[block.rows]):  # most are read nearer to where they were marked
                 continue
             source = self.first[block.source]
@@ -377,9 +336,10 @@ class Probe:
 
     def _read_otherwise(self, slot: Slot, given: Tensor) -> None:
         """Keep what arrives where a layer reads other rows than samples."""
-        found = self._scattered(given) if given.dim() else given.isnan().expand(self.count).cpu()
-        moved = len(self.blocks) == 1 and not math.isnan(self.mark)
-        for block in self.blocks:
+        batch = self.batch
+        found = batch.scattered(given) if given.dim() else given.isnan().expand(batch.count).cpu()
+        moved = len(self.batch.blocks) == 1 and not math.isnan(self.batch.mark)
+        for block in self.batch.blocks:
             if moved or found[block.rows].any():
                 everything = range(self.sizes[block.source])
                 self.pin(block.source, everything, f"{slot[0]} does not read it sample by sample")
