@@ -70,6 +70,7 @@ def trace(
     marks: Sequence[float] = (math.nan,),
     heads: Mapping[int, int] | None = None,
     apart: bool = False,
+    brief: bool = False,
     seen: dict[str, dict[str, Any]] | None = None,
 ) -> tuple[list[Group], dict[str, str]]:
     """Find the groups of channels that may leave a network, and why other layers keep theirs.
@@ -85,6 +86,7 @@ def trace(
         heads: where the heads that an axis of channels is cut into leave whole, their width by
             the size of the axis.
         apart: whether norms over all channels are taken as if each channel were by itself.
+        brief: whether passes may end when they see nothing new; `seen` is told so by "short".
         seen: gets what another trace may find more by, as arguments: "heads" where an axis is cut
             into heads, "marks" where not-a-number may have been taken out on its way.
 
@@ -96,7 +98,7 @@ def trace(
         ModelError: the network answers with no tensor that marks could arrive in.
     """
     try:
-        probe = spread(model, [example, *others], marks, heads, apart)
+        probe = spread(model, [example, *others], marks, heads, apart, brief)
     except ModelError as error:
         if error.__cause__ is None:
             raise
@@ -105,6 +107,7 @@ def trace(
     if seen is not None:
         seen |= {"heads": {"heads": probe.headed}} if probe.headed else {}
         seen |= {"marks": {"marks": MOVES}} if probe.lossy else {}
+        seen |= {"short": {}} if probe.brief.short else {}
     _pin_unreadable(model, example, probe)
     probe.tie_groups()
     return _groups(probe), _reasons(probe)

@@ -20,6 +20,7 @@ class Union:
     """Which things belong together, by the usual tree of parents."""
 
     parent: list[int]
+    joined: int = 0  # how often two became one
 
     def find(self, item: int) -> int:
         """Return what stands for all that an item belongs to."""
@@ -30,7 +31,9 @@ class Union:
 
     def join(self, one: int, other: int) -> None:
         """Let two items, and all that belongs to either, belong together."""
-        self.parent[self.find(one)] = self.find(other)
+        first, second = self.find(one), self.find(other)
+        self.joined += first != second
+        self.parent[first] = second
 
 
 def codes_of(channels: int, heads: Mapping[int, int] | None = None) -> Tensor:

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from pliant.cost import Example, fitted, repeated, samples_of
+from pliant.cost import Example, fitted, repeated, samples_of, twin
 from pliant.edits.sides import sides
 from pliant.observe.order import called_by
 from pliant.observe.watch import one_sample, samples
@@ -52,3 +53,23 @@ def reaching(model: nn.Module, example: Example, batches: Iterable[Example]) -> 
                 found.append(sample)
                 seen, ahead = seen | new, ahead - new
     return found
+
+
+def randomized(model: nn.Module) -> nn.Module:
+    """Copy a model with other weights, none of which is special as zeros and ones are."""
+    model = twin(model).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.is_floating_point():
+                continue
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() > 1:
+                noise *= (2 / max(1, parameter[0].numel())) ** 0.5
+            else:
+                noise = 0.5 + noise.abs() / 2
+            parameter.copy_(noise)
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            module.reset_running_stats()
+    return model

@@ -16,6 +16,7 @@ from pliant.cost import Example, call, samples_of, twin
 from pliant.edits.sides import channel_axis, held, is_tensor, over_all, sides
 from pliant.observe.outputs import answers
 from pliant.surgery.batch import Batch, in_one, in_passes
+from pliant.surgery.brief import Brief, Enough
 from pliant.surgery.held import RESHAPED, Held
 from pliant.surgery.marks import Slot, Union, codes_of, covered, met, together
 from pliant.surgery.parted import Parted, unseen
@@ -37,12 +38,13 @@ def spread(
     marks: Sequence[float],
     heads: Mapping[int, int] | None = None,
     apart: bool = False,
+    brief: bool = False,
 ) -> Probe:
     """Mark the outputs of every layer of a copy of a network, and see where they arrive."""
     network = twin(model).eval()
     for example in examples:
         samples_of(network, example)  # asked before there are marks, and remembered
-    probe = Probe(network, examples[0], heads=heads, apart=apart)
+    probe = Probe(network, examples[0], heads=heads, apart=apart, brief=Brief(brief))
     sources = [slot for slot in probe.sizes if slot[1] == "out"]
     # A single channel cannot leave, and ties nothing: elsewhere it is broadcast.
     several = [slot for slot in sources if probe.sizes[slot] > 1]
@@ -78,6 +80,7 @@ class Probe:
     apart: bool = False  # whether norms over all channels are passed by
     headed: dict[int, int] = field(default_factory=dict)  # width of heads by that of their axis
     lossy: bool = False  # whether marks may have been taken out on their way
+    brief: Brief = field(default_factory=Brief)
     kept: dict[tuple[str, torch.Size, str], Tensor] = field(default_factory=dict)  # for one sample
 
     def __post_init__(self) -> None:
@@ -97,6 +100,8 @@ class Probe:
                 module.register_forward_pre_hook(self._whole(WHOLE.format(kind, name)))
             if "norm" in kind.lower() and not isinstance(module, _APART) and not _holding(module):
                 module.register_forward_hook(self._mixer(f"{kind} {name}"))
+            if self.brief.on and name and not self._sides(module) and _holding(module):
+                module.forward = self.brief.passing(name, module)
         for name, module in self.model.named_modules():  # behind all layers
             for side, size in held(module).items():
                 self.sizes[name, side], self.first[name, side] = size, total
@@ -111,6 +116,7 @@ class Probe:
         """Take another sample, and forget what layers gave for the last one."""
         self.example = example
         self.kept.clear()
+        self.brief.kept.clear()
 
     def largest(self) -> int:
         """Return how many numbers there are in the largest output that a layer gave."""
@@ -136,11 +142,16 @@ class Probe:
     def _pass(self) -> None:
         sample = first_sample(self.example, self.model, self.batch.count)
         self.held.begin()
+        self.brief.begin([block.source for block in self.batch.blocks], self.batch.count)
         parted = Parted(self._tie_parts, heads=self.heads is not None)
-        with torch.no_grad(), slow_attention(), self.held, parted as seen:
-            output = call(self.model, sample)
-        self.headed |= seen.headed
-        self.lossy |= seen.lossy
+        try:
+            with torch.no_grad(), slow_attention(), self.held, parted:
+                output = call(self.model, sample)
+        except Enough:
+            return
+        finally:
+            self.headed |= parted.headed
+            self.lossy |= parted.lossy
         arrived = torch.zeros(self.batch.count, dtype=torch.bool)
         for tensor in answers(output):
             if tensor.dim():
@@ -305,6 +316,7 @@ class Probe:
             for block in blocks:
                 if block.source == (name, "out"):
                     self.marked.add(block.source)
+                    self.brief.wrote(block.source)
                     own = output[block.rows.start * rows : block.rows.stop * rows]
                     self.batch.write(own, block.codes.repeat_interleave(rows, 0), axis)
             return output
@@ -324,7 +336,7 @@ class Probe:
 
     def _arrive(self, slot: Slot, marks: Tensor) -> None:
         """Tie the channels of a layer to those whose marks arrive there, (samples, channels)."""
-        target, seen = self.first[slot], marks.any(1).tolist()
+        target, seen, before = self.first[slot], marks.any(1).tolist(), self.union.joined
         for block in self.batch.blocks:
             if not any(seen[block.rows]):  # most are read nearer to where they were marked
                 continue
@@ -333,6 +345,8 @@ class Probe:
                 tied = [*(source + c for c in channels), *(target + place for place in there)]
                 for one in tied[1:]:
                     self.union.join(tied[0], one)
+        if any(seen) and not self.batch.whole:
+            self.brief.read(new=self.union.joined > before)
 
     def _read_otherwise(self, slot: Slot, given: Tensor) -> None:
         """Keep what arrives where a layer reads other rows than samples."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from pliant.cost import Example, call_alike, twin
 from pliant.edits import Edit, replay
@@ -24,10 +23,10 @@ from pliant.edits.sides import (
 from pliant.errors import EditError
 from pliant.nn.kinds import in_rows
 from pliant.observe.outputs import alike, answers
-from pliant.surgery.even import evened
+from pliant.surgery.even import evened, some_of
 from pliant.surgery.graph import MEET, Group, trace
 from pliant.surgery.marks import Slot
-from pliant.surgery.passes import first_sample, reaching, slow_attention
+from pliant.surgery.passes import first_sample, randomized, reaching, slow_attention
 
 Leaving = Mapping[str, Sequence[int]]
 """For every group by name, the units that leave."""
@@ -61,15 +60,15 @@ def cuttable(
     random = randomized(model)
     others = reaching(random, example, batches)
     examples, seen = [example, *others], dict[str, dict[str, Any]]()
-    ways = [trace(random, example, others, seen=seen)]
+    ways = [_traced(random, examples, seen)]
     if "heads" in seen and _meeting(*ways[0]):
-        ways.insert(0, trace(random, example, others, **seen["heads"]))
+        ways.insert(0, _traced(random, examples, **seen["heads"]))
     good, uneven, reasons = _proven(random, examples, *ways[0])
     for more in ways[1:]:
         good, uneven, reasons = _better(random, examples, (good, uneven, reasons), more)
     for name in list(seen) if uneven or _lost(reasons) else ():
         if name != "heads" or len(ways) == 1:
-            more = trace(random, example, others, **seen[name])
+            more = _traced(random, examples, **seen[name])
             good, uneven, reasons = _better(random, examples, (good, uneven, reasons), more)
     if not good:  # as a last resort: statistics of norms are then those of what stays
         good, uneven, reasons = _by_norms(random, examples, (good, uneven, reasons))
@@ -87,10 +86,27 @@ def _by_norms(random: nn.Module, examples: Sequence[Example], before: Traced) ->
     """Trace again past norms that take their statistics over all channels, where there are any."""
     if not any(over_all(module) for module in random.modules()):
         return before
-    found = _proven(random, examples, *trace(random, examples[0], examples[1:], apart=True))
+    found = _proven(random, examples, *_traced(random, examples, apart=True))
     norms = {name for name, module in random.named_modules() if over_all(module)}
     passed = any(layer in norms for group in found[0] for layer, _ in group.slots)
     return found if passed else before
+
+
+def _traced(
+    random: nn.Module,
+    examples: Sequence[Example],
+    seen: dict[str, dict[str, Any]] | None = None,
+    **how: Any,
+) -> tuple[list[Group], dict[str, str]]:
+    """Trace briefly if there is one example, and in full where what is found so does not hold."""
+    seen = {} if seen is None else seen
+    first, *others = examples
+    found = trace(random, first, others, brief=not others, seen=seen, **how)
+    if seen.pop("short", None) is not None:
+        uneven = {group.name: some_of(group, place) for place, group in enumerate(found[0])}
+        if _problem(random, examples, edits_of(random, found[0], uneven)):
+            found = trace(random, first, others, seen=seen, **how)
+    return found
 
 
 def _meeting(found: Sequence[Group], reasons: Mapping[str, str]) -> bool:
@@ -165,17 +181,27 @@ def edits_of(model: nn.Module, groups: Iterable[Group], leaving: Leaving) -> lis
     Inputs of a layer come before its outputs; of a grouped convolution after them, since it has
     no outputs of its own once every group reads one channel.
     """
+    return edits_at(dict(model.named_modules()), gone_by_slot(groups, leaving))
+
+
+def gone_by_slot(groups: Iterable[Group], leaving: Leaving) -> dict[Slot, set[int]]:
+    """Return which channels of which sides of layers leave with units."""
     gone: dict[Slot, set[int]] = {}
     for group in groups:
         for unit in leaving.get(group.name, ()):
             for slot, channels in zip(group.slots, group.units[unit], strict=True):
                 gone.setdefault(slot, set()).update(channels)
+    return gone
+
+
+def edits_at(modules: Mapping[str, nn.Module], gone: Mapping[Slot, Set[int]]) -> list[Prune]:
+    """Return the edits of some layers that remove channels, in the order of these layers."""
     return [
         Prune(
             *(name, side, tuple(sorted(set(range(size)) - gone[name, side])), size),
             each=each_of(module, side),
         )
-        for name, module in model.named_modules()
+        for name, module in modules.items()
         for side, size in sorted(every_side(module).items(), reverse=_grouped(module))
         if (name, side) in gone
     ]
@@ -362,23 +388,3 @@ def _apart(model: nn.Module, norms: Sequence[str]) -> nn.Module:
         module: Any = network.get_submodule(name)
         module.forward = partial(without_statistics, module)
     return network
-
-
-def randomized(model: nn.Module) -> nn.Module:
-    """Copy a model with other weights, none of which is special as zeros and ones are."""
-    model = twin(model).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.is_floating_point():
-                continue
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() > 1:
-                noise *= (2 / max(1, parameter[0].numel())) ** 0.5
-            else:
-                noise = 0.5 + noise.abs() / 2
-            parameter.copy_(noise)
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            module.reset_running_stats()
-    return model

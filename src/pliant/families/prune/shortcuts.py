@@ -22,8 +22,8 @@ from pliant.nn.filters import WEIGHTED
 from pliant.observe.watch import capture
 from pliant.run import Run
 from pliant.surgery.graph import Group, Slot
-from pliant.surgery.passes import first_sample
-from pliant.surgery.prove import Leaving, differs, edits_of, ignore, randomized
+from pliant.surgery.passes import first_sample, randomized
+from pliant.surgery.prove import Leaving, differs, edits_of, ignore
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
