@@ -1,6 +1,7 @@
 """What all tests share: where the optional data lies, and a cache that outlives a session."""
 
 import functools
+import gc
 import importlib.metadata
 import importlib.util
 import os
@@ -52,6 +53,14 @@ def operators_of_onnx_are_listed_once() -> None:
         from torch.onnx._internal.exporter._registration import ONNXRegistry
 
         ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def what_is_imported_is_no_garbage(operators_of_onnx_are_listed_once: None) -> None:
+    """Do not look for garbage among all that is imported, again and again: it stays."""
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the whole suite, which trains in any case
+        import lightning_fabric  # noqa: F401
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
