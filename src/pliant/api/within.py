@@ -203,7 +203,8 @@ def measured(result: Result) -> dict[str, Any]:
     after, verdict = result.report.after, result.report.verdict
     costs = {name: getattr(after, name) for name in ("params", "macs", "bytes", "latency_ms")}
     lost = {name: getattr(verdict, name, None) for name in ("lost", "low", "high", "samples")}
-    return {**costs, "accuracy": after.accuracy, "loss": after.loss, **lost}
+    scored = {"accuracy": after.accuracy, "loss": after.loss, **result.report.judged()}
+    return {**costs, **scored, **lost}
 
 
 def caution(decide: Data, check: Data) -> float:
