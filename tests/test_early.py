@@ -178,6 +178,16 @@ def test_a_cut_is_not_taken_for_a_learning_rate() -> None:
     assert run.edits and len(run.first.losses) == 4 and run.first.losses[0] > 0.5
 
 
+@pytest.mark.parametrize(
+    "method", ["asrfp(epochs=8, start=1.0, alpha=0.0)", "pgp(rounds=2, end=1.0, hard=0.0)"]
+)
+def test_weights_that_a_method_makes_zero_are_not_either(method: str) -> None:
+    """The loss rises by them, so the watch begins anew as it does behind an edit."""
+    run = pliant.start(trained(), method, data=DATA, steps=8)
+    by_hand(run, 1e-5)
+    assert len(run.first.losses) < 8
+
+
 class Answers(nn.Module):
     """A network as Transformers calls it: it gives its loss where it gets labels."""
 

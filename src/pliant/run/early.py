@@ -23,7 +23,7 @@ class FirstSteps:
     """The losses of a training, one a step, as long as the learning rate may show in them.
 
     They are watched for 20 steps after the rate has risen for the last time. An edit changes the
-    loss too, so the watch begins anew behind it.
+    loss too, and so does a method that makes weights zero: the watch begins anew behind them.
 
     Args:
         phase: what the message calls the training.
@@ -73,7 +73,7 @@ class FirstSteps:
         if not self.left or loss is None:
             return None
         if edits != self.edits:
-            self.losses.clear()
+            self.anew()
         self.edits = edits
         self.losses.append(loss)
         if rate is not None and rate > self.highest:
@@ -84,6 +84,10 @@ class FirstSteps:
             return None
         self.left = 0
         return self._said(now)
+
+    def anew(self) -> None:
+        """Begin anew, where a method has changed weights by much."""
+        self.losses.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is needed to go on with the watch: plain values."""

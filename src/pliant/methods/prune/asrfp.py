@@ -141,6 +141,7 @@ class ASRFP(ChannelPruning):
         factor = soft.factor_at(epoch, epochs, self.alpha, self.sigma, self.decay, self.zero_from)
         if factor != 1:
             self._multiply(run, part, factor)
+            run.first.anew()
         run.note(alpha=factor, rate=part * max(run.state["ratios"].values(), default=self.ratio))
 
     def _weakest(self, run: Run, part: float) -> dict[str, list[int]]:

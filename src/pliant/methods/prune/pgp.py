@@ -107,6 +107,7 @@ class PGP(ChannelPruning):
         way = (number, rounds, self.course)
         leaving = progress.weak_units(run, scores, way, 1.0 if last else self.hard)
         progress.take(run, groups, leaving, norms=self.reset_norms, last=last)
+        run.first.anew()
         state.update(rounds=number, fresh=progress.moved_up(state["fresh"], leaving), sums={})
         state["rows"] = {} if last else progress.listened(self._left(run))
 
