@@ -584,3 +584,32 @@ def test_a_cut_past_a_norm_that_computes_something_else_is_refused() -> None:
     prove(net, (torch.randn(2, 8),), [*edits, Prune("3", "in", first, 16)])
     with pytest.raises(EditError, match="computes something else"):
         prove(net, (torch.randn(2, 8),), [*edits, Prune("3", "in", other, 16)])
+
+
+class Squares(nn.Module):
+    """Squares what it reads: without norms between them numbers grow beyond all bounds."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu().square()
+
+
+def test_numbers_that_grow_without_norms_hide_no_marks() -> None:
+    """Norms of one group are passed by while channels are traced."""
+
+    class Grown(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 8, 1), nn.Linear(8, 2)
+            self.norms = nn.ModuleList(nn.GroupNorm(1, 8) for _ in range(12))
+            self.wide = nn.ModuleList(nn.Conv2d(8, 16, 1) for _ in range(12))
+            self.back = nn.ModuleList(nn.Conv2d(16, 8, 1) for _ in range(12))
+
+        def forward(self, x: Tensor) -> Any:
+            x = self.first(x)
+            for norm, wide, back in zip(self.norms, self.wide, self.back, strict=True):
+                seen = norm(x)
+                x = x + back(Squares()(wide(seen - seen.mean((2, 3), keepdim=True) * 0.5)))
+            return self.last(x.mean((2, 3)))
+
+    groups, _ = cuttable(Grown(), (100 * torch.randn(2, 3, 4, 4),))
+    assert [group.name for group in groups] == [f"wide.{i}" for i in range(12)]

@@ -19,6 +19,7 @@ from pliant.families.prune.allocate import after
 from pliant.files.onnx import to_onnx
 from pliant.run import start
 from pliant.surgery.graph import Group
+from pliant.surgery.held import Held
 from pliant.surgery.prove import cuttable, edits_of, silence
 
 
@@ -180,6 +181,19 @@ def test_tokens_and_positions_lose_the_channels_of_what_they_meet(*, resized: bo
     }
     assert ("attention", "temperature:0") in groups["attention.qkv"].slots
     assert len(groups["attention.qkv"].units) == 2
+
+
+def test_resized_positions_have_their_channels_where_they_had_them() -> None:
+    """Numbers between two positions belong to neither, and rounding moves no channel."""
+    net = Tokens()
+    with Held(net, lambda *_: None, lambda *_: None) as held:
+        grid = net.positions[:, 1:].unflatten(1, (2, 2)).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid, size=(5, 5), mode="bicubic")
+        channels = held.along(grid, -3)
+    assert [(slot, places.tolist()) for slot, places in channels] == [
+        (("", "positions:2"), list(range(16)))
+    ]
+    assert not held.along(grid, -1)
 
 
 def test_norms_over_all_channels_may_take_them_along() -> None:

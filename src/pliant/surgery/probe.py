@@ -29,6 +29,7 @@ OUTPUT = "its channels are outputs of the network"
 _WHOLE = (nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
 WHOLE = "{} {} reads them, whose matrices stay whole"
 UNSEEN = "never called with the samples on the first axis"
+LARGEST = 1e3  # number that a layer reads
 FEW = 2**14  # places at which channels are looked for one by one
 
 
@@ -308,10 +309,10 @@ class Probe:
             if len(input) != self.batch.count * rows or not rows:
                 mine = any(block.source == (name, "out") for block in blocks)
                 self.batch.unclear |= mine and len(blocks) > 1  # other marks may have led them off
-                return compute(input.nan_to_num(), *more)
+                return compute(_bounded(input), *more)
             place = name, input[:rows].shape, str(output_size)
             if place not in kept:
-                kept[place] = compute(input[:rows].nan_to_num(), *more)
+                kept[place] = compute(_bounded(input[:rows]), *more)
             output = kept[place].repeat(self.batch.count, *[1] * (kept[place].dim() - 1))
             for block in blocks:
                 if block.source == (name, "out"):
@@ -368,6 +369,11 @@ def _apart(module: nn.Module) -> bool:
 def _holding(module: nn.Module) -> bool:
     """Say whether a module is a block with layers in it, whatever it calls itself."""
     return any("in" in sides(part) for part in module.modules())
+
+
+def _bounded(x: Tensor) -> Tensor:
+    """Leave marks behind, and numbers that grow from layer to layer: norms are passed by."""
+    return x.nan_to_num().clamp(-LARGEST, LARGEST)
 
 
 def _unchanged(x: Tensor) -> Tensor:
