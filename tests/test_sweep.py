@@ -9,13 +9,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from pliant import zoo
 from pliant.api.sweep import Case, cases, open_study, rows, sweep
 from pliant.cli import app
-from pliant.data import Data
-from pliant.errors import MethodError
+from pliant.cli.runs import slug
+from pliant.data import Data, Train
+from pliant.errors import MethodError, OutputError, TrainingError
+
+DATA = torch.linspace(-1, 1, 80 * 16).reshape(80, 16), torch.arange(80) % 4
+
+
+def small(seed: int = 0) -> torch.nn.Module:
+    torch.manual_seed(seed)
+    parts = torch.nn.Linear(16, 32), torch.nn.ReLU(), torch.nn.Linear(32, 4)
+    return torch.nn.Sequential(*parts)
+
 
 WORKER = """
 import sys, time
@@ -162,3 +173,82 @@ def test_a_case_whose_process_died_at_once_is_taken_again(
     net = zoo.build("lenet5", weights="mnist5k")
     found = sweep(net, mnist5k, plan, storage=tmp_path / "study.db")
     assert len(found) == 1 and found[0]["met"]
+
+
+class Stopped(Exception):
+    """What a mistake of the user's own raises."""
+
+
+def test_a_case_that_was_stopped_is_made_when_the_sweep_is_run_again(tmp_path: Path) -> None:
+    """Stopped by hand, by a full disk, or by a mistake: none is left out in silence."""
+    plan, place = cases(["energy"], ["params=0.8"]), tmp_path / "study.db"
+    for kind in (KeyboardInterrupt, OutputError, Stopped):
+
+        def stop(case: Case, result: object, kind: type[BaseException] = kind) -> None:
+            raise kind("stopped here")
+
+        with pytest.raises(kind):
+            sweep(small(), DATA, plan, storage=place, keep=stop)
+    assert [row["met"] for row in sweep(small(), DATA, plan, storage=place)] == [True]
+
+
+def test_a_mistake_is_kept_with_its_reason_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = importlib.import_module("pliant.api.sweep")
+    made, plan, place = module.once, cases(["energy"], ["params=0.8"]), tmp_path / "study.db"
+
+    def wrong(*args: Any, **told: Any) -> None:
+        raise Stopped("a mistake")
+
+    monkeypatch.setattr(module, "once", wrong)
+    (row,) = sweep(small(), DATA, plan, storage=place)
+    assert row["refused"] == "Stopped: a mistake" and "params" not in row
+    monkeypatch.setattr(module, "once", made)
+    (row,) = sweep(small(), DATA, plan, storage=place)
+    assert row["met"] and "refused" not in row
+
+
+def test_a_study_answers_no_other_question(tmp_path: Path) -> None:
+    """Numbers of another network, other data or another training are not taken for its own."""
+    plan, place = cases(["energy"], ["params=0.8"]), tmp_path / "study.db"
+    sweep(small(), DATA, plan, storage=place)
+    labels = DATA[1].flip(0)
+    for net, data, asked, said in (
+        (small(1), DATA, {}, "weights"),
+        (small(), (DATA[0] + 1, DATA[1]), {}, "inputs"),
+        (small(), (DATA[0], labels), {}, "labels"),
+        (small(), Data(train=DATA, test=(DATA[0], labels)), {}, "inputs"),
+        (small(), DATA, {"train": Train(epochs=1)}, "training is none, here it is epochs=1"),
+        (small(), DATA, {"target": "torch"}, "target"),
+        (small(), DATA, {"task": "none"}, "task"),
+    ):
+        with pytest.raises(TrainingError, match=said):
+            sweep(net, data, plan, storage=place, **asked)
+    assert len(sweep(small(), DATA, plan, storage=place)) == 1
+    with pytest.raises(OutputError, match="cannot be opened"):
+        sweep(small(), DATA, plan, storage=Path("/proc/none/study.db"))
+
+
+def test_folders_of_two_cases_are_two(tmp_path: Path) -> None:
+    """Also where their names differ only in what no folder is called, or far behind."""
+    many = ", ".join(f"'layer{number}'" for number in range(30))
+    named = [f"nrmf(only=({text},))" for text in ("'a*'", "'a?'", "'A?'", many, f"{many}, 'b'")]
+    slugs = {slug(Case(text)).lower() for text in named}
+    assert len(slugs) == 5 and all(len(text) < 140 for text in slugs)
+    assert slug(Case("energy(p=0.8)", "params=0.5")) == "energy-p=0.8-params=0.5-seed-0"
+
+
+def test_a_case_that_is_put_back_at_the_last_moment_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing waits, and the look at what still runs puts a case of the dead back: not the end."""
+    module = importlib.import_module("pliant.api.sweep")
+    dead = iter([False, True])
+    monkeypatch.setattr(module, "_stillborn", lambda t: t.number == 0 and next(dead, False))
+    monkeypatch.setattr(module.time, "sleep", lambda seconds: None)
+    plan = cases(["energy"], ["params=0.8"])
+    study = open_study(tmp_path / "study.db")
+    study.enqueue_trial({}, user_attrs={"case": vars(plan[0])})
+    study.ask()
+    assert len(sweep(small(), DATA, plan, storage=tmp_path / "study.db")) == 1

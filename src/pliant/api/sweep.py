@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,7 +19,10 @@ from pliant.api.within import measured, silent
 from pliant.compose import resolve
 from pliant.data import Data
 from pliant.data.asking import named_splits, once_only
-from pliant.errors import MissingExtraError, PliantError
+from pliant.data.digest import digest_of, digests
+from pliant.drivers.checkpoint import FREE
+from pliant.errors import MissingExtraError, OutputError, PliantError, TrainingError
+from pliant.latency import as_target
 from pliant.result import Result
 
 if TYPE_CHECKING:
@@ -28,6 +32,7 @@ if TYPE_CHECKING:
 NAME = "pliant"  # of the study in its storage
 ALIVE = 10  # seconds between two signs of life of a running trial
 TWICE = "made by another process"
+OWN = ("case", "began", "mistake")  # what a trial holds and a row does not
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,8 @@ def sweep(
 
     The cases lie in a study of Optuna. Any number of processes, on any number of machines that
     reach its storage, may call this with the same arguments: each takes cases that nobody has
-    taken. A case whose process died is taken again; one that is refused is kept with its reason.
+    taken. A case whose process died is taken again; one that fails is kept with its reason. Called
+    again, cases that were stopped or that failed by a mistake are made again, refused ones are not.
 
     Args:
         model: any network; it stays as it is.
@@ -107,9 +113,12 @@ def sweep(
 
     Raises:
         MissingExtraError: Optuna is not installed.
+        OutputError: the storage cannot be opened.
+        TrainingError: the study in it is of another network, other data or another training.
     """
-    study = open_study(storage)
     data = Data.of(data) if once_only(data) or named_splits(data) else data  # read by every case
+    study = open_study(storage)
+    _check_same(study, storage, _shared(model, Data.of(data), asked))
     _enqueue(study, plan)
     began, done = time.monotonic(), 0
 
@@ -120,25 +129,59 @@ def sweep(
             with silent():
                 told = {**asked, "seed": case.seed, "strict": False}
                 found = once(model, data, case.method, case.budget or None, **told)
-        except PliantError as error:
-            trial.set_user_attr("refused", str(error))
-            raise
+        except Exception as error:  # of a network, data or method of the user's own, too
+            ours = isinstance(error, PliantError)
+            said = str(error) if ours else f"{type(error).__name__}: {error}"
+            trial.set_user_attr("refused", said)
+            trial.set_user_attr("mistake", not ours)
+            raise _Refused from error
         row = {**measured(found), "met": found.report.met, "link": keep(case, found)}
         for name, value in row.items():
             trial.set_user_attr(name, value)
         return _values(found)
 
-    while (waiting := _open(study, "WAITING")) or _open(study, "RUNNING"):
-        if not waiting:  # with another process, or with one that died and shows no sign of life
+    while open_cases := _open(study):
+        if "WAITING" not in open_cases:  # another process has it, or one that died
             time.sleep(1)
             continue
         if not _made(study, make):
             continue
         done += 1
-        over, left = len(rows(study)), len(_open(study, "WAITING"))
+        over, left = len(rows(study)), _open(study).count("WAITING")
         seconds = (time.monotonic() - began) / done * left
         watch({"phase": "sweep", "step": over, "steps": over + left, "seconds_left": seconds})
     return rows(study)
+
+
+class _Refused(Exception):
+    """A case has failed, and the study holds its reason."""
+
+
+def _shared(model: nn.Module, data: Data, asked: Mapping[str, Any]) -> dict[str, str]:
+    """Describe what all cases of a sweep have in common."""
+    inputs, labels = digests(data, ("train", "val", "test"))
+    train, target = asked.get("train"), asked.get("target")
+    plan = train.plain().items() if train else ()
+    return {
+        "weights": digest_of(*model.state_dict().values()),
+        "inputs": inputs,
+        "labels": labels,
+        "training": ", ".join(f"{n}={v}" for n, v in plan if n not in FREE) or "none",
+        "target": str(as_target(target)) if target else "none",
+        "task": str(asked.get("task")),
+    }
+
+
+def _check_same(study: Study, storage: str | Path, shared: Mapping[str, str]) -> None:
+    """Note what the cases have in common, and refuse a study that is of something else."""
+    noted = study.user_attrs.get("shared", {})
+    for name, value in shared.items():
+        if noted.get(name, value) != value:
+            raise TrainingError(
+                f"The study in {storage} is of another sweep: its {name} is {noted[name]}, here it "
+                f"is {value}; use the same {name}, or another storage."
+            )
+    study.set_user_attr("shared", dict(shared))
 
 
 def _made(study: Study, make: Callable[[Trial], tuple[float, float]]) -> bool:
@@ -146,7 +189,7 @@ def _made(study: Study, make: Callable[[Trial], tuple[float, float]]) -> bool:
     from optuna.exceptions import UpdateFinishedTrialError
 
     try:
-        study.optimize(make, n_trials=1, catch=(PliantError,))
+        study.optimize(make, n_trials=1, catch=(_Refused,))
     except UpdateFinishedTrialError:  # another process has taken it over
         return False
     except ValueError as error:  # or has even ended it: Optuna has no class for that
@@ -161,6 +204,7 @@ def open_study(storage: str | Path) -> Study:
 
     Raises:
         MissingExtraError: Optuna is not installed.
+        OutputError: the storage cannot be opened.
     """
     try:
         import optuna
@@ -170,22 +214,29 @@ def open_study(storage: str | Path) -> Study:
     optuna.logging.set_verbosity(optuna.logging.CRITICAL)  # refusals are rows
     url = str(storage)
     if "://" not in url:
-        Path(url).parent.mkdir(parents=True, exist_ok=True)
         url = f"sqlite:///{Path(url).resolve()}"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of features that Optuna calls experimental
-        kept = RDBStorage(
-            url,
-            heartbeat_interval=ALIVE,
-            grace_period=3 * ALIVE,
-            failed_trial_callback=RetryFailedTrialCallback(),
-        )
-        return optuna.create_study(
-            storage=kept,
-            study_name=NAME,
-            directions=["maximize", "minimize"],
-            load_if_exists=True,
-        )
+    try:
+        if url.startswith("sqlite:///"):
+            Path(url.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of features that Optuna calls experimental
+            kept = RDBStorage(
+                url,
+                heartbeat_interval=ALIVE,
+                grace_period=3 * ALIVE,
+                failed_trial_callback=RetryFailedTrialCallback(),
+            )
+            return optuna.create_study(
+                storage=kept,
+                study_name=NAME,
+                directions=["maximize", "minimize"],
+                load_if_exists=True,
+            )
+    except Exception as error:  # of SQLAlchemy, of its drivers, of Optuna
+        raise OutputError(
+            f"The storage {storage} cannot be opened ({str(error).splitlines()[0]}): name a file "
+            "that can be written, or a storage URL of Optuna."
+        ) from error
 
 
 def rows(study: Study) -> list[dict[str, Any]]:
@@ -201,14 +252,21 @@ def rows(study: Study) -> list[dict[str, Any]]:
             continue
         over = trial.state.name == "COMPLETE" or "refused" in trial.user_attrs
         if over and trial.duration is not None:
-            kept = {k: v for k, v in trial.user_attrs.items() if k not in ("case", "began")}
+            kept = {k: v for k, v in trial.user_attrs.items() if k not in OWN}
             took = trial.duration.total_seconds()
             found[str(Case(**case))] = {"name": str(Case(**case)), **case, **kept, "seconds": took}
     return list(found.values())
 
 
 def _enqueue(study: Study, plan: Sequence[Case]) -> None:
-    known = {_key(trial) for trial in study.get_trials(deepcopy=False)}
+    """Add the cases that are neither waiting, nor being made, nor over for good."""
+    known = set()
+    for trial in study.get_trials(deepcopy=False):
+        refused = trial.user_attrs.get("refused", TWICE) != TWICE
+        if trial.state.name in ("WAITING", "RUNNING", "COMPLETE") or (
+            refused and not trial.user_attrs.get("mistake")
+        ):
+            known.add(_key(trial))
     for case in plan:
         if str(case) not in known:
             study.enqueue_trial({}, user_attrs={"case": asdict(case)})
@@ -219,18 +277,18 @@ def _key(trial: Trial | FrozenTrial) -> str:
     return str(Case(**case)) if case else ""
 
 
-def _open(study: Study, state: str) -> list[FrozenTrial]:
-    """Return the cases in a state, after those whose process died were put back."""
+def _open(study: Study) -> list[str]:
+    """Return the states of the cases that are not over, after those of the dead were put back."""
     import optuna
 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of features that Optuna calls experimental
         optuna.storages.fail_stale_trials(study)
     for trial in filter(_stillborn, study.get_trials(deepcopy=False)):
-        study.tell(trial.number, state=optuna.trial.TrialState.FAIL)
+        study.tell(trial.number, state=optuna.trial.TrialState.FAIL, skip_if_finished=True)
         study.enqueue_trial({}, user_attrs={"case": trial.user_attrs["case"]})
-    trials = study.get_trials(deepcopy=False)
-    return [trial for trial in trials if trial.state.name == state and _key(trial)]
+    states = [trial.state.name for trial in study.get_trials(deepcopy=False) if _key(trial)]
+    return [state for state in states if state in ("WAITING", "RUNNING")]
 
 
 def _stillborn(trial: FrozenTrial) -> bool:
@@ -263,4 +321,4 @@ def _values(found: Result) -> tuple[float, float]:
     """Return what the study compares: accuracy, and the parameters that it takes."""
     after = found.report.after
     accuracy = after.accuracy if after.accuracy is not None else -(after.loss or 0.0)
-    return accuracy, float(after.params)
+    return accuracy if math.isfinite(accuracy) else -math.inf, float(after.params)

@@ -1,6 +1,7 @@
 """`pliant runs`, `compare` and `sweep`: many compressions beside one another."""
 
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +12,7 @@ from pliant.api.sweep import Case, cases
 from pliant.cli import compress, console, folder, images, measure, source
 from pliant.cli.progress import Bars
 from pliant.data import Train, load
+from pliant.data.digest import digest_of
 from pliant.errors import DataError, MethodError, OutputError, PliantError
 from pliant.render import table
 from pliant.render.runs import compare as side_by_side
@@ -95,7 +97,7 @@ def sweep(
     train = Train(epochs=epochs, finetune=finetune) if epochs or finetune else None
 
     def keep(case: Case, result: Result) -> str:
-        run = place / _slug(case)
+        run = place / slug(case)
         extra = compress.extra(samples, found)
         told: dict[str, Any] = {"source": found.made_by, "extra": extra, "onnx": False}
         with folder.claimed(run, force=True, resume=False):
@@ -131,9 +133,14 @@ def _value(text: str) -> Any:
     return {"True": True, "False": False, "None": None}.get(text, text)
 
 
-def _slug(case: Case) -> str:
-    kept = "".join(c if c.isalnum() or c in "._=-" else "-" for c in str(case))
-    return "-".join(filter(None, kept.split("-")))[:120]
+def slug(case: Case) -> str:
+    """Name the folder of a case; what a folder's name cannot say stands in it as a digest."""
+    text = str(case)
+    kept = "".join(c if c.isalnum() or c in "._=-" else "-" for c in text)
+    name = "-".join(filter(None, kept.split("-")))
+    if re.fullmatch(r"[a-z0-9._=(), -]{1,120}", text):
+        return name
+    return f"{name[:100]}-{digest_of(text)}"
 
 
 def _reports(place: Path) -> tuple[list[tuple[str, Path, Report]], list[Path]]:

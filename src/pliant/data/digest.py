@@ -33,7 +33,7 @@ def digest_of(*values: Any) -> str:
     return found.hexdigest()[:16]
 
 
-def digests(data: Data) -> tuple[str, str]:
+def digests(data: Data, splits: tuple[Split, ...] = ("train", "val")) -> tuple[str, str]:
     """Return the digests of inputs and labels: of the train and the val split, and their lengths.
 
     Labels in tensors and lists are read whole, inputs whole up to 67 million numbers and by 4,096
@@ -41,7 +41,6 @@ def digests(data: Data) -> tuple[str, str]:
     two batches. What differs between two looks at the same sample, such as noise of a generator of
     its own, is left out.
     """
-    splits: tuple[Split, ...] = ("train", "val")
     parts = [_split(data.source(split)) for split in splits if data.has(split)]
     return digest_of(*(part[0] for part in parts)), digest_of(*(part[1] for part in parts))
 

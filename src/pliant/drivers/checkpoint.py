@@ -26,12 +26,12 @@ from pliant.run import Run
 NAME, PART = "checkpoint.pt", "checkpoint.part"
 CONTROL = "control"  # folder of the control run's checkpoint
 _MARK = b"pliant sha256 "
-_FREE = ("device", "devices", "checkpoint_every")  # what a resumed training may change
+FREE = ("device", "devices", "checkpoint_every")  # what a resumed training may change
 
 
 def identity(run: Run, data: Data, train: Train) -> dict[str, str]:
     """Describe a training, so that a checkpoint of another one is not taken for it."""
-    plan = {name: value for name, value in train.plain().items() if name not in _FREE}
+    plan = {name: value for name, value in train.plain().items() if name not in FREE}
     place = run.clock.target.plain() if run.clock else {}
     example = data.example()
     values = example.values() if isinstance(example, Mapping) else example

@@ -33,11 +33,6 @@ _HOOKS = (
 )
 
 
-OTHER = "it computes something else than its base class"
-_UNKNOWN = ("{} uses its weight in a way of its own", f"{{}} is left as it is: {OTHER}")
-"""Said of layers of other classes, and of those derived from plain ones."""
-
-
 def obstacle(
     model: nn.Module, name: str, shared: Shared | None = None, *, every: bool = False
 ) -> str | None:
@@ -63,9 +58,7 @@ def obstacle(
     if reason and isinstance(module, nn.RNNBase):
         return f"{reason}, which takes them whole and not as factors"
     if reason:
-        kind, (own, other) = type(module).__name__, _UNKNOWN
-        words = {own.format(kind): "", other.format(kind): f": {OTHER}"}
-        return f"{kind} has no factorized form here{words[reason]}" if reason in words else reason
+        return reason
     if getattr(module, "groups", 1) != 1:
         return "a grouped convolution has no cross-channel rank"
     if min(module.weight.shape[:2]) < 2:
@@ -151,11 +144,13 @@ def shared_weights(model: nn.Module) -> Shared:
 
     A layer that is registered under several names is one layer.
     """
-    owners: Shared = {}
+    owners: dict[int, list[tuple[str, str]]] = {}
     for path, module in model.named_modules():
-        for child, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
-            owners.setdefault(id(parameter), []).append(f"{path}.{child}".lstrip("."))
-    return {key: names for key, names in owners.items() if len(names) > 1}
+        for child, parameter in module._parameters.items():
+            if parameter is not None:
+                owners.setdefault(id(parameter), []).append((path, child))
+    several = ((key, places) for key, places in owners.items() if len(places) > 1)
+    return {key: [".".join(place).lstrip(".") for place in places] for key, places in several}
 
 
 def _foreign(module: nn.Module) -> str:
@@ -169,7 +164,9 @@ def _foreign(module: nn.Module) -> str:
         return f"{kind} sums rows while it looks them up, and has no factorized form here"
     if type(module) in _TRANSPOSED:
         return f"{kind} has its inputs first: its weight cannot be read as that of a convolution"
-    return _UNKNOWN[isinstance(module, (*_PLAIN, *_REVERSED))].format(kind)
+    if isinstance(module, (*_PLAIN, *_REVERSED)):
+        return f"{kind} computes something else than its base class"
+    return f"{kind} uses its weight in a way of its own"
 
 
 def unowned(module: Any) -> str | None:

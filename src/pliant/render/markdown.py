@@ -65,7 +65,9 @@ def _sizes(report: Report) -> list[str]:
 def _tried(report: Report) -> list[str]:
     """The table of what was tried where sizes or methods were searched; nothing otherwise."""
     table = _table(
-        ("network", *tables.TRIED_COLUMNS, ""), tables.tried_cells(report), align="lrrrrrrl"
+        ("network", *map(_safe, tables.tried_columns(report)), ""),
+        tables.tried_cells(report),
+        align="lrrrrrrl",
     )
     return ["## What was tried", table] if report.tried else []
 

@@ -1,7 +1,7 @@
 """Numbers as people read them."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 NONE = "–"
@@ -64,6 +64,40 @@ def percent(share: float | None, digits: int = 1) -> str:
     if share is None or not math.isfinite(share):
         return NONE
     return f"{100 * share:.{digits}f} %"
+
+
+def metric(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Name the metric by which networks were judged; "score" where there are several."""
+    names = {str(row.get("metric", "accuracy")) for row in rows if known(scored(row))}
+    return "accuracy" if not names else names.pop() if len(names) == 1 else "score"
+
+
+def scored(row: Mapping[str, Any]) -> float | None:
+    """Return what a network scores by the metric that judges it; rows of old have accuracy."""
+    value = row["score"] if "score" in row else row.get("accuracy")
+    return None if value is None else float(value)
+
+
+def score(row: Mapping[str, Any]) -> str:
+    """Write what a network scores: 98.20 %, or 31.2 dB."""
+    value, unit = scored(row), row.get("unit", "share")
+    if unit == "share":
+        return percent(value, 2)
+    return f"{value:.4g} {unit}".strip() if value is not None and known(value) else NONE
+
+
+def named_score(row: Mapping[str, Any]) -> str:
+    """Write what a network scores, and by which metric: mIoU 61.30 %."""
+    text = score(row)
+    return text if text == NONE else f"{row.get('metric', 'accuracy')} {text}"
+
+
+def lost(row: Mapping[str, Any]) -> str:
+    """Write how much was lost: points of a percent of a share, percent of anything else."""
+    value = row.get("lost")
+    if value is None:
+        return NONE
+    return f"{value:.2f}" if row.get("unit", "share") == "share" else f"{value:.2f} %"
 
 
 def times(before: float | None, after: float | None) -> str:

@@ -24,7 +24,7 @@ def row(name: str, report: Report, link: str | None = None) -> dict[str, Any]:
         "name": name,
         "link": link,
         **costs,
-        "accuracy": after.accuracy if words.known(after.accuracy) else None,
+        **report.judged(),
         "lost": found.lost if found else None,
         "seconds": sum(report.seconds.values()),
         "note": f"{report.model} on {report.data or 'no data'}: {words.plain(_names(report))}",
@@ -45,14 +45,14 @@ def overview(rows: Sequence[Row], title: str, version: str = "") -> str:
         version: of pliant.
     """
     lead = f"<p>{len(rows)} networks. Grey rows miss their budget or lost more than they may.</p>"
-    main = together(rows, "Accuracy against cost", "Every network")
+    main = together(rows, "Scores against cost", "Every network")
     return document("Runs", title, lead, main or "<p>There are no runs here.</p>", version)
 
 
 def compare(runs: Named, version: str = "") -> str:
     """Return a page with runs side by side: costs, curves of the training, layers."""
     rows = [row(name, report) for name, report in runs]
-    plot = pareto(rows, "Accuracy against cost")
+    plot = pareto(rows, "Scores against cost")
     main = section(plot, _numbers(runs), listing(rows, "Every run"), download(rows))
     main += section(_curves(runs)) + _layers(runs)
     title = " · ".join(name for name, _ in runs)
@@ -60,19 +60,30 @@ def compare(runs: Named, version: str = "") -> str:
 
 
 def _numbers(runs: Named) -> str:
-    """Set scores and costs of all runs beside one another, the first run's dense network first."""
-    named: list[tuple[str, Side]] = [("before", runs[0][1].before)]
-    named += [(name, report.after) for name, report in runs]
-    lines = [("Accuracy", [words.percent(side.accuracy, 2) for _, side in named])]
+    """Set scores and costs of all runs beside one another, those before them to their left."""
+    same = len({_origin(report) for _, report in runs}) == 1
+    named: list[tuple[str, Side, Report]] = []
+    for name, report in runs:
+        if not named or not same:
+            named.append(("before" if same else f"before {name}", report.before, report))
+        named.append((name, report.after, report))
+    metrics = dict.fromkeys(name for _, side, _ in named for name in side.metrics or ("accuracy",))
+    lines = [(m, [words.scored(report, side, m) for _, side, report in named]) for m in metrics]
     for axis, label, write in words.COSTS:
-        lines.append((label, [write(getattr(side, axis)) for _, side in named]))
+        lines.append((label, [write(getattr(side, axis)) for _, side, _ in named]))
     shown = [(label, texts) for label, texts in lines if set(texts) != {words.NONE}]
     body = "".join(
         f'<tr><th scope="row">{escape(label)}</th>'
         + "".join(cell(text, "number") for text in texts) + "</tr>"
         for label, texts in shown
     )  # fmt: skip
-    return table("Scores and costs", [("", ""), *((name, "number") for name, _ in named)], body)
+    return table("Scores and costs", [("", ""), *((name, "number") for name, _, _ in named)], body)
+
+
+def _origin(report: Report) -> tuple[Any, ...]:
+    """Return what tells the dense networks of runs apart."""
+    before = report.before
+    return before.params, before.macs, before.accuracy, tuple(before.metrics.items())
 
 
 def _curves(runs: Named) -> Plot:

@@ -10,12 +10,11 @@ from rich.text import Text
 
 from pliant.errors import shown
 from pliant.registry import Entry
-from pliant.render import tables, words
+from pliant.render import quantities, tables, words
 from pliant.result import LayerRow, Report
 
 BARS = "▁▂▃▄▅▆▇█"
 MANY = (
-    ("accuracy", "accuracy", words.percent),
     ("params", "params", words.human),
     ("latency_ms", "ms", words.milliseconds),
     ("seconds", "took", words.seconds),
@@ -110,7 +109,9 @@ def tried(report: Report) -> Table:
     shown = [place for place in range(1, 7) if any(row[place] != words.NONE for row in rows)]
     table.add_column("network", overflow="fold", min_width=10)
     for place in shown:
-        table.add_column(tables.TRIED_COLUMNS[place - 1], justify="right", no_wrap=place != 5)
+        table.add_column(
+            tables.tried_columns(report)[place - 1], justify="right", no_wrap=place != 5
+        )
     table.add_column("", overflow="fold", ratio=1)
     for tried, cells in zip(report.tried, rows, strict=True):
         said = "chosen" if tried.get("chosen") else cells[-1]
@@ -125,17 +126,20 @@ def tried(report: Report) -> Table:
 
 def many(rows: Sequence[Mapping[str, Any]]) -> Table:
     """List networks: what each costs and scores, or why there is none."""
-    table = _table()
-    kept = [each for each in MANY if any(row.get(each[0]) is not None for row in rows)]
+    table, metric = _table(), quantities.metric(rows)
+    write_score = quantities.named_score if metric == "score" else quantities.score
+    columns = [(metric, [write_score(row) for row in rows])]
+    columns += [(name, [write(row.get(key)) for row in rows]) for key, name, write in MANY]
+    kept = [each for each in columns if set(each[1]) != {words.NONE}]
     table.add_column("network", overflow="fold", min_width=14, ratio=2)
-    for _, name, _ in kept:
-        table.add_column(name, justify="right", no_wrap=True)
-    refused = any(row.get("refused") for row in rows)
-    if refused:
+    for name, _ in kept:
+        table.add_column(Text(name), justify="right", no_wrap=True)
+    refused = [str(row.get("refused") or "") for row in rows]
+    if any(refused):
         table.add_column("refused", overflow="fold", ratio=2)
-    for row in rows:
-        texts = [str(row["name"]), *(write(row.get(key)) for key, _, write in kept)]
-        table.add_row(*map(Text, texts + ([str(row.get("refused") or "")] if refused else [])))
+    for place, row in enumerate(rows):
+        texts = [str(row["name"]), *(cells[place] for _, cells in kept)]
+        table.add_row(*map(Text, texts + ([refused[place]] if any(refused) else [])))
     return table
 
 

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pliant.render.quantities import NONE, human, known, percent, seconds, size
+from pliant.render import quantities
+from pliant.render.quantities import human, known, percent, seconds, size
 from pliant.result import Report
 
 
@@ -68,19 +69,21 @@ def tried(report: Report) -> list[dict[str, Any]]:
     return [{**row, "name": _tried_name(row), "note": _tried_note(row)} for row in report.tried]
 
 
-TRIED_COLUMNS = ("params", "bytes", "ms", "accuracy", "points lost", "took")
+def tried_columns(report: Report) -> tuple[str, ...]:
+    """Name the columns of numbers in the table of what was tried."""
+    return ("params", "bytes", "ms", quantities.metric(report.tried), "points lost", "took")
 
 
 def tried_cells(report: Report) -> list[tuple[str, ...]]:
-    """Return the cells of the table of what was tried: a name, `TRIED_COLUMNS`, a note."""
+    """Return the cells of the table of what was tried: a name, `tried_columns`, a note."""
     return [
         (
             row["name"],
             human(row.get("params")),
             size(row.get("bytes")),
             human(row.get("latency_ms")),
-            percent(row.get("accuracy"), 2),
-            NONE if row.get("lost") is None else f"{row['lost']:.2f}",
+            quantities.score(row),
+            quantities.lost(row),
             seconds(row.get("seconds")),
             row["note"],
         )

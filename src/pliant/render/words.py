@@ -33,6 +33,9 @@ from pliant.render.quantities import (
     points as points,
 )
 from pliant.render.quantities import (
+    score as score,
+)
+from pliant.render.quantities import (
     seconds as seconds,
 )
 from pliant.render.quantities import (
@@ -103,14 +106,20 @@ def _scored(report: Report, name: str) -> list[Comparison]:
     old, new = (_value(side, name) for side in (report.before, report.after))
     if not known(old) and not known(new):
         return []
-    unit = "share" if name == "accuracy" else report.metrics.get(name, {}).get("unit", "")
+    unit = _unit(report, name)
     label = "Accuracy" if name == "accuracy" else name
-    if unit == "share":
-        change = points(old, new)
-        return [Comparison(label, percent(old, 2), percent(new, 2), change, change)]
-    written = [NONE if not known(v) else f"{v:.4g} {unit}".strip() for v in (old, new)]
-    change = f"{_difference(old, new)} {unit}".strip()
+    written = [scored(report, side, name) for side in (report.before, report.after)]
+    change = points(old, new) if unit == "share" else f"{_difference(old, new)} {unit}".strip()
     return [Comparison(label, written[0], written[1], change, change)]
+
+
+def _unit(report: Report, name: str) -> str:
+    return "share" if name == "accuracy" else report.metrics.get(name, {}).get("unit", "")
+
+
+def scored(report: Report, side: Side, name: str) -> str:
+    """Write what a network of a report scores by a metric."""
+    return score({"score": _value(side, name), "unit": _unit(report, name)})
 
 
 def _said(before: float | None, after: float | None) -> str:

@@ -157,6 +157,16 @@ class Report:
         """Say in a line what came out; the whole report is in `to_json`."""
         return f"Report({self.model}: {self.before.params:,} -> {self.after.params:,} parameters)"
 
+    def judged(self) -> dict[str, Any]:
+        """Return the metric that judges, the network's score by it, its unit and better side.
+
+        Keys are ``metric``, ``score`` (None where nothing was scored), ``unit`` and ``better``.
+        """
+        name = next(iter(self.after.metrics), "accuracy")
+        told = {"unit": "share" if name == "accuracy" else "", "better": "higher"}
+        told |= self.metrics.get(name, {})
+        return {"metric": name, "score": self.after.metrics.get(name, self.after.accuracy), **told}
+
     def to_json(self) -> str:
         """Return the report as JSON; numbers that are not finite become null."""
         return json.dumps(_finite(asdict(self)), indent=1)
