@@ -12,6 +12,14 @@ import pytest
 
 from pliant.data import Data, load
 
+LONG = {"test_digests", "test_distributed", "test_sweep", "test_tour", "test_trust", "test_wheel"}
+"""Files with tests of ten seconds and more."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the longest tests: at the end, all workers but one would wait for them."""
+    items.sort(key=lambda item: item.path.stem not in LONG)
+
 
 def data_folder() -> Path | None:
     """Find the folder that holds cifar10-jpeg/ and pretrained/, or None."""

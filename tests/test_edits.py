@@ -426,7 +426,7 @@ def parametrized() -> nn.Module:
         (lambda: nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), "0", "grouped"),
         (lambda: nn.Sequential(nn.ConvTranspose2d(4, 4, 3, groups=2)), "0", "grouped"),
         (lambda: nn.Sequential(nn.Linear(1, 4)), "0", "single channel"),
-        (lambda: nn.Sequential(nn.ReLU()), "0", "ReLU has no factorized form"),
+        (lambda: nn.Sequential(nn.ReLU()), "0", "ReLU has no weights"),
         (lambda: nn.Sequential(nn.LSTM(4, 4)), "0", "one fused operation"),
         (lambda: nn.Sequential(nn.Linear(4, 4)), "1", "no layer '1'"),
         (lambda: nn.Sequential(nn.Linear(4, 4)), "0.weight", "no layer"),

@@ -166,6 +166,8 @@ def _foreign(module: nn.Module) -> str:
         return f"{kind} has its inputs first: its weight cannot be read as that of a convolution"
     if isinstance(module, (*_PLAIN, *_REVERSED)):
         return f"{kind} computes something else than its base class"
+    if next(module.parameters(), None) is None:
+        return f"{kind} has no weights"
     return f"{kind} uses its weight in a way of its own"
 
 
