@@ -238,8 +238,8 @@ def test_rows_go_to_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (written,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     held = written.read_bytes()
     # The control's rows begin at an earlier step again, and must not be dropped for it.
-    for name in (b"accuracy", b"control/loss", b"after/params", b"project"):
-        assert name in held, f"{name!r} was not written"
+    for wanted in (b"accuracy", b"control/loss", b"after/params", b"project"):
+        assert wanted in held, f"{wanted!r} was not written"
 
 
 def test_a_log_that_is_none_is_refused() -> None:
