@@ -1,7 +1,9 @@
 """What all tests share: where the optional data lies, and a cache that outlives a session."""
 
 import functools
+import gc
 import importlib.metadata
+import importlib.util
 import os
 import signal
 from pathlib import Path
@@ -42,6 +44,23 @@ def ctrl_c_is_heard() -> None:
 def fabric_reads_all_packages_once() -> None:
     """Keep the entry points: Fabric asks for them, in hundreds of files, whenever it begins."""
     importlib.metadata.entry_points = functools.cache(importlib.metadata.entry_points)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def operators_of_onnx_are_listed_once() -> None:
+    """Keep the list: PyTorch makes it anew, of hundreds of functions, at every export."""
+    if importlib.util.find_spec("onnxscript"):
+        from torch.onnx._internal.exporter._registration import ONNXRegistry
+
+        ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def what_is_imported_is_no_garbage(operators_of_onnx_are_listed_once: None) -> None:
+    """Do not look for garbage among all that is imported, again and again: it stays."""
+    if "PYTEST_XDIST_WORKER" in os.environ:  # the whole suite, which trains in any case
+        import lightning_fabric  # noqa: F401
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Two processes on one CPU that train together, and what each of them found."""
 
+import gc
 import os
 import socket
 from collections.abc import Callable
@@ -16,6 +17,9 @@ def join(rank: int, port: int) -> None:
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "NODE_RANK": 0}
     os.environ |= {name: str(value) for name, value in (world | address).items()}
     torch.set_num_threads(1)
+    import lightning_fabric  # noqa: F401
+
+    gc.freeze()  # garbage is collected after every edit: not among all that is imported
 
 
 def leave(rank: int, folder: str, found: dict[str, Any]) -> None:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 import pliant
 from pliant.cost import cost, layer_costs
 from pliant.edits import replay
-from pliant.edits.prune import Prune, sides
+from pliant.edits.prune import Prune
+from pliant.edits.sides import sides
 from pliant.edits.widen import Widen
 from pliant.errors import EditError
 from pliant.families.prune import progress, soft

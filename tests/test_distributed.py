@@ -1,6 +1,7 @@
 """Two processes on one CPU train one network: same weights on both, as one process would."""
 
 import copy
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from pliant.budget import Budget
 from pliant.data import Data, Epoch, Train
 from pliant.drivers.loop import fit
-from pliant.edits import Factor
+from pliant.edits import Factor, to_json
 from pliant.errors import TrainingError
 from pliant.method import Method
 from pliant.methods.lowrank.nrmf import NRMF
@@ -26,7 +27,7 @@ from pliant.methods.train.p_diff import PDiff
 from pliant.methods.train.progressive_stepwise import ProgressiveStepwise
 from pliant.registry import build, entries
 from pliant.run import Run, start
-from pliant.testing.toys import TOYS
+from pliant.testing.toys import SPECIAL, TOYS
 from tests.ranks import both, join, leave
 
 # 22 samples: the last batch is smaller, and both processes get equally many.
@@ -152,6 +153,36 @@ def pruned(spec: str) -> dict[str, Any]:
     return {"model": run.model.state_dict(), "edits": repr(run.edits)}
 
 
+SEARCHES = {
+    "edarts(warmup=0.0, every=1, batch=4)": "supernet",
+    "edarts(drop_path=0.5)": "cells",
+    "fine_tuned_darts(growth=100)": "cells",
+    "ednas(batch=4, scope='all')": "plain",
+    "kws_nas(batch=4, every=1, warmup=0.0)": "mobile",
+    "vpu_nas(batch=4, every=1, warmup=0.0, estimator='gates')": "mobile",
+    "stage_wise(growth=1, iterations=1)": "staged",
+    "planting(width=0.5, first=0.25, rounds=1)": "plain",
+    "ssal(width=8)": "plain",
+    "oskd(warmup=0.0, ramp=0.0, memory=8)": "plain",
+    "kd_structure(start=0.5)": "plain",
+}
+
+
+def searched(spec: str) -> dict[str, Any]:
+    """Search, grow or distil while two ranks train: what came out of it, and all steps to it."""
+    toy = (SPECIAL | TOYS)[SEARCHES[spec]]
+    model, seen = toy.model(), toy.data()
+    plan = Train(epochs=2, batch=4, lr=0.05, device="cpu", devices=2, schedule="constant")
+    run = start(model, build(spec), data=seen, steps=plan.steps(seen.steps(4, 2)), seed=1)
+    sums: list[list[float]] = []
+
+    def look(row: Any) -> None:
+        sums.append([float(p.detach().double().sum()) for p in model.parameters()])
+
+    fit(run, seen, plan, watch=look)
+    return {"model": model.state_dict(), "edits": json.dumps(to_json(run.edits)), "steps": sums}
+
+
 class Killed(Exception):
     pass
 
@@ -165,7 +196,7 @@ def die_at(step: int) -> Any:
 
 
 def worker(rank: int, port: int, folder: str) -> None:
-    """Train with and without BatchNorm, by a plan from data, then once more across a crash."""
+    """Train by all methods below, and once more across a crash; keep what came out of it."""
     join(rank, port)
     found = {}
     for norm, count in ((True, 22), (False, 24)):
@@ -178,6 +209,7 @@ def worker(rank: int, port: int, folder: str) -> None:
         run = taught(name, PLAN)
         found[name] = {"model": run.model.state_dict(), "loss": run.log[-1]["loss"]}
     found["pruned"] = {spec: pruned(spec) for spec in PRUNERS}
+    found["searched"] = {spec: searched(spec) for spec in SEARCHES}
     try:
         train(PLAN, 22, norm=True, folder=Path(folder) / "run", watch=die_at(5))
     except Killed:
@@ -253,6 +285,16 @@ def test_all_ranks_prune_alike(spec: str, ranks: list[dict[str, Any]]) -> None:
 def test_no_pruning_method_is_left_out() -> None:
     names = {entry.name for entry in entries(family="prune")}
     assert {spec.split("(")[0] for spec in PRUNERS} == names
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spec", SEARCHES)
+def test_both_processes_end_with_the_same_network(spec: str, ranks: list[dict[str, Any]]) -> None:
+    zero, one = (found["searched"][spec] for found in ranks)
+    assert zero["edits"] == one["edits"]
+    assert len(zero["steps"]) > 2 and zero["steps"] == one["steps"]  # also within an epoch
+    assert zero["model"].keys() == one["model"].keys()
+    assert [n for n, v in zero["model"].items() if not torch.equal(v, one["model"][n])] == []
 
 
 @pytest.mark.slow

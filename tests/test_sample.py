@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 import pliant
 from pliant.cost import Samples, cost, counted, one_sample, samples_of, tensors
 from pliant.data import Data
-from pliant.surgery.probe import first_sample
+from pliant.surgery.passes import first_sample
 
 ONE_STEP = 4 * 16 * (8 + 16)  # multiply-accumulates of an LSTM of 16 units that reads 8 numbers
 

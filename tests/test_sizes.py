@@ -19,7 +19,7 @@ from pliant.api.shortlist import Found, Plan, _Search
 from pliant.api.within import bisect, caution, divided, within
 from pliant.budget import Budget
 from pliant.data import Data
-from pliant.errors import BudgetError, DataError
+from pliant.errors import AccuracyWarning, BudgetError, DataError
 from pliant.method import Method
 from pliant.plan.remember import remembered, remembering
 from pliant.result import Verdict
@@ -68,6 +68,22 @@ def test_the_smallest_size_within_a_drop_is_found(net: nn.Module, data: Data) ->
 def test_where_no_size_serves_the_nearest_is_named(net: nn.Module, data: Data) -> None:
     with pytest.raises(BudgetError, match="nearest, with .* of the params, lost"):
         pliant.smallest(net, data, "random", 0.0, probes=1)
+
+
+def test_where_no_size_is_sure_the_surest_is_taken(
+    net: nn.Module, data: Data, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the interval is wide, a size that lost less is taken all the same, with a word."""
+    monkeypatch.setattr(within_room, "ONE_SIDED", 100.0)
+    with pytest.warns(AccuracyWarning, match=r"No size that was tried is within 2 for sure"):
+        found = pliant.smallest(net, data, "energy(samples=256)", 2.0, probes=4).report
+    assert found.findings[-1].startswith("No size that was tried is within 2 for sure; this one")
+    (chosen,) = (row for row in found.tried if row.get("chosen"))
+    assert "not for sure" in chosen["why"] and not any(row["within"] for row in found.tried)
+    fine = [row for row in found.tried if row["lost"] <= 2]
+    most = [row["lost"] + 100 * 2**0.5 * (row["high"] - row["lost"]) for row in fine]
+    assert chosen is fine[most.index(min(most))] and len(found.tried) > len(fine) > 1
+    assert found.after.params == chosen["params"]
 
 
 @pytest.mark.parametrize(

@@ -54,6 +54,7 @@ def measure(cell: Cell, watch: Watch) -> dict[str, Any]:
         "chosen_lost": chosen["lost"],
         "lost": verdict.lost,
         "inside": bool(verdict.lost is not None and verdict.lost <= plan["drop"]),
+        "sure": bool(chosen.get("within")),
         "smaller_share": smaller and smaller["share"],
         "smaller_inside": bool(smaller and smaller.get("within")),
         "smaller_lost": unseen,

@@ -90,7 +90,7 @@ def _shortened(text: str, most: int) -> str:
 
 
 class AccuracyWarning(UserWarning):
-    """A smaller network lost more of its score than it may."""
+    """A smaller network lost more of its score than it may, or nobody is sure that it did not."""
 
 
 class MissingExtraError(PliantError, ImportError):

@@ -7,7 +7,7 @@ import inspect
 import math
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, ParamSpec
@@ -69,7 +69,8 @@ def smallest(
     split; a size counts as within the drop where nine in ten such networks would lose less on the
     test split, by the paired interval of what was lost and the sizes of both splits. The smallest
     one is made once more and scored on the test split, which had no part in the choice. Without a
-    test split half of the validation samples is kept for that.
+    test split half of the validation samples is kept for that. Where no size is so sure, the surest
+    of those that lost no more than the drop is taken, with a warning and a word in the report.
 
     Args:
         model: any network; it stays as it is.
@@ -86,8 +87,8 @@ def smallest(
         The result at the smallest size within the drop, `report.tried` with a row for every size.
 
     Raises:
-        BudgetError: the method saves nothing, or no size that was tried stays within the drop;
-            the message names the nearest one.
+        BudgetError: the method saves nothing, or every size that was tried lost more than the
+            drop; the message names the nearest one.
         DataError: nothing is labelled.
     """
     built = resolve(method)
@@ -97,14 +98,19 @@ def smallest(
     decide, check = divided(Data.of(data, seed=seed).read_by(bare(model)), seed)
     probe = _Probe(model, decide, built, where, drop, asked, caution(decide, check))
     with remembering(), silent():
-        best = bisect(probe, probes)
+        found = bisect(probe, probes)
+        best = probe.surest() if found is None else found
         if best is None:
             raise BudgetError(_nothing(probe, drop))
         last = once(model, check, built, budget(where, best, drop), **{**asked, "strict": False})
-    report = replace(last.report, tried=probe.chosen(best))
+    report = replace(last.report, tried=probe.chosen(best, sure=found is not None))
+    unsure = "" if found is not None else _unsure(report.tried, drop)
     if report.verdict is not None and report.verdict.holds is False:
         warnings.warn(slipped(report.verdict), AccuracyWarning, stacklevel=2)
-    return replace(last, report=report)
+    elif unsure:
+        warnings.warn(unsure, AccuracyWarning, stacklevel=2)
+    said = (*report.findings, *([unsure] if unsure else []))
+    return replace(last, report=replace(report, findings=said))
 
 
 def axis_of(method: Method, axis: str | None, *, timed: bool) -> str:
@@ -149,6 +155,7 @@ class _Probe:
 
     def __post_init__(self) -> None:
         self.rows: Rows = []
+        self.near: list[tuple[float, float]] = []  # (what nine in ten lose at most, share)
 
     def __call__(self, share: float) -> bool:
         began, row = time.monotonic(), {"share": round(share, 5)}
@@ -167,13 +174,20 @@ class _Probe:
             return False
         self.rows.append({**row, **measured(found), "seconds": time.monotonic() - began})
         check_scored(found)
-        self.rows[-1]["within"] = within(found.report.verdict, self.drop, self.caution)
+        most = at_most(found.report.verdict, self.drop, self.caution)
+        self.rows[-1]["within"] = most <= self.drop
+        if found.report.met and self.rows[-1]["lost"] <= self.drop:
+            self.near.append((most, share))
         return bool(self.rows[-1]["within"] and found.report.met)
 
-    def chosen(self, best: float) -> tuple[dict[str, Any], ...]:
+    def surest(self) -> float | None:
+        """Return the share that most surely is within the drop, of those that lost no more."""
+        return min(self.near)[1] if self.near else None
+
+    def chosen(self, best: float, *, sure: bool) -> tuple[dict[str, Any], ...]:
         """Return the rows, the one of the chosen share marked."""
         share = round(best, 5)
-        why = f"the smallest within {self.drop:g} points"
+        why = f"the {'smallest' if sure else 'surest, not for sure,'} within {self.drop:g} points"
         return tuple(
             row | ({"chosen": True, "why": why} if row["share"] == share else {})
             for row in self.rows
@@ -216,10 +230,15 @@ def caution(decide: Data, check: Data) -> float:
 
 
 def within(verdict: Verdict | None, drop: float, caution: float = 1.0) -> bool:
-    """Say whether nine in ten networks with such answers lose no more than a drop.
+    """Say whether nine in ten networks with such answers lose no more than a drop."""
+    return at_most(verdict, drop, caution) <= drop
 
-    Where so few samples were scored that even equal answers would not show it, what was lost on
-    them decides.
+
+def at_most(verdict: Verdict | None, drop: float, caution: float = 1.0) -> float:
+    """Return what nine in ten networks with such answers lose at most.
+
+    Where so few samples were scored that even equal answers would not show that a drop is kept,
+    what was lost on them decides.
 
     Args:
         verdict: on the samples that decide.
@@ -227,13 +246,13 @@ def within(verdict: Verdict | None, drop: float, caution: float = 1.0) -> bool:
         caution: factor of the interval: see `caution`; at 1 the loss over all such samples counts.
     """
     if verdict is None or verdict.lost is None:
-        return False
+        return math.inf
     surely = verdict.lost
     if verdict.high is not None:
         surely += caution * ONE_SIDED * (verdict.high - verdict.lost)
     paired = verdict.metric == "accuracy"
     blind = paired and caution * 128.16 * math.sqrt(2) / max(1, verdict.samples) > drop
-    return (verdict.lost if blind else surely) <= drop
+    return verdict.lost if blind else surely
 
 
 def bisect(
@@ -298,13 +317,27 @@ def _nothing(probe: _Probe, drop: float) -> str:
     if not scored:
         return f"No size could be made: {probe.rows[-1]['refused']}"
     near = min(scored, key=lambda row: row["lost"])
-    sure = "" if near["low"] is None else f" ({near['low']:.2f} to {near['high']:.2f})"
     return (
-        f"No size that was tried loses less than {drop:g} for sure; the nearest, with "
-        f"{100 * near['share']:.0f} % of the {probe.axis}, lost {near['lost']:.2f} on "
-        f"{near['samples']} samples{sure}: allow more, train (train=Train(epochs=...)), or give "
-        "more validation samples."
+        f"No size that was tried is within {drop:g}; the nearest, with "
+        f"{100 * near['share']:.0f} % of the {probe.axis}, lost {_lost(near)}: allow more, "
+        "train (train=Train(epochs=...)), or give more validation samples."
     )
+
+
+def _unsure(rows: Sequence[dict[str, Any]], drop: float) -> str:
+    """Say that what was chosen is within the drop by what was measured, and not for sure."""
+    near = next(row for row in rows if row.get("chosen"))
+    return (
+        f"No size that was tried is within {drop:g} for sure; this one is the surest, and lost "
+        f"{_lost(near)} where it was chosen: allow more, train, or give more validation "
+        "samples."
+    )
+
+
+def _lost(row: dict[str, Any]) -> str:
+    """Write what was lost, with its interval."""
+    sure = "" if row["low"] is None else f" ({row['low']:.2f} to {row['high']:.2f})"
+    return f"{row['lost']:.2f} on {row['samples']} samples{sure}"
 
 
 def slipped(verdict: Verdict) -> str:

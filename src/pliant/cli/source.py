@@ -76,8 +76,7 @@ def find(
         ModelError: there is nothing of that name, or it gives no network.
         ArtifactError: the file is damaged or of another architecture.
     """
-    with forked():
-        torch.manual_seed(seed)
+    with forked(seed=seed):
         if spec.endswith(SUFFIX):
             if weights:
                 raise ModelError(

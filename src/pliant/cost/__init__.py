@@ -33,7 +33,7 @@ from pliant.cost.call import (
     mapped,
     tensors,
 )
-from pliant.cost.macs import OWN, Formula, Packed, formula_of, products
+from pliant.cost.macs import OWN, Formula, formula_of, is_packed, products
 from pliant.cost.owned import FLOAT, itemsize, numbers, own, stored_bytes, subtree
 from pliant.cost.refused import check_model, check_open
 from pliant.cost.sample import Samples, counted, one_sample, repeated, samples_of
@@ -364,7 +364,7 @@ def _uncompiled() -> AbstractContextManager[Any]:
 def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Modules that own parameters; what belongs to a parametrized or fused layer is inside it."""
     for name, module in _modules(model):
-        if isinstance(module, Packed) or any(True for _ in own(subtree(module))):
+        if is_packed(module) or any(True for _ in own(subtree(module))):
             yield name, module
 
 

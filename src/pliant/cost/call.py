@@ -67,8 +67,7 @@ def call_alike(model: nn.Module, example: Example, seed: int = 0) -> Any:
     caller's random states stay untouched.
     """
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
-    with forked(devices):
-        torch.manual_seed(seed)
+    with forked(devices, seed):
         return call(model, example)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from pliant.cost.macs import Packed
+from pliant.cost.macs import is_packed
 
 FLOAT = 4  # bytes of a number where no parameter says how many
 
@@ -25,7 +25,7 @@ def subtree(layer: nn.Module) -> Iterator[nn.Module]:
 def numbers(modules: Iterable[nn.Module]) -> int:
     """Count parameters, each once, and what packed layers stand for."""
     owners = list(modules)
-    packed = sum(owner.numbers for owner in owners if isinstance(owner, Packed))
+    packed = sum(owner.numbers for owner in owners if is_packed(owner))
     return packed + sum(p.numel() for p in _unique(own(owners)))
 
 

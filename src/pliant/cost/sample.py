@@ -158,8 +158,7 @@ def _candidates(example: Example) -> Iterator[Samples]:
 
 def _run(model: nn.Module, example: Example) -> list[Tensor]:
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
-    with evaluating(model), forked(devices), torch.no_grad():
-        torch.manual_seed(0)
+    with evaluating(model), forked(devices, 0), torch.no_grad():
         return [t.detach() for t in tensors(call(model, example))]
 
 

@@ -70,8 +70,7 @@ def own_randomness(seed: int, device: torch.device) -> Iterator[None]:
         MethodError: the seed is no whole number.
     """
     must_be(Integral, "seed", seed, MethodError, "a whole number")
-    with forked([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    with forked([device] if device.type == "cuda" else [], seed):
         yield
 
 

@@ -163,8 +163,7 @@ def scoring(model: nn.Module, task: Task | None) -> Iterator[None]:
             yield
         return
     device = device_of(model)
-    with evaluating(model), forked([device] if device.type == "cuda" else []):
-        torch.manual_seed(0)
+    with evaluating(model), forked([device] if device.type == "cuda" else [], 0):
         for module in model.modules():
             module.training = not isinstance(module, _NormBase | _DropoutNd)
         yield

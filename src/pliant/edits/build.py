@@ -116,9 +116,5 @@ def _lay_out(new: nn.Module, kernels: list[nn.Parameter]) -> None:
 def drawing(seed: int, name: str, device: torch.device | None = None) -> Iterator[None]:
     """Draw random numbers that depend on the seed and the name only."""
     devices = [device] if device is not None and device.type == "cuda" else []
-    with forked(devices):
-        mixed = zlib.crc32(f"{seed} {name}".encode())
-        torch.default_generator.manual_seed(mixed)
-        if devices:
-            torch.cuda.manual_seed(mixed)
+    with forked(devices, zlib.crc32(f"{seed} {name}".encode())):
         yield

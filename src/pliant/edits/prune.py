@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
 from pliant.cost import LayerCost
-from pliant.edits.edit import Replaced, layer_of
+from pliant.edits.edit import OPTIONAL, Replaced, layer_of
+from pliant.edits.sides import (
+    KERNELS,
+    LAST,
+    NORMS,
+    apart,
+    every_side,
+    held,
+    is_tensor,
+    sides,
+    tensor_of,
+)
 from pliant.errors import EditError
 from pliant.nn import kinds, layers
 
 Cut = Callable[[Tensor], Tensor]
-
-CONVS = kinds.CONV
-KERNELS = (*CONVS, *kinds.TRANSPOSED)
-_NORMS = (
-    *(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm),
-    *(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d),
-)
-_LAST = (nn.LayerNorm, nn.RMSNorm)
 
 
 @dataclass(frozen=True)
@@ -38,14 +40,17 @@ class Prune:
     Args:
         layer: name of a Conv1d/2d/3d, ConvTranspose1d/2d/3d, Linear, batch, instance or group
             norm, PReLU, LayerNorm or RMSNorm over channels, or of a layer of another class all of
-            whose tensors have a number for every channel.
+            whose tensors have a number for every channel; or of a module that holds such tensors
+            by itself, among others.
         side: ``out`` or ``in`` of a convolution or Linear; ``channels`` of a layer that treats
-            every channel apart (norms, PReLU, depthwise convolutions, by their input channels).
+            every channel apart (norms, PReLU, depthwise convolutions, by their input channels);
+            of any other module one of its tensors and the axis of the channels, ``scale:0``.
         keep: indices of the channels that stay, rising. A grouped convolution must keep equally
             many in each of its groups; those of a group norm stay or leave whole, since the
             statistics of what stays would be others. A norm over all channels takes its
             statistics over fewer of them afterwards.
         of: how many channels there are before.
+        each: of a tensor of another module, how many parameters and bytes go with each channel.
 
     Raises:
         EditError: the layer has no such side, or not these channels.
@@ -55,6 +60,7 @@ class Prune:
     side: str
     keep: tuple[int, ...]
     of: int
+    each: tuple[int, ...] = field(default=(), repr=False, metadata=OPTIONAL)
 
     @property
     def form(self) -> str:
@@ -75,6 +81,8 @@ class Prune:
 
     def predict(self, before: LayerCost) -> LayerCost:
         """Return the cost of the layer with fewer channels."""
+        if is_tensor(self.side):
+            return _lighter(before, self)
         return resized(before, self.side, *self.kept)
 
     def removed(self) -> tuple[int, ...]:
@@ -82,7 +90,7 @@ class Prune:
         return tuple(sorted(set(range(self.of)) - set(self.keep)))
 
     def _check(self, module: nn.Module) -> None:
-        size = (sides(module) or over_all(module)).get(self.side)
+        size = every_side(module).get(self.side)
         if size is None:
             raise EditError(
                 f"{self.layer} is a {type(module).__name__}, of which no channels can be removed "
@@ -96,7 +104,7 @@ class Prune:
                 f"{len(self.keep)} of {self.of} ({str(self.keep)[:60]}): the indices must rise "
                 "and lie below their number."
             )
-        groups = getattr(module, "groups", 1) if self.side != "channels" else 1
+        groups = getattr(module, "groups", 1) if self.side in ("in", "out") else 1
         counts = {len(part) for part in _by_group(self.keep, self.of, groups)}
         if len(counts) > 1:
             raise EditError(
@@ -155,7 +163,7 @@ def resized(before: LayerCost, side: str, k: int, n: int) -> LayerCost:
     others = before.params - whole  # biases, which only outputs have
     params = (math.prod(weight) if weight else 0) + (others if side == "in" else others * k // n)
     counter = _counter(before)
-    last = len(before.weight) == 2 or before.kind in [kind.__name__ for kind in _LAST]
+    last = len(before.weight) == 2 or before.kind in [kind.__name__ for kind in LAST]
     place = -1 if last else 0  # features come last, channels first
     return replace(
         before,
@@ -168,98 +176,24 @@ def resized(before: LayerCost, side: str, k: int, n: int) -> LayerCost:
     )
 
 
-def sides(module: nn.Module) -> dict[str, int]:
-    """Return the sides of a layer from which channels can be removed, with their sizes."""
-    if type(module) is nn.Linear:
-        return {"in": module.in_features, "out": module.out_features}
-    if type(module) in _NORMS:
-        return {"channels": module.num_features}  # type: ignore[dict-item]
-    if type(module) is nn.GroupNorm:
-        return {"channels": module.num_channels}
-    if type(module) is nn.PReLU and module.num_parameters > 1:
-        return {"channels": module.num_parameters}
-    if not isinstance(module, KERNELS) or type(module) not in KERNELS:
-        return {"channels": apart[1]} if (apart := _apart(module))[0] else {}
-    if module.groups == module.in_channels > 1:
-        return {"channels": module.in_channels}
-    return {"in": module.in_channels, "out": module.out_channels}
-
-
-def over_all(module: nn.Module) -> dict[str, int]:
-    """Return the side of a norm that takes its statistics over all of its channels, if it is one.
-
-    PyTorch's layer norm and RMS norm of one axis, a group norm of one group, and layers of other
-    classes that call themselves norms and have a number for every channel.
-    """
-    if type(module) in _LAST:
-        shape: Any = module.normalized_shape
-        return {"channels": shape[0]} if len(shape) == 1 else {}
-    if isinstance(module, nn.GroupNorm):
-        return sides(module) if module.num_groups == 1 else {}
-    kind = type(module).__name__.lower()
-    named = "norm" in kind and not any(word in kind for word in ("batch", "instance", "group"))
-    named = named or kind.endswith("grn") or isinstance(module, _LAST)
-    found = sides(module) if named and not isinstance(module, _NORMS) else {}
-    return found if "channels" in found else {}
-
-
-def without_statistics(module: Any, x: Tensor) -> Tensor:
-    """Compute something else of every channel, by itself, with all tensors of a norm.
-
-    Args:
-        module: a norm over all channels.
-        x: what it reads.
-    """
-    axis = channel_axis(module, x)
-    for tensor in (*module.parameters(), *module.buffers()):
-        if tensor.numel() > 1:
-            shape = [1] * x.dim()
-            shape[axis] = -1
-            x = x * (1 + tensor.reshape(shape))
-    return x
-
-
-def _apart(module: Any) -> tuple[dict[str, int], int]:
-    """The tensors of a layer of another class that treats every channel apart, if it is one.
-
-    A batch norm that also activates, by a layer in it or not, a frozen one, a scale: each tensor
-    has one number for every channel, along one axis. That the layer does nothing else is for the
-    proof to say.
-
-    Returns:
-        The axis of each tensor by name, and how many channels there are; nothing where it is none.
-    """
-    own = type(module).__module__.startswith(("torch.", "pliant.nn"))
-    other = isinstance(module, (*_NORMS, nn.GroupNorm, nn.PReLU)) or not own
-    parts = [part for child in module.children() for part in child.modules()]
-    holding = any(any(part._parameters) or any(part._buffers) for part in parts)
-    if not other or holding or parametrize.is_parametrized(module):
-        return {}, 0
-    held = {**dict(module.named_parameters()), **dict(module.named_buffers())}
-    wide = {name: tensor for name, tensor in held.items() if tensor.numel() > 1}
-    sizes = {tensor.numel() for tensor in wide.values()}
-    if len(sizes) != 1 or any(max(tensor.shape) != tensor.numel() for tensor in wide.values()):
-        return {}, 0
-    size = sizes.pop()
-    return {name: list(tensor.shape).index(size) for name, tensor in wide.items()}, size
-
-
-def channel_axis(module: nn.Module, given: Tensor) -> int:
-    """Return along which axis of what it reads a layer treats every channel apart."""
-    if type(module) in _LAST:
-        return given.dim() - 1
-    plain = type(module) in (*_NORMS, nn.GroupNorm, nn.PReLU)
-    tensors, size = ({}, 0) if plain else _apart(module)
-    for name, axis in tensors.items():
-        ahead = getattr(module, name).dim() - axis
-        if ahead > 1:
-            return given.dim() - ahead
-    last = given.dim() == 3 or given.dim() < 2 or given.shape[1] != size
-    return given.dim() - 1 if tensors and last and given.shape[-1] == size else 1
+def _lighter(before: LayerCost, edit: Prune) -> LayerCost:
+    """Return the cost of a module with fewer channels in one of its tensors."""
+    name, axis = tensor_of(edit.side)
+    weight = list(before.weight)
+    if name == "weight" and len(weight) > axis:
+        weight[axis] = len(edit.keep)
+    params, size = (count * (edit.of - len(edit.keep)) for count in edit.each or (0, 0))
+    return replace(
+        before, params=before.params - params, bytes=before.bytes - size, weight=tuple(weight)
+    )
 
 
 def _cuts(module: Any, side: str, keep: tuple[int, ...]) -> Iterator[tuple[str, Cut]]:
     """Name the tensors that a side touches, and how each is cut."""
+    if is_tensor(side):
+        name, axis = tensor_of(side)
+        yield name, partial(_selected, list(keep), axis)
+        return
     if side == "in":
         groups = getattr(module, "groups", 1)
         cut = _columns(_by_group(keep, sides(module)["in"], groups))
@@ -267,8 +201,8 @@ def _cuts(module: Any, side: str, keep: tuple[int, ...]) -> Iterator[tuple[str, 
         return
     times = module.out_channels // module.groups if side == "channels" and _conv(module) else 1
     rows = [channel * times + i for channel in keep for i in range(times)]
-    apart, _ = _apart(module) if side == "channels" and not _conv(module) else ({}, 0)
-    tensors = apart or dict.fromkeys(("weight", "bias", "running_mean", "running_var"), 0)
+    found, _ = apart(module) if side == "channels" and not _conv(module) else ({}, 0)
+    tensors = found or dict.fromkeys(("weight", "bias", "running_mean", "running_var"), 0)
     for name, axis in tensors.items():
         if hasattr(module, name):
             cut = partial(_selected, rows, axis)
@@ -325,17 +259,25 @@ def _counts(module: Any, side: str, k: int) -> dict[str, Any]:
     if side == "channels" and isinstance(module, nn.GroupNorm):
         width = module.num_channels // module.num_groups
         return {"num_channels": k, "num_groups": max(1, k // width)}
-    if side == "channels" and isinstance(module, (*_NORMS, nn.PReLU)):
+    if side == "channels" and isinstance(module, (*NORMS, nn.PReLU)):
         return {"num_parameters" if isinstance(module, nn.PReLU) else "num_features": k}
-    if type(module) in _LAST:
+    if type(module) in LAST:
         return {"normalized_shape": (k,)}
-    if side == "channels":
-        said = {name: value for name, value in vars(module).items() if type(value) is int}
-        size = _apart(module)[1]
-        own: dict[str, Any] = dict.fromkeys([name for name in said if said[name] == size], k)
-        shape = tuple(getattr(module, "normalized_shape", ()))
-        return own | ({"normalized_shape": (k,)} if shape == (size,) else {})
+    if side == "channels" or is_tensor(side):
+        return _said(module, apart(module)[1] if side == "channels" else held(module)[side], k)
     return {f"{side}_channels" if _conv(module) else f"{side}_features": k}
+
+
+def _said(module: Any, size: int, k: int) -> dict[str, Any]:
+    """The attributes of a module that say how many channels there are, and what they say then."""
+    found: dict[str, Any] = {}
+    for name, value in vars(module).items():
+        if type(value) is int and value == size:
+            found[name] = k
+        shape = value if isinstance(value, tuple | list) else ()  # such as (C, 1, 1)
+        if size in shape and all(v in (1, size) for v in shape) and math.prod(shape) == size:
+            found[name] = tuple(k if v == size else v for v in shape)
+    return found
 
 
 def _conv(module: nn.Module) -> bool:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from pliant.cost import LayerCost
 from pliant.edits.build import drawing
 from pliant.edits.edit import OPTIONAL, Replaced, layer_of
-from pliant.edits.prune import KERNELS, Cut, renewed, resized, sides
+from pliant.edits.prune import Cut, renewed, resized
+from pliant.edits.sides import KERNELS, sides
 from pliant.errors import EditError
 from pliant.nn import kinds
 from pliant.nn.layers import shared_weights

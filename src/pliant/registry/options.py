@@ -99,7 +99,7 @@ def _own_comments(kind: type) -> dict[str, str]:
     above: list[str] = []
     for line in lines:
         alone = re.match(r" +#\s*(.+?)\s*$", line)
-        field = re.match(r" +(\w+): [^#]*(?:#\s*(.+?)\s*)?$", line)
+        field = re.match(r" +(\w+): [^#]*(?:# type: \S+)?\s*(?:#\s*(.+?)\s*)?$", line)
         if field and (text := field[2] or " ".join(above)):
             found.setdefault(field[1], text)
         above = [*above, alone[1]] if alone else []

@@ -27,7 +27,7 @@ def evened(groups: Sequence[Group], fails: Fails) -> tuple[list[Group], list[Gro
     """
     if not _bound(groups, fails):
         return list(groups), []
-    bound = [group for group in groups if fails([group], {group.name: _some(group, 1)})]
+    bound = [group for group in groups if fails([group], {group.name: some_of(group, 1)})]
     found, lost, left = {g.name: g for g in groups if g not in bound}, [], list(bound)
     while left:
         first, *others = left
@@ -48,7 +48,7 @@ def _partners(first: Group, others: Sequence[Group], fails: Fails) -> list[Group
     """The fewest groups that can leave in equal numbers with a first one, which comes first."""
 
     def fail(some: Sequence[Group]) -> bool:
-        return fails(some, {group.name: _some(first, 1) for group in some})
+        return fails(some, {group.name: some_of(first, 1) for group in some})
 
     tied = [first, *others]
     if not others or fail(tied):
@@ -76,12 +76,12 @@ def merged(groups: Sequence[Group]) -> Group:
 def _bound(groups: Sequence[Group], fails: Fails) -> bool:
     """Try other numbers of units, and others of them, in groups that are side by side."""
     return any(
-        fails(groups, {g.name: _some(g, place + shift) for place, g in enumerate(groups)})
+        fails(groups, {g.name: some_of(g, place + shift) for place, g in enumerate(groups)})
         for shift in (0, 1)
     )
 
 
-def _some(group: Group, place: int) -> list[int]:
+def some_of(group: Group, place: int) -> list[int]:
     """Some of the units, none of a few at times: another share, from another one on, by place."""
     size = len(group.units)
     return [(place + unit) % size for unit in range(size * (1, 3, 5)[place % 3] // 6)]

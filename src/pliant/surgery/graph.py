@@ -14,7 +14,7 @@ down, and compared with those of a sample without marks. Nothing found here coun
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from pliant.cost import Example
+from pliant.edits.sides import is_tensor, tensor_of
 from pliant.errors import ModelError
 from pliant.nn.layers import shared_weights
 from pliant.observe.readers import readers
 from pliant.surgery.marks import Slot
-from pliant.surgery.probe import MOVES, Probe, first_sample, spread
+from pliant.surgery.passes import first_sample
+from pliant.surgery.probe import MOVES, Probe, spread
 from pliant.surgery.select import READ, readable
 
 MIXED = "{} takes its statistics over all of its channels: without some the others would change"
@@ -66,9 +68,10 @@ def trace(
     others: Sequence[Example] = (),
     *,
     marks: Sequence[float] = (math.nan,),
-    heads: bool = False,
+    heads: Mapping[int, int] | None = None,
     apart: bool = False,
-    seen: set[str] | None = None,
+    brief: bool = False,
+    seen: dict[str, dict[str, Any]] | None = None,
 ) -> tuple[list[Group], dict[str, str]]:
     """Find the groups of channels that may leave a network, and why other layers keep theirs.
 
@@ -80,9 +83,11 @@ def trace(
         example: the inputs of one forward call, samples on the first axis.
         others: further ones, for layers to which not every sample is routed.
         marks: not-a-number, or `MOVES`, which pass where a network takes such numbers out.
-        heads: whether the heads that an axis of channels is cut into leave whole.
+        heads: where the heads that an axis of channels is cut into leave whole, their width by
+            the size of the axis.
         apart: whether norms over all channels are taken as if each channel were by itself.
-        seen: gets the names of what another trace may find more by: "heads" where an axis is cut
+        brief: whether passes may end when they see nothing new; `seen` is told so by "short".
+        seen: gets what another trace may find more by, as arguments: "heads" where an axis is cut
             into heads, "marks" where not-a-number may have been taken out on its way.
 
     Returns:
@@ -93,15 +98,16 @@ def trace(
         ModelError: the network answers with no tensor that marks could arrive in.
     """
     try:
-        probe = spread(model, [example, *others], marks, heads, apart)
+        probe = spread(model, [example, *others], marks, heads, apart, brief)
     except ModelError as error:
         if error.__cause__ is None:
             raise
         # a model may object to such numbers in any way
         probe = spread(model, [example, *others], MOVES, heads, apart)
     if seen is not None:
-        flags = {"heads": probe.headed, "marks": probe.lossy}
-        seen |= {name for name, flag in flags.items() if flag}
+        seen |= {"heads": {"heads": probe.headed}} if probe.headed else {}
+        seen |= {"marks": {"marks": MOVES}} if probe.lossy else {}
+        seen |= {"short": {}} if probe.brief.short else {}
     _pin_unreadable(model, example, probe)
     probe.tie_groups()
     return _groups(probe), _reasons(probe)
@@ -113,15 +119,21 @@ def trace(
 def _pin_unreadable(model: nn.Module, example: Example, probe: Probe) -> None:
     """Keep the channels of layers whose tensors cannot be cut."""
     _, reasons = readable(model, every=True)
+    tied = dict[str, str]()
     for name, reader in readers(model, first_sample(example, model)).items():
         reasons.setdefault(name, READ.format(reader))
     for names in shared_weights(model).values():
         for name in names:
             other = next(n for n in names if n != name)
-            reasons.setdefault(name.rpartition(".")[0], f"its weight is tied to {other}")
+            tied[name] = f"its weight is tied to {other}"
+            reasons.setdefault(name.rpartition(".")[0], tied[name])
     for (name, side), size in probe.sizes.items():
-        if name in reasons:
-            probe.pin((name, side), range(size), reasons[name])
+        if is_tensor(side):
+            reason = tied.get(f"{name}.{tensor_of(side)[0]}".lstrip("."))
+        else:
+            reason = reasons.get(name)
+        if reason:
+            probe.pin((name, side), range(size), reason)
 
 
 def _groups(probe: Probe) -> list[Group]:
@@ -163,7 +175,7 @@ def _reasons(probe: Probe) -> dict[str, str]:
         pins.setdefault(probe.union.find(channel), pin)
     reasons, mixed = {}, {probe.union.find(c): name for c, name in probe.mixed.items()}
     for (name, side), size in probe.sizes.items():
-        if side == "in":
+        if side == "in" or is_tensor(side):
             continue
         roots = [probe.union.find(probe.first[name, side] + i) for i in range(size)]
         norm = next((MIXED.format(mixed[root]) for root in roots if root in mixed), MEET)

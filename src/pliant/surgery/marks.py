@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ class Union:
     """Which things belong together, by the usual tree of parents."""
 
     parent: list[int]
+    joined: int = 0  # how often two became one
 
     def find(self, item: int) -> int:
         """Return what stands for all that an item belongs to."""
@@ -30,16 +31,27 @@ class Union:
 
     def join(self, one: int, other: int) -> None:
         """Let two items, and all that belongs to either, belong together."""
-        self.parent[self.find(one)] = self.find(other)
+        first, second = self.find(one), self.find(other)
+        self.joined += first != second
+        self.parent[first] = second
 
 
-def codes_of(channels: int) -> Tensor:
+def codes_of(channels: int, heads: Mapping[int, int] | None = None) -> Tensor:
     """Give every channel its number in binary, each digit as two samples: one is marked.
 
     So the marks of two channels are never inside those of a third. The first sample has no marks.
+
+    Args:
+        channels: how many there are.
+        heads: how wide heads are by how many channels become some: their number and the place in
+            one have digits of their own, so that the marks of all channels of a head are never
+            inside those of another head.
     """
-    digits = max(1, (channels - 1).bit_length())
-    numbers = torch.arange(channels)
+    axes = [axis for axis in heads or () if channels % axis == 0]
+    width = heads[max(axes)] if heads and axes else 1
+    places, numbers = (width - 1).bit_length(), torch.arange(channels)
+    numbers = ((numbers // width) << places) + numbers % width
+    digits = max(1, int(numbers[-1]).bit_length())
     bits = torch.stack([(numbers >> digit) & 1 for digit in range(digits)]).bool()
     return torch.cat([torch.zeros(1, channels, dtype=torch.bool), bits, ~bits])
 
@@ -89,19 +101,17 @@ class Block:
     rows: slice
 
 
-def together(
-    slots: Sequence[Slot], sizes: Mapping[Slot, int], largest: Callable[[], int]
-) -> Iterator[list[Slot]]:
+def together(needed: Mapping[Slot, int], largest: Callable[[], int]) -> Iterator[list[Slot]]:
     """Cut layers into runs whose codes fit into one batch; the first run is one layer.
 
     Args:
-        slots: the layers.
-        sizes: how many channels each has.
+        needed: how many samples the codes of each layer take.
         largest: numbers in the largest output of a layer, for one sample, as far as it is known.
     """
-    found, rows, most = list(slots[:1]), 0, 0
+    slots = list(needed)
+    found, rows, most = slots[:1], 0, 0
     for slot in slots[1:]:
-        more = len(codes_of(sizes[slot]))
+        more = needed[slot]
         if rows + more > most:
             yield found
             found, rows, most = [], 0, min(ROWS, HELD // max(1, largest()))

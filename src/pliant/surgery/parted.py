@@ -6,6 +6,7 @@ And whether it calls any function that might take not-a-number out on its way.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
@@ -46,14 +47,15 @@ class Parted(TorchFunctionMode):
             what lies at one place of every head, so that heads leave whole.
 
     Attributes:
-        headed: whether an axis became two.
+        headed: how wide heads are, by the size of the axis that became them.
         lossy: whether a function was called that is not known to let not-a-number through.
     """
 
     def __init__(self, see: Callable[[Sequence[Tensor], int], None], *, heads: bool) -> None:
         super().__init__()
         self.see, self.heads = see, heads
-        self.headed = self.lossy = False
+        self.headed: dict[int, int] = {}
+        self.lossy = False
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -73,7 +75,8 @@ class Parted(TorchFunctionMode):
         if func in _SHAPES and isinstance(found, Tensor):
             given: Tensor = args[0] if args else kwargs["input"]
             axis = _split(given.shape, found.shape)
-            self.headed |= bool(axis)
+            if axis:
+                self.headed[given.shape[axis]] = found.shape[axis + 1]
             if axis and self.heads:
                 self.see(found.unbind(axis + 1), axis)
         return found
@@ -87,3 +90,14 @@ def _split(before: Sequence[int], after: Sequence[int]) -> int:
     whole = axis and after[axis] * after[axis + 1] == before[axis]
     same = list(before[axis + 1 :]) == list(after[axis + 2 :])
     return axis if whole and same and min(after[axis : axis + 2]) > 1 else 0
+
+
+def unseen(work: Callable[..., Any]) -> Callable[..., Any]:
+    """Let what watches functions see nothing of work that is not the network's."""
+
+    @wraps(work)
+    def done(*args: Any, **kwargs: Any) -> Any:
+        with torch._C.DisableTorchFunction():
+            return work(*args, **kwargs)
+
+    return done

@@ -13,7 +13,7 @@ from pliant.cost import Example, call, evaluating, tensors, twin
 from pliant.edits.plain import Plain, computed, hidden
 from pliant.math.alone import forked
 from pliant.nn.layers import shared_weights
-from pliant.surgery.probe import slow_attention
+from pliant.surgery.passes import slow_attention
 
 CLOSE = 1e-5  # largest difference that rounding may make, relative to the largest output
 

@@ -2,34 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from pliant.cost import Example, call_alike, twin
 from pliant.edits import Edit, replay
-from pliant.edits.prune import Prune, over_all, sides, without_statistics
+from pliant.edits.prune import Prune
+from pliant.edits.sides import (
+    each_of,
+    every_side,
+    is_tensor,
+    over_all,
+    tensor_of,
+    without_statistics,
+)
 from pliant.errors import EditError
 from pliant.nn.kinds import in_rows
-from pliant.observe.order import called_by
 from pliant.observe.outputs import alike, answers
-from pliant.observe.watch import one_sample, samples
-from pliant.surgery.even import evened
-from pliant.surgery.graph import Group, trace
+from pliant.surgery.even import evened, some_of
+from pliant.surgery.graph import MEET, Group, trace
 from pliant.surgery.marks import Slot
-from pliant.surgery.probe import MOVES, first_sample, slow_attention
+from pliant.surgery.passes import first_sample, randomized, reaching, slow_attention
 
 Leaving = Mapping[str, Sequence[int]]
 """For every group by name, the units that leave."""
 
 UNEVEN = "it can lose channels only with as many of others, which have another number of them"
 WITHOUT = "without some of its channels"
-AGAIN: Mapping[str, dict[str, Any]] = {"heads": {"heads": True}, "marks": {"marks": MOVES}}
-"""How to trace again by what a first trace has seen: heads leave whole, not-a-number is lost."""
 
 CLOSE = 1e-4  # largest difference that rounding may make, relative to the largest output
 
@@ -56,13 +59,17 @@ def cuttable(
     """
     random = randomized(model)
     others = reaching(random, example, batches)
-    examples = [example, *others]
-    seen = set[str]()
-    good, uneven, reasons = _traced(random, examples, seen=seen)
-    for name in [name for name in AGAIN if name in seen] if uneven or _lost(reasons) else ():
-        again = _traced(random, examples, **AGAIN[name])
-        if _channels(again[0]) > _channels(good):
-            good, uneven, reasons = again
+    examples, seen = [example, *others], dict[str, dict[str, Any]]()
+    ways = [_traced(random, examples, seen)]
+    if "heads" in seen and _meeting(*ways[0]):
+        ways.insert(0, _traced(random, examples, **seen["heads"]))
+    good, uneven, reasons = _proven(random, examples, *ways[0])
+    for more in ways[1:]:
+        good, uneven, reasons = _better(random, examples, (good, uneven, reasons), more)
+    for name in list(seen) if uneven or _lost(reasons) else ():
+        if name != "heads" or len(ways) == 1:
+            more = _traced(random, examples, **seen[name])
+            good, uneven, reasons = _better(random, examples, (good, uneven, reasons), more)
     if not good:  # as a last resort: statistics of norms are then those of what stays
         good, uneven, reasons = _by_norms(random, examples, (good, uneven, reasons))
     for group in uneven:
@@ -79,15 +86,56 @@ def _by_norms(random: nn.Module, examples: Sequence[Example], before: Traced) ->
     """Trace again past norms that take their statistics over all channels, where there are any."""
     if not any(over_all(module) for module in random.modules()):
         return before
-    found = _traced(random, examples, apart=True)
+    found = _proven(random, examples, *_traced(random, examples, apart=True))
     norms = {name for name, module in random.named_modules() if over_all(module)}
     passed = any(layer in norms for group in found[0] for layer, _ in group.slots)
     return found if passed else before
 
 
-def _traced(random: nn.Module, examples: Sequence[Example], **how: Any) -> Traced:
-    found, reasons = trace(random, examples[0], examples[1:], **how)
-    good = found
+def _traced(
+    random: nn.Module,
+    examples: Sequence[Example],
+    seen: dict[str, dict[str, Any]] | None = None,
+    **how: Any,
+) -> tuple[list[Group], dict[str, str]]:
+    """Trace briefly if there is one example, and in full where what is found so does not hold."""
+    seen = {} if seen is None else seen
+    first, *others = examples
+    found = trace(random, first, others, brief=not others, seen=seen, **how)
+    if seen.pop("short", None) is not None:
+        uneven = {group.name: some_of(group, place) for place, group in enumerate(found[0])}
+        if _problem(random, examples, edits_of(random, found[0], uneven)):
+            found = trace(random, first, others, seen=seen, **how)
+    return found
+
+
+def _meeting(found: Sequence[Group], reasons: Mapping[str, str]) -> bool:
+    """Say whether there are layers all of whose channels meet, as those of heads do."""
+    leaving = {layer for group in found for layer, side in group.slots if side != "in"}
+    return any(why == MEET and layer not in leaving for layer, why in reasons.items())
+
+
+def _better(
+    random: nn.Module,
+    examples: Sequence[Example],
+    before: Traced,
+    found: tuple[list[Group], dict[str, str]],
+) -> Traced:
+    """Return what is proven of what another trace found, if it is more than before."""
+    most = _channels(before[0])
+    if _channels(found[0]) <= most:
+        return before
+    again = _proven(random, examples, *found)
+    return again if _channels(again[0]) > most else before
+
+
+def _proven(
+    random: nn.Module,
+    examples: Sequence[Example],
+    found: Sequence[Group],
+    reasons: Mapping[str, str],
+) -> Traced:
+    good, reasons = list(found), dict(reasons)
     while failing := _failing(random, examples, sorted(good, key=lambda g: len(g.slots))):
         for group in good:
             for layer, side in group.slots if group.name in failing else ():
@@ -133,17 +181,28 @@ def edits_of(model: nn.Module, groups: Iterable[Group], leaving: Leaving) -> lis
     Inputs of a layer come before its outputs; of a grouped convolution after them, since it has
     no outputs of its own once every group reads one channel.
     """
+    return edits_at(dict(model.named_modules()), gone_by_slot(groups, leaving))
+
+
+def gone_by_slot(groups: Iterable[Group], leaving: Leaving) -> dict[Slot, set[int]]:
+    """Return which channels of which sides of layers leave with units."""
     gone: dict[Slot, set[int]] = {}
     for group in groups:
         for unit in leaving.get(group.name, ()):
             for slot, channels in zip(group.slots, group.units[unit], strict=True):
                 gone.setdefault(slot, set()).update(channels)
+    return gone
+
+
+def edits_at(modules: Mapping[str, nn.Module], gone: Mapping[Slot, Set[int]]) -> list[Prune]:
+    """Return the edits of some layers that remove channels, in the order of these layers."""
     return [
-        Prune(name, side, tuple(sorted(set(range(size)) - gone[name, side])), size)
-        for name, module in model.named_modules()
-        for side, size in sorted(
-            (sides(module) or over_all(module)).items(), reverse=_grouped(module)
+        Prune(
+            *(name, side, tuple(sorted(set(range(size)) - gone[name, side])), size),
+            each=each_of(module, side),
         )
+        for name, module in modules.items()
+        for side, size in sorted(every_side(module).items(), reverse=_grouped(module))
         if (name, side) in gone
     ]
 
@@ -151,29 +210,6 @@ def edits_of(model: nn.Module, groups: Iterable[Group], leaving: Leaving) -> lis
 def _grouped(module: nn.Module) -> bool:
     groups = getattr(module, "groups", 1)
     return isinstance(groups, int) and groups > 1
-
-
-def reaching(model: nn.Module, example: Example, batches: Iterable[Example]) -> list[Example]:
-    """Return samples that call the layers which a first one does not call: experts, for example.
-
-    Args:
-        model: not touched.
-        example: the first sample.
-        batches: inputs among which more are looked for, as far as needed.
-    """
-    names = [name for name, module in model.named_modules() if "in" in sides(module)]
-    seen, found = called_by(model, names, [first_sample(example, model)]), []
-    for batch in batches if len(seen) < len(names) else ():
-        ahead = called_by(model, names, [batch]) - seen
-        for row in range(samples(batch)):
-            if not ahead:
-                break
-            sample = one_sample(batch, row)
-            new = ahead & called_by(model, names, [sample])
-            if new:
-                found.append(sample)
-                seen, ahead = seen | new, ahead - new
-    return found
 
 
 def prove(
@@ -259,6 +295,10 @@ def silence(model: nn.Module, edits: Iterable[Prune]) -> None:
     """Zero, in place, all that makes the channels that edits would remove, norms included."""
     for edit in edits:
         module, gone = model.get_submodule(edit.layer), list(edit.removed())
+        if is_tensor(edit.side):
+            name, axis = tensor_of(edit.side)
+            getattr(module, name).detach().movedim(axis, 0)[gone] = 0
+            continue
         for name in ("weight", "bias") if edit.side != "in" else ():
             tensor = getattr(module, name, None)
             if tensor is not None:
@@ -348,23 +388,3 @@ def _apart(model: nn.Module, norms: Sequence[str]) -> nn.Module:
         module: Any = network.get_submodule(name)
         module.forward = partial(without_statistics, module)
     return network
-
-
-def randomized(model: nn.Module) -> nn.Module:
-    """Copy a model with other weights, none of which is special as zeros and ones are."""
-    model = twin(model).eval()
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if not parameter.is_floating_point():
-                continue
-            noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.dim() > 1:
-                noise *= (2 / max(1, parameter[0].numel())) ** 0.5
-            else:
-                noise = 0.5 + noise.abs() / 2
-            parameter.copy_(noise)
-    for module in model.modules():
-        if isinstance(module, _BatchNorm):
-            module.reset_running_stats()
-    return model

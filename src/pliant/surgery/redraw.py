@@ -21,8 +21,7 @@ def redraw(
         generator: whose next number seeds the weights; the global random state stays as it is.
         optimizers: of the model.
     """
-    with forked():
-        torch.manual_seed(int(torch.randint(2**31, (1,), generator=generator)))
+    with forked(seed=int(torch.randint(2**31, (1,), generator=generator))):
         for module in model.modules():
             if callable(reset := getattr(module, "reset_parameters", None)):
                 reset()

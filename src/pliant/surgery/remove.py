@@ -16,8 +16,8 @@ from pliant.errors import EditError
 from pliant.nn.filters import WEIGHTED
 from pliant.observe.watch import capture
 from pliant.surgery.graph import Group, trace
-from pliant.surgery.probe import first_sample
-from pliant.surgery.prove import differs, edits_of, ignore, randomized
+from pliant.surgery.passes import first_sample, randomized
+from pliant.surgery.prove import differs, edits_of, ignore
 from pliant.surgery.select import UNCALLED
 
 _ENDS = (*WEIGHTED, _BatchNorm)

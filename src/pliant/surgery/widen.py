@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pliant.cost import Example
-from pliant.edits.prune import sides
+from pliant.edits.sides import sides
 from pliant.edits.widen import NEW, Widen, inserted
 from pliant.errors import EditError
 from pliant.surgery.graph import Group, Slot

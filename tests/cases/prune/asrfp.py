@@ -59,7 +59,7 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 def alpha_0_is_soft_filter_pruning() -> None:
     """Check 1: bit for bit what a loop does that knows nothing of it."""
     with torch.random.fork_rng(devices=[]):
-        found = train(ASRFP(ratio=0.5, alpha=0.0, ramp=0.0, least=0.0)).model
+        found = train(ASRFP(ratio=0.5, alpha=0.0, ramp=0.0, least=0.0, start=1.0)).model
         model, batches = images()
         optimizer = SGD(model.parameters(), 0.05, momentum=0.9)
         convs = [layer for layer in model if isinstance(layer, nn.Conv2d)]
@@ -75,7 +75,7 @@ def alpha_0_is_soft_filter_pruning() -> None:
 
 def alpha_1_is_plain_training() -> None:
     with torch.random.fork_rng(devices=[]):
-        soft = train(ASRFP(decay="constant", zero_from=2.0)).model
+        soft = train(ASRFP(decay="constant", zero_from=2.0, start=1.0)).model
         plain = train(Method()).model
     assert same(soft, plain)
 
@@ -85,7 +85,7 @@ def a_masking_is_a_step_of_weight_decay() -> None:
     alpha, rate = 0.3, 0.05
     model, _ = images()
     dense = copy.deepcopy(model)
-    method = ASRFP(ratio=0.5, alpha=alpha, ramp=0.0, decay="constant", least=0.0)
+    method = ASRFP(ratio=0.5, alpha=alpha, ramp=0.0, decay="constant", least=0.0, start=1.0)
     start(model, method, example=toys.TOYS["plain"].inputs(1), steps=1)  # masks before epoch 0
     for found, before in zip(model, dense, strict=True):
         if not isinstance(before, nn.Conv2d):
@@ -100,7 +100,7 @@ def surgery_is_the_masked_network() -> None:
     """Check 3: floor(N P) filters are zero and leave; with silent norms nothing else changes."""
     share = 0.4
     with torch.random.fork_rng(devices=[]):
-        run = train(ASRFP(ratio=share, least=0.0))
+        run = train(ASRFP(ratio=share, least=0.0, start=1.0))
     masked, inputs = copy.deepcopy(run.model).eval(), toys.TOYS["plain"].inputs(4)
     run.finish()
     outs = {e.layer: e for e in run.edits if isinstance(e, Prune) and e.side == "out"}
@@ -155,7 +155,8 @@ def schedules_are_those_of_the_paper() -> None:
 def fading_counts_epochs_or_parts_of_the_training() -> None:
     def factors(**options: float) -> list[float]:
         with torch.random.fork_rng(devices=[]):
-            run = train(ASRFP(decay="linear", zero_from=2.0, **options))  # type: ignore[arg-type]
+            method = ASRFP(decay="linear", zero_from=2.0, start=1.0, **options)  # type: ignore[arg-type]
+            run = train(method)
         return [round(row["alpha"], 4) for row in run.log if "alpha" in row]
 
     assert factors() == [1.0, 1.0, 0.5, 0.0]  # before the first epoch, and after each
@@ -188,7 +189,7 @@ def bad_options_and_norms_are_refused() -> None:
     for options in ({"ratio": 1.0}, {"alpha": 1.5}, {"sigma": 0.0}, {"interval": 0}):
         with pytest.raises(MethodError):
             run_of(pair(1.0, 2.0), ASRFP(**options))  # type: ignore[arg-type]
-    run = run_of(pair(1.0, 2.0), ASRFP(), steps=1)
+    run = run_of(pair(1.0, 2.0), ASRFP(start=1.0), steps=1)
     run.model[0].weight.data[0] = math.nan
     with pytest.raises(TrainingError, match="must stay finite"):
         run.finish()

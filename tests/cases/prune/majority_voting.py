@@ -16,7 +16,7 @@ from pliant.run import start
 from pliant.surgery.prove import cuttable, silence
 from pliant.testing import Case, toys
 from tests.cases.prune import REFUSES, TOYS, kept, run_of
-from tests.cases.witness import on_many
+from tests.cases.witness import on, on_many
 
 
 def ballots_by_hand() -> None:
@@ -111,7 +111,8 @@ CASES = (
             "majority_voting(majority=0.5)",
         ),
         witnesses={
-            "samples": on_many("majority_voting", "samples", Budget(macs=0.7)),
+            "samples": on_many("majority_voting(rounds=4)", "samples", Budget(macs=0.7)),
+            "end": on(toys.TOYS["plain"], "majority_voting(rounds=4)", "end"),
         },
         own=(
             ballots_by_hand,

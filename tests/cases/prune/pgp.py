@@ -145,7 +145,8 @@ def a_network_ends_at_the_ratio() -> None:
     model = nn.Sequential(nn.Linear(4, 64), nn.ReLU(), nn.Linear(64, 3))
     optimizer = SGD(model.parameters(), 0.01)
     example = (torch.randn(8, 4),)
-    run = start(model, PGP(end=1.0), example=example, optimizer=optimizer, steps=20)
+    method = PGP(rounds=10, end=1.0)
+    run = start(model, method, example=example, optimizer=optimizer, steps=20)
     widths = []
     for _ in range(20):
         optimizer.zero_grad()

@@ -52,7 +52,7 @@ def a_step_moves_scales_by_their_sign_and_nothing_else() -> None:
 
 def smallest_scales_leave_when_training_is_over() -> None:
     """The scales of the end decide: the first fell from 0.6 to 0.1."""
-    run = begun(scaled(0.6, 0.3, -0.4, 0.5), Slimming(strength=0.0))
+    run = begun(scaled(0.6, 0.3, -0.4, 0.5), Slimming(strength=0.0, start=1.0))
     for _ in range(4):
         step(run)
         assert not run.edits

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from pliant.cost import LayerCost
-from pliant.edits.prune import CONVS, sides
+from pliant.edits.sides import CONVS, sides
 from pliant.errors import MethodError
 from pliant.run import Run
 from pliant.surgery.graph import Group

@@ -11,6 +11,7 @@ import torch
 from pliant.budget import Limits
 from pliant.cost import Cost, LayerCost
 from pliant.edits import Prune
+from pliant.edits.sides import every_side
 from pliant.errors import BudgetError
 from pliant.families.prune.ranking import (
     Unit,
@@ -24,7 +25,7 @@ from pliant.families.prune.scores import Scores, weakest
 from pliant.latency.clock import AIM, Clock
 from pliant.run import Run
 from pliant.surgery.graph import Group
-from pliant.surgery.prove import edits_of
+from pliant.surgery.prove import edits_at, edits_of, gone_by_slot
 
 
 @dataclass(frozen=True)
@@ -281,11 +282,17 @@ def savings(
     """
     now, rows = run.planner.now(), run.planner.rows()
     members, saved = by_group(gone), dict[str, float]()
-    here = after(now, rows, edits_of(run.model, groups, members))
-    for group in groups:
-        mine = members.get(group.name, [])
+    modules, left = dict(run.model.named_modules()), gone_by_slot(groups, members)
+    for group in groups:  # of each the layers that it passes, and no others
+        mine = set(members.get(group.name, ()))
         one = next(unit for unit in range(len(group.units)) if unit not in mine)
-        there = after(now, rows, edits_of(run.model, groups, {**members, group.name: [*mine, one]}))
+        layers = {layer: modules[layer] for layer, _ in group.slots}
+        here = after(now, rows, edits_at(layers, left))
+        more = gone_by_slot([group], {group.name: [one]})
+        for slot in [(n, side) for n, module in layers.items() for side in every_side(module)]:
+            if slot in left:
+                more[slot] = left[slot] | more.get(slot, set())
+        there = after(now, rows, edits_at(layers, more))
         share = sum((getattr(here, a) - getattr(there, a)) / getattr(now, a) for a in axes)
         saved[group.name] = max(share, 1e-12) if axes else 1.0
     return saved
@@ -300,11 +307,14 @@ def after(now: Cost, rows: Mapping[str, LayerCost], edits: Iterable[Prune]) -> C
         edits: a cut.
     """
     new: dict[str, LayerCost] = {}
+    buffers = 0
     for edit in edits:
         if edit.layer in rows:  # a layer without parameters has no row
             new[edit.layer] = edit.predict(new.get(edit.layer, rows[edit.layer]))
+        elif edit.each:
+            buffers += edit.each[1] * len(edit.removed())
     return Cost(
         params=now.params + sum(row.params - rows[name].params for name, row in new.items()),
         macs=now.macs + sum(row.macs - rows[name].macs for name, row in new.items()),
-        bytes=now.bytes + sum(row.bytes - rows[name].bytes for name, row in new.items()),
+        bytes=now.bytes - buffers + sum(r.bytes - rows[name].bytes for name, r in new.items()),
     )

@@ -10,7 +10,7 @@ from torch import nn
 
 from pliant.cost import Example, twin
 from pliant.edits import Prune
-from pliant.edits.prune import sides
+from pliant.edits.sides import sides
 from pliant.errors import EditError, nothing_for
 from pliant.run import ROUTED, Run
 from pliant.surgery.batchnorm import absorb, recalibrate

@@ -17,12 +17,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from pliant.cost import Example, call, evaluating, tensors
-from pliant.edits.prune import sides
+from pliant.edits.sides import sides
 from pliant.errors import ModelError
 from pliant.families.prune.scores import Groups
 from pliant.run import Run
 from pliant.surgery.graph import Group
-from pliant.surgery.probe import slow_attention
+from pliant.surgery.passes import slow_attention
 
 BATCH = 64  # samples whose activations are held at once
 F = nn.functional

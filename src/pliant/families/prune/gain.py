@@ -20,7 +20,7 @@ from pliant.observe.moments import surprise
 from pliant.observe.outputs import logits
 from pliant.observe.watch import samples, with_first
 from pliant.surgery.graph import Group
-from pliant.surgery.probe import slow_attention
+from pliant.surgery.passes import slow_attention
 
 Form = Literal["fisher", "exact", "entropy"]
 

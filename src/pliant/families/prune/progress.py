@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -225,5 +226,5 @@ def merged(edits: Iterable[Edit]) -> list[Edit]:
             continue
         first: Any = found[place]
         keep = tuple(first.keep[channel] for channel in edit.keep)
-        found[place] = Prune(edit.layer, edit.side, keep, first.of)
+        found[place] = replace(edit, keep=keep, of=first.of)
     return found

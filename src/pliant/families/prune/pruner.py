@@ -88,13 +88,13 @@ class ChannelPruning(Method):
         """Go the rest of the way."""
         self.cut_if_due(run, last=True)
 
-    def schedule(self) -> Schedule:
+    def schedule(self, run: Run) -> Schedule:
         """Return when cuts are made."""
         return Schedule(self.rounds, self.start, self.end)
 
     def pending(self, run: Run) -> bool:
         """Say whether a cut is still to come."""
-        return bool(run.state["rounds"] < self.rounds)
+        return bool(run.state["rounds"] < self.schedule(run).rounds)
 
     def cut_if_due(self, run: Run, *, last: bool = False) -> None:
         """Make the cuts that are due, each an equal part of the way: in cost, or in channels.
@@ -103,14 +103,14 @@ class ChannelPruning(Method):
             run: its state holds how many cuts were made.
             last: no training follows, so go all the way now.
         """
-        schedule = self.schedule()
-        due = self.rounds if last else schedule.due(run.step, run.steps)
+        schedule = self.schedule(run)
+        due = schedule.rounds if last else schedule.due(run.step, run.steps)
         while run.state.setdefault("rounds", 0) < due:
             done = run.state["rounds"]
-            then = self.rounds if last or not run.steps else done + 1
+            then = schedule.rounds if last or not run.steps else done + 1
             limits = on_the_way(run, run.limits(), schedule.part(done, then))
             goal = Goal(schedule.ratio(self.ratio, done, then), limits)
-            self.cut(run, goal, last=then == self.rounds)
+            self.cut(run, goal, last=then == schedule.rounds)
             run.state["rounds"] = then
 
     def cut(self, run: Run, goal: Goal, *, last: bool = True) -> None:

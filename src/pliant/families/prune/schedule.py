@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 MOST_ROUNDS = 8  # each adds edits to the file
 
@@ -41,6 +41,17 @@ class Schedule:
         if progress >= width:
             return self.rounds
         return min(self.rounds, 1 + int(progress * self.rounds / width + 1e-9))
+
+    def by(self, share: float) -> Schedule:
+        """Return this schedule, its cuts nearer together where the last would come after a share.
+
+        >>> Schedule(2, 0.0, 0.9).by(0.25).end, Schedule(2, 0.0, 0.3).by(0.25).end
+        (0.5, 0.3)
+        """
+        spaces, width = self.rounds - 1, self.end - self.start
+        if not spaces or self.start + width * spaces / self.rounds <= share:
+            return self
+        return replace(self, end=self.start + (share - self.start) * self.rounds / spaces)
 
     def part(self, done: int, then: int) -> float:
         """Return the part of the remaining way that leads from so many cuts to so many."""

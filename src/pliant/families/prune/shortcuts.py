@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from pliant.cost import Example, call, twin
 from pliant.edits import Edit, Insert, Prune
-from pliant.edits.prune import CONVS
+from pliant.edits.sides import CONVS
 from pliant.errors import EditError
 from pliant.nn.filters import WEIGHTED
 from pliant.observe.watch import capture
 from pliant.run import Run
 from pliant.surgery.graph import Group, Slot
-from pliant.surgery.probe import first_sample
-from pliant.surgery.prove import Leaving, differs, edits_of, ignore, randomized
+from pliant.surgery.passes import first_sample, randomized
+from pliant.surgery.prove import Leaving, differs, edits_of, ignore
 
 _CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 

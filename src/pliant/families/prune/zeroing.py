@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from pliant.cost import Example, call, twin
 from pliant.data import batch_of
 from pliant.data.sources import moved
-from pliant.edits.prune import CONVS
+from pliant.edits.sides import CONVS
 from pliant.families.prune.gates import Gates
 from pliant.families.prune.ranking import Scope, Unit, ranking
 from pliant.families.prune.scores import Groups, Scores

@@ -371,6 +371,5 @@ def _own_randomness(run: Run) -> Iterator[None]:
     """Let dropout draw from the run's generator, not from the training's random state."""
     seed = int(torch.randint(2**31, (), generator=run.generator))
     devices = sorted({p.device.index for p in run.model.parameters() if p.is_cuda})
-    with forked(devices):
-        torch.manual_seed(seed)
+    with forked(devices, seed):
         yield

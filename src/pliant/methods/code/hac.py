@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pliant.codecs import address_map
-from pliant.cost import Packed
+from pliant.cost import is_packed
 from pliant.edits.encode import encoding
 from pliant.families.code.shared import MOST, Shared, Sharing, same_draws
 from pliant.method import Method
@@ -85,7 +85,7 @@ class HAC(Method):
         """Choose the layers and the pruning level, and prune."""
         layers, reasons = run.readable(self.only, self.exclude)
         for name, module in run.model.named_modules():
-            if isinstance(module, Packed):
+            if is_packed(module):
                 reasons[name] = WHOLE
         run.keep_all(reasons)
         run.state.update(layers=list(layers), shared=False, masks={}, index={}, levels={})

@@ -15,6 +15,7 @@ from pliant.families.lowrank.factorize import (
 )
 from pliant.method import Method
 from pliant.nn.factorized import Factorizable
+from pliant.plan.pace import every, until
 from pliant.registry import In, Paper, register
 from pliant.run import Run
 
@@ -41,14 +42,16 @@ class TRP(Method):
     *Departs from the paper*: with a budget the last ranks are read off at the one energy
     threshold that meets it; the rest of the training fine-tunes the split network.
 
-    >>> TRP(form="spatial").interval
-    20
+    >>> TRP(form="spatial").energy
+    0.98
     """
 
     weight: Annotated[float, In(0)] = 3e-4  # lambda, of the nuclear norm
     energy: Annotated[float, In(0, 1)] = 0.98  # e, kept by every cut
-    interval: Annotated[int, In(1)] = 20  # m, steps between two cuts
-    search: Annotated[float, In(0, 1)] = 0.5  # share of the training before the split
+    # m, steps between two cuts; None: 20, or fewer in a short search
+    interval: Annotated[int, In(1)] | None = None
+    # share of the training before the split; None: 0.5, or less in a short training
+    search: Annotated[float, In(0, 1)] | None = None
     p: Annotated[float, In(0, 1)] = 0.95  # energy kept by the split, if there is no budget
     form: Literal["output", "spatial"] = "output"  # channel-wise or spatial decomposition
     only: tuple[str, ...] = ()  # name patterns of the layers to consider
@@ -70,10 +73,11 @@ class TRP(Method):
 
     def after_step(self, run: Run) -> None:
         """Cut, or split when the search is over."""
-        if run.step % self.interval == 0:
+        search = round(until(self.search, 0.5, run.steps) * run.steps)
+        if run.step % every(self.interval, 20, search) == 0:
             for module in self._searched(run):
                 cut(module, self.form, self.energy)
-        if not run.state["split"] and run.step >= round(self.search * run.steps):
+        if not run.state["split"] and run.step >= search:
             self._split(run)
 
     def after_epoch(self, run: Run) -> None:

@@ -95,7 +95,7 @@ class ActivationDensity(ChannelPruning):
             history[name] = [*history.get(name, ()), density.mean]
         mean = sum(density.mean for density in found.values()) / max(1, len(found))
         run.note(density=mean)
-        due = self.schedule().due(run.step, run.steps) > run.state["rounds"]
+        due = self.schedule(run).due(run.step, run.steps) > run.state["rounds"]
         if due or saturated(history.values(), self.window, self.tolerance):
             done = run.state["rounds"] + 1
             self.cut(run, Goal(1.0, run.limits()), last=done == self.rounds)

@@ -11,7 +11,9 @@ from pliant.families.prune import soft
 from pliant.families.prune.allocate import Goal, by_ratios, uniform_ratios
 from pliant.families.prune.pruner import ChannelPruning, Ratio, Share
 from pliant.families.prune.ranking import Scope
+from pliant.families.prune.schedule import Schedule
 from pliant.families.prune.scores import Groups, Scores, magnitudes
+from pliant.plan.pace import until
 from pliant.registry import In, Paper, register
 from pliant.run import Run
 from pliant.surgery.prove import Leaving
@@ -49,8 +51,8 @@ class ASRFP(ChannelPruning):
     on 2,000 images, ResNet-20 was right on 23.6 % by ``asrfp(epochs=20, start=0.5)`` and on 68.8 %
     by ``magnitude`` (means of 3 seeds).
     Given time (bench ``prune-soft``): with 50 % of its multiply-accumulates, trained for 10 epochs
-    on 1,280 images, ResNet-56 was right on 65.5 % by ``asrfp`` and on 77.2 % by ``magnitude``;
-    with norms that fade too and half of the epochs to recover in, on 75.8 %.
+    on 1,280 images, ResNet-56 was right on 65.5 % by ``asrfp(start=1.0)`` and on 77.2 % by
+    ``magnitude``; with norms that fade too and half of the epochs to recover in, on 75.8 %.
 
     >>> ASRFP(alpha=0.0, ramp=0.0).ratio  # SFP
     0.4
@@ -59,7 +61,9 @@ class ASRFP(ChannelPruning):
     ratio: Ratio = 0.4  # P, share of the filters that leaves, if there is no budget
     scope: Scope = field(default="local", init=False)
     rounds: int = field(default=1, init=False)
-    start: Share = 1.0  # share of the training before the filters leave; 1 is its end
+    # share of the training before the filters leave; 1 is its end; None: all of it but the last
+    # 100 steps, or 60 % where it has few
+    start: Share | None = None  # type: ignore[assignment]
     end: float = field(default=1.0, init=False)
     alpha: Share = 1.0  # alpha_0, factor at the beginning
     # factor wanted at the end of an exponential decay
@@ -97,6 +101,10 @@ class ASRFP(ChannelPruning):
         if self.pending(run) and not self.epochs:
             self._fade(run, run.epoch - 1, self._end(run) * run.epoch / run.step)
 
+    def schedule(self, run: Run) -> Schedule:
+        start = until(self.start, 1.0, run.steps if self.unit == "filter" else 0)
+        return Schedule(self.rounds, start, self.end)
+
     def groups(self, run: Run) -> Groups:
         if self.unit == "weight":
             return []
@@ -123,7 +131,7 @@ class ASRFP(ChannelPruning):
         run.state["weights"] = list(layers) if self.unit == "weight" else []
 
     def _end(self, run: Run) -> int:
-        return max(1, round(self.start * run.steps))
+        return max(1, round(self.schedule(run).start * run.steps))
 
     def _fade(self, run: Run, epoch: int, epochs: float) -> None:
         """Mask after an epoch, if it is one of the interval's or the last."""

@@ -101,7 +101,7 @@ class DynamicChannelPropagation(ChannelPruning):
 
     def after_step(self, run: Run) -> None:
         if run.step >= self.warmup * run.steps and self.pending(run):
-            due = run.step >= run.steps or self.schedule().due(run.step, run.steps)
+            due = run.step >= run.steps or self.schedule(run).due(run.step, run.steps)
             choose(run, run.aside.get(Gates), self.ratio, anew=bool(due) or not run.state["masked"])
         super().after_step(run)
 

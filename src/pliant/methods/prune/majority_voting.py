@@ -9,8 +9,10 @@ from pliant.errors import DataError
 from pliant.families.prune.allocate import Goal
 from pliant.families.prune.pruner import ChannelPruning, Rounds, Share
 from pliant.families.prune.ranking import Scope
+from pliant.families.prune.schedule import Schedule
 from pliant.families.prune.scores import Groups, Scores, weakest
 from pliant.families.prune.votes import Ballot, votes
+from pliant.plan.pace import cuts, until
 from pliant.registry import In, Paper, register
 from pliant.run import Run
 from pliant.surgery.prove import Leaving
@@ -58,9 +60,11 @@ class MajorityVoting(ChannelPruning):
     """
 
     scope: Scope = field(default="local", init=False)
-    rounds: Rounds = 4  # votes, each before a cut
+    # votes, each before a cut; None: 4, or fewer in a short training
+    rounds: Rounds | None = None  # type: ignore[assignment]
     start: Share = 0.1  # share of the training before the first vote
-    end: Share = 0.65  # share of the training up to which votes are spread
+    # share of the training up to which votes are spread; None: 0.65, or less in a short training
+    end: Share | None = None  # type: ignore[assignment]
     ballot: Ballot = "mean"  # what a sample votes for: units above the mean, the most, pairwise
     samples: Annotated[int, In(1)] = 4096  # S, training inputs that vote
     # c, part of a layer's median of votes below which units leave, in place of the ratio
@@ -72,6 +76,12 @@ class MajorityVoting(ChannelPruning):
                 "majority_voting asks training inputs, but there are none: give data, or take "
                 "magnitude, which looks at weights alone."
             )
+
+    def schedule(self, run: Run) -> Schedule:
+        end = 0.65 if self.end is None else self.end
+        rounds = cuts(self.rounds, 4, (end - self.start) * run.steps)
+        found = Schedule(rounds, self.start, end)
+        return found.by(until(None, 1.0, run.steps)) if self.end is None else found
 
     def scores(self, run: Run, groups: Groups) -> Scores:
         return votes(run.model, groups, run.inputs(self.samples, batch=BATCH), self.ballot)

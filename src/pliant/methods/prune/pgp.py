@@ -10,7 +10,9 @@ from pliant.families.prune import progress
 from pliant.families.prune.allocate import uniform_ratios
 from pliant.families.prune.pruner import ChannelPruning, Share
 from pliant.families.prune.ranking import Scope, floors_of
+from pliant.families.prune.schedule import Schedule
 from pliant.families.prune.scores import Groups, Scores
+from pliant.plan.pace import cuts, until
 from pliant.registry import In, Paper, register
 from pliant.run import Run
 
@@ -42,22 +44,28 @@ class PGP(ChannelPruning):
     shortened to what is usual in their layer. Without training, filters of small norm leave.
 
     *Measured* (bench ``prune-family``): with 50 % of its multiply-accumulates, trained for 2 epochs
-    on 2,000 images, ResNet-20 was right on 46.0 % by ``pgp(rounds=3)`` and on 68.8 % by
+    on 2,000 images, ResNet-20 was right on 46.0 % by ``pgp(rounds=3, end=0.8)`` and on 68.8 % by
     ``magnitude`` (means of 3 seeds).
 
-    >>> PGP(hard=1.0).rounds
-    10
+    >>> PGP(hard=1.0).course
+    'exponential'
     """
 
     scope: Scope = field(default="local", init=False)
-    rounds: Annotated[int, In(1, 200)] = 10  # E, cuts
+    # E, cuts; None: 10, or fewer in a short training
+    rounds: Annotated[int, In(1, 200)] | None = None  # type: ignore[assignment]
     start: float = field(default=0.0, init=False)
-    end: Share = 0.8  # share of the training in which cuts are made; the rest is fine-tuning
+    # share of the training in which cuts are made; None: 0.8, or less in a short training
+    end: Share | None = None  # type: ignore[assignment]
     hard: Share = 0.5  # R, share of the weak filters that leaves at once; the others become zero
     course: progress.Course = "exponential"  # how the number of filters falls
     # of gradients: the sum of their norms, the norm of their sum, the sum of all their entries
     criterion: progress.Criterion = "path"
     reset_norms: bool = False  # zero the batch norms of zeroed filters too, as the paper's code
+
+    def schedule(self, run: Run) -> Schedule:
+        end = until(self.end, 0.8, run.steps)
+        return Schedule(cuts(self.rounds, 10, end * run.steps), 0.0, end)
 
     def prepare(self, run: Run) -> None:
         groups = self.groups(run)
@@ -67,7 +75,7 @@ class PGP(ChannelPruning):
         run.state.update(rounds=0, ratios=ratios, whole=whole, floors=floors, fresh={}, sums={})
         run.state["rows"] = progress.listened(groups)
         if not run.steps:
-            self.cut_to(run, self.rounds)
+            self.cut_to(run, self.schedule(run).rounds)
 
     def before_step(self, run: Run) -> None:
         progress.calm(run.model, run.state["rows"], run.state["fresh"])
@@ -77,14 +85,15 @@ class PGP(ChannelPruning):
             progress.add_gradients(run.model, layers, run.state["sums"], self.criterion)
 
     def after_step(self, run: Run) -> None:
-        end = max(1, round(self.end * run.steps))
-        due = min(self.rounds, int(run.step * self.rounds / end + 1e-9))
+        schedule = self.schedule(run)
+        end = max(1, round(schedule.end * run.steps))
+        due = min(schedule.rounds, int(run.step * schedule.rounds / end + 1e-9))
         if due > run.state["rounds"]:
             self.cut_to(run, due)
 
     def finalize(self, run: Run) -> None:
         if self.pending(run):
-            self.cut_to(run, self.rounds)
+            self.cut_to(run, self.schedule(run).rounds)
 
     def scores(self, run: Run, groups: Groups) -> Scores:
         return progress.pulled(run, groups, self.criterion)
@@ -93,8 +102,9 @@ class PGP(ChannelPruning):
         """Make the cut of this number: weak units leave, or become zero."""
         state: dict[str, Any] = run.state
         groups = [group for group in self._left(run) if group.name in state["ratios"]]
-        scores, last = self.scores(run, groups), number == self.rounds
-        way = (number, self.rounds, self.course)
+        rounds = self.schedule(run).rounds
+        scores, last = self.scores(run, groups), number == rounds
+        way = (number, rounds, self.course)
         leaving = progress.weak_units(run, scores, way, 1.0 if last else self.hard)
         progress.take(run, groups, leaving, norms=self.reset_norms, last=last)
         state.update(rounds=number, fresh=progress.moved_up(state["fresh"], leaving), sums={})

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from pliant.families.prune.pruner import ChannelPruning, Share
+from pliant.families.prune.schedule import Schedule
 from pliant.families.prune.scores import Groups, Scores, batchnorms, importance, scaled
+from pliant.plan.pace import until
 from pliant.registry import In, Paper, register
 from pliant.run import Run
 
@@ -31,8 +33,13 @@ class Slimming(ChannelPruning):
     ``magnitude`` (means of 3 seeds).
     """
 
-    start: Share = 1.0  # share of the training before the first cut; 1 cuts when it is over
+    # share of the training before the first cut; 1 cuts when it is over; None: all of it but the
+    # last 100 steps, or 60 % where it has few
+    start: Share | None = None  # type: ignore[assignment]
     strength: Annotated[float, In(0)] = 1e-4  # lambda, of the sum of all scales; eq. (1)
+
+    def schedule(self, run: Run) -> Schedule:
+        return Schedule(self.rounds, until(self.start, 1.0, run.steps), self.end)
 
     def penalty(self, run: Run) -> Tensor | None:
         scales = torch.cat([norm.weight for norm in batchnorms(run.model)]).abs()
