@@ -1,12 +1,21 @@
 """Pages over several runs: what they show of each, and where their links lead."""
 
+import json
+import math
 import re
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from typer.testing import CliRunner
 
+from pliant.cli import app
+from pliant.cli.folder import legible, read_report
+from pliant.errors import PliantError
 from pliant.render.many import front
+from pliant.render.markdown import markdown
 from pliant.render.runs import compare, overview, row
 from pliant.result import Report
 from tests.reports import resnet20
@@ -49,3 +58,36 @@ def test_a_link_to_a_run_is_a_path_whatever_its_folder_is_called(name: str) -> N
     )
     assert urlsplit(link).scheme == "" and urlsplit(link).netloc == ""
     assert unquote(urlsplit(link).path).removeprefix("./") == f"{name}/report.html"
+
+
+ODD: tuple[Any, ...] = (None, "x", -1, 1e999, math.nan, [], {}, [1], {"a": 1}, True, 10**400)
+
+
+def test_a_report_of_wrong_types_is_refused_in_a_sentence(tmp_path: Path) -> None:
+    """Whatever stands in the file, no command ends in a traceback, and `runs` lists the rest."""
+    good = json.loads(resnet20().to_json())
+    good |= {"history": good["history"][:4], "layers": good["layers"][:3]}
+    run, wrong = CliRunner().invoke, tmp_path / "wrong" / "report.json"
+    wrong.parent.mkdir()
+    places = [("after",), ("layers", 0), ("verdict",), ("history", 3), ("method",), ("budget",)]
+    places += [("after", "params"), ("layers", 0, "before", "macs"), ("versions", "torch")]
+    for number, path in enumerate(places):
+        text = json.loads(json.dumps(good))
+        at = text
+        for key in path[:-1]:
+            at = at[key]
+        for odd in ODD[number % 2 :: 2]:
+            at[path[-1]] = odd
+            wrong.write_text(json.dumps(text))
+            try:
+                _, report = read_report(wrong)
+                with legible(wrong):
+                    markdown(report)
+                    row("wrong", report)
+            except PliantError as error:
+                assert str(wrong) in str(error) and len(str(error)) < 400
+    wrong.write_text(json.dumps(good | {"before": 1}))
+    assert run(app, ["report", str(wrong.parent)]).exit_code == 2
+    (tmp_path / "report.json").write_text(json.dumps(good))
+    done = run(app, ["runs", str(tmp_path)])
+    assert done.exit_code == 0 and "is no report and was left out" in done.output

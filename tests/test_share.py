@@ -4,6 +4,8 @@ import base64
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from pliant.cli import app
 from pliant.data import Data
 from pliant.drivers import logs
 from pliant.errors import ArtifactError, MissingExtraError, OutputError
+from pliant.render.card import card
 from pliant.result import Result
 
 
@@ -62,6 +65,21 @@ def test_a_shared_folder_loads_with_a_card(result: Result, mnist5k: Data, tmp_pa
     assert settings["pliant"]["budget"] == {"params": 0.8}
     with pytest.raises(ArtifactError, match=r"must hold a model\.pliant"):
         pliant.load(tmp_path)
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(OutputError, match="would be lost"):
+        result.save_pretrained(tmp_path)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_a_card_names_the_metric_that_judges_and_quotes_its_folder(result: Result) -> None:
+    after = replace(result.report.after, metrics={"mIoU": 0.5, "accuracy": 0.9})
+    told = replace(result.report, after=after, task="segmentation")
+    text = card(told, 'a"b')
+    (head,) = (line for line in text.splitlines() if line.startswith("model-index"))
+    (found,) = json.loads(head.partition(": ")[2])[0]["results"]
+    assert found["task"] == {"type": "image-segmentation"}
+    assert found["metrics"] == [{"type": "mIoU", "value": 0.5}]
+    assert json.loads(text.rpartition("pliant.load(")[2].partition(", build")[0]) == 'a"b'
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -122,7 +140,10 @@ def hub() -> Iterator[str]:
 def test_a_folder_goes_to_a_hub(result: Result, hub: str, tmp_path: Path) -> None:
     pytest.importorskip("huggingface_hub")
     asked = {"endpoint": hub, "token": "hf_good"}
+    (tmp_path / "net").mkdir()
+    (tmp_path / "net" / "secret.env").write_text("TOKEN=1")
     where = result.push_to_hub("me/net", tmp_path / "net", source="lenet5", **asked)
+    assert "secret.env" not in Hub.files
     assert where == f"{hub}/me/net/commit/1"
     assert Hub.files["model.pliant"] == (tmp_path / "net" / "model.pliant").read_bytes()
     assert {"README.md", "config.json", "report.json"} <= set(Hub.files)
@@ -174,13 +195,36 @@ def test_rows_go_to_mlflow(store: str, tmp_path: Path, monkeypatch: pytest.Monke
     assert run.data.metrics["control/loss"] == 0.4 and run.data.metrics["after/params"] == 3
 
 
-def test_a_log_that_cannot_be_opened_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_that_cannot_be_opened_says_why(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def closed(place: str, name: str) -> logs.Logger:
         raise RuntimeError("no route to host")
 
     monkeypatch.setitem(logs._OPEN, "csv", closed)
-    with pytest.raises(OutputError, match="The log csv:x cannot be opened: no route to host"):
-        logs.logger("csv:x")
+    with pytest.raises(OutputError, match="x cannot be opened: no route to host"):
+        logs.logger(f"csv:{tmp_path / 'x'}")
+
+
+@pytest.mark.parametrize("kind", ["csv", "tensorboard"])
+def test_a_folder_of_a_log_that_cannot_be_made_is_refused_before_the_work(
+    kind: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="cannot be made"):
+        logs.check(f"{kind}:{tmp_path / 'file'}")
+
+
+def test_a_log_that_takes_no_rows_leaves_the_run_as_it_is() -> None:
+    class Full:
+        def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+            raise OSError("disk full")
+
+        def finalize(self, status: str) -> None:
+            pass
+
+    with pytest.raises(OutputError, match=r"disk full\); the run itself is whole"):
+        logs.write(Full(), rows(), {})
 
 
 @pytest.mark.slow  # W&B starts a process of its own
@@ -194,8 +238,8 @@ def test_rows_go_to_wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     (written,) = tmp_path.glob("wandb/offline-run-*/run-*.wandb")
     held = written.read_bytes()
     # The control's rows begin at an earlier step again, and must not be dropped for it.
-    for name in (b"accuracy", b"control/loss", b"after/params", b"project"):
-        assert name in held, f"{name!r} was not written"
+    for wanted in (b"accuracy", b"control/loss", b"after/params", b"project"):
+        assert wanted in held, f"{wanted!r} was not written"
 
 
 def test_a_log_that_is_none_is_refused() -> None:
@@ -205,7 +249,7 @@ def test_a_log_that_is_none_is_refused() -> None:
         logs.logger("csv")
 
 
-def test_a_run_is_logged_by_one_option(tmp_path: Path) -> None:
+def test_a_run_is_logged_by_one_option(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = ["compress", "lenet5", "--weights", "mnist5k", "--data", "mnist5k", "--epochs", "0"]
     asked += ["--method", "energy", "--budget", "params=0.8", "--no-onnx"]
     wrong = CliRunner().invoke(app, [*asked, "--out", str(tmp_path / "a"), "--log-to", "paper"])
@@ -217,6 +261,13 @@ def test_a_run_is_logged_by_one_option(tmp_path: Path) -> None:
     head, last = (tmp_path / "logs" / "run" / "metrics.csv").read_text().splitlines()[:2]
     row = dict(zip(head.split(","), last.split(","), strict=True))
     assert float(row["after/accuracy"]) > 0.9 and float(row["after/params"]) < 50_000
+    monkeypatch.setattr(logs, "logger", partial(_refused, "closed"))
+    done = CliRunner().invoke(app, [*asked, "--force"])
+    assert done.exit_code == 2 and "closed" in done.output and "Parameters" in done.output
+
+
+def _refused(why: str, *where: str) -> None:
+    raise OutputError(why)
 
 
 @pytest.mark.parametrize("kind", ["mlflow", "wandb"])

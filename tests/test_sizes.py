@@ -5,6 +5,7 @@ import copy
 import math
 import warnings
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -103,6 +104,14 @@ def test_what_cannot_be_searched_is_refused_at_once(
 def test_without_labels_nothing_is_searched(net: nn.Module) -> None:
     with pytest.raises(DataError, match="validation or test split"):
         pliant.smallest(net, Data(samples(0)), "energy", 1.0)
+    inputs = samples(0)[0]
+    searches: tuple[Any, ...] = (
+        partial(pliant.smallest, method="energy"),
+        partial(pliant.auto, plans=(Plan("energy"),), goal="params"),
+    )
+    for search in searches:
+        with pytest.raises(DataError, match="labels to score"):
+            search(net, inputs)
 
 
 def test_the_check_has_no_sample_of_the_choice() -> None:

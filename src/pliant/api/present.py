@@ -49,11 +49,18 @@ def save_pretrained(
         onnx: inputs of one forward call; with them the network is written as ONNX too.
 
     Raises:
-        OutputError: the folder cannot be made or written.
+        OutputError: the folder cannot be made or written, or it holds a README.md or config.json
+            and no network: somebody else's.
     """
     from pliant.render.card import card
 
     place, report = _folder(folder), result.report
+    theirs = [name for name in (hub.CARD, hub.CONFIG) if (place / name).exists()]
+    if theirs and not (place / hub.MODEL).exists():
+        raise OutputError(
+            f"{place / theirs[0]} is not of a shared network and would be lost: choose another "
+            "folder."
+        )
     result.save(place / hub.MODEL, source=source)
     if onnx:
         done = to_onnx(result.model, place / "model.onnx", onnx)
@@ -61,7 +68,7 @@ def save_pretrained(
         report = replace(report, export={"onnx": {"path": "model.onnx", **row}})
     save_report(report, place)
     hub.write_config(place, hub.config(result.model, {f: getattr(report, f) for f in KEPT}))
-    hub.write(place / hub.CARD, card(report, place.name))
+    hub.write(place / hub.CARD, card(report, place.resolve().name))
     return place
 
 
@@ -69,7 +76,11 @@ KEPT = ("method", "budget", "seed", "versions")
 
 
 def push_to_hub(result: Result, repo: str, folder: str | Path, **asked: Any) -> str:
-    """Write a folder and upload it; see `save_pretrained` and `pliant.files.hub.push`."""
+    """Write a folder and upload what was written, and nothing else that may lie in it.
+
+    See `save_pretrained` and `pliant.files.hub.push`.
+    """
+    asked = {"only": hub.WRITTEN, **asked}
     where = {name: asked.pop(name) for name in ("source", "onnx") if name in asked}
     return hub.push(save_pretrained(result, folder, **where), repo, **asked)
 

@@ -17,6 +17,7 @@ from pliant.api.within import (
     bisect,
     budget,
     caution,
+    check_scored,
     divided,
     measured,
     silent,
@@ -212,6 +213,7 @@ class _Search:
         except (BudgetError, ModelError, MethodError) as error:
             row |= {"refused": str(error)}
         else:
+            check_scored(made)
             row |= measured(made)
             fine = within(made.report.verdict, self.drop, self.caution)
             row |= {"met": not self.misses(made), "within": fine, "gains": self._gains(made)}

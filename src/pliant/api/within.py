@@ -173,11 +173,7 @@ class _Probe:
             self.rows.append({**row, "refused": str(error)})
             return False
         self.rows.append({**row, **measured(found), "seconds": time.monotonic() - began})
-        if self.rows[-1]["lost"] is None:
-            raise DataError(
-                "What is lost can only be searched where there are labels to score: give a "
-                "validation or test split with classes."
-            )
+        check_scored(found)
         most = at_most(found.report.verdict, self.drop, self.caution)
         self.rows[-1]["within"] = most <= self.drop
         if found.report.met and self.rows[-1]["lost"] <= self.drop:
@@ -205,6 +201,21 @@ def measured(result: Result) -> dict[str, Any]:
     lost = {name: getattr(verdict, name, None) for name in ("lost", "low", "high", "samples")}
     scored = {"accuracy": after.accuracy, "loss": after.loss, **result.report.judged()}
     return {**costs, **scored, **lost}
+
+
+def check_scored(found: Result) -> None:
+    """Refuse to search by what is lost where that is not known.
+
+    Raises:
+        DataError: nothing was scored.
+    """
+    verdict = found.report.verdict
+    if verdict is None or verdict.lost is None:
+        note = f" {verdict.note}" if verdict and verdict.note else ""
+        raise DataError(
+            "What is lost can only be searched where there are labels to score: give a validation "
+            f"or test split with labels.{note}"
+        )
 
 
 def caution(decide: Data, check: Data) -> float:

@@ -211,10 +211,12 @@ def compress(
         except KeyboardInterrupt:
             bars.progress.stop()
             raise _stopped(context, place) from None
-    if log_to:
-        log = logs.logger(log_to, place.name)
-        logs.write(log, written.report.history, asdict(written.report.after))
-    end(written, as_json=as_json, allow_drop=allow_drop)
+    try:
+        end(written, as_json=as_json, allow_drop=allow_drop)
+    finally:  # the result stands, and is said, whatever becomes of the log
+        if log_to:
+            log = logs.logger(log_to, place.name)
+            logs.write(log, written.report.history, asdict(written.report.after))
 
 
 def end(written: folder.Written, *, as_json: bool, allow_drop: bool = False) -> None:

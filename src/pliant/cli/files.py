@@ -19,7 +19,8 @@ def report(
 ) -> None:
     """Write report.html and report.md anew from report.json, and print the tables."""
     place, found = folder.read_report(run)
-    files = folder.write_reports(place, found, json_too=False)
+    with folder.legible(run):
+        files = folder.write_reports(place, found, json_too=False)
     if as_json:
         console.print_json(json.loads(found.to_json()))
         return

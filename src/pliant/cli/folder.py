@@ -1,6 +1,5 @@
 """The folder of a run: claimed before the work, filled at its end, every file whole or absent."""
 
-import json
 import re
 import shutil
 from collections.abc import Iterator, Mapping
@@ -154,13 +153,27 @@ def read_report(path: Path) -> tuple[Path, Report]:
     """
     file = path / "report.json" if path.is_dir() else path
     try:
-        return file.parent, Report.from_json(_text(file))
+        with legible(file):
+            return file.parent, Report.from_json(_text(file))
     except OSError as error:
         raise ArtifactError(
             f"{path} must be the folder of a run or its report.json, but {file} cannot be read "
             f"({error.strerror or error}): check the path."
         ) from error
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+
+
+@contextmanager
+def legible(file: Path | str) -> Iterator[None]:
+    """Refuse a report that holds what no compression writes, while it is read or drawn.
+
+    Raises:
+        ArtifactError: it holds such a thing.
+    """
+    try:
+        yield
+    except OutputError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ArtifactError(
             f"{file} must be a report of pliant compress, but is not "
             f"({type(error).__name__}: {str(error)[:100]})."

@@ -17,7 +17,7 @@ from pliant.errors import DataError, MethodError, OutputError, PliantError
 from pliant.render import table
 from pliant.render.runs import compare as side_by_side
 from pliant.render.runs import overview, row
-from pliant.result import Report, Result
+from pliant.result import Result
 
 
 @console.refusals
@@ -28,14 +28,10 @@ def runs(
     ] = None,
 ) -> None:
     """Write one page that lists all runs in a folder, to sort, filter and open."""
-    found, damaged = _reports(place)
-    if not found:
-        raise DataError(f"There is no report.json in {place}: name a folder with runs in it.")
     page = out or place / "runs.html"
-    rows = [
-        row(name, report, os.path.relpath(path / "report.html", page.parent))
-        for name, path, report in found
-    ]
+    rows, damaged = _rows(place, page.parent)
+    if not rows:
+        raise DataError(f"There is no report.json in {place}: name a folder with runs in it.")
     folder.write(page, overview(rows, f"Runs in {place}", _version()))
     console.out().print(table.many(rows))
     for path in damaged:
@@ -57,7 +53,9 @@ def compare(
     read = [folder.read_report(path) for path in run]
     names = _told_apart([place for place, _ in read])
     found = [(name, report) for name, (_, report) in zip(names, read, strict=True)]
-    folder.write(out, side_by_side(found, _version()))
+    with folder.legible(" or ".join(map(str, run))):
+        page = side_by_side(found, _version())
+    folder.write(out, page)
     console.out().print(table.many([row(name, report) for name, report in found]))
     console.out().print(f"  {out}", soft_wrap=True, markup=False)
 
@@ -143,16 +141,17 @@ def slug(case: Case) -> str:
     return f"{name[:100]}-{digest_of(text)}"
 
 
-def _reports(place: Path) -> tuple[list[tuple[str, Path, Report]], list[Path]]:
-    """Read every report below a folder, and say which ones cannot be read."""
+def _rows(place: Path, page: Path) -> tuple[list[dict[str, Any]], list[Path]]:
+    """Read every report below a folder as a row, and say which ones cannot be read."""
     found, damaged = [], []
     for path in sorted(place.rglob("report.json")):
+        link = os.path.relpath(path.with_name("report.html"), page)
         try:
             _, report = folder.read_report(path)
+            with folder.legible(path):
+                found.append(row(str(path.parent.relative_to(place)), report, link))
         except PliantError:
             damaged.append(path)
-            continue
-        found.append((str(path.parent.relative_to(place)), path.parent, report))
     return found, damaged
 
 

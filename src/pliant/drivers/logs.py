@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping
 from importlib import import_module
+from pathlib import Path
 from typing import Any, Protocol
 
 from pliant.errors import MissingExtraError, OutputError
@@ -26,7 +28,7 @@ def check(where: str | None) -> None:
     """Refuse a log that cannot be opened, before any work.
 
     Raises:
-        OutputError: there is no log of that kind, or it names no folder.
+        OutputError: there is no log of that kind, or it names no folder that can be made.
         MissingExtraError: its library is not installed.
     """
     if where is None:
@@ -41,6 +43,19 @@ def check(where: str | None) -> None:
         import_module(needs)
     except ImportError as error:
         raise MissingExtraError(f"A log of {kind} needs {needs}: pip install {needs}.") from error
+    if kind in ("csv", "tensorboard"):
+        _make(Path(place))
+
+
+def _make(folder: Path) -> None:
+    """Make a folder, or refuse it: these loggers only try at the first row."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        writable = os.access(folder, os.W_OK)
+    except OSError as error:
+        raise OutputError(f"The folder of the log, {folder}, cannot be made: {error}.") from error
+    if not writable:
+        raise OutputError(f"The folder of the log, {folder}, cannot be written to.")
 
 
 def logger(where: str, name: str = "pliant") -> Logger:
@@ -123,7 +138,19 @@ def write(logger: Logger, history: Iterable[Mapping[str, Any]], after: Mapping[s
         logger: from `logger`.
         history: of a report.
         after: what the network costs and scores in the end.
+
+    Raises:
+        OutputError: the log takes no rows.
     """
+    try:
+        _write(logger, history, after)
+    except Exception as error:  # each library has its own
+        raise OutputError(
+            f"The log takes no rows ({type(error).__name__}: {error}); the run itself is whole."
+        ) from error
+
+
+def _write(logger: Logger, history: Iterable[Mapping[str, Any]], after: Mapping[str, Any]) -> None:
     last = 0
     for row in history:
         step = int(row.get("step", last))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from pliant.codecs.container import replacing
 from pliant.errors import ArtifactError, MissingExtraError, OutputError
 
 MODEL, CARD, CONFIG = "model.pliant", "README.md", "config.json"
+WRITTEN = (MODEL, CARD, CONFIG, "report.*", "model.onnx*")  # by `Result.save_pretrained`
 
 
 def model_file(folder: Path) -> Path:
@@ -51,6 +52,7 @@ def push(
     token: str | None = None,
     private: bool = False,
     endpoint: str | None = None,
+    only: Sequence[str] | None = None,
     message: str = "Add a compressed network",
 ) -> str:
     """Upload a folder to a hub, and return the address of what was committed.
@@ -61,6 +63,7 @@ def push(
         token: of the hub; the one of `hf auth login` if None.
         private: whether a new repository is private.
         endpoint: of another hub.
+        only: patterns of the files to upload; all if None.
         message: of the commit.
 
     Raises:
@@ -80,7 +83,10 @@ def push(
     try:
         made = hub.create_repo(repo, private=private, exist_ok=True)
         done = hub.upload_folder(
-            repo_id=made.repo_id, folder_path=str(folder), commit_message=message
+            repo_id=made.repo_id,
+            folder_path=str(folder),
+            commit_message=message,
+            allow_patterns=None if only is None else list(only),
         )
     except (HfHubHTTPError, OSError, ValueError) as error:
         raise OutputError(

@@ -8,11 +8,16 @@ from pliant.render import words
 from pliant.render.markdown import markdown
 from pliant.result import Report
 
+TASKS = {  # as a hub calls them, where that is sure
+    "segmentation": "image-segmentation",
+    "next-token": "text-generation",
+    "super-resolution": "image-to-image",
+}
 USE = """\
 ```python
 import pliant
 
-model = pliant.load("{folder}", build)  # build: a function that makes the dense network
+model = pliant.load({folder}, build)  # build: a function that makes the dense network
 ```
 """
 
@@ -30,7 +35,8 @@ def card(report: Report, folder: str) -> str:
         "model-index": [{"name": report.model, "results": _results(report)}],
     }
     front = "\n".join(f"{key}: {json.dumps(value)}" for key, value in head.items())
-    return f"---\n{front}\n---\n\n{markdown(report)}\n## Use\n\n{USE.format(folder=folder)}"
+    use = USE.format(folder=json.dumps(folder))
+    return f"---\n{front}\n---\n\n{markdown(report)}\n## Use\n\n{use}"
 
 
 def _names(report: Report) -> list[str]:
@@ -38,9 +44,9 @@ def _names(report: Report) -> list[str]:
 
 
 def _results(report: Report) -> list[dict[str, object]]:
-    if not words.known(report.after.accuracy):
+    judged, data = report.judged(), report.data or "unknown"
+    if not words.known(judged["score"]):
         return []
-    metric = {"type": "accuracy", "value": report.after.accuracy}
-    data = report.data or "unknown"
-    return [{"task": {"type": "image-classification"}, "dataset": {"name": data, "type": data},
-             "metrics": [metric]}]  # fmt: skip
+    metric = {"type": judged["metric"], "value": judged["score"]}
+    task = TASKS.get(report.task, report.task or "other")
+    return [{"task": {"type": task}, "dataset": {"name": data, "type": data}, "metrics": [metric]}]

@@ -15,6 +15,7 @@ from torch import nn
 from pliant.edits import Edit
 from pliant.errors import PliantError
 from pliant.files import artifact
+from pliant.result.read import plain, read
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,8 @@ class LayerRow:
     form: str
     ranks: tuple[int, ...]
     kept: tuple[int, int] | None
-    before: dict[str, Any]
-    after: dict[str, Any]
+    before: Mapping[str, float]
+    after: Mapping[str, float]
     reason: str = ""
 
 
@@ -191,16 +192,9 @@ class Report:
             PliantError: the text is not a report.
         """
         try:
-            raw = json.loads(text)
-            raw["before"], raw["after"] = (Side(**_tuples(raw[s])) for s in ("before", "after"))
-            raw["verdict"] = Verdict(**raw["verdict"]) if raw.get("verdict") else None
-            raw["fidelity"] = Fidelity(**raw["fidelity"]) if raw.get("fidelity") else None
-            raw["sizes"] = tuple(Side(**_tuples(row)) for row in raw.get("sizes", ()))
-            raw["layers"] = tuple(LayerRow(**_tuples(row)) for row in raw["layers"])
-            for name in ("history", "misses", "tried", "findings"):
-                raw[name] = tuple(raw.get(name, ()))
-            return cls(**raw)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            found: Report = read(cls, plain(text), "report")
+            return found
+        except (ValueError, TypeError, RecursionError) as error:
             raise PliantError(
                 f"The text must be a report as Report.to_json writes it, but is not "
                 f"({type(error).__name__}: {error}); make it anew."
@@ -292,7 +286,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(item) for key, item in value.items()}
     return [_finite(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-
-def _tuples(row: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in row.items()}
