@@ -48,7 +48,7 @@ class ASRFP(ChannelPruning):
     convolution. The cut at the end is inferred, and re-estimates batch norms where there is data.
 
     *Measured* (bench ``prune-family``): with 50 % of its multiply-accumulates, trained for 2 epochs
-    on 2,000 images, ResNet-20 was right on 23.6 % by ``asrfp(epochs=20, start=0.5)`` and on 68.8 %
+    on 2,000 images, ResNet-20 was right on 23.3 % by ``asrfp(epochs=20)`` and on 68.8 %
     by ``magnitude`` (means of 3 seeds).
     Given time (bench ``prune-soft``): with 50 % of its multiply-accumulates, trained for 10 epochs
     on 1,280 images, ResNet-56 was right on 65.5 % by ``asrfp(start=1.0)`` and on 77.2 % by
