@@ -55,6 +55,12 @@ class Few:
             yield from _pass(self.rest, self.batch, self.seed, epoch, self.task)
 
 
+def shown(run: Run, count: int, batch: int) -> Iterator[Example]:
+    """Give the inputs to look at, if there are any, drawn where the first is asked for."""
+    if run.has_inputs:
+        yield from few(run, count, batch).look
+
+
 def few(run: Run, count: int, batch: int) -> Few:
     """Draw a few training inputs.
 

@@ -48,11 +48,11 @@ class ASRFP(ChannelPruning):
     convolution. The cut at the end is inferred, and re-estimates batch norms where there is data.
 
     *Measured* (bench ``prune-family``): with 50 % of its multiply-accumulates, trained for 2 epochs
-    on 2,000 images, ResNet-20 was right on 23.3 % by ``asrfp(epochs=20)`` and on 68.8 %
-    by ``magnitude`` (means of 3 seeds).
-    Given time (bench ``prune-soft``): with 50 % of its multiply-accumulates, trained for 10 epochs
-    on 1,280 images, ResNet-56 was right on 65.5 % by ``asrfp(start=1.0)`` and on 77.2 % by
-    ``magnitude``; with norms that fade too and half of the epochs to recover in, on 75.8 %.
+    on 2,000 images, ResNet-20 was right on 23.3 % by ``asrfp(epochs=20)`` and on 68.8 % by
+    ``magnitude`` (means of 3 seeds). Given time (bench ``prune-soft``): with 50 % of its
+    multiply-accumulates, trained for 10 epochs on 1,280 images, ResNet-56 was right on 65.5 % by
+    ``asrfp(start=1.0)`` and on 77.2 % by ``magnitude``; with norms that fade too and half of the
+    epochs to recover in, on 75.8 %.
 
     >>> ASRFP(alpha=0.0, ramp=0.0).ratio  # SFP
     0.4
@@ -61,20 +61,16 @@ class ASRFP(ChannelPruning):
     ratio: Ratio = 0.4  # P, share of the filters that leaves, if there is no budget
     scope: Scope = field(default="local", init=False)
     rounds: int = field(default=1, init=False)
-    # share of the training before the filters leave; 1 is its end; None: all of it but the last
-    # 100 steps, or 60 % where it has few
+    # share of the training before the filters leave; None: all but 100 steps, or 60 %
     start: Share | None = None  # type: ignore[assignment]
     end: float = field(default=1.0, init=False)
     alpha: Share = 1.0  # alpha_0, factor at the beginning
-    # factor wanted at the end of an exponential decay
-    sigma: Annotated[float, In(0, open="low")] = 1e-5
-    # D, share of the training in which the ratio reaches three quarters
-    ramp: AtLeast0 = 0.125
+    sigma: Annotated[float, In(0, open="low")] = 1e-5  # factor at the end of exponential decay
+    ramp: AtLeast0 = 0.125  # D, share of the training in which the ratio reaches three quarters
     decay: soft.Decay = "exponential"  # of the factor
     zero_from: AtLeast0 = 0.9  # share of the epochs from which the factor is 0
     interval: Annotated[int, In(1)] = 1  # epochs between two maskings
-    # T, parts of the training after which filters fade; 0: the epochs themselves
-    epochs: Annotated[int, In(0)] = 0
+    epochs: Annotated[int, In(0)] = 0  # T, parts after which filters fade; 0: epochs as they are
     norm: Literal["l1", "l2"] = "l2"  # of a filter
     unit: Literal["filter", "weight"] = "filter"  # what fades; single weights never leave
     norms: bool = False  # fade the batch norms of these channels too
@@ -126,8 +122,7 @@ class ASRFP(ChannelPruning):
         layers, _ = readable(run.model, only=self.only, exclude=self.exclude)
         groups = self.groups(run)
         ratios = uniform_ratios(run, groups, self.ratio, least=self.least)
-        alone = layers if self.every else {}
-        run.state.update(soft.chosen(groups, ratios, alone, self.ratio))
+        run.state.update(soft.chosen(groups, ratios, layers if self.every else {}, self.ratio))
         run.state["weights"] = list(layers) if self.unit == "weight" else []
 
     def _end(self, run: Run) -> int:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from pliant.cost import Example
 from pliant.edits.quantize import LEAST, MOST
 from pliant.errors import MethodError
 from pliant.families.quantize.fit import Stages, fitted
 from pliant.families.quantize.layers import Layers, packable
 from pliant.families.quantize.levels import damages, gaps
 from pliant.families.quantize.plan import Written
-from pliant.families.quantize.samples import few
+from pliant.families.quantize.samples import few, shown
 from pliant.families.quantize.tuning import Goal, Outputs, Rates
 from pliant.math.quantize import Grouping
 from pliant.method import Method
@@ -127,8 +125,8 @@ class GroupwisePTQ(Method):
         run.apply(*fitted(run, plan, self.grouping, inputs, self._stages))
 
     def _layers(self, run: Run) -> Layers:
-        shown = _shown(run, self.samples, self.batch)
-        return packable(run.model, run.example, shown, only=self.only, exclude=self.exclude)
+        seen = shown(run, self.samples, self.batch)
+        return packable(run.model, run.example, seen, only=self.only, exclude=self.exclude)
 
     @property
     def _written(self) -> Written:
@@ -141,12 +139,6 @@ class GroupwisePTQ(Method):
         goal = Goal(self.features, self.answers, self.temperature, self.outputs)
         steps = self.independent, self.joint
         return Stages(self.correct, *steps, rates, self.slowdown, goal, self.step)
-
-
-def _shown(run: Run, samples: int, batch: int) -> Iterator[Example]:
-    """Give the inputs that show ranges, drawn where the first is asked for."""
-    if run.has_inputs:
-        yield from few(run, samples, batch).look
 
 
 def _begin(run: Run) -> None:
