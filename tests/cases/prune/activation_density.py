@@ -179,7 +179,8 @@ def resizings_are_spread_up_to_the_end() -> None:
     """The first of two in the first tenth; the second in the middle, or when all is over."""
     for end, due in ((0.5, 2), (1.0, 1)):
         method = ActivationDensity(rounds=2, start=0.1, end=end)
-        assert [method.schedule().due(step, 10) for step in (1, 4, 10)] == [1, due, 2]
+        schedule = method.schedule(start(pair(1.0, 2.0, 3.0), method, data=points(), steps=10))
+        assert [schedule.due(step, 10) for step in (1, 4, 10)] == [1, due, 2]
 
 
 def fresh_weights_forget() -> None:
