@@ -23,7 +23,8 @@ def sides(module: nn.Module) -> dict[str, int]:
     if type(module) is nn.Linear:
         return {"in": module.in_features, "out": module.out_features}
     if type(module) in NORMS:
-        return {"channels": module.num_features}  # type: ignore[dict-item]
+        size: Any = module.num_features
+        return {"channels": size}
     if type(module) is nn.GroupNorm:
         return {"channels": module.num_channels}
     if type(module) is nn.PReLU and module.num_parameters > 1:

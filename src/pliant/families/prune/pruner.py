@@ -31,7 +31,9 @@ class ChannelPruning(Method):
     A method overrides `scores`, and of the rest what it does otherwise: which groups it looks at
     (`groups`), how many units of each leave (`allocation`), what becomes of them before they do
     (`adjust`). Hooks of its own call the hook of this class as well. An option that means nothing
-    to a method is fixed: ``scope: Scope = field(default="local", init=False)``.
+    to a method is fixed: ``scope: Scope = field(default="local", init=False)``. One that follows
+    the number of steps until it is written is widened: ``start: Share | None = None``. mypy takes
+    that for a wrong assignment, since here it is a number; the method's `schedule` makes it one.
     """
 
     ratio: Ratio = 0.5  # share of the channels that leaves, if there is no budget
