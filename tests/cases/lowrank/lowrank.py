@@ -126,6 +126,22 @@ def ranks_by_energy(method: Method) -> None:
     assert run.edits == [Factor("0", "tucker2", (1, 2))]
 
 
+def a_plan_pulls_at_what_the_budget_drops() -> None:
+    """Of diag(3, 2, 1) the budget leaves rank one: 3 stays as it is, 2 and 1 are pulled to zero."""
+    method = NRMF(alpha=0.5, shrinkage="planned", keep_norm=False, search=1.0, refresh=2)
+    model = linear(3.0, 2.0, 1.0)
+    run = run_of(model, method, Budget(params=0.7), steps=8)
+    weight = model[0].weight
+    weight.grad = torch.ones(3, 3)
+    run.before_step()
+    assert close(weight.grad, 1 + 0.5 * torch.diag(torch.tensor([0.0, 2.0, 1.0])))
+    with torch.no_grad():
+        weight.copy_(torch.diag(torch.tensor([1.0, 2.0, 4.0])))
+    for _ in range(4):
+        run.after_step()  # a plan is made anew in the middle: now 4 is what stays
+    assert close(run.state["goals"]["0"], torch.diag(torch.tensor([0.0, 0.0, 4.0])))
+
+
 def r3_and_r4_by_one_energy() -> None:
     ranks_by_energy(NRMF(p=0.7, form="tucker2", samples=0))
     run = run_of(conv(DIAGONAL), NRMF(p=13 / 14.25 + 1e-6, form="tucker2", samples=0))
@@ -368,6 +384,8 @@ CASES = [
             'nrmf(shrinkage="gradient", interval=1, search=0.5)',
             'nrmf(shrinkage="hoyer", space="whitened", samples=16, search=0.5)',
             'nrmf(space="whitened", samples=16, interval=1, search=1.0, refresh=2)',
+            'nrmf(shrinkage="planned", search=0.5, refresh=2)',
+            'nrmf(shrinkage="planned", space="whitened", samples=16, search=0.5)',
             'nrmf(alpha=None, interval=1, form="spatial")',
             'nrmf(search=0.0, form="input", samples=8)',
             'nrmf(form="output", samples=0)',
@@ -378,6 +396,7 @@ CASES = [
             prox_step_of_a_kernel,
             prox_step_keeps_the_norm,
             gradient_is_alpha_times_the_polar_factor,
+            a_plan_pulls_at_what_the_budget_drops,
             r3_and_r4_by_one_energy,
             search_ends_in_the_middle,
             a_search_does_not_grow_with_the_training_for_ever,

@@ -13,8 +13,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pliant.families.lowrank.factorize import Layers
+from pliant.families.lowrank.factorize import Form, Layers
 from pliant.families.lowrank.frames import Frame, Pair, frames
+from pliant.families.lowrank.goals import goals
 from pliant.math.norms import penalty_gradient
 from pliant.math.prox import THRESHOLDS, shrink
 from pliant.math.svd import spectral_map
@@ -23,7 +24,9 @@ from pliant.nn.layers import Factorizable
 from pliant.run import Run
 from pliant.surgery.steps import scaling, way
 
-Shrinkage = Literal["reweighted", "relative", "soft", "gradient", "logdet", "schatten", "hoyer"]
+Shrinkage = Literal[
+    "reweighted", "relative", "soft", "gradient", "logdet", "schatten", "hoyer", "planned"
+]
 Space = Literal["weights", "whitened"]
 
 TINY = 1e-30
@@ -34,7 +37,10 @@ GRADIENTS = {
     "schatten": "schatten",
     "hoyer": "hoyer",
 }
-"""The shrinkages that are gradients, each with its penalty in `pliant.math.norms`."""
+"""The shrinkages that are gradients of singular values, each with its `pliant.math.norms`."""
+
+PULLS = (*GRADIENTS, "planned")
+"""All that are added to the loss's gradient: ``planned`` is half the squared way to a goal."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,7 @@ class Penalty:
     """What pulls kernels to low rank.
 
     Args:
-        kind: one of `GRADIENTS`, or of `pliant.math.prox.THRESHOLDS`.
+        kind: one of `PULLS`, or of `pliant.math.prox.THRESHOLDS`.
         space: whose singular values are meant; ``whitened`` needs data.
         keep_norm: leave the norm of every kernel as it is: of a gradient to first order.
         samples: training inputs to look at for ``whitened``.
@@ -57,15 +63,31 @@ class Penalty:
         """Look at the data, if directions are measured by it; what comes is for a run to keep."""
         return frames(run, layers, self.samples) if self.space == "whitened" else {}
 
+    def goals(self, run: Run, layers: Layers, form: Form, p: float) -> dict[str, Tensor]:
+        """Return what a plan made now would leave of each kernel; nothing without ``planned``."""
+        if self.kind != "planned":
+            return {}
+        return goals(run, dict(_plain(layers)), form, self.samples, p)
+
     @torch.no_grad()
-    def before_step(self, layers: Layers, alpha: float, frames: Mapping[str, Pair]) -> None:
+    def before_step(
+        self,
+        layers: Layers,
+        alpha: float,
+        frames: Mapping[str, Pair],
+        goals: Mapping[str, Tensor],
+    ) -> None:
         """Add alpha times the exact gradient to the gradients that are there, if it is one."""
-        for name, module in _plain(layers) if self.kind in GRADIENTS else ():
-            if module.weight.grad is None:
+        for name, module in _plain(layers) if self.kind in PULLS else ():
+            weight = module.weight.detach()
+            if module.weight.grad is None or (self.kind == "planned" and name not in goals):
                 continue
-            frame, weight = Frame(*frames.get(name, ())), module.weight.detach()
+            frame = Frame(*frames.get(name, ()))
             kernel = frame.enter(weight)
-            pull = penalty_gradient(kernel, modes_of(weight), GRADIENTS[self.kind])
+            if self.kind == "planned":
+                pull = kernel - frame.enter(goals[name])
+            else:
+                pull = penalty_gradient(kernel, modes_of(weight), GRADIENTS[self.kind])
             if self.keep_norm:
                 pull -= kernel * ((pull * kernel).sum() / kernel.square().sum().clamp_min(TINY))
             module.weight.grad.add_(frame.enter(pull), alpha=alpha)
@@ -79,7 +101,7 @@ class Penalty:
         Unfoldings are shrunk one after the other. Without an optimizer a step is as long as alpha.
         A penalty that is a gradient has nothing to do here.
         """
-        if self.kind in GRADIENTS:
+        if self.kind in PULLS:
             return
         for name, module in _plain(layers):
             frame, weight = Frame(*frames.get(name, ())), module.weight

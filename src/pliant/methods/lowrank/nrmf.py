@@ -1,6 +1,6 @@
 """NRMF, elastic tensor ranks: training itself finds how few channel directions a layer needs.
 
-The file is long because of the options and what they mean: seven penalties, two spaces.
+The file is long because of the options and what they mean: eight penalties, two spaces.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from typing import Annotated
 
 from pliant.families.lowrank.factorize import (
     Form,
+    Layers,
     check_reachable,
     factorize,
     look,
@@ -51,12 +52,14 @@ class NRMF(Method):
     steps it only factorizes, in seconds.
 
     ``gradient`` is the paper's penalty: the exact gradient of the nuclear norms before every step;
-    ``logdet``, ``schatten`` and ``hoyer`` are others in its place. The rest shrink singular values
+    ``logdet``, ``schatten`` and ``hoyer`` are others in its place. ``planned`` pulls every kernel
+    towards what the budget would leave of it if it were factorized now, and pulls at nothing else:
+    so BATUDE (Yin et al., AAAI 2022) meets its budget, by ADMM. The rest shrink singular values
     every ``interval`` steps, as far as the optimizer would have gone with such a gradient, with its
     momentum or Adam's scaling: alike (``soft``: the nuclear norm), in units of the largest
     (``relative``), or the weak ones more, in units of their root mean square (``reweighted``).
     In ``space="whitened"`` a direction counts for what it is worth to the loss, as it does when
-    ranks are chosen, and not for its weights; the data is looked at anew ``refresh`` times.
+    ranks are chosen, and not for its weights. Data and plan are made anew ``refresh`` times.
 
     A fixed strength adds up, so the search is short however long the training: a tenth of it, 100
     steps at most. For a longer ``search`` on a trained network take ``alpha=None``, which raises
@@ -76,7 +79,7 @@ class NRMF(Method):
     alpha: Annotated[float, In(0)] | None = 0.05
     shrinkage: Shrinkage = "reweighted"  # rule; "gradient" is the paper's penalty
     space: Space = "weights"  # whose singular values: "whitened" needs data
-    # times in the search to look at data anew, for "whitened"
+    # times in the search to look at data anew, for "whitened" and "planned"
     refresh: Annotated[int, In(1)] = 5
     # k, steps between two shrinkages; fewer where the search is short
     interval: Annotated[int, In(1)] = 15
@@ -100,18 +103,19 @@ class NRMF(Method):
         """Choose the layers."""
         check_steering("nrmf", run, self.alpha)
         layers, alpha = subjects(run, self.only, self.exclude, every=True), self.alpha
-        run.state.update(layers=list(layers), factorized=False, frames={})
+        run.state.update(layers=list(layers), factorized=False, frames={}, goals={})
         run.state["alpha"] = START if alpha is None else alpha
         note_spectra(run, layers, self.p)
         if self._search(run):
-            run.state["frames"] = self._penalty.frames(run, layers)
+            self._look(run, layers)
         elif run.steps:
             self._factorize(run)
 
     def before_step(self, run: Run) -> None:
         """Add the exact gradient of the penalty, if that form of it is chosen."""
         if not (state := run.state)["factorized"]:
-            self._penalty.before_step(named(run, state["layers"]), state["alpha"], state["frames"])
+            layers = named(run, state["layers"])
+            self._penalty.before_step(layers, state["alpha"], state["frames"], state["goals"])
 
     def after_step(self, run: Run) -> None:
         """Shrink at intervals; factorize when the search is over."""
@@ -130,7 +134,7 @@ class NRMF(Method):
             left = factorize_ready(run, layers, self.form, self.samples, self.p)
             state["layers"] = [name for name in layers if name not in left]
         elif due(run.step, 1, search, self.refresh):
-            state["frames"] = self._penalty.frames(run, layers)
+            self._look(run, layers)
 
     def after_epoch(self, run: Run) -> None:
         """Write spectra and ranks into the history."""
@@ -151,8 +155,12 @@ class NRMF(Method):
             return min(round(0.1 * run.steps), LONGEST)
         return round(self.search * run.steps)
 
+    def _look(self, run: Run, layers: Layers) -> None:
+        run.state["frames"] = self._penalty.frames(run, layers)
+        run.state["goals"] = self._penalty.goals(run, layers, self.form, self.p)
+
     def _factorize(self, run: Run) -> None:
-        run.state.update(factorized=True, frames={})
+        run.state.update(factorized=True, frames={}, goals={})
         if layers := named(run, run.state["layers"]):
             note_spectra(run, layers, self.p)
             seen = look(run, layers, self.samples)
