@@ -53,11 +53,11 @@ class NRMF(Method):
 
     ``gradient`` is the paper's penalty: the exact gradient of the nuclear norms before every step;
     ``logdet``, ``schatten`` and ``hoyer`` are others in its place. ``planned`` pulls every kernel
-    towards what the budget would leave of it if it were factorized now, and pulls at nothing else:
-    so BATUDE (Yin et al., AAAI 2022) meets its budget, by ADMM. The rest shrink singular values
-    every ``interval`` steps, as far as the optimizer would have gone with such a gradient, with its
-    momentum or Adam's scaling: alike (``soft``: the nuclear norm), in units of the largest
-    (``relative``), or the weak ones more, in units of their root mean square (``reweighted``).
+    towards what a plan for the budget would leave of it now, as BATUDE does by ADMM (Yin et al.,
+    AAAI 2022). The rest shrink singular values every ``interval`` steps, as far as the optimizer
+    would have gone with such a gradient, with its momentum or Adam's scaling: alike (``soft``: the
+    nuclear norm), in units of the largest (``relative``), or the weak ones more, in units of their
+    root mean square (``reweighted``).
     In ``space="whitened"`` a direction counts for what it is worth to the loss, as it does when
     ranks are chosen, and not for its weights. Data and plan are made anew ``refresh`` times.
 
