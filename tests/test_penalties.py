@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from pliant.budget import Budget
 from pliant.data import Data
 from pliant.errors import MethodError
 from pliant.families.lowrank.frames import Frame
@@ -180,6 +181,42 @@ def test_the_whitened_gradient_is_that_of_the_whitened_kernel() -> None:
     run.before_step()
     assert torch.allclose(weight.grad, 0.5 * expected, atol=1e-4)
     assert not torch.allclose(frame.enter(weight), weight, atol=0.05)
+
+
+@pytest.mark.parametrize("keep_norm", [False, True])
+@pytest.mark.parametrize("space", ["weights", "whitened"])
+def test_a_plan_pulls_along_the_way_to_what_it_leaves(space: Any, keep_norm: bool) -> None:
+    """The gradient of half the squared distance, without its part along the kernel or with it."""
+    model = classifier()
+    options: dict[str, Any] = {"space": space, "keep_norm": keep_norm, "samples": 64}
+    method = NRMF(alpha=0.5, shrinkage="planned", search=1.0, **options)
+    data = reading(model, torch.linspace(0.1, 2, 12))
+    run = run_of(model, method, SGD(model.parameters(), 0.1), data=data, budget=Budget(params=0.5))
+    weight, goal = model[0].weight, run.state["goals"]["0"]
+    frame = Frame(*run.state["frames"].get("0", ()))
+    inner = frame.enter(weight).detach().requires_grad_()
+    value = (inner - frame.enter(goal)).square().sum() / 2
+    (expected,) = torch.autograd.grad(value, inner)
+    if keep_norm:
+        along = inner.detach() / inner.detach().norm()
+        expected = expected - along * (along * expected).sum()
+    weight.grad = torch.zeros_like(weight)
+    run.before_step()
+    assert torch.allclose(weight.grad, 0.5 * frame.enter(expected), atol=1e-5)
+    assert float(weight.grad.norm()) > 0.01
+
+
+def test_a_plan_spends_the_budget_on_all_layers_also_those_it_does_not_pull_at() -> None:
+    """Most numbers are in a table, whose weight is not pulled at: without it no plan would fit."""
+    model = nn.Sequential(nn.Embedding(200, 16), nn.Linear(16, 8))
+    method = NRMF(shrinkage="planned", search=1.0, samples=0)
+    example = (torch.zeros(1, 4, dtype=torch.long),)
+    optimizer = SGD(model.parameters(), 0.1)
+    run = run_of(model, method, optimizer, example=example, budget=Budget(params=0.15))
+    for layer in (model[0], model[1]):
+        layer.weight.grad = torch.zeros_like(layer.weight)
+    run.before_step()
+    assert not model[0].weight.grad.any() and model[1].weight.grad.any()
 
 
 @pytest.mark.parametrize("form", ["soft", "gradient"])

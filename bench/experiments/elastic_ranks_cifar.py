@@ -15,14 +15,9 @@ SHOWN = 8  # moments of a training in the table of ranks
 
 
 def cells(settings: Settings) -> list[Cell]:
-    """List all measurements, budget by budget, seed by seed; dense ones beside the first budget."""
-    order = {budget: place for place, budget in enumerate(settings["budgets"])}
-
-    def place(row: Cell) -> tuple[int, int, bool]:
-        key = row.key
-        return order.get(key.get("budget"), 0), key.get("seed", -1), key["rival"] == DENSE
-
-    return sorted(lowrank.cells(settings), key=place)
+    """List all measurements, all of the first seed first, the dense control behind its rivals."""
+    rows = lowrank.cells(settings)
+    return sorted(rows, key=lambda row: (row.key.get("seed", -1), row.key["rival"] == DENSE))
 
 
 def measure(cell: Cell, watch: Callable[[dict[str, Any]], None]) -> dict[str, Any]:

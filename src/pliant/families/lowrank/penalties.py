@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -37,10 +37,10 @@ GRADIENTS = {
     "schatten": "schatten",
     "hoyer": "hoyer",
 }
-"""The shrinkages that are gradients of singular values, each with its `pliant.math.norms`."""
+"""The gradients of functions of singular values, each with its penalty in `pliant.math.norms`."""
 
 PULLS = (*GRADIENTS, "planned")
-"""All that are added to the loss's gradient: ``planned`` is half the squared way to a goal."""
+"""All that are gradients; that of ``planned`` is of half the squared distance to a goal."""
 
 
 @dataclass(frozen=True)
@@ -49,25 +49,27 @@ class Penalty:
 
     Args:
         kind: one of `PULLS`, or of `pliant.math.prox.THRESHOLDS`.
-        space: whose singular values are meant; ``whitened`` needs data.
+        space: whose singular values and distances are meant; ``whitened`` needs data.
         keep_norm: leave the norm of every kernel as it is: of a gradient to first order.
-        samples: training inputs to look at for ``whitened``.
+        samples: training inputs to look at for ``whitened`` and ``planned``.
+        form: of the factors that ``planned`` pulls towards.
+        p: energy that these keep, if there is no budget.
     """
 
     kind: Shrinkage
     space: Space
     keep_norm: bool
     samples: int
+    form: Form
+    p: float
 
-    def frames(self, run: Run, layers: Layers) -> dict[str, Pair]:
-        """Look at the data, if directions are measured by it; what comes is for a run to keep."""
-        return frames(run, layers, self.samples) if self.space == "whitened" else {}
-
-    def goals(self, run: Run, layers: Layers, form: Form, p: float) -> dict[str, Tensor]:
-        """Return what a plan made now would leave of each kernel; nothing without ``planned``."""
-        if self.kind != "planned":
-            return {}
-        return goals(run, dict(_plain(layers)), form, self.samples, p)
+    def look(self, run: Run, layers: Layers) -> dict[str, Any]:
+        """Return the frames and goals of layers as they are now, for a run to keep."""
+        whitened, planned = self.space == "whitened", self.kind == "planned"
+        return {
+            "frames": frames(run, layers, self.samples) if whitened else {},
+            "goals": goals(run, layers, self.form, self.samples, self.p) if planned else {},
+        }
 
     @torch.no_grad()
     def before_step(

@@ -10,7 +10,6 @@ from typing import Annotated
 
 from pliant.families.lowrank.factorize import (
     Form,
-    Layers,
     check_reachable,
     factorize,
     look,
@@ -52,14 +51,14 @@ class NRMF(Method):
     steps it only factorizes, in seconds.
 
     ``gradient`` is the paper's penalty: the exact gradient of the nuclear norms before every step;
-    ``logdet``, ``schatten`` and ``hoyer`` are others in its place. ``planned`` pulls every kernel
+    ``logdet``, ``schatten`` and ``hoyer`` are others in its place; ``planned`` pulls every kernel
     towards what a plan for the budget would leave of it now, as BATUDE does by ADMM (Yin et al.,
     AAAI 2022). The rest shrink singular values every ``interval`` steps, as far as the optimizer
     would have gone with such a gradient, with its momentum or Adam's scaling: alike (``soft``: the
     nuclear norm), in units of the largest (``relative``), or the weak ones more, in units of their
-    root mean square (``reweighted``).
-    In ``space="whitened"`` a direction counts for what it is worth to the loss, as it does when
-    ranks are chosen, and not for its weights. Data and plan are made anew ``refresh`` times.
+    root mean square (``reweighted``). In ``space="whitened"`` a direction counts for what it is
+    worth to the loss, as it does when ranks are chosen, and not for its weights. The data is looked
+    at anew, and the plan made anew, ``refresh`` times.
 
     A fixed strength adds up, so the search is short however long the training: a tenth of it, 100
     steps at most. For a longer ``search`` on a trained network take ``alpha=None``, which raises
@@ -79,7 +78,7 @@ class NRMF(Method):
     alpha: Annotated[float, In(0)] | None = 0.05
     shrinkage: Shrinkage = "reweighted"  # rule; "gradient" is the paper's penalty
     space: Space = "weights"  # whose singular values: "whitened" needs data
-    # times in the search to look at data anew, for "whitened" and "planned"
+    # times in the search to look at data and to plan anew, for "whitened" and "planned"
     refresh: Annotated[int, In(1)] = 5
     # k, steps between two shrinkages; fewer where the search is short
     interval: Annotated[int, In(1)] = 15
@@ -107,7 +106,7 @@ class NRMF(Method):
         run.state["alpha"] = START if alpha is None else alpha
         note_spectra(run, layers, self.p)
         if self._search(run):
-            self._look(run, layers)
+            run.state |= self._penalty.look(run, layers)
         elif run.steps:
             self._factorize(run)
 
@@ -134,7 +133,7 @@ class NRMF(Method):
             left = factorize_ready(run, layers, self.form, self.samples, self.p)
             state["layers"] = [name for name in layers if name not in left]
         elif due(run.step, 1, search, self.refresh):
-            self._look(run, layers)
+            state |= self._penalty.look(run, layers)
 
     def after_epoch(self, run: Run) -> None:
         """Write spectra and ranks into the history."""
@@ -148,16 +147,12 @@ class NRMF(Method):
 
     @property
     def _penalty(self) -> Penalty:
-        return Penalty(self.shrinkage, self.space, self.keep_norm, self.samples)
+        return Penalty(self.shrinkage, self.space, self.keep_norm, self.samples, self.form, self.p)
 
     def _search(self, run: Run) -> int:
         if self.search is None:
             return min(round(0.1 * run.steps), LONGEST)
         return round(self.search * run.steps)
-
-    def _look(self, run: Run, layers: Layers) -> None:
-        run.state["frames"] = self._penalty.frames(run, layers)
-        run.state["goals"] = self._penalty.goals(run, layers, self.form, self.p)
 
     def _factorize(self, run: Run) -> None:
         run.state.update(factorized=True, frames={}, goals={})
